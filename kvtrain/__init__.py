@@ -1,0 +1,39 @@
+"""kvtrain: language models whose key-value cache is small by construction.
+
+    model = kvtrain.retrofit(hf_model, kvtrain.DMC(compression=4))
+    model = kvtrain.load("path-or-hub-id")
+
+Importing this package registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``; everything
+heavy is loaded at first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from kvtrain.models.auto import register
+from kvtrain.models.registry import methods
+
+if TYPE_CHECKING:
+    from kvtrain.inference.load import load
+    from kvtrain.models.dmc import DMC
+    from kvtrain.models.full import Full
+    from kvtrain.models.host import retrofit
+
+__version__ = "0.1.0"
+__all__ = ["DMC", "Full", "__version__", "load", "retrofit"]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "retrofit":
+        from kvtrain.models.host import retrofit
+
+        return retrofit
+    if name == "load":
+        from kvtrain.inference.load import load
+
+        return load
+    for method in methods().values():
+        if method.__name__ == name:
+            return method
+    raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")

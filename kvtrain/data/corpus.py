@@ -1,0 +1,178 @@
+"""Text in: documents from files, folders, Hub datasets, or the standard library of this Python."""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kvtrain.assets import HELDOUT
+
+STDLIB = "stdlib"
+HELDOUT_NAME = "heldout"
+HUB_PREFIX = "hf:"
+
+# Tests repeat themselves, character tables are no text, and build records differ from machine to machine.
+_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "ensurepip"}
+_STDLIB_HELDOUT_SHARE = 16
+
+
+class Document(NamedTuple):
+    """One text, and where it came from, for messages."""
+
+    text: str
+    source: str
+
+
+def read_corpus(corpus: str, *, text_column: str = "text", split: str = "train") -> Iterator[Document]:
+    """Yield the documents of one corpus in a fixed order.
+
+    Args:
+        corpus: A ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them (searched recursively, in
+            name order), ``hf:org/name`` or ``hf:org/name:config`` for a Hub dataset, ``stdlib`` for the
+            source of the running interpreter's standard library less its held-out modules, or
+            ``heldout`` for the text that the package holds out.
+        text_column: Field that holds the text, for everything but ``.txt``.
+        split: Split of a Hub dataset.
+
+    Raises:
+        ValueError: The corpus is unknown, or a file cannot be read; the message names file and row.
+    """
+    if corpus == STDLIB:
+        yield from stdlib_documents(heldout=False)
+    elif corpus == HELDOUT_NAME:
+        yield from _read_file(HELDOUT, text_column)
+    elif corpus.startswith(HUB_PREFIX):
+        yield from _read_hub(corpus.removeprefix(HUB_PREFIX), text_column, split)
+    else:
+        for path in corpus_files(corpus):
+            yield from _read_file(path, text_column)
+
+
+def corpus_files(corpus: str) -> list[Path]:
+    """Files of a corpus that lies on disk, in name order.
+
+    Raises:
+        ValueError: Nothing there, or nothing of a known kind.
+    """
+    root = Path(corpus)
+    if root.is_dir():
+        files = sorted(path for path in root.rglob("*") if path.suffix in _READERS)
+        if not files:
+            raise ValueError(f"{corpus}: the folder holds no {', '.join(_READERS)} file")
+        return files
+    if not root.is_file():
+        raise ValueError(
+            f"{corpus}: no such file or folder; a corpus is a path, '{HUB_PREFIX}org/name', "
+            f"'{STDLIB}' or '{HELDOUT_NAME}'"
+        )
+    if root.suffix not in _READERS:
+        raise ValueError(f"{corpus}: cannot read {root.suffix!r} files; convert to {', '.join(_READERS)}")
+    return [root]
+
+
+def stdlib_documents(*, heldout: bool) -> Iterator[Document]:
+    """Source files of the running interpreter's standard library, one document each.
+
+    The split is by a hash of the top-level module's name, so that it is the same for every Python.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        skipped = _STDLIB_SKIPPED & set(relative.parts) or relative.name.startswith("_sysconfigdata")
+        if skipped or is_heldout_module(relative.parts[0]) != heldout:
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace").strip()
+        if text:
+            yield Document(text, f"stdlib/{relative.as_posix()}")
+
+
+def is_heldout_module(name: str) -> bool:
+    """Whether a top-level module (``json`` or ``ast.py``) belongs to the held-out split."""
+    digest = hashlib.sha256(name.removesuffix(".py").encode()).digest()
+    return digest[0] % _STDLIB_HELDOUT_SHARE == 0
+
+
+def _read_txt(path: Path, text_column: str) -> Iterator[Document]:
+    data = path.read_bytes()
+    try:
+        yield Document(data.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line}: not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            source = f"{path} row {number}"
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source}: not UTF-8 text; convert it first") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source}: not JSON ({error.msg}, column {error.colno})") from error
+            yield _document(row, text_column, source)
+
+
+def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+    names = file.schema_arrow.names
+    if text_column not in names:
+        raise ValueError(_missing_column(str(path), text_column, names))
+    number = 0
+    for batch in file.iter_batches(columns=[text_column]):
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield _document({text_column: value}, text_column, f"{path} row {number}")
+
+
+def _read_hub(name: str, text_column: str, split: str) -> Iterator[Document]:
+    import datasets
+
+    repository, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be had"
+        raise ValueError(f"{HUB_PREFIX}{name}: cannot open split {split!r} ({_first_line(error)})") from error
+    for number, row in enumerate(rows, 1):
+        yield _document(row, text_column, f"{HUB_PREFIX}{name} row {number}")
+
+
+def _document(row: object, text_column: str, source: str) -> Document:
+    if not isinstance(row, dict):
+        raise ValueError(f"{source}: expected an object with a {text_column!r} field")
+    if text_column not in row:
+        raise ValueError(_missing_column(source, text_column, list(row)))
+    text = row[text_column]
+    if not isinstance(text, str):
+        raise ValueError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text")
+    return Document(text, source)
+
+
+def _missing_column(source: str, text_column: str, names: list[str]) -> str:
+    return f"{source}: no column {text_column!r}; set text_column to one of {', '.join(map(repr, names))}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_file(path: Path, text_column: str) -> Iterator[Document]:
+    return _READERS[path.suffix](path, text_column)
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

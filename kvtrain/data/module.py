@@ -1,0 +1,106 @@
+"""The Lightning data module: corpora to packed batches."""
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from kvtrain.data.loader import PackedLoader
+from kvtrain.data.packing import PackedRows
+from kvtrain.data.prepare import corpus_fingerprint, prepare_corpus
+from kvtrain.data.shards import MANIFEST, TokenShards
+from kvtrain.data.tokenizer import load_tokenizer
+
+
+def default_cache() -> Path:
+    """Where tokenised corpora are kept: ``$KVTRAIN_CACHE`` or ``~/.cache/kvtrain``."""
+    return Path(os.environ.get("KVTRAIN_CACHE", "~/.cache/kvtrain")).expanduser()
+
+
+class PackedDataModule(pl.LightningDataModule):
+    """Packed rows for training and validation.
+
+    Args:
+        tokenizer: Folder, Hub id or ``kvtrain:tiny``.
+        corpus: Training text: a corpus or a list of them (``kvtrain.data.corpus``), or one folder that
+            ``kvtrain prepare`` wrote.
+        validation_corpus: Held-out text, likewise.
+        sequence_length: Tokens in a row.
+        batch_size: Rows per batch and device.
+        validation_rows: Rows of the held-out text that validation reads; None reads all.
+        text_column: Field that holds the text of jsonl, parquet and Hub rows.
+        seed: Of the shuffle.
+        cache_dir: Where tokenised corpora are kept; None is ``$KVTRAIN_CACHE`` or ``~/.cache/kvtrain``.
+
+    Raises:
+        ValueError: A size is not positive, or a corpus cannot be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "kvtrain:tiny",
+        corpus: str | list[str] = "stdlib",
+        validation_corpus: str | list[str] = "heldout",
+        sequence_length: int = 1024,
+        batch_size: int = 8,
+        validation_rows: int | None = None,
+        text_column: str = "text",
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("validation_rows", validation_rows)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        self.tokenizer_name = tokenizer
+        self.corpora = [corpus] if isinstance(corpus, str) else corpus
+        self.validation_corpora = (
+            [validation_corpus] if isinstance(validation_corpus, str) else validation_corpus
+        )
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self.validation_rows, self.text_column = validation_rows, text_column
+        self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
+        self._rows: dict[str, PackedRows] = {}
+
+    def prepare_data(self) -> None:
+        """Tokenise what is not tokenised yet; Lightning calls it once a node."""
+        for corpora in (self.corpora, self.validation_corpora):
+            self._shard_folder(corpora)
+
+    def train_dataloader(self) -> PackedLoader:
+        """Shuffled batches with ``num_items``."""
+        trainer = self.trainer
+        assert trainer is not None
+        return PackedLoader(
+            self.rows(self.corpora),
+            self.batch_size,
+            seed=self.seed,
+            window=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> PackedLoader:
+        """Held-out rows in order."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rows = self.rows(self.validation_corpora)
+        return PackedLoader(
+            rows, self.batch_size, seed=None, rank=rank, world_size=world_size, limit=self.validation_rows
+        )
+
+    def rows(self, corpora: list[str]) -> PackedRows:
+        """Packed rows of some corpora, tokenised first if need be."""
+        key = "\n".join(corpora)
+        if key not in self._rows:
+            self._rows[key] = PackedRows(TokenShards(self._shard_folder(corpora)), self.sequence_length)
+        return self._rows[key]
+
+    def _shard_folder(self, corpora: list[str]) -> Path:
+        if len(corpora) == 1 and (Path(corpora[0]) / MANIFEST).is_file():
+            return Path(corpora[0])
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        folder = self.cache_dir / corpus_fingerprint(corpora, tokenizer, self.text_column, "train")
+        if not (folder / MANIFEST).is_file():
+            prepare_corpus(corpora, tokenizer, folder, text_column=self.text_column)
+        return folder

@@ -1,0 +1,195 @@
+"""The chunked backend of ``kernels.attention``: any mask, any bias, any device.
+
+Queries are taken in chunks, scores are recomputed in the backward pass, so memory grows with
+``chunk x T`` and never with ``T x T``.  Shapes are those of ``kernels.attention``; c and k count the
+queries and the keys of one chunk.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
+
+
+class _Chunk(NamedTuple):
+    """A run of queries and the keys that any of them may see."""
+
+    start: int
+    stop: int
+    columns: Tensor | None  # key indices, where they are not one run
+    key_start: int
+    key_stop: int
+
+    def keys(self, tensor: Tensor, dim: int = 2) -> Tensor:
+        if self.columns is not None:
+            return tensor.index_select(dim, self.columns)
+        return tensor.narrow(dim, self.key_start, self.key_stop - self.key_start)
+
+    def add_keys(self, total: Tensor, part: Tensor) -> None:
+        if self.columns is not None:
+            total.index_add_(2, self.columns, part)
+        else:
+            total.narrow(2, self.key_start, self.key_stop - self.key_start).add_(part)
+
+
+class _Problem:
+    """Shapes and masks of one call; forward and backward share it."""
+
+    def __init__(self, query: Tensor, key: Tensor, visibility: Visibility, chunk_size: int) -> None:
+        self.batch, self.heads, self.num_queries, self.dim = query.shape
+        self.kv_heads, self.num_keys = key.shape[1:3]
+        self.groups = self.heads // self.kv_heads
+        self.offset = self.num_keys - self.num_queries
+        self.device = query.device
+        self.visibility = visibility
+        self.chunk_size = chunk_size
+
+    def chunks(self) -> list[_Chunk]:
+        return [
+            self._chunk(start, min(start + self.chunk_size, self.num_queries))
+            for start in range(0, self.num_queries, self.chunk_size)
+        ]
+
+    def _chunk(self, start: int, stop: int) -> _Chunk:
+        causal, _, window, sink = self.visibility[:4]
+        key_start, key_stop = 0, self.num_keys
+        if causal:
+            key_stop = max(0, stop + self.offset)
+        if causal and window is not None:
+            key_start = max(0, start + self.offset - window + 1)
+        if 0 < sink and 0 < key_start:
+            if key_start <= sink:
+                key_start = 0
+            else:
+                ranges = [torch.arange(sink), torch.arange(key_start, key_stop)]
+                return _Chunk(start, stop, torch.cat(ranges).to(self.device), 0, 0)
+        return _Chunk(start, stop, None, key_start, key_stop)
+
+    def fold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
+        """Query-shaped ``(B, H, T, D)`` to this chunk's ``(B, H_kv, G * c, D)``."""
+        part = tensor[:, :, chunk.start : chunk.stop]
+        return part.reshape(self.batch, self.kv_heads, -1, tensor.shape[-1])
+
+    def unfold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
+        return tensor.reshape(self.batch, self.heads, chunk.stop - chunk.start, -1)
+
+    def positions(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(chunk.start, chunk.stop, device=self.device)[:, None] + self.offset
+        if chunk.columns is not None:
+            return rows, chunk.columns
+        return rows, torch.arange(chunk.key_start, chunk.key_stop, device=self.device)
+
+    def on_diagonal(self, chunk: _Chunk) -> Tensor:
+        rows, columns = self.positions(chunk)
+        return rows == columns
+
+    def bias_gradient(self, grad_scores: Tensor, chunk: _Chunk) -> Tensor:
+        """Sum score gradients ``(B, H_kv, G, c, k)`` over the queries whose bias counts."""
+        if self.visibility.diagonal == "open":
+            grad_scores = grad_scores.masked_fill(self.on_diagonal(chunk), 0.0)
+        return grad_scores.sum((2, 3))
+
+    def hidden(self, chunk: _Chunk) -> Tensor | None:
+        """Pairs that are out of sight, ``(B or 1, 1, 1, c, k)``; None where everything is visible."""
+        query_documents, key_documents = self.visibility.query_documents, self.visibility.key_documents
+        if not self.visibility.causal and query_documents is None:
+            return None
+        rows, columns = self.positions(chunk)
+        hidden = ~visible_pairs(rows, columns, self.visibility)[None, None, None]
+        if query_documents is None or key_documents is None:
+            return hidden
+        documents = query_documents[:, chunk.start : chunk.stop, None]
+        return hidden | (documents != chunk.keys(key_documents, 1)[:, None, :])[:, None, None]
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, chunk: _Chunk) -> Tensor:
+        """Masked, biased scores ``(B, H_kv, G, c, k)`` in at least float32."""
+        raw = at_least_float32(self.fold(query, chunk) @ chunk.keys(key).mT).mul_(scale)
+        raw = raw.view(self.batch, self.kv_heads, self.groups, chunk.stop - chunk.start, -1)
+        if bias is not None:
+            addend = at_least_float32(chunk.keys(bias))[:, :, None, None, :]
+            if self.visibility.diagonal == "open":
+                addend = torch.where(self.on_diagonal(chunk), addend.new_zeros(()), addend)
+            raw += addend
+        hidden = self.hidden(chunk)
+        return raw if hidden is None else raw.masked_fill_(hidden, float("-inf"))
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Forward keeps only output and log-sum-exp; backward recomputes the scores chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        visibility: Visibility,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        problem = _Problem(query, key, visibility, chunk_size)
+        outputs, lses = [], []
+        for chunk in problem.chunks():
+            scores = problem.scores(query, key, key_bias, scale, chunk)
+            lse = torch.logsumexp(scores, dim=-1)  # (B, H_kv, G, c)
+            weights = scores.sub_(finite(lse).unsqueeze(-1)).exp_().flatten(2, 3)
+            outputs.append(problem.unfold(weights.to(value.dtype) @ chunk.keys(value), chunk))
+            lses.append(lse.flatten(1, 2))
+        output, lse = torch.cat(outputs, 2), torch.cat(lses, 2)
+        ctx.save_for_backward(query, key, value, key_bias, output, lse)
+        ctx.visibility, ctx.scale, ctx.chunk_size = visibility, scale, chunk_size
+        return output, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        grads = chunked_backward(
+            ctx.saved_tensors, grad_output, grad_lse, ctx.visibility, ctx.scale, ctx.chunk_size
+        )
+        return *grads, None, None, None
+
+
+def chunked_backward(
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    visibility: Visibility,
+    scale: float,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and bias from what any flash-like forward has saved.
+
+    Args:
+        saved: Query, key, value, bias (or None), output and log-sum-exp.
+        grad_output: Gradient of the output, ``(B, H, T_q, D_v)``.
+        grad_lse: Gradient of the log-sum-exp, ``(B, H, T_q)``.
+        visibility: As in the forward pass.
+        scale: As in the forward pass.
+        chunk_size: Queries per chunk.
+    """
+    query, key, value, key_bias, output, lse = saved
+    problem = _Problem(query, key, visibility, chunk_size)
+    delta = (at_least_float32(grad_output) * output).sum(-1) - grad_lse  # (B, H, T_q)
+    grad_query = torch.empty_like(query)
+    grad_key = torch.zeros_like(at_least_float32(key))
+    grad_value = torch.zeros_like(at_least_float32(value))
+    grad_bias = None if key_bias is None else torch.zeros_like(at_least_float32(key_bias))
+    for chunk in problem.chunks():
+        rows = slice(chunk.start, chunk.stop)
+        scores = problem.scores(query, key, key_bias, scale, chunk)
+        shape = scores.shape[:4] + (1,)
+        weights = scores.sub_(finite(lse[:, :, rows]).reshape(shape)).exp_()
+        grad_part = problem.fold(grad_output, chunk).to(value.dtype)
+        chunk.add_keys(grad_value, weights.flatten(2, 3).to(value.dtype).mT @ grad_part)
+        grad_scores = at_least_float32(grad_part @ chunk.keys(value).mT).view_as(weights)
+        grad_scores = grad_scores.sub_(delta[:, :, rows].reshape(shape)).mul_(weights)
+        if grad_bias is not None:
+            chunk.add_keys(grad_bias, problem.bias_gradient(grad_scores, chunk))
+        flat = grad_scores.flatten(2, 3).to(query.dtype)
+        grad_query[:, :, rows] = problem.unfold(flat @ chunk.keys(key), chunk).mul_(scale)
+        chunk.add_keys(grad_key, (flat.mT @ problem.fold(query, chunk)).mul_(scale))
+    grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
+    return *grads, None if grad_bias is None or key_bias is None else grad_bias.to(key_bias.dtype)

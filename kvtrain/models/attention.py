@@ -1,0 +1,61 @@
+"""What every method's attention shares: the host's projections, and who may look at whom."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+
+
+class HostAttention(nn.Module):
+    """Owns a host attention's children under their own names; methods subclass it and write ``forward``.
+
+    Args:
+        host_attention: The module to replace.
+        layer_idx: Its layer.
+    """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int) -> None:
+        super().__init__()
+        for name, child in host_attention.named_children():
+            self.add_module(name, child)
+        config: Any = host_attention.config
+        self.layer_idx = layer_idx
+        self.head_dim = int(host_attention.head_dim)  # type: ignore[arg-type]
+        self.num_heads = int(config.num_attention_heads)
+        self.num_key_value_heads = int(config.num_key_value_heads)
+        self.num_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = float(host_attention.scaling)  # type: ignore[arg-type]
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the host's query and key norms, where it has them."""
+        if hasattr(self, "q_norm"):
+            return self.q_norm(query), self.k_norm(key)
+        return query, key
+
+    def project_out(self, output: Tensor) -> Tensor:
+        """``(B, H, T, D)`` to ``(B, T, hidden)``."""
+        merged: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
+        return merged
+
+
+def parallel_documents(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Document ids ``(B, T)`` of a forward pass without a cache; padding is document 0.
+
+    Args:
+        document_ids: From the data, or None.
+        attention_mask: 2-D padding mask, or None.
+    """
+    if document_ids is not None:
+        return document_ids
+    return None if attention_mask is None else attention_mask.long()

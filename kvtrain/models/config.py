@@ -1,0 +1,55 @@
+"""One Hugging Face configuration for every retrofitted model: the host's, nested, and the method's."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from kvtrain.models.method import Method
+from kvtrain.models.registry import method_from_dict
+
+MODEL_TYPE = "kvtrain"
+
+
+class KVTrainConfig(PreTrainedConfig):
+    """Configuration of a host with a method in it; ``model_type`` is ``"kvtrain"``.
+
+    Fields that are not here (``vocab_size``, ``num_hidden_layers`` ...) are the host's.
+
+    Args:
+        text_config: The whole host configuration.
+        method_config: The method's settings, ``{"name": "dmc", ...}``.
+    """
+
+    model_type = MODEL_TYPE
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    method_config: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            settings = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        super().__post_init__(**kwargs)
+        if self.text_config is not None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def host_config(self) -> PreTrainedConfig:
+        """The host's configuration."""
+        assert isinstance(self.text_config, PreTrainedConfig)
+        return self.text_config
+
+    @property
+    def method(self) -> Method:
+        """The method's settings.
+
+        Raises:
+            ValueError: ``config.json`` names no method that this kvtrain knows.
+        """
+        return method_from_dict(self.method_config or {})
+
+    def __getattr__(self, name: str) -> Any:
+        host = self.__dict__.get("text_config")
+        if name.startswith("__") or not isinstance(host, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(host, name)

@@ -1,0 +1,70 @@
+"""Plain causal attention on kvtrain's kernels and pages."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.attend import attend_store
+from kvtrain.cache.base import KVCache
+from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.full.cache import FullCacheLayer
+
+
+class FullAttention(HostAttention):
+    """The host's attention, unchanged in what it computes."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend within the input, and over the cache where there is one.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            position_embeddings: Cosines and sines ``(B, T, D)``.
+            attention_mask: ``(B, past + T)`` padding mask.
+            past_key_values: The model's cache.
+            document_ids: ``(B, T)``, without a cache.
+        """
+        query, key = self.normalise(
+            self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+        )
+        value = self.split_heads(self.v_proj(hidden_states))
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is None:
+            documents = parallel_documents(document_ids, attention_mask)
+            output, _lse = attention(
+                query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
+            )
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            assert isinstance(layer, FullCacheLayer)
+            output = self._serve(query, key, value, attention_mask, layer)
+        return self.project_out(output), None
+
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, layer: FullCacheLayer
+    ) -> Tensor:
+        length = query.shape[2]
+        valid = torch.ones(query.shape[0], length, dtype=torch.bool, device=query.device)
+        if attention_mask is not None:
+            valid = attention_mask[:, -length:].bool()
+        if length == 1:
+            layer.append(key, value, valid)
+            return attend_store(query, layer.store, self.scaling)[0]
+        documents = valid.long()
+        parts = [
+            attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)
+        ]
+        if layer.seen:
+            parts.append(attend_store(query, layer.store, self.scaling))
+        layer.append(key, value, valid)
+        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]

@@ -1,0 +1,274 @@
+"""The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets new organs."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+
+from kvtrain.cache.base import KVCache
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
+from kvtrain.models.attention import NORMS, PROJECTIONS
+from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.method import Method
+from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
+
+if TYPE_CHECKING:
+    from transformers.generation import GenerationMixin
+
+ATTENTION_NAME = "kvtrain"
+HOSTS = ("llama", "mistral", "qwen2", "qwen3")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """Hand the 2-D padding mask through: per-head lengths leave no common length to compare it with."""
+    return attention_mask
+
+
+def _never_called(*_: Any, **__: Any) -> None:
+    raise AssertionError("kvtrain attention modules do not go through the attention interface")
+
+
+AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+AttentionInterface.register(ATTENTION_NAME, _never_called)
+
+
+def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
+    """Put a method into a decoder. The weights are shared with the host, which stays as it was.
+
+    Args:
+        host: A causal language model of a supported family.
+        method: ``kvtrain.DMC(...)``, ``kvtrain.Full()``, ...
+
+    Returns:
+        A model of a subclass of the host's class, with the same parameter names.
+
+    Raises:
+        ValueError: The host is of no supported family, or uses something the method cannot honour.
+    """
+    if isinstance(host.config, KVTrainConfig):
+        raise ValueError("this model is retrofitted already; retrofit its host, or load it with kvtrain.load")
+    host_config: PreTrainedConfig = type(host.config).from_dict(host.config.to_dict())
+    config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
+    with torch.device("meta"):
+        model = retrofitted_class(host_config)(config)
+    model.load_state_dict(host.state_dict(keep_vars=True), assign=True)
+    buffers = dict(host.named_buffers())
+    for name, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            source = buffers[f"{name}.{key}"] if name else buffers[key]
+            module.register_buffer(key, source.clone(), persistent=False)
+    model.tie_weights()
+    model.generation_config = host.generation_config
+    return model.train(host.training)
+
+
+@functools.cache
+def _subclass(host_class: type[PreTrainedModel]) -> type["KVTrainMixin"]:
+    return type(f"KV{host_class.__name__}", (KVTrainMixin, host_class), {"config_class": KVTrainConfig})
+
+
+def retrofitted_class(host_config: PreTrainedConfig) -> type["KVTrainMixin"]:
+    """The class for hosts of this configuration, a subclass of the host's own.
+
+    Raises:
+        ValueError: Unknown family.
+    """
+    if host_config.model_type not in HOSTS:
+        raise ValueError(
+            f"hosts of type {host_config.model_type!r} are not supported; kvtrain retrofits {', '.join(HOSTS)}"
+        )
+    return _subclass(AutoModelForCausalLM._model_mapping[type(host_config)])
+
+
+def validate_host(config: PreTrainedConfig) -> None:
+    """Refuse what the replaced modules would silently ignore.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    layer_types = getattr(config, "layer_types", None) or []
+    sliding = any(kind != "full_attention" for kind in layer_types)
+    if not layer_types and getattr(config, "sliding_window", None) is not None:
+        sliding = bool(getattr(config, "use_sliding_window", True))
+    if sliding:
+        raise ValueError("hosts with sliding-window layers are not supported; set sliding_window=None first")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in _STATIC_ROPE:
+        raise ValueError(f"rotary embedding of type {kind!r} is not supported; use {', '.join(_STATIC_ROPE)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial rotary embedding is not supported; the whole head must rotate")
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
+
+
+def _operate(model: PreTrainedModel, method: Method) -> None:
+    """Swap the organs of a freshly built host, in place."""
+    decoder: Any = model.model
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, RMSNorm(child))
+            elif hasattr(child, "gate_proj"):
+                setattr(module, name, GatedMLP(child))
+    decoder.rotary_emb = RotaryEmbedding(decoder.rotary_emb)
+    for index, layer in enumerate(decoder.layers):
+        children = {name for name, _ in layer.self_attn.named_children()}
+        if not set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS}:
+            raise ValueError(f"layer {index} has an attention of unknown parts: {', '.join(sorted(children))}")
+        layer.self_attn = method.attention(layer.self_attn, index)
+    decoder.layers = method.stack(decoder.layers)
+
+
+if TYPE_CHECKING:
+
+    class _Host(PreTrainedModel, GenerationMixin):
+        model: Any
+        lm_head: nn.Linear
+
+else:
+    _Host = object
+
+
+class KVTrainMixin(_Host):
+    """What a retrofitted model can do that its host cannot; mixed in before the host's class."""
+
+    config: KVTrainConfig
+
+    def __init__(self, config: KVTrainConfig) -> None:
+        host_config, method = config.host_config, config.method
+        validate_host(host_config)
+        method.validate(host_config)
+        config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
+        super().__init__(host_config)
+        _operate(self, method)
+        self.config = config
+        config.architectures = [type(self).__name__]
+        self.method = method
+        self.model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
+
+    def make_cache(self) -> KVCache:
+        """An empty cache of the kind that this model's attention reads."""
+        host_config = self.config.host_config
+        layers = range(host_config.num_hidden_layers)
+        return KVCache([self.method.cache_layer(index, host_config) for index in layers])
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As the host's, but never reentrant: side channels would lose their gradients.
+
+        Raises:
+            ValueError: ``use_reentrant=True`` was asked for.
+        """
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise ValueError("reentrant checkpointing loses the gradients of decisions; use use_reentrant=False")
+        super().gradient_checkpointing_enable(settings)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The host's forward pass, with three additions.
+
+        Args:
+            input_ids: ``(B, T)``.
+            attention_mask: ``(B, past + T)`` padding mask.
+            position_ids: ``(B, T)``; derived from documents or padding where absent.
+            past_key_values: A cache from ``make_cache``.
+            inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
+            labels: ``(B, T)``, unshifted; ``-100`` counts nothing.
+            use_cache: Whether to fill a cache; off while training.
+            logits_to_keep: As the host's.
+            num_items: The summed loss is divided by it; the number of targets where absent.
+            skip_logits: Do not build logits where there are labels; on while training.
+            **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own.
+
+        Raises:
+            ValueError: A foreign cache, or a cache together with training or packed documents.
+        """
+        if position_ids is None:
+            position_ids = _positions(attention_mask, kwargs.get("document_ids"), input_ids, inputs_embeds)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self._loss(hidden, labels, num_items)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        logits = None
+        if labels is None or not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        targets = labels[:, 1:].flatten()
+        total = linear_cross_entropy_sum(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, targets)
+        return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+
+    def _provide_cache(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("attention weights are never materialised here; set output_attentions=False")
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = self.config.host_config.use_cache and not self.training
+        if kwargs["use_cache"] and cache is None and kwargs.get("document_ids") is None:
+            cache = self.make_cache()
+        if cache is not None and not isinstance(cache, KVCache):
+            raise ValueError(f"{type(cache).__name__} does not fit this model; use model.make_cache(), or none")
+        if cache is not None and self.training:
+            raise ValueError("training has no cache; call model.eval() or pass use_cache=False")
+        if cache is not None and kwargs.get("document_ids") is not None:
+            raise ValueError("packed documents have no cache; pass one document a row, or use_cache=False")
+        kwargs["past_key_values"] = cache
+        kwargs["use_cache"] = cache is not None
+        return args, kwargs
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError("this model brings its own cache; leave cache_implementation unset")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.make_cache()
+
+
+def _positions(
+    attention_mask: Tensor | None, document_ids: Tensor | None, input_ids: Tensor | None, embeds: Tensor | None
+) -> Tensor | None:
+    """Positions within each row's real tokens, or within its documents; None where the host's default is right."""
+    if document_ids is not None:
+        index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+        starts = torch.ones_like(document_ids, dtype=torch.bool)
+        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        return index - torch.where(starts, index, 0).cummax(1).values
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    length = (input_ids if input_ids is not None else embeds).shape[1]  # type: ignore[union-attr]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

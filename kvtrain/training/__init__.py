@@ -1,0 +1,7 @@
+"""Lightning modules, one for each architecture, on one small base."""
+
+from kvtrain.training.base import TrainingModule
+from kvtrain.training.pretrain import PretrainModule
+from kvtrain.training.schedules import Phase
+
+__all__ = ["Phase", "PretrainModule", "TrainingModule"]

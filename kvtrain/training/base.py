@@ -1,0 +1,148 @@
+"""The base of every training module: the step, the loss, the optimiser, the phases."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvtrain.data.packing import Batch
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.training.schedules import Phase, Place, Schedule
+
+
+class TrainingModule(pl.LightningModule):
+    """Trains a retrofitted language model on packed rows, phase by phase.
+
+    Subclasses build the model and may add losses and what happens at a phase's start.
+
+    Args:
+        phases: Phases, in order; their sum bounds ``trainer.max_steps``.
+        weight_decay: On matrices; vectors and embeddings have none.
+        betas: Of AdamW.
+        seed: Everything random in a step derives from it, the step and the row.
+        activation_checkpointing: Recompute each layer in the backward pass.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        phases: list[Phase],
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.schedule = Schedule(phases)
+        self.weight_decay, self.betas, self.seed = weight_decay, betas, seed
+        self.activation_checkpointing = activation_checkpointing
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model to train; called once, inside ``configure_model``."""
+
+    def configure_model(self) -> None:
+        """Build the model, under whatever device and precision the strategy has set."""
+        if hasattr(self, "model"):
+            return
+        self.model = self.build_model()
+        if self.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def place(self) -> Place:
+        """Where the current optimiser step lies."""
+        return self.schedule.place(self.global_step)
+
+    def model_arguments(self, batch: Batch) -> dict[str, Any]:
+        """What the model is told beyond the tokens; subclasses add to it."""
+        return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
+
+    def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
+        """A loss beside cross-entropy, as a mean over the batch's rows; None where there is none."""
+        return None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch, scaled so that the sum over the optimiser window is the mean over its targets."""
+        arguments = self.model_arguments(batch)
+        cross_entropy = self.model(
+            batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, **arguments
+        ).loss
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        loss = cross_entropy * (scale / batch["num_items"])
+        extra = self.extra_loss(batch, arguments)
+        if extra is not None:
+            loss = loss + extra
+        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        self.log("loss", cross_entropy.detach() / targets, prog_bar=True)
+        self.log("learning_rate", self.schedule.learning_rate(self.global_step))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum losses and targets of the held-out rows."""
+        output = self.model(
+            batch["input_ids"],
+            labels=batch["labels"],
+            num_items=1,
+            use_cache=False,
+            skip_logits=True,
+            document_ids=batch["document_ids"],
+            position_ids=batch["position_ids"],
+        )
+        self._validation_loss += output.loss.double()
+        self._validation_targets += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self._validation_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._validation_targets = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out loss and perplexity over all ranks."""
+        sums = torch.stack([self._validation_loss, self._validation_targets])
+        total, targets = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.log("val_loss", (total / targets).float())
+        self.log("val_perplexity", (total / targets).exp().float(), prog_bar=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Open a phase at its first optimiser step."""
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if first and self.schedule.is_boundary(self.global_step):
+            self.begin_phase(self.place().phase)
+
+    def begin_phase(self, phase: Phase) -> None:
+        """Clear the optimiser's moments; subclasses do more."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    def on_fit_start(self) -> None:
+        """Check that the phases cover the run.
+
+        Raises:
+            ValueError: ``trainer.max_steps`` is unset or beyond the phases.
+        """
+        steps, total = self.trainer.max_steps, self.schedule.total_steps
+        if not 0 < steps <= total:
+            raise ValueError(f"trainer.max_steps is {steps}, the phases have {total} steps; set it to {total} or less")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and a learning rate that is a function of the step."""
+        decayed, plain = split_parameters(self.model)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters with and without weight decay: matrices, and vectors with embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if matrix else plain).append(parameter)
+    return decayed, plain

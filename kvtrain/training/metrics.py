@@ -1,0 +1,100 @@
+"""``metrics.csv``: one row a step, one column a metric, and a resumed run goes on in the same file."""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+FILE_NAME = "metrics.csv"
+
+
+class CSVMetrics(Logger):
+    """Writes the metrics of a run into its folder.
+
+    Args:
+        folder: Run folder.
+        flush_rows: Rows after which the file is written again.
+    """
+
+    def __init__(self, folder: str, flush_rows: int = 20) -> None:
+        super().__init__()
+        self.folder, self.flush_rows = Path(folder), flush_rows
+        self._rows: dict[int, dict[str, float]] | None = None
+        self._unsaved = 0
+
+    @property
+    def name(self) -> str:
+        """No sub-folder: everything of a run lies in one place."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No version: a run folder holds one run."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: the resolved configuration lies beside the metrics."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add values to a step's row; the first call of a resumed run drops later rows of the old one."""
+        step = step or 0
+        if self._rows is None:
+            old = read_metrics(self.folder) if (self.folder / FILE_NAME).is_file() else []
+            self._rows = {int(row["step"]): row for row in old if row["step"] < step}
+        row = self._rows.setdefault(step, {"step": step})
+        row.update({key: float(value) for key, value in metrics.items() if key != "epoch"})
+        self._unsaved += 1
+        if self._unsaved >= self.flush_rows:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the file; a reader never sees half of it."""
+        if not self._rows or not self._unsaved:
+            return
+        columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{FILE_NAME}.new"
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        os.replace(temporary, self.folder / FILE_NAME)
+        self._unsaved = 0
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's ``metrics.csv``, without the empty cells.
+
+    Raises:
+        ValueError: The run has none, or it is damaged.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {FILE_NAME}; is this a run folder of `kvtrain fit`?")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [{key: float(value) for key, value in row.items() if value} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error

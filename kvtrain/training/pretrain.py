@@ -1,0 +1,31 @@
+"""Training a plain host from nothing: how the packaged base model was made."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvtrain.models.full import Full
+from kvtrain.models.host import retrofit
+from kvtrain.training.base import TrainingModule
+
+
+class PretrainModule(TrainingModule):
+    """Pretrains a host with ordinary attention.
+
+    Args:
+        model_config: HF configuration file of the host, such as ``configs/models/tiny_llama.json``.
+        **training: See ``TrainingModule``.
+    """
+
+    def __init__(self, model_config: str, **training: Any) -> None:
+        super().__init__(**training)
+        self.model_config = model_config
+
+    def build_model(self) -> PreTrainedModel:
+        """A host with random weights that depend on the seed alone."""
+        config = AutoConfig.from_pretrained(self.model_config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            host = AutoModelForCausalLM.from_config(config)
+        return retrofit(host, Full())

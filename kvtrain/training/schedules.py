@@ -1,0 +1,95 @@
+"""Phases of a run and what the step number means in them."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own learning-rate curve; the optimiser starts anew at each.
+
+    Args:
+        name: What happens in it; architectures give names a meaning.
+        steps: Optimiser steps.
+        learning_rate: At its start, after warm-up.
+        final_learning_rate: At its end, along a cosine; None keeps it constant.
+        warmup_steps: Steps over which the learning rate rises linearly.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    final_learning_rate: float | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"phase {self.name!r}: steps must be at least 1, not {self.steps}; leave the phase out")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"phase {self.name!r}: warmup_steps must be below its {self.steps} steps")
+        if self.learning_rate <= 0 or (self.final_learning_rate or 0) < 0:
+            raise ValueError(f"phase {self.name!r}: learning rates must be positive")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the phase's own step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.final_learning_rate is None:
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps - 1)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a global step lies.
+
+    Attributes:
+        phase: The phase.
+        index: Its number.
+        step: Steps done within it.
+    """
+
+    phase: Phase
+    index: int
+    step: int
+
+
+class Schedule:
+    """The phases of a run, one after the other.
+
+    Raises:
+        ValueError: There is no phase.
+    """
+
+    def __init__(self, phases: list[Phase]) -> None:
+        if not phases:
+            raise ValueError("a run needs at least one phase")
+        self.phases = phases
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return sum(phase.steps for phase in self.phases)
+
+    def place(self, step: int) -> Place:
+        """Where a global step lies; steps past the end belong to the last phase's last step."""
+        for index, phase in enumerate(self.phases):
+            if step < phase.steps:
+                return Place(phase, index, step)
+            step -= phase.steps
+        return Place(self.phases[-1], len(self.phases) - 1, self.phases[-1].steps - 1)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a global step."""
+        place = self.place(step)
+        return place.phase.learning_rate_at(place.step)
+
+    def is_boundary(self, step: int) -> bool:
+        """Whether a phase other than the first begins with this global step."""
+        place = self.place(step)
+        return step < self.total_steps and place.index > 0 and place.step == 0
