@@ -118,6 +118,7 @@ class PagedStore:
         assert self.keys is not None and self.values is not None
         size = self.keys.shape[0]
         count += size // _GROWTH
-        self.keys = torch.cat([self.keys, self.keys.new_empty(count, *self.keys.shape[1:])])
-        self.values = torch.cat([self.values, self.values.new_empty(count, *self.values.shape[1:])])
+        # Zeros, not whatever memory held: an unused slot gets weight 0, and 0 * NaN is NaN.
+        self.keys = torch.cat([self.keys, self.keys.new_zeros(count, *self.keys.shape[1:])])
+        self.values = torch.cat([self.values, self.values.new_zeros(count, *self.values.shape[1:])])
         self.free = torch.cat([self.free, torch.arange(size, size + count, device=self.free.device)])

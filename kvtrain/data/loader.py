@@ -58,13 +58,17 @@ class PackedLoader:
         return self._windows * self.window
 
     def __iter__(self) -> Iterator[Batch]:
+        # A trainer that knows the length never asks for the batch after the last, so the epoch is turned
+        # here and not at the end; evaluation always starts at the first row.
+        if self.seed is None:
+            self.cursor = 0
+        elif self.cursor >= len(self):
+            self.epoch, self.cursor = self.epoch + 1, 0
         order = self._order()
         while self.cursor < len(self):
             step = self.cursor
             self.cursor += 1
             yield self._batch(order, step)
-        self.cursor = 0
-        self.epoch += 1
 
     def _order(self) -> npt.NDArray[np.int64]:
         if self.seed is None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -59,3 +60,16 @@ def parallel_documents(document_ids: Tensor | None, attention_mask: Tensor | Non
     if document_ids is not None:
         return document_ids
     return None if attention_mask is None else attention_mask.long()
+
+
+def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which of the new tokens are real, ``(B, n)`` bool.
+
+    Args:
+        hidden_states: ``(B, n, hidden)``.
+        attention_mask: ``(B, past + n)`` padding mask, or None.
+    """
+    batch, length = hidden_states.shape[:2]
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+    return attention_mask[:, -length:].bool()

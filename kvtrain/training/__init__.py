@@ -1,7 +1,9 @@
 """Lightning modules, one for each architecture, on one small base."""
 
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.dmc import DMCModule
 from kvtrain.training.pretrain import PretrainModule
+from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase
 
-__all__ = ["Phase", "PretrainModule", "TrainingModule"]
+__all__ = ["DMCModule", "Phase", "PretrainModule", "RetrofitModule", "TrainingModule"]

@@ -1,16 +1,20 @@
 """The base of every training module: the step, the loss, the optimiser, the phases."""
 
+import json
 from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.models.method import Method
 from kvtrain.training.schedules import Phase, Place, Schedule
+
+EXPORT_KEY = "kvtrain_export"
 
 
 class TrainingModule(pl.LightningModule):
@@ -27,6 +31,7 @@ class TrainingModule(pl.LightningModule):
     """
 
     model: PreTrainedModel
+    method: Method
 
     def __init__(
         self,
@@ -45,11 +50,15 @@ class TrainingModule(pl.LightningModule):
     def build_model(self) -> PreTrainedModel:
         """The model to train; called once, inside ``configure_model``."""
 
+    @abstractmethod
+    def host_config(self) -> PreTrainedConfig:
+        """Configuration of the plain host, without touching weights."""
+
     def configure_model(self) -> None:
         """Build the model, under whatever device and precision the strategy has set."""
         if hasattr(self, "model"):
             return
-        self.model = self.build_model()
+        self.model = self.build_model().train()
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
 
@@ -83,17 +92,16 @@ class TrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum losses and targets of the held-out rows."""
+        arguments = self.model_arguments(batch)
         output = self.model(
-            batch["input_ids"],
-            labels=batch["labels"],
-            num_items=1,
-            use_cache=False,
-            skip_logits=True,
-            document_ids=batch["document_ids"],
-            position_ids=batch["position_ids"],
+            batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, skip_logits=True, **arguments
         )
+        self.observe_validation(batch, arguments)
         self._validation_loss += output.loss.double()
         self._validation_targets += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
+        """Look at what a held-out batch left in the arguments; subclasses collect figures of their own."""
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
@@ -127,6 +135,13 @@ class TrainingModule(pl.LightningModule):
         steps, total = self.trainer.max_steps, self.schedule.total_steps
         if not 0 < steps <= total:
             raise ValueError(f"trainer.max_steps is {steps}, the phases have {total} steps; set it to {total} or less")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``kvtrain export`` needs, as JSON, so that checkpoints stay free of pickled objects."""
+        data = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer_name", None)
+        config = self.model.config.to_json_string(use_diff=False)
+        checkpoint[EXPORT_KEY] = json.dumps({"config": json.loads(config), "tokenizer": tokenizer})
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a learning rate that is a function of the step."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
@@ -21,11 +21,23 @@ class PretrainModule(TrainingModule):
     def __init__(self, model_config: str, **training: Any) -> None:
         super().__init__(**training)
         self.model_config = model_config
+        self.method = Full()
+
+    def host_config(self) -> PreTrainedConfig:
+        """Configuration of the host.
+
+        Raises:
+            ValueError: The file is not there.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.model_config)
+        except OSError as error:
+            raise ValueError(f"no model configuration at {self.model_config!r}") from error
 
     def build_model(self) -> PreTrainedModel:
         """A host with random weights that depend on the seed alone."""
-        config = AutoConfig.from_pretrained(self.model_config)
+        config = self.host_config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             host = AutoModelForCausalLM.from_config(config)
-        return retrofit(host, Full())
+        return retrofit(host, self.method)

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvtrain.cache.attend import attend_store
 from kvtrain.cache.base import KVCache
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import HostAttention, parallel_documents, valid_tokens
 from kvtrain.models.full.cache import FullCacheLayer
 
 
@@ -47,17 +46,14 @@ class FullAttention(HostAttention):
         else:
             layer = past_key_values.layers[self.layer_idx]
             assert isinstance(layer, FullCacheLayer)
-            output = self._serve(query, key, value, attention_mask, layer)
+            output = self._serve(query, key, value, valid_tokens(hidden_states, attention_mask), layer)
         return self.project_out(output), None
 
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, layer: FullCacheLayer
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer
     ) -> Tensor:
-        length = query.shape[2]
-        valid = torch.ones(query.shape[0], length, dtype=torch.bool, device=query.device)
-        if attention_mask is not None:
-            valid = attention_mask[:, -length:].bool()
-        if length == 1:
+        """New tokens, one or many, over the slots before them."""
+        if query.shape[2] == 1:
             layer.append(key, value, valid)
             return attend_store(query, layer.store, self.scaling)[0]
         documents = valid.long()

@@ -1,0 +1,125 @@
+"""A run folder becomes a Hugging Face folder: safetensors, configuration, tokenizer, model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvtrain.data.shards import new_folder
+from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.export.card import model_card
+from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.full import Full
+from kvtrain.models.host import retrofitted_class
+
+EXPORT_KEY = "kvtrain_export"
+MAX_SHARD_SIZE = "5GB"
+
+
+def export_run(
+    run: Path, output: Path, push_to: str | None = None, private: bool = False, dtype: str = "bfloat16"
+) -> Path:
+    """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
+
+    A run whose method is ``Full`` becomes a plain folder of its host.
+
+    Args:
+        run: Run folder of ``kvtrain fit``, or one ``.ckpt`` file in it.
+        output: New folder.
+        push_to: Hub repository to upload to, ``org/name``.
+        private: Make that repository private.
+        dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
+
+    Raises:
+        ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
+    """
+    checkpoint = read_checkpoint(checkpoint_path(run))
+    model = rebuild_model(checkpoint).to(_dtype(dtype))
+    settings = json.loads(checkpoint[EXPORT_KEY])
+    with new_folder(output) as folder:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        if settings["tokenizer"]:
+            load_tokenizer(settings["tokenizer"]).save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(model, run if run.is_dir() else run.parent.parent))
+    if push_to:
+        push_folder(output, push_to, private)
+    return output
+
+
+def checkpoint_path(run: Path) -> Path:
+    """The checkpoint that a run folder (or a checkpoint file itself) stands for.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if run.is_file():
+        return run
+    last = run / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise ValueError(f"{run}: no checkpoints/last.ckpt; is this a run folder of `kvtrain fit`?")
+    return last
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a Lightning checkpoint without running any code that it might hold.
+
+    Raises:
+        ValueError: It is damaged, or not one of ours.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle and zip readers raise a dozen unrelated types
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if EXPORT_KEY not in checkpoint:
+        raise ValueError(f"{path}: not a checkpoint of `kvtrain fit`")
+    return checkpoint
+
+
+def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
+    """The trained model: a retrofitted one, or the plain host where the method is ``Full``."""
+    config = KVTrainConfig.from_dict(json.loads(checkpoint[EXPORT_KEY])["config"])
+    plain = isinstance(config.method, Full)
+    if plain:
+        host_config = config.host_config
+        host_config._attn_implementation = None
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(host_config)
+    else:
+        model = retrofitted_class(config.host_config)(config)
+    model.load_state_dict(model_weights(checkpoint))
+    return model.eval()
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's own state dict inside a training module's."""
+    prefix = "model."
+    return {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
+
+
+def push_folder(folder: Path, repository: str, private: bool) -> None:
+    """Upload a folder to the Hub.
+
+    Raises:
+        ValueError: No token, or the Hub refused; a token is never part of the message.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not get_token():
+        raise ValueError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{repository}: the Hub refused the upload ({reason}); {folder} is complete") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, not {name!r}")
+    return known[name]

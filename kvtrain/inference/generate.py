@@ -1,0 +1,93 @@
+"""Text from a prompt, with the facts of the cache that it took."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kvtrain.inference.load import open_model
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What ``generate_text`` returns.
+
+    Attributes:
+        text: The continuation, without the prompt.
+        new_tokens: Tokens generated.
+        seconds: Wall time of prefill and decoding.
+        seen_tokens: Tokens that went into the cache.
+        kept_tokens: Slots kept, averaged over layers and heads.
+        kv_bytes: Bytes that the cache has allocated.
+    """
+
+    text: str
+    new_tokens: int
+    seconds: float
+    seen_tokens: int
+    kept_tokens: float
+    kv_bytes: int
+
+    def facts(self) -> str:
+        """One line: speed, kept tokens, bytes, compression."""
+        return (
+            f"{self.new_tokens} tokens at {self.new_tokens / self.seconds:.1f} tok/s · "
+            f"kept {self.kept_tokens:.0f} of {self.seen_tokens} tokens "
+            f"({self.seen_tokens / self.kept_tokens:.2f}x) · KV cache {self.kv_bytes / 1024:.0f} KiB"
+        )
+
+
+def generate_text(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Generation:
+    """Continue a prompt.
+
+    Args:
+        model: Folder, Hub id, or ``kvtrain:tiny``.
+        prompt: Text.
+        max_new_tokens: Upper bound.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the distribution to sample from.
+        seed: Of the sampling.
+
+    Raises:
+        ValueError: There is no such model, or a number is out of range.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("temperature must not be negative, and top_p must lie in (0, 1]")
+    loaded, tokenizer = open_model(model)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise ValueError("the prompt is empty and the tokenizer has no start token; give a prompt")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    cache = loaded.make_cache()
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    output = loaded.generate(
+        torch.tensor([ids], device=loaded.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=loaded.device),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )[0]
+    seconds = time.perf_counter() - began
+    new = output[len(ids) :]
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        new_tokens=len(new),
+        seconds=seconds,
+        seen_tokens=cache.get_seq_length(),
+        kept_tokens=cache.kv_tokens().double().mean().item(),
+        kv_bytes=cache.kv_bytes(),
+    )

@@ -1,0 +1,231 @@
+"""DMC's attention: one form for training and parallel evaluation, one for serving, the same numbers.
+
+The last channel of keys and queries is borrowed (pitfall P1: it turns slowest under RoPE). A key's
+channel decides whether its token merges into the slot before it; the queries' channel says how much the
+token counts in the slot's mean. Keys are pooled before rotation and rotate at their last token (P3).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtrain.cache.attend import attend_store
+from kvtrain.cache.base import KVCache
+from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.noise import keyed_logistic
+from kvtrain.kernels.pooling import pool_segments
+from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.attention import HostAttention, parallel_documents, valid_tokens
+from kvtrain.models.dmc.cache import DMCCacheLayer
+from kvtrain.models.dmc.config import DMC
+from kvtrain.models.gating import Decisions, decide
+
+# Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
+# the same in float32; it is bfloat16's own epsilon, which the released checkpoints used (P10).
+IMPORTANCE_FLOOR = 2.0**-7
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DMCStep:
+    """What a training step tells every DMC attention.
+
+    Args:
+        channel_scale: In the zero-out phase the factor on the borrowed channel, which then decides
+            nothing; None in the others.
+        seed: Of the noise.
+        step: Optimiser step.
+        row_ids: ``(B,)`` rows, so that noise belongs to the row; None trains without noise.
+    """
+
+    channel_scale: float | None = None
+    seed: int = 0
+    step: int = 0
+    row_ids: Tensor | None = None
+
+
+class DMCAttention(HostAttention):
+    """Attention over slots that merge.
+
+    Args:
+        host_attention: The module to replace.
+        layer_idx: Its layer.
+        settings: The method.
+    """
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: DMC) -> None:
+        super().__init__(host_attention, layer_idx)
+        self.settings = settings
+
+    @torch.no_grad()
+    def zero_borrowed_rows(self) -> None:
+        """Clear the projection rows and biases of the borrowed channel, in every query and key head."""
+        for projection in (self.q_proj, self.k_proj):
+            projection.weight[self.head_dim - 1 :: self.head_dim] = 0
+            if projection.bias is not None:
+                projection.bias[self.head_dim - 1 :: self.head_dim] = 0
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Angles,
+        attention_mask: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        ledger: dict[int, Tensor] | None = None,
+        dmc_step: DMCStep | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend within the input, and over the cache where there is one.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            position_embeddings: Cosines and sines ``(B, T, D)``.
+            attention_mask: ``(B, past + T)`` padding mask.
+            past_key_values: The model's cache.
+            document_ids: ``(B, T)``, without a cache.
+            ledger: Receives this layer's decisions ``(B, H_kv, T)``, straight-through.
+            dmc_step: What training says; without it decisions are soft and noiseless in training
+                mode, hard in evaluation mode.
+        """
+        scale = None if dmc_step is None else dmc_step.channel_scale
+        query, key, value = self._project(hidden_states, scale)
+        documents = parallel_documents(document_ids, attention_mask)
+        if scale is not None:
+            query, key = self._rotate(query, position_embeddings, scale), self._rotate(key, position_embeddings, scale)
+            output, _lse = attention(
+                query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
+            )
+        elif past_key_values is None:
+            output, decisions = self._parallel(query, key, value, position_embeddings, documents, dmc_step)
+            if ledger is not None:
+                ledger[self.layer_idx] = decisions.straight_through()
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            assert isinstance(layer, DMCCacheLayer)
+            valid = valid_tokens(hidden_states, attention_mask)
+            output = self._serve(query, key, value, position_embeddings, valid, layer)
+        return self.project_out(output), None
+
+    def _project(self, hidden: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values; in the zero-out phase the borrowed channel shrinks before any norm.
+
+        Shrinking it *before* a query or key norm lets the norm adapt, so that zeroing the projection's
+        rows afterwards changes nothing (P18, T13).
+        """
+        query, key = self.split_heads(self.q_proj(hidden)), self.split_heads(self.k_proj(hidden))
+        if scale is not None:
+            query, key = self._scale_channel(query, scale), self._scale_channel(key, scale)
+        query, key = self.normalise(query, key)
+        return query, key, self.split_heads(self.v_proj(hidden))
+
+    def _scale_channel(self, heads: Tensor, scale: float) -> Tensor:
+        factors = torch.ones(self.head_dim, dtype=heads.dtype, device=heads.device)
+        factors[-1] = scale
+        return heads * factors
+
+    def _rotate(self, heads: Tensor, angles: Angles, scale: float = 0.0) -> Tensor:
+        """Rotate, then scale the borrowed channel again: its partner has leaked into it (P2)."""
+        return self._scale_channel(apply_rotary(heads, *angles), scale)
+
+    def _borrow(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Read the borrowed channel, then clear it.
+
+        Returns:
+            Query and key without it, decision logits and importances ``(B, H_kv, T)``.
+        """
+        bias = self.settings.init_bias
+        logits = at_least_float32(key[..., -1]) - bias
+        wish = at_least_float32(query[..., -1]).unflatten(1, (self.num_key_value_heads, -1)).mean(2)
+        importance = torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
+        return self._scale_channel(query, 0.0), self._scale_channel(key, 0.0), logits, importance
+
+    def _parallel(
+        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, documents: Tensor | None, step: DMCStep | None
+    ) -> tuple[Tensor, Decisions]:
+        """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
+        query, key, logits, importance = self._borrow(query, key)
+        never = _segment_starts(logits, documents)
+        temperature = self.settings.temperature if self.training else None
+        noise = None
+        if self.training and step is not None and step.row_ids is not None:
+            shape = (logits.shape[1], logits.shape[2])
+            noise = keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, shape)
+        decisions = decide(logits, never=never, temperature=temperature, noise=noise)
+        key, value = self._pool(key, value, decisions.values, importance)
+        output, _lse = attention(
+            self._rotate(query, angles),
+            self._rotate(key, angles),
+            value,
+            key_bias=_next_token(decisions.keep_bias()),
+            diagonal="open",
+            query_documents=documents,
+            key_documents=documents,
+            scale=self.scaling,
+        )
+        return output, decisions
+
+    def _pool(self, key: Tensor, value: Tensor, merge: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = pool_segments(torch.cat([key, value], -1), merge, importance, self.settings.window)
+        keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
+        return keys, values
+
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, valid: Tensor, layer: DMCCacheLayer
+    ) -> Tensor:
+        """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
+        query, key, logits, importance = self._borrow(query, key)
+        never = _segment_starts(logits, valid.long(), layer.is_open())
+        merge = decide(logits, never=never).values
+        pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance * valid[:, None])
+        keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
+        query, keys = self._rotate(query, angles), self._rotate(keys, angles)
+        if query.shape[2] == 1:
+            layer.write(keys, values, merge, valid)
+            return attend_store(query, layer.store, self.scaling)[0]
+        documents = valid.long()
+        bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
+        parts = [
+            attention(
+                query,
+                keys,
+                values,
+                key_bias=bias,
+                diagonal="open",
+                query_documents=documents,
+                key_documents=documents,
+                scale=self.scaling,
+            )
+        ]
+        if layer.seen:
+            parts.append(attend_store(query, layer.store, self.scaling, hide_last=merge[..., 0] > 0))
+        layer.write(keys, values, merge, valid)
+        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+
+
+def _next_token(values: Tensor) -> Tensor:
+    """What the following token says of each token ``(B, H, T)``; the last hears nothing (P4)."""
+    return torch.nn.functional.pad(values[..., 1:], (0, 1))
+
+
+def _segment_starts(logits: Tensor, documents: Tensor | None, is_open: Tensor | None = None) -> Tensor:
+    """Tokens that must append: the first of a document, padding, and what follows padding.
+
+    Args:
+        logits: ``(B, H_kv, T)``.
+        documents: ``(B, T)``, 0 for padding; None is one document.
+        is_open: ``(B, H_kv)`` heads whose cache holds a segment that the first token may join.
+
+    Returns:
+        ``(B, H_kv, T)``.
+    """
+    starts = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    if documents is not None:
+        starts[..., 1:] = (documents[:, 1:] != documents[:, :-1])[:, None]
+        starts |= (documents == 0)[:, None]
+    starts[..., 0] |= True if is_open is None else ~is_open
+    return starts

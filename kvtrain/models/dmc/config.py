@@ -1,0 +1,60 @@
+"""Settings of Dynamic Memory Compression (Nawrot et al. 2024, arXiv 2403.09636)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvtrain.models.method import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from kvtrain.models.dmc.cache import DMCCacheLayer
+
+
+@dataclass(frozen=True)
+class DMC(Method):
+    """Merge tokens into the slot before them, by decisions that each key-value head learns.
+
+    Args:
+        compression: Tokens per kept slot that training aims at, averaged over layers and heads
+            (section 3.2); at least 1.
+        window: Latest tokens of a segment that count in its mean (released code: 12).
+        temperature: Of the relaxed decisions while training (released code: 0.1).
+        init_bias: Subtracted from the decision channel and added to the importance channel, so that a
+            fresh retrofit merges next to nothing (released code: 5).
+        page_size: Slots in a page of the serving cache; 16 to 64 waste least (P27).
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "dmc"
+
+    compression: float = 4.0
+    window: int = 12
+    temperature: float = 0.1
+    init_bias: float = 5.0
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.compression < 1:
+            raise ValueError(f"compression must be at least 1 (tokens per slot), not {self.compression}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token, not {self.window}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}; 16 to 64 waste least")
+
+    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
+        """See ``Method.attention``."""
+        from kvtrain.models.dmc.attention import DMCAttention
+
+        return DMCAttention(host_attention, layer_idx, self)
+
+    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig") -> "DMCCacheLayer":
+        """See ``Method.cache_layer``."""
+        from kvtrain.models.dmc.cache import DMCCacheLayer
+
+        return DMCCacheLayer(host_config.num_key_value_heads, self.window, self.page_size)

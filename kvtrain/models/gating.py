@@ -1,0 +1,50 @@
+"""Binary decisions that can be trained: relaxed while training, hard when serving."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A logit that makes the sigmoid 0 in every dtype, without the NaN gradients of infinity.
+NEVER = -1e4
+
+
+class Decisions(NamedTuple):
+    """Decisions of one layer.
+
+    Attributes:
+        logits: ``(B, H_kv, T)`` after noise and temperature.
+        values: Probabilities of merging while training, 0 or 1 when hard.
+    """
+
+    logits: Tensor
+    values: Tensor
+
+    def keep_bias(self) -> Tensor:
+        """Attention bias ``log(1 - decision)`` of each token, soft or hard, ``(B, H_kv, T)``."""
+        return torch.nn.functional.logsigmoid(-self.logits)
+
+    def straight_through(self) -> Tensor:
+        """Hard decisions forward, gradient of the soft ones."""
+        hard = (self.values > 0.5).to(self.values.dtype)
+        return hard + self.values - self.values.detach()
+
+
+def decide(
+    logits: Tensor, *, never: Tensor, temperature: float | None = None, noise: Tensor | None = None
+) -> Decisions:
+    """Turn logits into decisions, in at least float32.
+
+    Args:
+        logits: ``(B, H_kv, T)``; positive decides.
+        never: ``(B, 1 or H_kv, T)`` tokens that must not decide (document starts, padding).
+        temperature: Of the relaxation; None decides hard.
+        noise: Logistic noise ``(B, H_kv, T)``, added before the temperature.
+    """
+    if temperature is None:
+        hard = (logits > 0) & ~never
+        return Decisions(torch.where(hard, float("inf"), NEVER).to(logits.dtype), hard.to(logits.dtype))
+    if noise is not None:
+        logits = logits + noise
+    relaxed = (logits / temperature).masked_fill(never, NEVER)
+    return Decisions(relaxed, torch.sigmoid(relaxed))

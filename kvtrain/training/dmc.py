@@ -1,0 +1,114 @@
+"""Retrofitting Dynamic Memory Compression (Nawrot et al. 2024, section 3 and the released recipe)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtrain.data.packing import Batch
+from kvtrain.losses.compression import compression_hinge, merged_fraction
+from kvtrain.models.dmc import DMC
+from kvtrain.models.dmc.attention import DMCAttention, DMCStep
+from kvtrain.training.retrofit import RetrofitModule
+from kvtrain.training.schedules import Phase, Place
+
+ZERO_OUT, RETROFIT, FINETUNE = "zero_out", "retrofit", "finetune"
+_ORDER = (ZERO_OUT, RETROFIT, FINETUNE)
+# The borrowed channel is gone after this share of the zero-out phase; the rest lets the model settle.
+_ZERO_OUT_SHARE = 0.8
+
+
+class DMCModule(RetrofitModule):
+    """Three phases: ``zero_out`` frees a channel, ``retrofit`` ramps the target, ``finetune`` holds it.
+
+    Args:
+        base: Folder, Hub id or ``kvtrain:tiny``.
+        method: DMC's settings.
+        base_config: Configuration file of the base, for estimates where its weights are not at hand.
+        **training: See ``TrainingModule``; phases carry the three names, in that order, each at most once.
+
+    Raises:
+        ValueError: Phases of other names or in another order.
+    """
+
+    method: DMC
+
+    def __init__(self, base: str, method: DMC | None = None, base_config: str | None = None, **training: Any) -> None:
+        super().__init__(base, method or DMC(), base_config, **training)
+        names = [phase.name for phase in self.schedule.phases]
+        if names != [name for name in _ORDER if name in names]:
+            raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
+
+    def channel_scale(self, place: Place) -> float | None:
+        """Factor on the borrowed channel: from 1 to 0 in the zero-out phase, None afterwards."""
+        if place.phase.name != ZERO_OUT:
+            return None
+        return max(0.0, 1.0 - place.step / (_ZERO_OUT_SHARE * place.phase.steps))
+
+    def target(self, place: Place) -> float:
+        """Compression aimed at: 1 before the retrofit, linear in it, the method's own after it."""
+        if place.phase.name == ZERO_OUT:
+            return 1.0
+        if place.phase.name == FINETUNE:
+            return self.method.compression
+        return 1.0 + (self.method.compression - 1.0) * (place.step + 1) / place.phase.steps
+
+    def model_arguments(self, batch: Batch) -> dict[str, Any]:
+        """Phase, noise key and a ledger for the decisions."""
+        scale = self.channel_scale(self.place())
+        step = DMCStep(scale, self.seed, self.global_step, batch["row_ids"])
+        return {**super().model_arguments(batch), "dmc_step": step, "ledger": {}}
+
+    def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
+        """The compression hinge."""
+        place = self.place()
+        fractions = self._fractions(batch, arguments)
+        if fractions is None:
+            return None
+        self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
+        self.log("compression_target", self.target(place), prog_bar=True)
+        return compression_hinge(fractions, self.target(place))
+
+    def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
+        ledger: dict[int, Tensor] = arguments["ledger"]
+        if not ledger:
+            return None
+        documents = batch["document_ids"]
+        counted = documents > 0
+        counted[:, 1:] &= documents[:, 1:] == documents[:, :-1]
+        counted[:, 0] = False
+        return merged_fraction(ledger.values(), counted)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        super().on_validation_epoch_start()
+        self._validation_fractions: list[Tensor] = []
+
+    def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
+        """Collect what hard decisions merge in the held-out rows."""
+        fractions = self._fractions(batch, arguments)
+        if fractions is not None:
+            self._validation_fractions.append(fractions)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out compression with the perplexity."""
+        super().on_validation_epoch_end()
+        if self._validation_fractions:
+            mean = self.trainer.strategy.reduce(torch.cat(self._validation_fractions).mean(), reduce_op="mean")
+            self.log("val_compression", 1 / (1 - mean), prog_bar=True)
+
+    def on_train_start(self) -> None:
+        """A recipe without zero-out starts with the borrowed rows cleared."""
+        if self.global_step == 0 and self.schedule.phases[0].name != ZERO_OUT:
+            self._zero_borrowed_rows()
+
+    def begin_phase(self, phase: Phase) -> None:
+        """Clear the optimiser; after zero-out, clear the rows that the channel no longer needs."""
+        super().begin_phase(phase)
+        if self.schedule.phases[self.place().index - 1].name == ZERO_OUT:
+            self._zero_borrowed_rows()
+
+    def _zero_borrowed_rows(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, DMCAttention):
+                module.zero_borrowed_rows()
