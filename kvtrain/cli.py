@@ -1,7 +1,360 @@
+"""The one door: ``kvtrain <command>``. Every command imports its own room only when it is called."""
+
+import argparse
+import json
+import os
+import re
 import sys
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvtrain.mistakes import UsageError, raised_by_kvtrain, unknown
+from kvtrain_cli import quick_answer
+
+DEBUG = "KVTRAIN_DEBUG"
+_USAGE_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 2, 130
+_PAGE_WIDTH = 100
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def parse_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Parse; a misspelt option is named before what is missing because of it."""
+        known = {string for action in self._actions for string in action.option_strings}
+        for word in words:
+            if word.startswith("--") and word.split("=")[0] not in known:
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_args(words)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(self._explain(message))
+
+    def _explain(self, message: str) -> str:
+        if match := re.search(r"unrecognized arguments: (\S+)", message):
+            word = match[1].split("=")[0]
+            options = [string for action in self._actions for string in action.option_strings]
+            if word.startswith("-"):
+                return unknown("option", word, options, f"See {self.prog} --help")
+            return f"unexpected word '{word}'. See {self.prog} --help"
+        if match := re.search(r"argument (\S+): invalid (\w+) value: (.*)", message):
+            kind = {"int": "an integer", "float": "a number"}.get(match[2], match[2])
+            return f"{match[1]}: expected {kind}, got {match[3]}"
+        if match := re.search(r"argument (\S+): expected (?:at least )?one argument", message):
+            return f"option '{match[1]}' needs a value"
+        if match := re.search(r"arguments are required: (.*)", message):
+            return f"{match[1]} is missing. See {self.prog} --help"
+        return message
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        summary: Its line in ``kvtrain --help``.
+        run: What it does with the rest of the command line.
+        add_arguments: Declares its options; None where its options are those of a recipe.
+    """
+
+    summary: str
+    run: Callable[[list[str]], None]
+    add_arguments: Callable[[Parser], None] | None = None
+
+
+def build_parser(name: str) -> Parser:
+    """The parser of a command that has one of its own."""
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"kvtrain {name}",
+        description=f"{command.summary}.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=_PAGE_WIDTH),
+    )
+    assert command.add_arguments is not None
+    command.add_arguments(parser)
+    return parser
+
+
+def command_page() -> str:
+    """The page of ``kvtrain --help``."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: kvtrain <command> [options]",
+            "",
+            "Train, retrofit and serve language models whose KV cache is small by construction.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "kvtrain <command> --help says more, kvtrain --version the version.",
+            f"{DEBUG}=1 in the environment shows the traceback of every error.",
+            "",
+        ]
+    )
+
+
+def _fit(arguments: list[str]) -> None:
     from kvtrain.training.cli import main as run
-    run(argv)
+
+    run("fit", arguments)
+
+
+def _validate(arguments: list[str]) -> None:
+    from kvtrain.training.cli import main as run
+
+    run("validate", arguments)
+
+
+def _recipes(arguments: list[str]) -> None:
+    build_parser("recipes").parse_args(arguments)
+    from kvtrain.recipes import list_recipes, shown
+
+    rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
+    _print_table(("recipe", "purpose", "scale", "hardware"), rows)
+
+
+def _estimate_arguments(parser: Parser) -> None:
+    parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.epilog = "Any setting of the recipe can be changed as with kvtrain fit: --data.batch_size 4."
+
+
+def _estimate(arguments: list[str]) -> None:
+    asked, overrides = build_parser("estimate").parse_known_args(arguments)
+    from kvtrain.training.cli import read_recipe
+    from kvtrain.training.estimate import estimate, table_rows
+
+    module, data, trainer = read_recipe([*(f"--config={path}" for path in asked.config), *overrides])
+    figures = estimate(
+        module,
+        batch_size=getattr(data, "batch_size", 1),
+        sequence_length=getattr(data, "sequence_length", 1),
+        precision=trainer.get("precision"),
+    )
+    if asked.json:
+        print(json.dumps(figures.to_dict(), indent=1))
+    else:
+        _print_table(("", "one device, unsharded"), table_rows(figures))
+
+
+def _prepare_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        required=True,
+        help="jsonl, parquet or txt file, a folder of them, hf:org/name, stdlib or heldout; may be repeated",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="folder, Hub id or kvtrain:tiny; with --train-tokenizer the folder where the new one goes",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the shards")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="field that holds the text (text)")
+    parser.add_argument("--split", default="train", help="split of Hub datasets (train)")
+    parser.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="first train a byte-level BPE of this vocabulary"
+    )
+
+
+def _prepare(arguments: list[str]) -> None:
+    asked = build_parser("prepare").parse_args(arguments)
+    from kvtrain.data.corpus import read_corpus
+    from kvtrain.data.prepare import prepare_corpus
+    from kvtrain.data.tokenizer import load_tokenizer, train_tokenizer
+
+    if asked.train_tokenizer is None:
+        tokenizer = load_tokenizer(asked.tokenizer)
+    else:
+        folder = Path(asked.tokenizer)
+        if folder.exists():
+            raise UsageError(f"{folder} exists already; --train-tokenizer writes a new folder")
+        texts = (
+            document.text
+            for corpus in asked.corpus
+            for document in read_corpus(corpus, text_column=asked.text_column, split=asked.split)
+        )
+        tokenizer = train_tokenizer(texts, asked.train_tokenizer, folder)
+    manifest = prepare_corpus(
+        asked.corpus, tokenizer, Path(asked.output), text_column=asked.text_column, split=asked.split
+    )
+    print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+
+
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
+    parser.add_argument("output", metavar="OUT", help="new folder for the Hugging Face checkpoint")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="also upload it to this Hub repository")
+    parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
+
+
+def _export(arguments: list[str]) -> None:
+    asked = build_parser("export").parse_args(arguments)
+    if asked.private and not asked.push_to:
+        raise UsageError("--private says something about --push-to, which is missing")
+    from kvtrain.export.hf import export_run
+
+    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private))
+
+
+def _generate_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
+    parser.add_argument("--prompt", required=True, help="text to go on from")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample from this share of the mass (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
+
+
+def _generate(arguments: list[str]) -> None:
+    asked = build_parser("generate").parse_args(arguments)
+    from kvtrain.inference.generate import generate_text
+
+    generation = generate_text(
+        asked.model,
+        asked.prompt,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=asked.seed,
+    )
+    print(generation.text)
+    print(generation.facts(), file=sys.stderr)
+
+
+def _eval_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="such as perplexity, separated by commas")
+    parser.add_argument("--corpus", default="heldout", help="text to measure on, as with kvtrain prepare (heldout)")
+    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens a row (1024)")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N rows alone")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+
+
+def _eval(arguments: list[str]) -> None:
+    asked = build_parser("eval").parse_args(arguments)
+    from kvtrain.evaluation.evaluate import run_tasks
+
+    tasks = [task.strip() for task in asked.tasks.split(",") if task.strip()]
+    rows = run_tasks(asked.model, tasks, corpus=asked.corpus, sequence_length=asked.sequence_length, limit=asked.limit)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    _print_table(columns, [[_cell(row.get(column)) for column in columns] for row in rows])
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
+    parser.add_argument("--output", metavar="DIR", help="where the pictures go (the run folder)")
+
+
+def _report(arguments: list[str]) -> None:
+    asked = build_parser("report").parse_args(arguments)
+    from kvtrain.evaluation.report import report_run
+
+    for path in report_run(Path(asked.run), Path(asked.output) if asked.output else None):
+        print(path)
+
+
+def _no_arguments(parser: Parser) -> None:
+    """A command without options."""
+
+
+COMMANDS = {
+    "fit": Command("Train what a recipe describes, or go on with a run", _fit),
+    "validate": Command("Measure a recipe's model on its held-out text", _validate),
+    "recipes": Command("List the recipes with purpose, scale and hardware", _recipes, _no_arguments),
+    "estimate": Command("Say what a recipe needs, without allocating a weight", _estimate, _estimate_arguments),
+    "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
+    "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),
+    "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),
+    "eval": Command("Measure a model: a table, and JSON", _eval, _eval_arguments),
+    "report": Command("Draw a run: loss, compression, held-out figures", _report, _report_arguments),
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: What follows ``kvtrain``; None takes it from the process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the caller, 130 when interrupted, 143 after a SIGTERM.
+
+    Raises:
+        Exception: Whatever is no mistake of the caller keeps its traceback.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    answer = quick_answer(arguments)
+    if answer is not None:
+        print(answer, end="")
+        return 0 if arguments else _USAGE_EXIT_CODE
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as interruption:
+        return _complain(str(interruption) or "interrupted", _INTERRUPTED_EXIT_CODE)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG) or not _is_mistake(error):
+            raise
+        return _complain(f"error: {_line(error)}", _USAGE_EXIT_CODE)
+
+
+def _run(arguments: list[str]) -> int:
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise UsageError(unknown("command", name, COMMANDS, "See kvtrain --help"))
+    COMMANDS[name].run(rest)
+    return 0
+
+
+def _complain(line: str, exit_code: int) -> int:
+    print(f"kvtrain: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _is_mistake(error: ValueError | OSError) -> bool:
+    """Whether kvtrain itself refused something, or a file could not be had; the rest are defects."""
+    if isinstance(error, OSError):
+        return error.filename is not None
+    return isinstance(error, UsageError) or raised_by_kvtrain(error)
+
+
+def _line(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

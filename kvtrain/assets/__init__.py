@@ -18,8 +18,8 @@ def resolve(name: str) -> str:
     """
     if not name.startswith(PREFIX):
         return name
-    folder = ASSETS / name.removeprefix(PREFIX)
-    if not folder.is_dir() or folder.parent != ASSETS:
-        carried = sorted(f"{PREFIX}{path.parent.name}" for path in ASSETS.glob("*/tokenizer.json"))
-        raise ValueError(f"the package carries no model {name!r}; it has {', '.join(carried)}")
-    return str(folder)
+    carried = sorted(path.parent.name for path in ASSETS.glob("*/tokenizer.json"))
+    if name.removeprefix(PREFIX) not in carried:
+        known = ", ".join(PREFIX + folder for folder in carried)
+        raise ValueError(f"the package carries no model {name!r}; it has {known}")
+    return str(ASSETS / name.removeprefix(PREFIX))

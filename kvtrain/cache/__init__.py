@@ -1,0 +1,1 @@
+"""Where keys and values live: one ragged paged store, and the base of every cache."""

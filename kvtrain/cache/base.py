@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class KVCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class KVCacheLayer(CacheLayerMixin):
     """One layer's state. All of it is per row and lives here, never on modules.
 
     Attributes:
@@ -16,7 +16,7 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
 
     @abstractmethod
@@ -64,13 +64,13 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.select_rows(beam_idx)
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache):
     """A model's cache: one ``KVCacheLayer`` a layer. ``model.make_cache()`` builds it."""
 
-    layers: list[KVCacheLayer]
+    layers: list[KVCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, layers: list[KVCacheLayer]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=list(layers))
 
     def kv_bytes(self) -> int:
         """Bytes really allocated, over all layers."""

@@ -5,17 +5,19 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvtrain.assets import HELDOUT
+from kvtrain.data.hub import HUB_PREFIX, first_line, hub_rows
+from kvtrain.data.shards import MANIFEST
 
 STDLIB = "stdlib"
 HELDOUT_NAME = "heldout"
-HUB_PREFIX = "hf:"
 
 # Tests repeat themselves, character tables are no text, and build records differ from machine to machine.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "ensurepip"}
 _STDLIB_HELDOUT_SHARE = 16
+_PARQUET_BATCH_ROWS = 256
 
 
 class Document(NamedTuple):
@@ -58,7 +60,9 @@ def corpus_files(corpus: str) -> list[Path]:
     """
     root = Path(corpus)
     if root.is_dir():
-        files = sorted(path for path in root.rglob("*") if path.suffix in _READERS)
+        if (root / MANIFEST).is_file():
+            raise ValueError(f"{corpus}: a folder of tokens, not of text; give it as the only corpus")
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _READERS and not path.is_dir())
         if not files:
             raise ValueError(f"{corpus}: the folder holds no {', '.join(_READERS)} file")
         return files
@@ -67,8 +71,9 @@ def corpus_files(corpus: str) -> list[Path]:
             f"{corpus}: no such file or folder; a corpus is a path, '{HUB_PREFIX}org/name', "
             f"'{STDLIB}' or '{HELDOUT_NAME}'"
         )
-    if root.suffix not in _READERS:
-        raise ValueError(f"{corpus}: cannot read {root.suffix!r} files; convert to {', '.join(_READERS)}")
+    if root.suffix.lower() not in _READERS:
+        kind = f"{root.suffix!r} files" if root.suffix else "a file without an extension"
+        raise ValueError(f"{corpus}: cannot read {kind}; convert to {', '.join(_READERS)}")
     return [root]
 
 
@@ -77,15 +82,22 @@ def stdlib_documents(*, heldout: bool) -> Iterator[Document]:
 
     The split is by a hash of the top-level module's name, so that it is the same for every Python.
     """
+    for path, name in stdlib_files(heldout=heldout):
+        text = path.read_bytes().decode("utf-8", errors="replace").strip()
+        if text:
+            yield Document(text, f"stdlib/{name}")
+
+
+def stdlib_files(*, heldout: bool) -> list[tuple[Path, str]]:
+    """Files behind ``stdlib_documents`` and their names inside the library, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         skipped = _STDLIB_SKIPPED & set(relative.parts) or relative.name.startswith("_sysconfigdata")
-        if skipped or is_heldout_module(relative.parts[0]) != heldout:
-            continue
-        text = path.read_bytes().decode("utf-8", errors="replace").strip()
-        if text:
-            yield Document(text, f"stdlib/{relative.as_posix()}")
+        if not skipped and is_heldout_module(relative.parts[0]) == heldout:
+            files.append((path, relative.as_posix()))
+    return files
 
 
 def is_heldout_module(name: str) -> bool:
@@ -110,41 +122,46 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
                 continue
             source = f"{path} row {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{source}: not UTF-8 text; convert it first") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{source}: not JSON ({error.msg}, column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+                raise ValueError(f"{source}: not JSON that can be read ({first_line(error)})") from error
             yield _document(row, text_column, source)
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
     import pyarrow
+
+    number = 0
+    try:
+        for value in _parquet_values(path, text_column):
+            number += 1
+            text = value.as_py()  # one by one, so that text which is not UTF-8 has a row
+            yield _document({text_column: text}, text_column, f"{path} row {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} row {number}: not UTF-8 text; convert it first") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        place = f"{path} after row {number}" if number else str(path)
+        raise ValueError(f"{place}: not a readable parquet file ({first_line(error)})") from error
+
+
+def _parquet_values(path: Path, text_column: str) -> Iterator[Any]:
+    """Scalars of one column, a few rows in memory at a time."""
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    names = file.schema_arrow.names
-    if text_column not in names:
-        raise ValueError(_missing_column(str(path), text_column, names))
-    number = 0
-    for batch in file.iter_batches(columns=[text_column]):
-        for value in batch.column(0).to_pylist():
-            number += 1
-            yield _document({text_column: value}, text_column, f"{path} row {number}")
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if text_column not in names:
+            raise ValueError(_missing_column(str(path), text_column, names))
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_column]):
+            yield from batch.column(0)
 
 
 def _read_hub(name: str, text_column: str, split: str) -> Iterator[Document]:
-    import datasets
-
-    repository, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
-    except Exception as error:  # the library raises a dozen unrelated types for "cannot be had"
-        raise ValueError(f"{HUB_PREFIX}{name}: cannot open split {split!r} ({_first_line(error)})") from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(hub_rows(name, split), 1):
         yield _document(row, text_column, f"{HUB_PREFIX}{name} row {number}")
 
 
@@ -156,6 +173,10 @@ def _document(row: object, text_column: str, source: str) -> Document:
     text = row[text_column]
     if not isinstance(text, str):
         raise ValueError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source}: field {text_column!r} holds half a surrogate pair, not text") from error
     return Document(text, source)
 
 
@@ -163,12 +184,11 @@ def _missing_column(source: str, text_column: str, names: list[str]) -> str:
     return f"{source}: no column {text_column!r}; set text_column to one of {', '.join(map(repr, names))}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _read_file(path: Path, text_column: str) -> Iterator[Document]:
-    return _READERS[path.suffix](path, text_column)
+    try:
+        yield from _READERS[path.suffix.lower()](path, text_column)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {

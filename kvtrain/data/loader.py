@@ -1,5 +1,6 @@
 """A sized, seeded, shuffled loader whose place is a number, so that resuming is exact."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ class PackedLoader:
 
     def __len__(self) -> int:
         if self.seed is None:
-            return -(-self._num_rows // (self.batch_size * self.world_size))
+            return math.ceil(self._num_rows / (self.batch_size * self.world_size))
         return self._windows * self.window
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,8 +88,20 @@ class PackedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from; Lightning stores it in every checkpoint."""
-        return {"epoch": self.epoch, "cursor": self.cursor}
+        return {"epoch": self.epoch, "cursor": self.cursor, "rows_per_batch": self.batch_size * self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly there."""
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        """Go on exactly there, also with other batch or world sizes where their optimiser windows meet.
+
+        Raises:
+            ValueError: The place lies inside a window of this loader.
+        """
+        size = self.batch_size * self.world_size
+        old_size = state.get("rows_per_batch", size)
+        rows = state["cursor"] * old_size
+        if old_size != size and rows % (size * self.window):
+            raise ValueError(
+                f"cannot resume {rows} rows into the epoch with {size * self.window} rows per step; "
+                f"resume with {old_size} rows per batch over all ranks, as before"
+            )
+        self.epoch, self.cursor = state["epoch"], rows // size

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from kvtrain.data.loader import PackedLoader
 from kvtrain.data.packing import PackedRows
-from kvtrain.data.prepare import corpus_fingerprint, prepare_corpus
+from kvtrain.data.prepare import corpus_fingerprint, prepare_once, tokenizer_digest
 from kvtrain.data.shards import MANIFEST, TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
 
@@ -21,7 +21,7 @@ class PackedDataModule(pl.LightningDataModule):
     """Packed rows for training and validation.
 
     Args:
-        tokenizer: Folder, Hub id or ``kvtrain:tiny``.
+        tokenizer: Folder, Hub id or ``kvtrain:tiny``; None, with prepared folders alone, trusts that they fit.
         corpus: Training text: a corpus or a list of them (``kvtrain.data.corpus``), or one folder that
             ``kvtrain prepare`` wrote.
         validation_corpus: Held-out text, likewise.
@@ -33,12 +33,13 @@ class PackedDataModule(pl.LightningDataModule):
         cache_dir: Where tokenised corpora are kept; None is ``$KVTRAIN_CACHE`` or ``~/.cache/kvtrain``.
 
     Raises:
-        ValueError: A size is not positive, or a corpus cannot be read.
+        ValueError: A size is not positive, a corpus cannot be read, or a prepared folder belongs to
+            another tokenizer.
     """
 
     def __init__(
         self,
-        tokenizer: str = "kvtrain:tiny",
+        tokenizer: str | None = "kvtrain:tiny",
         corpus: str | list[str] = "stdlib",
         validation_corpus: str | list[str] = "heldout",
         sequence_length: int = 1024,
@@ -54,9 +55,7 @@ class PackedDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, not {size}")
         self.tokenizer_name = tokenizer
         self.corpora = [corpus] if isinstance(corpus, str) else corpus
-        self.validation_corpora = (
-            [validation_corpus] if isinstance(validation_corpus, str) else validation_corpus
-        )
+        self.validation_corpora = [validation_corpus] if isinstance(validation_corpus, str) else validation_corpus
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.validation_rows, self.text_column = validation_rows, text_column
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
@@ -93,14 +92,28 @@ class PackedDataModule(pl.LightningDataModule):
         """Packed rows of some corpora, tokenised first if need be."""
         key = "\n".join(corpora)
         if key not in self._rows:
-            self._rows[key] = PackedRows(TokenShards(self._shard_folder(corpora)), self.sequence_length)
+            shards = TokenShards(self._shard_folder(corpora))
+            self._check_tokenizer(shards)
+            self._rows[key] = PackedRows(shards, self.sequence_length)
         return self._rows[key]
 
     def _shard_folder(self, corpora: list[str]) -> Path:
         if len(corpora) == 1 and (Path(corpora[0]) / MANIFEST).is_file():
             return Path(corpora[0])
+        if self.tokenizer_name is None:
+            raise ValueError(f"{', '.join(corpora)}: text needs a tokenizer; set one, or give a prepared folder")
         tokenizer = load_tokenizer(self.tokenizer_name)
         folder = self.cache_dir / corpus_fingerprint(corpora, tokenizer, self.text_column, "train")
-        if not (folder / MANIFEST).is_file():
-            prepare_corpus(corpora, tokenizer, folder, text_column=self.text_column)
+        prepare_once(corpora, tokenizer, folder, text_column=self.text_column)
         return folder
+
+    def _check_tokenizer(self, shards: TokenShards) -> None:
+        """Tokens of another vocabulary are numbers without meaning; refuse them where both sides are known."""
+        written_by = shards.manifest.tokenizer_sha256
+        if self.tokenizer_name is None or not written_by:
+            return
+        if written_by != tokenizer_digest(load_tokenizer(self.tokenizer_name)):
+            raise ValueError(
+                f"{shards.folder}: written with another tokenizer than {self.tokenizer_name!r}; "
+                "name the one that prepared it, or prepare the corpus again"
+            )

@@ -49,10 +49,19 @@ class PackedRows:
         return tokens - 1 - np.bincount(inner // length, minlength=num_rows)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Read rows into tensors ``(B, T)``: ``input_ids, position_ids, document_ids, labels``, and ``row_ids (B,)``."""
-        parts = [self._row(int(row)) for row in rows]
+        """Read rows, possibly none.
+
+        Args:
+            rows: Row numbers ``(B,)``.
+
+        Returns:
+            ``input_ids``, ``position_ids``, ``document_ids`` and ``labels``, each ``(B, T)``, and ``row_ids (B,)``.
+        """
+        columns = np.empty((4, len(rows), self.sequence_length), dtype=np.int64)
+        for place, row in enumerate(rows):
+            columns[:, place] = self._row(int(row))
         names = ("input_ids", "position_ids", "document_ids", "labels")
-        batch = {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+        batch = dict(zip(names, torch.from_numpy(columns), strict=True))
         batch["row_ids"] = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return batch
 

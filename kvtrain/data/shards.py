@@ -1,7 +1,8 @@
 """Token shards on disk: memory-mapped ids and where each document starts.
 
 A folder holds ``tokens-00000.npy`` (unsigned ids), ``starts-00000.npy`` (int64 offsets of document
-starts in that shard) and, written last, ``manifest.json``. A folder without a manifest is unfinished.
+starts in that shard; a very long document goes on in the next one without a start) and, written last,
+``manifest.json``. A folder without a manifest is unfinished.
 """
 
 import json
@@ -42,7 +43,7 @@ class ShardWriter:
     Args:
         folder: Where the files go.
         vocab_size: Ids must be below it; it also chooses 16 or 32 bits a token.
-        shard_tokens: Tokens after which a shard is closed (at the end of a document).
+        shard_tokens: Tokens after which a shard is closed, at the end of a document or of a piece of one.
     """
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int = 1 << 26) -> None:
@@ -50,39 +51,46 @@ class ShardWriter:
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.sizes: list[int] = []
         self.num_documents = self.num_bytes = 0
-        self._documents: list[TokenArray] = []
+        self._pieces: list[TokenArray] = []
+        self._starts: list[int] = []
         self._pending = 0
 
-    def add(self, ids: list[int], num_bytes: int, source: str) -> None:
-        """Append one document.
+    def add(self, ids: list[int], num_bytes: int, source: str, *, starts: bool = True) -> None:
+        """Append a document, or a piece of a long one.
+
+        Args:
+            ids: Token ids.
+            num_bytes: Bytes of text behind them.
+            source: Where the text came from, for messages.
+            starts: Whether a document starts here; if not, the last one goes on.
 
         Raises:
             ValueError: An id lies outside the vocabulary.
         """
-        document = np.asarray(ids, dtype=np.int64)
-        if document.size and (document.max() >= self.vocab_size or document.min() < 0):
-            wrong = int(document.max()) if document.max() >= self.vocab_size else int(document.min())
+        piece = np.asarray(ids, dtype=np.int64)
+        if not piece.size:
+            return
+        wrong = int(piece.min()) if piece.min() < 0 else int(piece.max())
+        if not 0 <= wrong < self.vocab_size:
             raise ValueError(
                 f"{source}: token id {wrong} lies outside the vocabulary of {self.vocab_size}; "
                 "the tokenizer does not belong to this model"
             )
-        if not document.size:
-            return
-        self._documents.append(document.astype(self.dtype))
-        self._pending += document.size
-        self.num_documents += 1
+        if starts:
+            self._starts.append(self._pending)
+            self.num_documents += 1
+        self._pieces.append(piece.astype(self.dtype))
+        self._pending += piece.size
         self.num_bytes += num_bytes
         if self._pending >= self.shard_tokens:
             self._close_shard()
 
     def _close_shard(self) -> None:
         number = len(self.sizes)
-        lengths = [document.size for document in self._documents]
-        starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
-        np.save(self.folder / f"tokens-{number:05d}.npy", np.concatenate(self._documents))
-        np.save(self.folder / f"starts-{number:05d}.npy", starts)
+        np.save(self.folder / f"tokens-{number:05d}.npy", np.concatenate(self._pieces))
+        np.save(self.folder / f"starts-{number:05d}.npy", np.asarray(self._starts, dtype=np.int64))
         self.sizes.append(self._pending)
-        self._documents, self._pending = [], 0
+        self._pieces, self._starts, self._pending = [], [], 0
 
     def finish(self, tokenizer_sha256: str) -> Manifest:
         """Close the last shard and write the manifest.
@@ -120,7 +128,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o755)
         temporary.rename(target)
     except OSError as error:
-        raise ValueError(f"{target}: writing failed ({error.strerror}); nothing was kept") from error
+        reason = error.strerror or str(error)  # NumPy reports a short write without an error number
+        raise ValueError(f"{target}: writing failed ({reason}); nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -138,24 +147,41 @@ class TokenShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            fields = json.loads((folder / MANIFEST).read_text())
-            self.manifest = Manifest(**fields)
-        except FileNotFoundError as error:
+            self.manifest = _parse_manifest(folder, (folder / MANIFEST).read_bytes())
+        except OSError as error:
             raise ValueError(f"{folder}: no {MANIFEST}; write the folder with `kvtrain prepare`") from error
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder}/{MANIFEST}: damaged ({error}); prepare the corpus again") from error
-        if self.manifest.version != FORMAT_VERSION:
-            raise ValueError(f"{folder}: format {self.manifest.version}, this kvtrain reads {FORMAT_VERSION}")
         self.tokens = [self._open("tokens", number) for number in range(len(self.manifest.shards))]
         self.starts = [self._open("starts", number) for number in range(len(self.manifest.shards))]
-        for number, (tokens, size) in enumerate(zip(self.tokens, self.manifest.shards, strict=True)):
-            if tokens.size != size:
-                raise ValueError(f"{folder}: shard {number} has {tokens.size} tokens, not {size}; prepare again")
+        for number, size in enumerate(self.manifest.shards):
+            self._check(number, size)
 
     def _open(self, kind: str, number: int) -> TokenArray:
         path = self.folder / f"{kind}-{number:05d}.npy"
         try:
             array: TokenArray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ValueError(f"{path}: missing or damaged; prepare the corpus again") from error
         return array
+
+    def _check(self, number: int, size: int) -> None:
+        """Sizes and document starts; ids are not read, that would take as long as the file is large."""
+        tokens, starts = self.tokens[number], self.starts[number]
+        if tokens.shape != (size,) or tokens.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"{self.folder}: shard {number} has {tokens.size} tokens, not {size}; prepare it again")
+        ordered = starts.ndim == 1 and starts.dtype == np.int64 and bool((np.diff(starts) > 0).all())
+        if not ordered or (starts.size and not (starts[0] >= 0 and starts[-1] < size)):
+            raise ValueError(f"{self.folder}: shard {number} has damaged document starts; prepare it again")
+
+
+def _parse_manifest(folder: Path, data: bytes) -> Manifest:
+    try:
+        fields = json.loads(data)
+        version = fields.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{folder}: format {version}, this kvtrain reads {FORMAT_VERSION}; prepare it again")
+        manifest = Manifest(**fields)
+        if not manifest.shards or sum(manifest.shards) != manifest.num_tokens or min(manifest.shards) < 1:
+            raise TypeError("the shards do not add up")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/{MANIFEST}: damaged ({error}); prepare the corpus again") from error
+    return manifest

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtrain.assets import resolve
+from kvtrain.data.hub import first_line, why_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,17 +20,24 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     Raises:
         ValueError: There is none, or it is not a fast one.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = resolve(name)
+    local = Path(path).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["unknown reason"])[0]
-        raise ValueError(f"no tokenizer at {name!r} ({reason})") from error
-    if not tokenizer.is_fast:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local or why_unreachable() is not None)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ValueError(f"no tokenizer at {name!r} ({_reason(error, local)})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{name!r} has no fast tokenizer; convert it with transformers first")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
+
+
+def _reason(error: Exception, local: bool) -> str:
+    unreachable = None if local else why_unreachable()
+    if unreachable is None:
+        return first_line(error)
+    return f"no such folder, nothing in the Hub's cache, and the Hub cannot be reached: {unreachable}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> "PreTrainedTokenizerFast":

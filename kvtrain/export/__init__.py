@@ -1,0 +1,1 @@
+"""A trained run becomes a Hugging Face folder."""

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvtrain.data.shards import new_folder
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.card import model_card
-from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofitted_class
 
-EXPORT_KEY = "kvtrain_export"
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -37,8 +36,9 @@ def export_run(
         ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
     """
     checkpoint = read_checkpoint(checkpoint_path(run))
-    model = rebuild_model(checkpoint).to(_dtype(dtype))
-    settings = json.loads(checkpoint[EXPORT_KEY])
+    model = rebuild_model(checkpoint)
+    torch.nn.Module.to(model, dtype=_dtype(dtype))
+    settings = json.loads(checkpoint[CHECKPOINT_KEY])
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if settings["tokenizer"]:
@@ -73,14 +73,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle and zip readers raise a dozen unrelated types
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if EXPORT_KEY not in checkpoint:
+    if CHECKPOINT_KEY not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of `kvtrain fit`")
     return checkpoint
 
 
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
     """The trained model: a retrofitted one, or the plain host where the method is ``Full``."""
-    config = KVTrainConfig.from_dict(json.loads(checkpoint[EXPORT_KEY])["config"])
+    config = KVTrainConfig.from_dict(json.loads(checkpoint[CHECKPOINT_KEY])["config"])
     plain = isinstance(config.method, Full)
     if plain:
         host_config = config.host_config
@@ -89,7 +89,8 @@ def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
     else:
         model = retrofitted_class(config.host_config)(config)
     model.load_state_dict(model_weights(checkpoint))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Opening a model and generating with it."""

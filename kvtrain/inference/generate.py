@@ -84,7 +84,7 @@ def generate_text(
     seconds = time.perf_counter() - began
     new = output[len(ids) :]
     return Generation(
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
         new_tokens=len(new),
         seconds=seconds,
         seen_tokens=cache.get_seq_length(),

@@ -19,7 +19,7 @@ def load(name: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: There is no model there.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(name), **kwargs)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(resolve(name), **kwargs)
     except OSError as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]
         raise ValueError(f"no model at {name!r} ({reason})") from error

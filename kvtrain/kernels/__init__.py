@@ -1,0 +1,1 @@
+"""How the mathematics runs: one file an operation, a plain-torch reference beside every fast path."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvtrain.kernels.attention_chunked import ChunkedAttention
 from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run
-from kvtrain.kernels.dispatch import at_least_float32, choose_backend
-from kvtrain.kernels.visibility import Diagonal, Visibility, finite, visible_pairs
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend
+from kvtrain.kernels.visibility import Diagonal, Visibility, finite, log_sum_exp, visible_pairs
 
 
 def attention(
@@ -69,13 +69,14 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     fast = ["flash_cpu"] if flash_cpu_can_run(query, key, value, key_bias, visibility) else []
     chosen = choose_backend("attention", backend, [*fast, "chunked", "reference"])
-    if chosen == "reference":
-        return attention_reference(query, key, value, key_bias, visibility, scale)
     output: tuple[Tensor, Tensor]
-    if chosen == "flash_cpu":
-        output = FlashAttentionCPU.apply(query, key, value, key_bias, visibility, scale)  # type: ignore[no-untyped-call]
-    else:
-        output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
+    with autocast_off(query):
+        if chosen == "reference":
+            output = attention_reference(query, key, value, key_bias, visibility, scale)
+        elif chosen == "flash_cpu":
+            output = FlashAttentionCPU.apply(query, key, value, key_bias, visibility, scale)  # type: ignore[no-untyped-call]
+        else:
+            output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -84,9 +85,12 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
     Args:
         parts: Pairs of output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` as ``attention`` returns.
+
+    Returns:
+        Such a pair; a query that no part shows a key gets zeros and ``-inf``.
     """
     lse = torch.stack([part_lse for _, part_lse in parts])
-    total = torch.logsumexp(lse, dim=0)
+    total = log_sum_exp(lse, 0)
     weights = torch.exp(lse - finite(total)).unsqueeze(-1)
     outputs = torch.stack([at_least_float32(output) for output, _ in parts])
     return (weights * outputs).sum(0).to(parts[0][0].dtype), total
@@ -116,6 +120,6 @@ def attention_reference(
         same = visibility.query_documents[:, :, None] == visibility.key_documents[:, None, :]
         visible = visible & same[:, None]
     scores = scores.masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
+    lse = log_sum_exp(scores, -1)
     weights = torch.exp(scores - finite(lse).unsqueeze(-1))
     return (weights @ at_least_float32(value)).to(query.dtype), lse

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 
@@ -30,7 +31,7 @@ class _Chunk(NamedTuple):
 
     def add_keys(self, total: Tensor, part: Tensor) -> None:
         if self.columns is not None:
-            total.index_add_(2, self.columns, part)
+            total.index_add_(2, self.columns, part.to(total.dtype))
         else:
             total.narrow(2, self.key_start, self.key_stop - self.key_start).add_(part)
 
@@ -50,7 +51,7 @@ class _Problem:
     def chunks(self) -> list[_Chunk]:
         return [
             self._chunk(start, min(start + self.chunk_size, self.num_queries))
-            for start in range(0, self.num_queries, self.chunk_size)
+            for start in range(0, max(self.num_queries, 1), self.chunk_size)
         ]
 
     def _chunk(self, start: int, stop: int) -> _Chunk:
@@ -60,7 +61,7 @@ class _Problem:
             key_stop = max(0, stop + self.offset)
         if causal and window is not None:
             key_start = max(0, start + self.offset - window + 1)
-        if 0 < sink and 0 < key_start:
+        if sink > 0 and key_start > 0:
             if key_start <= sink:
                 key_start = 0
             else:
@@ -71,10 +72,11 @@ class _Problem:
     def fold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
         """Query-shaped ``(B, H, T, D)`` to this chunk's ``(B, H_kv, G * c, D)``."""
         part = tensor[:, :, chunk.start : chunk.stop]
-        return part.reshape(self.batch, self.kv_heads, -1, tensor.shape[-1])
+        rows = self.groups * (chunk.stop - chunk.start)
+        return part.reshape(self.batch, self.kv_heads, rows, tensor.shape[-1])
 
     def unfold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
-        return tensor.reshape(self.batch, self.heads, chunk.stop - chunk.start, -1)
+        return tensor.reshape(self.batch, self.heads, chunk.stop - chunk.start, tensor.shape[-1])
 
     def positions(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         rows = torch.arange(chunk.start, chunk.stop, device=self.device)[:, None] + self.offset
@@ -106,8 +108,9 @@ class _Problem:
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, chunk: _Chunk) -> Tensor:
         """Masked, biased scores ``(B, H_kv, G, c, k)`` in at least float32."""
-        raw = at_least_float32(self.fold(query, chunk) @ chunk.keys(key).mT).mul_(scale)
-        raw = raw.view(self.batch, self.kv_heads, self.groups, chunk.stop - chunk.start, -1)
+        raw = wide_matmul(self.fold(query, chunk), chunk.keys(key).mT).mul_(scale)
+        rows = chunk.stop - chunk.start
+        raw = raw.view(self.batch, self.kv_heads, self.groups, rows, raw.shape[-1])
         if bias is not None:
             addend = at_least_float32(chunk.keys(bias))[:, :, None, None, :]
             if self.visibility.diagonal == "open":
@@ -131,6 +134,7 @@ class ChunkedAttention(torch.autograd.Function):
         scale: float,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, as ``kernels.attention`` says."""
         problem = _Problem(query, key, visibility, chunk_size)
         outputs, lses = [], []
         for chunk in problem.chunks():
@@ -145,10 +149,13 @@ class ChunkedAttention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        grads = chunked_backward(
-            ctx.saved_tensors, grad_output, grad_lse, ctx.visibility, ctx.scale, ctx.chunk_size
-        )
+        """Gradients of the four tensors; the gradient of a gradient is refused."""
+        with autocast_off(grad_output):
+            grads = chunked_backward(
+                ctx.saved_tensors, grad_output, grad_lse, ctx.visibility, ctx.scale, ctx.chunk_size
+            )
         return *grads, None, None, None
 
 
@@ -180,11 +187,11 @@ def chunked_backward(
     for chunk in problem.chunks():
         rows = slice(chunk.start, chunk.stop)
         scores = problem.scores(query, key, key_bias, scale, chunk)
-        shape = scores.shape[:4] + (1,)
+        shape = (*scores.shape[:4], 1)
         weights = scores.sub_(finite(lse[:, :, rows]).reshape(shape)).exp_()
         grad_part = problem.fold(grad_output, chunk).to(value.dtype)
         chunk.add_keys(grad_value, weights.flatten(2, 3).to(value.dtype).mT @ grad_part)
-        grad_scores = at_least_float32(grad_part @ chunk.keys(value).mT).view_as(weights)
+        grad_scores = wide_matmul(grad_part, chunk.keys(value).mT).view_as(weights)
         grad_scores = grad_scores.sub_(delta[:, :, rows].reshape(shape)).mul_(weights)
         if grad_bias is not None:
             chunk.add_keys(grad_bias, problem.bias_gradient(grad_scores, chunk))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -27,7 +28,7 @@ _HIDDEN = -1e30
 def flash_cpu_can_run(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility
 ) -> bool:
-    """Whether this call fits the kernel: on the CPU, square, biased only off the diagonal."""
+    """Whether this call fits the kernel: on the CPU, queries and keys the same tokens, an exempt diagonal if biased."""
     return (
         query.device.type == "cpu"
         and query.dtype != torch.float16
@@ -35,6 +36,7 @@ def flash_cpu_can_run(
         and key.shape == value.shape
         and query.shape[-2] > 1
         and visibility.causal
+        and visibility.query_documents is visibility.key_documents
         and (key_bias is None or visibility.diagonal == "open")
     )
 
@@ -48,8 +50,8 @@ def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:
         return None
     positions = torch.arange(query.shape[-2])
     visible = visible_pairs(positions[:, None], positions, visibility)[None]
-    if documents is not None and visibility.key_documents is not None:
-        visible = visible & (documents[:, :, None] == visibility.key_documents[:, None, :])
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
     mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
     return mask.unsqueeze(1)
 
@@ -67,11 +69,11 @@ class FlashAttentionCPU(torch.autograd.Function):
         visibility: Visibility,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, as ``kernels.attention`` says."""
         ctx.set_materialize_grads(False)
         mask = _mask(query, visibility)
         if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
             output, lse = _flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale)
-            lse = _mark_empty(lse, mask)
         else:
             output, lse = _strict(query, key, value, key_bias, mask, scale)
             if visibility.diagonal == "open":
@@ -81,22 +83,33 @@ class FlashAttentionCPU(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, key_bias, mask, output, lse = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
-            saved = (query, key, value, key_bias, output, lse)
-            return *chunked_backward(saved, grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
-        if ctx.visibility.diagonal == "plain" or (ctx.visibility.diagonal == "open" and key_bias is None):
-            grads = _flash_backward(
-                grad_output, query, key, value, output, finite(lse), 0.0, True, attn_mask=mask, scale=ctx.scale
-            )
-            return *grads, None, None, None
-        grads = _strict_backward(grad_output, query, key, value, key_bias, mask, output, lse, ctx.scale)
-        if ctx.visibility.diagonal == "open":
-            _add_own_backward(grads, grad_output, query, key, value, output, lse, ctx.scale)
-        return *grads, None, None
+        """Gradients of the four tensors; the gradient of a gradient is refused."""
+        saved = ctx.saved_tensors  # checkpointing allows a single look
+        with autocast_off(saved[0]):
+            return *_gradients(saved, grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
+
+
+def _gradients(
+    saved: tuple[Any, ...], grad_output: Tensor | None, grad_lse: Tensor | None, visibility: Visibility, scale: float
+) -> list[Tensor | None]:
+    """Gradients of query, key, value and bias."""
+    query, key, value, key_bias, mask, output, lse = saved
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
+        parts = (query, key, value, key_bias, output, lse)
+        return list(chunked_backward(parts, grad_output, grad_lse, visibility, scale))
+    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
+        grads = _flash_backward(
+            grad_output, query, key, value, output, finite(lse), 0.0, True, attn_mask=mask, scale=scale
+        )
+        return [*grads, None]
+    grads = _strict_backward(grad_output, query, key, value, key_bias, mask, output, lse, scale)
+    if visibility.diagonal == "open":
+        _add_own_backward(grads, grad_output, query, key, value, output, lse, scale)
+    return list(grads)
 
 
 def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
@@ -155,9 +168,7 @@ def _strict_backward(
     parts, mask = _strict_slices(query, key, value, bias, mask, scale)
     pad = parts[0].shape[-1] - query.shape[-1]
     grad, out = (torch.nn.functional.pad(x[:, :, 1:], (0, pad)) for x in (grad_output, output))
-    grads = _flash_backward(
-        grad, *parts, out, finite(lse[:, :, 1:]), 0.0, True, attn_mask=mask, scale=scale
-    )
+    grads = _flash_backward(grad, *parts, out, finite(lse[:, :, 1:]), 0.0, True, attn_mask=mask, scale=scale)
     dim = query.shape[-1]
     grad_query = torch.nn.functional.pad(grads[0][..., :dim], (0, 0, 1, 0))
     grad_key = torch.nn.functional.pad(grads[1][..., :dim], (0, 0, 0, 1))
@@ -175,7 +186,8 @@ def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
     """``(B, H, T, ...)`` to ``(B, H_kv, G, T, ...)`` in at least float32."""
-    return at_least_float32(tensor).unflatten(1, (key.shape[1], -1))
+    grouped: Tensor = at_least_float32(tensor).unflatten(1, (key.shape[1], tensor.shape[1] // key.shape[1]))
+    return grouped
 
 
 def _merge_own(

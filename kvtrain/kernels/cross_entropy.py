@@ -4,15 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 
 IGNORE_INDEX = -100
 
 
-def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024
-) -> Tensor:
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024) -> Tensor:
     """Summed next-token loss of ``softmax(hidden @ weight.T)``, differentiable in both factors.
 
     The gradients are computed in the forward pass, chunk by chunk, because the loss is a scalar.
@@ -22,14 +21,29 @@ def linear_cross_entropy_sum(
         weight: ``(V, D)``, the rows of the language-model head.
         targets: ``(N,)`` token ids; ``-100`` counts nothing.
         chunk_size: Tokens whose logits exist at one time.
+
+    Raises:
+        ValueError: There is not one target for each row of ``hidden``.
     """
+    _check_rows(hidden, targets)
     loss: Tensor = _LinearCrossEntropySum.apply(hidden, weight, targets, _matmul_dtype(hidden), chunk_size)  # type: ignore[no-untyped-call]
     return loss
 
 
 @torch.no_grad()
 def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024) -> Tensor:
-    """Loss of each token, ``(N,)`` in at least float32, without gradient; ignored targets get 0."""
+    """Loss of each token, ``(N,)`` in at least float32, without gradient; ignored targets get 0.
+
+    Args:
+        hidden: ``(N, D)``.
+        weight: ``(V, D)``, the rows of the language-model head.
+        targets: ``(N,)`` token ids; ``-100`` counts nothing.
+        chunk_size: Tokens whose logits exist at one time.
+
+    Raises:
+        ValueError: There is not one target for each row of ``hidden``.
+    """
+    _check_rows(hidden, targets)
     dtype = _matmul_dtype(hidden)
     head = weight.to(dtype)
     losses = [
@@ -39,10 +53,17 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chun
     return torch.cat(losses)
 
 
+def _check_rows(hidden: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} must be (N, D) and (N,)")
+
+
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     """What autocast would multiply in; an autograd function does not see it by itself."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +95,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else (grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None

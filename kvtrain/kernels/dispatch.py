@@ -1,7 +1,9 @@
 """One rule for choosing how an operation runs, and one line that says what was chosen."""
 
+import contextlib
 import functools
 import logging
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -12,6 +14,22 @@ logger = logging.getLogger("kvtrain")
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Promote half types to float32; leave float32 and float64 as they are (DESIGN: numerics)."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of ``(B, H, m, n)`` and ``(B, H, n, k)`` in at least float32, never rounded to a half type."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+        return product.view(*left.shape[:2], *product.shape[1:])
+    return at_least_float32(left) @ at_least_float32(right)
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast out of an operation that chooses its own dtypes."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @functools.cache
@@ -33,8 +51,7 @@ def choose_backend(operation: str, requested: str, available: list[str]) -> str:
     """
     if requested != "auto" and requested not in available:
         raise ValueError(
-            f"{operation}: backend {requested!r} cannot run this call; "
-            f"use 'auto' or one of {', '.join(available)}"
+            f"{operation}: backend {requested!r} cannot run this call; use 'auto' or one of {', '.join(available)}"
         )
     backend = available[0] if requested == "auto" else requested
     log_backend(operation, backend)

@@ -78,4 +78,5 @@ def _dense(bands: Tensor) -> Tensor:
     """Lay a block's diagonals ``(..., block, window)`` out as ``(..., block, block + window - 1)``."""
     block, window = bands.shape[-2:]
     wide = torch.nn.functional.pad(bands.flip(-1), (0, block)).flatten(-2)
-    return wide[..., :-block].unflatten(-1, (block, block + window - 1))
+    dense: Tensor = wide[..., :-block].unflatten(-1, (block, block + window - 1))
+    return dense

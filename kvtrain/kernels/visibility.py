@@ -25,8 +25,8 @@ class Visibility(NamedTuple):
         """Refuse combinations that mean nothing.
 
         Raises:
-            ValueError: Unknown diagonal, window below 1, negative sink, either without causality,
-                or documents on one side alone.
+            ValueError: Unknown diagonal, window below 1, negative sink, a window or a diagonal without
+                causality, or documents on one side alone.
         """
         if self.diagonal not in ("plain", "open", "closed"):
             raise ValueError(f"diagonal must be 'plain', 'open' or 'closed', not {self.diagonal!r}")
@@ -48,6 +48,12 @@ def visible_pairs(rows: Tensor, columns: Tensor, visibility: Visibility) -> Tens
     if visibility.window is not None:
         visible = visible & ((rows - columns < visibility.window) | (columns < visibility.sink))
     return visible
+
+
+def log_sum_exp(scores: Tensor, dim: int) -> Tensor:
+    """``torch.logsumexp`` whose gradient is 0, not NaN, where every entry is ``-inf``."""
+    empty = (scores == float("-inf")).all(dim, keepdim=True)
+    return torch.logsumexp(scores.masked_fill(empty, 0.0), dim).masked_fill(empty.squeeze(dim), float("-inf"))
 
 
 def finite(lse: Tensor) -> Tensor:

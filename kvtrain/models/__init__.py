@@ -1,0 +1,1 @@
+"""What is trained: a host, the surgery, and one folder an architecture."""

@@ -21,6 +21,8 @@ class HostAttention(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+    q_norm: nn.Module  # of some families
+    k_norm: nn.Module
 
     def __init__(self, host_attention: nn.Module, layer_idx: int) -> None:
         super().__init__()
@@ -36,7 +38,8 @@ class HostAttention(nn.Module):
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = projected.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
 
     def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the host's query and key norms, where it has them."""

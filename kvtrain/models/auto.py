@@ -1,10 +1,13 @@
 """Registration with transformers' ``Auto*`` classes, without importing any model code."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvtrain.models.config import MODEL_TYPE, KVTrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class KVTrainForCausalLM:
@@ -22,7 +25,9 @@ class KVTrainForCausalLM:
         return retrofitted_class(config.host_config)
 
     @classmethod
-    def from_pretrained(cls, path: str, *args: Any, config: KVTrainConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+    def from_pretrained(
+        cls, path: str, *args: Any, config: KVTrainConfig | None = None, **kwargs: Any
+    ) -> "PreTrainedModel":
         """Load a folder or Hub repository; the arguments are those of ``PreTrainedModel.from_pretrained``."""
         if config is None:
             config = KVTrainConfig.from_pretrained(path)
@@ -30,7 +35,7 @@ class KVTrainForCausalLM:
         return model
 
     @classmethod
-    def _from_config(cls, config: KVTrainConfig, **kwargs: Any) -> PreTrainedModel:
+    def _from_config(cls, config: KVTrainConfig, **kwargs: Any) -> "PreTrainedModel":
         model: PreTrainedModel = cls._class(config)._from_config(config, **kwargs)
         return model
 

@@ -8,6 +8,8 @@ from kvtrain.models.method import Method
 from kvtrain.models.registry import method_from_dict
 
 MODEL_TYPE = "kvtrain"
+# Where a training checkpoint keeps this configuration, as JSON, for `kvtrain export`.
+CHECKPOINT_KEY = "kvtrain_export"
 
 
 class KVTrainConfig(PreTrainedConfig):
@@ -29,7 +31,7 @@ class KVTrainConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             settings = dict(self.text_config)
             self.text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if self.text_config is not None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 

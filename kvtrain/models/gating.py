@@ -27,7 +27,7 @@ class Decisions(NamedTuple):
     def straight_through(self) -> Tensor:
         """Hard decisions forward, gradient of the soft ones."""
         hard = (self.values > 0.5).to(self.values.dtype)
-        return hard + self.values - self.values.detach()
+        return hard + (self.values - self.values.detach())
 
 
 def decide(

@@ -1,6 +1,7 @@
 """The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets new organs."""
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
 
 if TYPE_CHECKING:
-    from transformers.generation import GenerationMixin
+    from transformers.generation.utils import GenerationMixin
 
 ATTENTION_NAME = "kvtrain"
 HOSTS = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,7 +66,8 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
             module.register_buffer(key, source.clone(), persistent=False)
     model.tie_weights()
     model.generation_config = host.generation_config
-    return model.train(host.training)
+    model.train(host.training)
+    return model
 
 
 @functools.cache
@@ -161,7 +163,9 @@ class KVTrainMixin(_Host):
         layers = range(host_config.num_hidden_layers)
         return KVCache([self.method.cache_layer(index, host_config) for index in layers])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """As the host's, but never reentrant: side channels would lose their gradients.
 
         Raises:
@@ -170,9 +174,11 @@ class KVTrainMixin(_Host):
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("reentrant checkpointing loses the gradients of decisions; use use_reentrant=False")
-        super().gradient_checkpointing_enable(settings)
+        with warnings.catch_warnings():  # the name is deprecated from 5.20 on, and the only one before
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(settings, **kwargs)  # type: ignore[no-untyped-call]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -31,6 +31,10 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """Takes the place of ``LlamaMLP`` and its like; owns the same three projections."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         for name, child in host.named_children():

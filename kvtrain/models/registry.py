@@ -29,7 +29,7 @@ def method_from_dict(settings: dict[str, Any]) -> Method:
     Raises:
         ValueError: No method of that name, or a field that it does not have.
     """
-    name = settings.get("name")
+    name = str(settings.get("name"))
     if name not in methods():
         raise ValueError(f"unknown method {name!r}; this kvtrain has {', '.join(sorted(methods()))}")
     return methods()[name].from_dict(settings)

@@ -11,10 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Method
 from kvtrain.training.schedules import Phase, Place, Schedule
-
-EXPORT_KEY = "kvtrain_export"
 
 
 class TrainingModule(pl.LightningModule):
@@ -88,7 +87,7 @@ class TrainingModule(pl.LightningModule):
         targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         self.log("loss", cross_entropy.detach() / targets, prog_bar=True)
         self.log("learning_rate", self.schedule.learning_rate(self.global_step))
-        return loss
+        return loss  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum losses and targets of the held-out rows."""
@@ -141,7 +140,7 @@ class TrainingModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer_name", None)
         config = self.model.config.to_json_string(use_diff=False)
-        checkpoint[EXPORT_KEY] = json.dumps({"config": json.loads(config), "tokenizer": tokenizer})
+        checkpoint[CHECKPOINT_KEY] = json.dumps({"config": json.loads(config), "tokenizer": tokenizer})
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a learning rate that is a function of the step."""
@@ -155,7 +154,8 @@ class TrainingModule(pl.LightningModule):
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters with and without weight decay: matrices, and vectors with embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and id(parameter) not in embeddings

@@ -1,68 +1,299 @@
-"""``kvtrain fit`` and ``kvtrain validate``: Lightning's CLI with our defaults and short error messages."""
+"""``kvtrain fit`` and ``kvtrain validate``: Lightning's CLI with our defaults, run folders and short errors."""
 
-import difflib
-import re
+import itertools
+import logging
+import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kvtrain.data.module import PackedDataModule
+from kvtrain.metrics import FILE_NAME
+from kvtrain.mistakes import UsageError, innermost, raised_by_kvtrain
+from kvtrain.recipes import read_recipe_file
+from kvtrain.training import messages, run_folder
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
-from kvtrain.training.metrics import CSVMetrics
+from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
+from kvtrain.training.quiet import speak_plainly
+from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer
 
-CHECKPOINTS = "checkpoints"
+HELP_ALL = "--help-all"
+logger = logging.getLogger("kvtrain")
+_CONFIG_FLAGS = ("--config", "-c")
+# Of Trainer.fit and Trainer.validate: given by us, or of no use on a command line.
+_NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only", "verbose"}
 
 
 class RecipeParser(LightningArgumentParser):
-    """Answers mistakes in a line or two."""
+    """Raises its complaints, causes included, so that the CLI can say them in a line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and the cause, without the usage page."""
-        raise SystemExit(f"{message}")
+        """Raise instead of printing the usage and leaving.
+
+        Raises:
+            UsageError: Always, unless an outer parser wants its own kind of error.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise UsageError("\n".join(_chain(ex)) or message) from ex
 
 
-class KVTrainer(pl.Trainer):
-    """Lightning's trainer with kvtrain's standing parts: metrics, progress, seeding, checkpoints.
-
-    A run folder is ``default_root_dir``; it holds ``config.yaml``, ``metrics.csv`` and ``checkpoints/``.
-    """
-
-    def __init__(self, *, checkpoint_every: int = 100, **settings: Any) -> None:
-        folder = settings.get("default_root_dir") or "runs/unnamed"
-        settings["default_root_dir"] = str(folder)
-        checkpoints = ModelCheckpoint(
-            dirpath=Path(folder) / CHECKPOINTS,
-            filename="step-{step:06d}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=checkpoint_every,
-            save_last=True,
-        )
-        standing: list[pl.Callback] = [StepSeeding(), Throughput(), TokenProgress(), checkpoints]
-        settings["callbacks"] = [*(settings.get("callbacks") or []), *standing]
-        if settings.get("logger") in (None, True):
-            settings["logger"] = CSVMetrics(str(folder))
-        settings.setdefault("enable_model_summary", False)
-        super().__init__(**settings)
+def _chain(error: BaseException | None) -> list[str]:
+    """Messages of an error and of what caused it."""
+    return [] if error is None else [str(error), *_chain(error.__cause__ or error.__context__)]
 
 
 class RecipeCLI(LightningCLI):
-    """Reads a recipe and runs it."""
+    """Reads a recipe and runs one command on it.
+
+    Args:
+        arguments: The command line, without the command.
+
+    Raises:
+        UsageError: The command line or the recipe is wrong.
+    """
+
+    command: ClassVar[str]
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        super().__init__(
+            TrainingModule,
+            PackedDataModule,
+            save_config_callback=None,
+            trainer_class=KVTrainer,
+            trainer_defaults={"default_root_dir": DEFAULT_RUN},
+            seed_everything_default=0,
+            parser_class=RecipeParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[self.command, *arguments],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # checkpoints hold no hyper-parameters, so that they load weights_only
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """One parser alone: each costs time to build."""
+        return {self.command: _NOT_OPTIONS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and explain what is wrong in a line."""
+        texts = {path: Path(path).read_text(encoding="utf-8") for path in _recipes_in(self.arguments)}
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            places = list(messages.places_on_command_line(self.arguments))
+            for path, text in texts.items():
+                places.extend(messages.places_in_file(path, text))
+            raise UsageError(messages.explain(str(error), places, self.vocabulary())) from error
+
+    def instantiate_classes(self) -> None:
+        """Build the modules; what they refuse comes out of the parser's wrapping.
+
+        Raises:
+            UsageError: A module refused its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause = innermost(error)
+            if cause is error or not raised_by_kvtrain(cause):
+                raise
+            raise UsageError(str(cause)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would load the checkpoint to look for hyper-parameters, and there are none."""
+
+    def vocabulary(self) -> messages.Vocabulary:
+        """Everything that may be set, and every class that may be chosen."""
+        parser = self._subcommand_parsers[self.command]
+        options = {string.lstrip("-") for action in parser._actions for string in action.option_strings}
+        modules = [chosen for chosen in messages.subclasses(TrainingModule) if chosen is not TrainingModule]
+        for chosen in modules:
+            options |= messages.setting_names(chosen, "model")
+        sources = messages.subclasses(PackedDataModule)
+        for chosen in sources:
+            options |= messages.setting_names(chosen, "data")
+        short = [chosen.__name__ for chosen in modules]
+        full = [f"kvtrain.training.{name}" for name in short]
+        return messages.Vocabulary(sorted(options), [*short, *full, *(chosen.__name__ for chosen in sources)])
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return Path(self._get(self.config, "trainer")["default_root_dir"])
+
+    def resolved_recipe(self) -> str:
+        """The whole recipe as YAML, every default written out, without what belongs to this call alone."""
+        config = self.config[self.command].clone()
+        config["ckpt_path"] = None
+        return str(self._subcommand_parsers[self.command].dump(config, skip_unset=False, format="yaml"))
+
+
+def _recipes_in(arguments: list[str]) -> list[str]:
+    """Paths of the recipes on a command line, each checked to be readable YAML."""
+    paths = [after for flag, after in itertools.pairwise(arguments) if flag in _CONFIG_FLAGS]
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if equals and flag in _CONFIG_FLAGS:
+            paths.append(value)
+    for path in paths:
+        read_recipe_file(path)
+    return paths
+
+
+class FitCLI(RecipeCLI):
+    """``kvtrain fit``."""
+
+    command = "fit"
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint to go on from, or make sure that the folder is free."""
+        settings = self.config[self.command]
+        asked = settings["ckpt_path"]
+        resumed = run_folder.resolve_checkpoint(self.run, asked) if asked else None
+        if asked and resumed is None:
+            logger.info("%s has no checkpoint yet: starting from the beginning", self.run)
+        if resumed is None or resumed.parent.resolve() != (self.run / run_folder.CHECKPOINTS).resolve():
+            run_folder.refuse_second_run(self.run)
+        settings["ckpt_path"] = str(resumed) if resumed else None
 
     def before_fit(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())
+        """Write ``config.yaml``, after comparing it with what the run was begun with."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        recipe = self.resolved_recipe()
+        if self.config_init[self.command]["ckpt_path"] is None:
+            (self.run / FILE_NAME).unlink(missing_ok=True)
+        else:
+            self._warn_of_changes(recipe)
+        run_folder.write_config(self.run, recipe)
+
+    def after_fit(self) -> None:
+        """Say where it ended."""
+        logger.info("%s: %d steps of %d done", self.run, self.trainer.global_step, self.trainer.max_steps)
+
+    def _warn_of_changes(self, recipe: str) -> None:
+        old, new = run_folder.read_config(self.run), run_folder.parse_config(recipe)
+        keys = [key for key in ("model", "data") if old]
+        found = run_folder.first_difference({k: old.get(k) for k in keys}, {k: new.get(k) for k in keys})
+        if found:
+            logger.warning("the recipe differs from the one this run was begun with, first in '%s'", found)
+
+    def fit(self, model: TrainingModule, **settings: Any) -> None:
+        """Train.
+
+        Raises:
+            KeyboardInterrupt: With a hint how to go on.
+            SystemExit: 143 after a SIGTERM.
+        """
+        try:
+            self.trainer.fit(model, weights_only=True, **settings)
+        except SIGTERMException as stop:
+            raise SystemExit(SIGTERM_EXIT_CODE) from stop
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+                raise KeyboardInterrupt(self._interruption()) from None
+            raise
+
+    def _interruption(self) -> str:
+        last = run_folder.last_checkpoint(self.run)
+        saved = f"the last checkpoint is {last.name}" if last else "nothing is saved yet"
+        return (
+            f"interrupted at step {self.trainer.global_step}, {saved}; "
+            "continue with the same command and --ckpt_path last"
+        )
 
 
-def main(arguments: list[str]) -> None:
-    RecipeCLI(
-        TrainingModule,
-        PackedDataModule,
-        trainer_class=KVTrainer,
-        subclass_mode_model=True,
-        save_config_kwargs={"overwrite": True},
-        args=arguments,
-    )
+class ValidateCLI(RecipeCLI):
+    """``kvtrain validate``: writes nothing into the run folder."""
+
+    command = "validate"
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint."""
+        settings = self.config[self.command]
+        if not settings["ckpt_path"]:
+            return
+        checkpoint = run_folder.resolve_checkpoint(self.run, settings["ckpt_path"])
+        if checkpoint is None:
+            raise UsageError(f"{self.run} holds no checkpoint")
+        settings["ckpt_path"] = str(checkpoint)
+
+    def instantiate_trainer(self, **settings: Any) -> pl.Trainer:
+        """Without loggers: the run's metrics are not ours to change."""
+        return super().instantiate_trainer(**{**settings, "logger": False})
+
+    def validate(self, model: TrainingModule, **settings: Any) -> None:
+        """Measure, and print the figures in a line."""
+        (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
+        print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
+
+
+class ReadCLI(FitCLI):
+    """Builds the modules of a recipe and runs nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: no run folder is touched."""
+
+    def instantiate_trainer(self, **settings: Any) -> None:  # type: ignore[override]
+        """None: the recipe's hardware need not be here."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+class ReadRecipe(NamedTuple):
+    """A recipe's modules, built, and its trainer's settings."""
+
+    module: TrainingModule
+    data: pl.LightningDataModule
+    trainer: dict[str, Any]
+
+
+def read_recipe(arguments: list[str]) -> ReadRecipe:
+    """Build the modules that a command line and its recipe describe; no weights, no data, no trainer.
+
+    Args:
+        arguments: Such as ``["--config", "recipes/tiny/dmc.yaml", "--data.batch_size", "4"]``.
+
+    Raises:
+        UsageError: The command line or the recipe is wrong.
+    """
+    speak_plainly()
+    cli = ReadCLI(arguments)
+    return ReadRecipe(cli.model, cli.datamodule, cli.config["fit"]["trainer"].as_dict())
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Run ``fit`` or ``validate``.
+
+    Args:
+        command: Which.
+        arguments: The rest of the command line.
+
+    Raises:
+        UsageError: The command line or the recipe is wrong.
+    """
+    speak_plainly()
+    chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
+    try:
+        chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
+    except MisconfigurationException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def adopt_local_rank(arguments: list[str]) -> list[str]:
+    """Take out the ``--local_rank`` that the deepspeed launcher adds and export it instead."""
+    rest: list[str] = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if equals and name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value)
+        else:
+            rest.append(word)
+    return rest

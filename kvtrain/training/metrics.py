@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-FILE_NAME = "metrics.csv"
+from kvtrain.metrics import FILE_NAME, read_metrics
 
 
 class CSVMetrics(Logger):
@@ -81,20 +81,3 @@ class CSVMetrics(Logger):
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Rows of a run's ``metrics.csv``, without the empty cells.
-
-    Raises:
-        ValueError: The run has none, or it is damaged.
-    """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {FILE_NAME}; is this a run folder of `kvtrain fit`?")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return [{key: float(value) for key, value in row.items() if value} for row in rows]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error

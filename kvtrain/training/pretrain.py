@@ -30,9 +30,10 @@ class PretrainModule(TrainingModule):
             ValueError: The file is not there.
         """
         try:
-            return AutoConfig.from_pretrained(self.model_config)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.model_config)
         except OSError as error:
             raise ValueError(f"no model configuration at {self.model_config!r}") from error
+        return config
 
     def build_model(self) -> PreTrainedModel:
         """A host with random weights that depend on the seed alone."""

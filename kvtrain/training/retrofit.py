@@ -39,9 +39,10 @@ class RetrofitModule(TrainingModule):
         """
         path = self.base_config or resolve(self.base)
         try:
-            return AutoConfig.from_pretrained(path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         except OSError as error:
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
+        return config
 
     def build_model(self) -> PreTrainedModel:
         """Load the base in float32 and retrofit it."""

@@ -49,17 +49,13 @@ class FullAttention(HostAttention):
             output = self._serve(query, key, value, valid_tokens(hidden_states, attention_mask), layer)
         return self.project_out(output), None
 
-    def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer
-    ) -> Tensor:
+    def _serve(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer) -> Tensor:
         """New tokens, one or many, over the slots before them."""
         if query.shape[2] == 1:
             layer.append(key, value, valid)
             return attend_store(query, layer.store, self.scaling)[0]
         documents = valid.long()
-        parts = [
-            attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)
-        ]
+        parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
         if layer.seen:
             parts.append(attend_store(query, layer.store, self.scaling))
         layer.append(key, value, valid)

@@ -1,0 +1,68 @@
+# `make setup` builds .venv; every other target makes sure of that first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.kvtrain-installed
+EXTRAS := $(VENV)/.kvtrain-extras-installed
+FAST   := not slow and not distributed and not gpu and not soak
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all soak lint format bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Create .venv with the tested versions; a torch that is there already stays
+
+quickstart: setup ## Retrofit the packaged model, export it, measure it, generate with it
+	$(BIN)/python -m kvtrain.quickstart
+
+test: setup ## The tests that run anywhere in minutes
+	$(BIN)/python -m pytest -m "$(FAST)"
+
+test-all: $(EXTRAS) ## Also the long and the multi-process tests, and those for a GPU where there is one
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(EXTRAS) ## The endurance tests, for hours
+	$(BIN)/python -m pytest -m soak
+
+lint: setup ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Every benchmark, in the size that fits this machine
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "kvtrain needs Python 3.11 or newer; try: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by itself, because which build of it fits is the machine's business:
+# one that is installed stays, TORCH_INDEX_URL chooses another index, the default is the tested version.
+# A torch other than the tested one takes the pins of torch and of its companion triton out of the set.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null \
+		|| $(BIN)/python -m pip install $${TORCH_INDEX_URL:+--index-url "$$TORCH_INDEX_URL"} \
+			"$$(grep '^torch==' constraints.txt)"
+	@version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])'); \
+	if grep -qx "torch==$$version" constraints.txt; then cp constraints.txt $(VENV)/constraints.txt; \
+	else echo "keeping torch $$version"; \
+		{ grep -vE '^(torch|triton)==' constraints.txt; echo "torch==$$version"; } > $(VENV)/constraints.txt; fi
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,wandb]'
+	@touch $@

@@ -1,0 +1,153 @@
+"""``kvtrain report RUN``: the pictures of a run, and one page that holds them all."""
+
+import base64
+import csv
+import html
+import io
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kvtrain.evaluation.plots import Curve, Rows, compression_figure, learning_rate_figure, loss_figure
+from kvtrain.metrics import FILE_NAME, read_metrics
+
+FOLDER = "report"
+PAGE = "report.html"
+_DPI = 150
+
+_TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 760px; margin: 2rem auto;
+  padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }}
+table {{ border-collapse: collapse; margin-bottom: 1.5rem; }}
+th, td {{ padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #ddd; text-align: left; font-weight: normal; }}
+td {{ font-variant-numeric: tabular-nums; text-align: right; padding-right: 0; }}
+img {{ width: 100%; margin-bottom: 1.5rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table>
+{facts}
+</table>
+{pictures}
+</body>
+</html>
+"""
+
+
+def report_run(run: Path, output: Path | None = None) -> list[Path]:
+    """Draw a run's metrics and write ``report.html``, one page that needs no other file.
+
+    Args:
+        run: Run folder of ``kvtrain fit``, finished or not.
+        output: Where the files go; ``RUN/report`` where absent.
+
+    Returns:
+        The files written: one PNG a figure, then the page.
+
+    Raises:
+        ValueError: The run has no metrics, or they are damaged.
+    """
+    rows = load_rows(run)
+    pictures = {name: png(figure) for name, figure in figures(rows).items()}
+    page = render(run.resolve().name, facts(rows), pictures)
+    folder = output or run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{name}.png" for name in pictures]
+    for path, data in zip(written, pictures.values(), strict=True):
+        path.write_bytes(data)
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    return [*written, folder / PAGE]
+
+
+def load_rows(run: Path) -> Rows:
+    """Rows of a run's metrics that can be drawn.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        ValueError: There are none, or the file is damaged; one line that names the place.
+    """
+    try:
+        rows = read_metrics(run)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{run / FILE_NAME}: damaged ({error})") from error
+    if any("step" not in row for row in rows):
+        raise ValueError(f"{run / FILE_NAME}: damaged (a row without a step)")
+    if not any("loss" in row or "val_loss" in row for row in rows):
+        raise ValueError(f"{run / FILE_NAME}: no losses yet; the first ones come after trainer.log_every_n_steps steps")
+    return rows
+
+
+def figures(rows: Rows) -> dict[str, Figure]:
+    """Every figure that these metrics allow, by the name of its file.
+
+    Args:
+        rows: Rows of ``metrics.csv``.
+    """
+    drawn = {
+        "loss": loss_figure(rows),
+        "compression": compression_figure(rows),
+        "learning_rate": learning_rate_figure(rows),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def facts(rows: Rows) -> dict[str, str]:
+    """The run in a few numbers; what was not logged is left out.
+
+    Args:
+        rows: Rows of ``metrics.csv``.
+    """
+    loss, speed = Curve.of(rows, "loss").smoothed(), Curve.of(rows, "tokens_per_second")
+    found = {
+        "Optimiser steps": f"{int(rows[-1]['step']) + 1:,}",
+        "Tokens": _last(rows, "tokens", ",.0f"),
+        "Tokens per second, median": f"{statistics.median(speed.values):,.0f}" if speed else None,
+        "Training loss at the end, smoothed": f"{loss.last:.4f}" if loss else None,
+        "Held-out loss at the end": _last(rows, "val_loss", ".4f"),
+        "Held-out perplexity at the end": _last(rows, "val_perplexity", ".2f"),
+        "Compression reached": _last(rows, "compression", ".2f"),
+        "Compression aimed at": _last(rows, "compression_target", ".2f"),
+        "Held-out compression at the end": _last(rows, "val_compression", ".2f"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _last(rows: Rows, column: str, form: str) -> str | None:
+    """The latest value of a column, written out; None where it was never logged."""
+    curve = Curve.of(rows, column)
+    return format(curve.last, form) if curve else None
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def render(run_name: str, found: dict[str, str], pictures: dict[str, bytes]) -> str:
+    """The page.
+
+    Args:
+        run_name: Title; may hold any character.
+        found: Names and values of the table.
+        pictures: PNG contents by name.
+    """
+    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in found.items()]
+    images = [
+        f'<img alt="{html.escape(name.replace("_", " "))} over the run"'
+        f' src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        for name, data in pictures.items()
+    ]
+    return _TEMPLATE.format(title=html.escape(run_name), facts="\n".join(lines), pictures="\n".join(images))

@@ -1,0 +1,104 @@
+"""The recipes that come with kvtrain: where they lie, what each is for, and reading one with clear errors."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvtrain.mistakes import UsageError, nearest
+
+_PACKAGE = Path(__file__).parent
+_SCALE = re.compile(r"Scale:\s*(?P<scale>.*?)\s*(?:Hardware:\s*(?P<hardware>.*?)\s*)?$")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of ``kvtrain recipes``.
+
+    Attributes:
+        path: The YAML file.
+        purpose: What it trains, from the file's first comment line.
+        scale: Steps and tokens, from its second comment line.
+        hardware: What it needs, from the same line.
+    """
+
+    path: Path
+    purpose: str
+    scale: str
+    hardware: str
+
+
+def recipes_folder() -> Path:
+    """``recipes/`` of a checkout, or the copy inside an installed package.
+
+    Raises:
+        UsageError: Neither is there.
+    """
+    for folder in (_PACKAGE.parent / "recipes", _PACKAGE / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UsageError("this installation carries no recipes; write one, or take them from the repository")
+
+
+def list_recipes() -> list[Recipe]:
+    """Every recipe, in path order."""
+    return [describe(path) for path in sorted(recipes_folder().rglob("*.yaml"))]
+
+
+def describe(path: Path) -> Recipe:
+    """Read a recipe's purpose, scale and hardware from its first two comment lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line.lstrip("# ").rstrip() if line.startswith("#") else "" for line in [*lines, "", ""][:2]]
+    match = _SCALE.match(comments[1])
+    scale, hardware = (match["scale"], match["hardware"] or "") if match else ("", "")
+    return Recipe(path, comments[0].rstrip("."), scale.rstrip("."), hardware.rstrip("."))
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def nearest_recipe(given: str) -> str | None:
+    """The recipe that a path most likely meant, by its whole path or else by its name."""
+    stems = {path.stem: shown(path) for path in recipes_folder().rglob("*.yaml")}
+    paths = {path.removesuffix(".yaml"): path for path in (shown(p) for p in recipes_folder().rglob("*.yaml"))}
+    whole = nearest(given.removesuffix(".yaml"), paths)
+    if whole:
+        return paths[whole]
+    stem = nearest(Path(given).stem, stems)
+    return stems[stem] if stem else None
+
+
+def read_recipe_file(given: str) -> dict[str, Any]:
+    """Parse a recipe's YAML.
+
+    Args:
+        given: The path as it was typed.
+
+    Raises:
+        UsageError: No such file, or it is no YAML mapping; the message names file and line.
+    """
+    path = Path(given)
+    if not path.is_file():
+        meant = nearest_recipe(given)
+        hint = f"Did you mean '{meant}'?" if meant else "`kvtrain recipes` lists what there is"
+        raise UsageError(f"no recipe at '{given}'. {hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{given}: not UTF-8 text (byte {error.start})") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{given} line {line}: not YAML ({error.problem or error.context})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{given}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        found = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a single value")
+        raise UsageError(f"{given}: a recipe is a mapping of trainer, model and data; the file holds {found}")
+    return content

@@ -1,0 +1,45 @@
+"""The line that says what is about to happen."""
+
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from kvtrain.training.base import TrainingModule
+
+logger = logging.getLogger("kvtrain")
+
+
+class OpeningLine(pl.Callback):
+    """Says once what trains, how large it is, where, for how long, and into which folder."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it."""
+        assert isinstance(pl_module, TrainingModule)
+        logger.info("%s", opening_line(trainer, pl_module))
+
+
+def opening_line(trainer: pl.Trainer, module: TrainingModule) -> str:
+    """One line of facts about a run that begins or goes on."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    trained = "" if trainable == total else f" ({trainable:,} train)"
+    phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in module.schedule.phases)
+    begin = f" from {trainer.global_step:,}" if trainer.global_step else ""
+    return "; ".join(
+        [
+            f"{type(module).__name__}: {total:,} parameters{trained}",
+            f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
+            f"phases {phases}",
+            f"{trainer.max_steps:,} steps{begin}{_tokens_a_step(trainer)}",
+            f"run folder {Path(trainer.default_root_dir)}",
+        ]
+    )
+
+
+def _tokens_a_step(trainer: pl.Trainer) -> str:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not hasattr(data, "batch_size") or not hasattr(data, "sequence_length"):
+        return ""
+    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches * trainer.world_size
+    return f" of {tokens:,} tokens"

@@ -1,0 +1,243 @@
+"""Turns what the recipe parser complains about into a line with the place and the remedy."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import itertools
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import yaml
+
+from kvtrain.mistakes import unknown
+
+_TYPE_NAMES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+    "dict": "a mapping",
+}
+_MODULES = "kvtrain.training."
+_SHOWN = 60  # characters of a wrong value
+_OPTIONS_HINT = "See kvtrain fit --help-all"
+
+
+class Place(NamedTuple):
+    """Where a setting was made: its full dotted name, and the file and line if it was a recipe."""
+
+    name: str
+    source: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What may stand on the command line and in a recipe.
+
+    Attributes:
+        options: Dotted names of every setting.
+        classes: Full and short names of the classes that a recipe may choose.
+    """
+
+    options: list[str]
+    classes: list[str]
+
+
+def explain(message: str, places: list[Place], vocabulary: Vocabulary) -> str:
+    """Say in a line what is wrong with a recipe or a command line.
+
+    Args:
+        message: The parser's own words, causes included.
+        places: Every setting that was made, command line first.
+        vocabulary: What could have been set.
+    """
+    for pattern, answer in _RULES:
+        match = pattern.search(message)
+        if match:
+            return answer(match, places, vocabulary)
+    return " ".join(message.split())[:300]
+
+
+def _unrecognised(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    word = match[1].split()[0]
+    if not word.startswith("-"):
+        hint = f"; a recipe is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+        return f"unexpected word '{word}'{hint}"
+    return unknown("option", word.lstrip("-").split("=")[0], vocabulary.options, _OPTIONS_HINT)
+
+
+def _not_accepted(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    place = _locate(match[1], places)
+    return f"{place.source}{unknown('option', place.name, vocabulary.options, _OPTIONS_HINT)}"
+
+
+def _missing_value(match: re.Match[str], *_: Any) -> str:
+    return f"option '{match[1].split('/')[-1]}' needs a value"
+
+
+def _missing(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    if not any(place.name.startswith("model") for place in places):
+        return "no model to train: give a recipe with --config (`kvtrain recipes` lists them)"
+    name = match[1].split(",")[0].strip().removeprefix("fit.").removeprefix("validate.")
+    full = next((option for option in vocabulary.options if f".{option}".endswith(f".{name}")), name)
+    return f"'{full}' is missing; the recipe must set it"
+
+
+def _class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    given = match[1]
+    source = next((place.source for place in places if place.value == given), "")
+    return source + unknown("class", given, [*vocabulary.classes, *_classes_beside(given)])
+
+
+def _wrong_class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    source = next((place.source for place in places if place.value == match[1]), "")
+    known = [name.removeprefix(_MODULES) for name in vocabulary.classes if name.startswith(_MODULES)]
+    hint = f"; known are {', '.join(known)}" if match[2] == "TrainingModule" else ""
+    return f"{source}{match[1]} is not a {match[2]}{hint}"
+
+
+def _no_class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+    place = _locate(match[1], places)
+    return f"{place.source}'{place.name}' needs a class_path, such as {_MODULES}{vocabulary.classes[0]}"
+
+
+def _wrong_type(match: re.Match[str], places: list[Place], _: Vocabulary) -> str:
+    place = _locate(match["key"], places, match["value"])
+    return f"{place.source}{place.name}: expected {_type_name(match['type'])}, got '{match['value'].strip()}'"
+
+
+def _wrong_union(match: re.Match[str], places: list[Place], _: Vocabulary) -> str:
+    place = _locate(match["key"], places, match["value"])
+    kinds = dict.fromkeys(_type_name(name) for name in _split_types(match["types"]))
+    return f"{place.source}{place.name}: expected {' or '.join(kinds)}, got '{_short(match['value'])}'"
+
+
+def _no_mapping(match: re.Match[str], *_: Any) -> str:
+    return f"{match[1]}: expected a mapping or a file with one, got '{match[2]}'"
+
+
+_RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[Place], Vocabulary], str]]] = [
+    (re.compile(r"unrecognized arguments: (.+)"), _unrecognised),
+    (re.compile(r"does not accept option '([^']+)'"), _not_accepted),
+    (re.compile(r"Option '([^']+)' is not accepted"), _not_accepted),
+    (re.compile(r"argument (\S+): expected .*argument"), _missing_value),
+    (re.compile(r"arguments are required: (.+)"), _missing),
+    (re.compile(r'Parser key "([^"]+)":\s+Unable to load config [\'"](.*)[\'"]'), _no_mapping),
+    (re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)"), _wrong_class),
+    (re.compile(r"Problem with given class_path '([^']+)':\s+(?:module |No module |Unexpected import)"), _class),
+    (re.compile(r"Expected a dot import path string: (\S+)"), _class),
+    # The parser nests its complaints, outermost first: the last one is about the setting itself.
+    (
+        re.compile(r'(?s:.*)Parser key "(?P<key>[^"]+)":\s+Expected a (?P<type>.+?)\. Got value: (?P<value>.*)'),
+        _wrong_type,
+    ),
+    (re.compile(r'Parser key "([^"]+)"(?s:.*)Not a valid subclass of (\w+)'), _no_class),
+    (
+        re.compile(
+            r'(?s:.*)Parser key "(?P<key>[^"]+)":\s+Does not validate[^\n]*\s+Subtypes: \[(?P<types>.*)\]\n'
+            r"(?s:.*?)Given value: (?P<value>.*)"
+        ),
+        _wrong_union,
+    ),
+]
+
+
+def _locate(key: str, places: list[Place], value: str | None = None) -> Place:
+    """The place of a setting that the parser names by the end of its name alone."""
+    found = [place for place in places if f".{place.name}".endswith(f".{key}")]
+    exact = [place for place in found if value is not None and place.value == value.strip()]
+    return (exact or found or [Place(key)])[0]
+
+
+def _short(value: str) -> str:
+    words = " ".join(value.split())
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+
+
+def _split_types(text: str) -> list[str]:
+    """Split ``<class 'int'>, typing.Literal['a', 'b']`` at its outer commas."""
+    return re.findall(r"[^,\[]+\[[^\]]*\]+|[^,]+", text)
+
+
+def _type_name(text: str) -> str:
+    text = text.strip()
+    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
+        return literal[1].replace("'", "")
+    name = re.sub(r"<class '(.*)'>", r"\1", text).split("[")[0].split(".")[-1]
+    return _TYPE_NAMES.get(name, name)
+
+
+def _classes_beside(given: str) -> list[str]:
+    """Classes of the module that a class path names, as full paths."""
+    name, _, _ = given.rpartition(".")
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, ValueError):
+        return []
+    return [f"{name}.{key}" for key, value in vars(module).items() if inspect.isclass(value)]
+
+
+def places_on_command_line(arguments: Iterable[str]) -> Iterator[Place]:
+    """Settings among command-line arguments, those inside a list or mapping included."""
+    words = [*arguments, ""]
+    for word, following in itertools.pairwise(words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name, value = name.replace(".init_args", ""), value if equals else following
+            yield Place(name, "", value)
+            with contextlib.suppress(yaml.YAMLError):
+                yield from _inside(value, name)
+
+
+def places_in_file(path: str, text: str) -> Iterator[Place]:
+    """Settings in a recipe's text, with file and line."""
+    return _inside(text, "", path)
+
+
+def _inside(text: str, name: str, path: str = "") -> Iterator[Place]:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        yield from _walk(root, name, path)
+
+
+def _walk(node: yaml.Node, name: str, path: str) -> Iterator[Place]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = name if key.value == "init_args" else f"{name}.{key.value}".lstrip(".")
+            scalar = str(value.value) if isinstance(value, yaml.ScalarNode) else ""
+            yield Place(inner, f"{path} line {key.start_mark.line + 1}: " if path else "", scalar)
+            yield from _walk(value, inner, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _walk(item, name, path)
+
+
+def setting_names(chosen: type, prefix: str) -> set[str]:
+    """Dotted names of everything that a class's constructor takes, dataclasses inside included."""
+    names: set[str] = set()
+    for owner in chosen.__mro__:
+        initialiser = vars(owner).get("__init__")
+        if inspect.isfunction(initialiser) and owner.__module__.startswith("kvtrain"):
+            hints = typing.get_type_hints(initialiser)
+            for name in inspect.signature(initialiser).parameters:
+                if name in hints and name != "return":
+                    names |= {f"{prefix}.{name}", *_inner_names(hints[name], f"{prefix}.{name}")}
+    return names
+
+
+def _inner_names(hint: Any, prefix: str) -> set[str]:
+    if dataclasses.is_dataclass(hint):
+        return {f"{prefix}.{field.name}" for field in dataclasses.fields(hint)}
+    return {name for inner in typing.get_args(hint) for name in _inner_names(inner, prefix)}
+
+
+def subclasses(base: type[Any]) -> list[type[Any]]:
+    """A class and all classes below it that are imported."""
+    return [base, *(below for child in base.__subclasses__() for below in subclasses(child))]

@@ -1,0 +1,38 @@
+"""What kvtrain says while it trains, and what other libraries are kept from saying."""
+
+import logging
+import warnings
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+# Matched at the start of a message. None of them is about anything a user of kvtrain did or can change.
+_OTHERS_REMARKS = (
+    "LightningCLI's args parameter",
+    ".*does not have many workers",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*LeafSpec.*deprecated",
+    ".*Precision .* is not supported by the model summary",
+    ".*`weights_only` was not set",
+    ".*sync_dist=True",  # the modules reduce their sums themselves
+)
+
+
+class _Lines(logging.Formatter):
+    """Facts as they are, warnings marked as such."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"kvtrain: warning: {text}" if record.levelno >= logging.WARNING else text
+
+
+def speak_plainly() -> None:
+    """Send kvtrain's log to standard error, on the first rank, and silence advertisements and internals."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    own = logging.getLogger("kvtrain")
+    own.handlers, own.propagate = [handler], False
+    own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for remark in _OTHERS_REMARKS:
+        warnings.filterwarnings("ignore", message=remark)

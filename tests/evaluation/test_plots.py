@@ -1,0 +1,100 @@
+"""The figures of a run show the numbers of its metrics."""
+
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from kvtrain.evaluation.plots import Curve, compression_figure, learning_rate_figure, loss_figure
+
+
+def line(figure: Figure, label: str) -> tuple[list[float], list[float]]:
+    """Coordinates of the line with this label."""
+    (found,) = [drawn for drawn in figure.axes[0].lines if drawn.get_label() == label]
+    return list(found.get_xdata()), list(found.get_ydata())
+
+
+def labels(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_a_curve_skips_rows_without_the_column():
+    rows = [{"step": 0, "loss": 3.0}, {"step": 1}, {"step": 5, "loss": 2.0}]
+    assert Curve.of(rows, "loss") == Curve([0, 5], [3.0, 2.0])
+    assert not Curve.of(rows, "val_loss")
+
+
+def test_a_short_curve_is_not_smoothed():
+    curve = Curve([0, 1, 2], [3.0, 1.0, 2.0])
+    assert curve.smoothed() == curve
+
+
+def test_smoothing_averages_a_point_with_those_before_it():
+    values = [float(n) for n in range(60)]  # a window of three
+    smooth = Curve(list(range(60)), values).smoothed()
+    assert smooth.values[:3] == [0.0, 0.5, 1.0]
+    assert smooth.values[2:] == [value - 1 for value in values[2:]]
+    assert smooth.steps == list(range(60))
+
+
+def test_a_value_that_is_no_number_spoils_its_window_alone():
+    values = [1.0] * 60
+    values[30] = math.nan
+    spoilt = [
+        index for index, value in enumerate(Curve(list(range(60)), values).smoothed().values) if math.isnan(value)
+    ]
+    assert spoilt == [30, 31, 32]
+
+
+def test_the_loss_figure_draws_training_and_held_out_losses():
+    rows = [{"step": n, "loss": 4.0 - n} for n in range(3)] + [{"step": 3, "val_loss": 1.5}]
+    figure = loss_figure(rows)
+    assert line(figure, "training") == ([0, 1, 2], [4.0, 3.0, 2.0])
+    assert line(figure, "held-out") == ([3], [1.5])
+    assert labels(figure) == ["training", "training, smoothed", "held-out"]
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("optimiser step", "nats per token")
+
+
+def test_the_smoothed_loss_is_drawn_too():
+    figure = loss_figure([{"step": n, "loss": float(n)} for n in range(40)])  # a window of two
+    assert line(figure, "training, smoothed")[1][-1] == 38.5
+
+
+def test_a_run_that_was_only_validated_has_a_loss_figure():
+    assert labels(loss_figure([{"step": 0, "val_loss": 2.0}])) == ["held-out"]
+
+
+def test_a_run_without_losses_is_refused():
+    with pytest.raises(ValueError, match="hold no loss"):
+        loss_figure([{"step": 0, "learning_rate": 1.0}])
+
+
+def test_the_compression_figure_draws_reached_target_and_held_out():
+    rows = [
+        {"step": 9, "compression": 1.1, "compression_target": 1.2},
+        {"step": 19, "compression": 1.9, "compression_target": 2.0, "val_compression": 1.8},
+    ]
+    figure = compression_figure(rows)
+    assert figure is not None
+    assert line(figure, "reached") == ([9, 19], [1.1, 1.9])
+    assert line(figure, "target") == ([9, 19], [1.2, 2.0])
+    assert line(figure, "held-out") == ([19], [1.8])
+
+
+def test_a_run_that_compresses_nothing_has_no_compression_figure():
+    assert compression_figure([{"step": 0, "loss": 1.0, "compression_target": 4.0}]) is None
+
+
+def test_compression_without_a_target():
+    figure = compression_figure([{"step": 0, "compression": 2.0}])
+    assert figure is not None
+    assert labels(figure) == ["reached"]
+
+
+def test_the_learning_rate_figure_starts_at_zero():
+    figure = learning_rate_figure([{"step": 9, "learning_rate": 1e-3}, {"step": 19, "learning_rate": 5e-4}])
+    assert figure is not None
+    (drawn,) = figure.axes[0].lines
+    assert (list(drawn.get_xdata()), list(drawn.get_ydata())) == ([9, 19], [1e-3, 5e-4])
+    assert figure.axes[0].get_ylim()[0] == 0
+    assert learning_rate_figure([{"step": 0, "loss": 1.0}]) is None

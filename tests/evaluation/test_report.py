@@ -1,0 +1,118 @@
+"""A run folder becomes pictures and one page; a damaged one becomes one line."""
+
+import base64
+import re
+
+import pytest
+
+from kvtrain.evaluation.report import facts, figures, load_rows, report_run
+
+METRICS = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
+0,4.0,0.001,900,1.0,1.0,,
+1,3.0,0.001,1000,1.5,2.0,2.5,12.182
+2,2.0,0.0005,1100,1.9,2.0,,
+"""
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "dmc-tiny"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text(METRICS)
+    return folder
+
+
+def test_a_report_is_three_pictures_and_a_page(run):
+    written = report_run(run)
+    assert [str(path.relative_to(run)) for path in written] == [
+        "report/loss.png",
+        "report/compression.png",
+        "report/learning_rate.png",
+        "report/report.html",
+    ]
+    assert all(path.read_bytes().startswith(PNG) for path in written[:3])
+
+
+def test_the_page_stands_alone_and_holds_the_same_pictures(run):
+    *pictures, page = report_run(run)
+    text = page.read_text(encoding="utf-8")
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert [base64.b64decode(data) for data in embedded] == [path.read_bytes() for path in pictures]
+    assert re.findall(r'(?:src|href)="(?!data:)', text) == []
+    assert "<title>dmc-tiny</title>" in text
+    assert "<tr><th>Optimiser steps</th><td>3</td></tr>" in text
+
+
+def test_the_report_goes_where_it_is_told(run, tmp_path):
+    written = report_run(run, tmp_path / "a" / "b")
+    assert {path.parent for path in written} == {tmp_path / "a" / "b"}
+    assert not (run / "report").exists()
+
+
+def test_a_second_report_replaces_the_first(run):
+    first = [path.read_bytes() for path in report_run(run)]
+    assert [path.read_bytes() for path in report_run(run)] == first
+
+
+def test_facts_of_a_run(run):
+    assert facts(load_rows(run)) == {
+        "Optimiser steps": "3",
+        "Tokens per second, median": "1,000",
+        "Training loss at the end, smoothed": "2.0000",
+        "Held-out loss at the end": "2.5000",
+        "Held-out perplexity at the end": "12.18",
+        "Compression reached": "1.90",
+        "Compression aimed at": "2.00",
+    }
+
+
+def test_facts_leave_out_what_was_not_logged():
+    assert facts([{"step": 1999, "loss": 2.0, "tokens": 16384000}]) == {
+        "Optimiser steps": "2,000",
+        "Tokens": "16,384,000",
+        "Training loss at the end, smoothed": "2.0000",
+    }
+
+
+def test_figures_are_those_that_the_metrics_allow():
+    assert list(figures([{"step": 0, "loss": 2.0}])) == ["loss"]
+
+
+def test_a_diverged_run_can_be_drawn(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss,learning_rate\n0,4.0,0.1\n1,nan,0.1\n2,inf,0.1\n")
+    assert len(report_run(tmp_path)) == 3
+
+
+def test_a_run_name_cannot_write_html(tmp_path):
+    folder = tmp_path / "<script>alert(1)&"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text(METRICS)
+    text = report_run(folder)[-1].read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<h1>&lt;script&gt;alert(1)&amp;</h1>" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no metrics.csv"),
+        (b"", "no losses yet"),
+        (b"step,loss\n", "no losses yet"),
+        (b"step,learning_rate\n0,0.1\n", "no losses yet"),
+        (b"step,loss\n0,four\n", "damaged"),
+        (b"step,loss\n0,1.0,7,8\n", "damaged"),
+        (b"step,loss\n,1.0\n", "a row without a step"),
+        (b"loss\n1.0\n", "a row without a step"),
+        (b"step,loss\n0,\xff\xfe\n", "damaged"),
+        (b"step,loss\n0,\x00\n", "damaged"),
+    ],
+)
+def test_damaged_metrics_are_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        report_run(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "report").exists()

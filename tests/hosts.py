@@ -1,0 +1,91 @@
+"""Tiny hosts of every supported family, and DMC models whose decisions merge at a chosen rate."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import kvtrain
+
+FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+VOCAB = 61
+
+
+def make_host(
+    family: str = "llama",
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    layers: int = 2,
+    **settings: object,
+) -> PreTrainedModel:
+    """A host with random weights, in evaluation mode; biases and norms are random too."""
+    config = FAMILIES[family](
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        sliding_window=None,
+        **{"head_dim": 8, "vocab_size": VOCAB, **settings},
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "k_proj" in name or "q_proj" in name:
+                parameter.mul_(10)  # decisions that differ from token to token, attention that is not flat
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids without special ones, ``(B, T)``."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def merge_rate(model: PreTrainedModel, ids: Tensor) -> float:
+    """Share of decisions that merge, over layers, heads and tokens but the first."""
+    ledger: dict[int, Tensor] = {}
+    with torch.no_grad():
+        model(ids, use_cache=False, ledger=ledger)
+    return torch.stack(list(ledger.values()))[..., 1:].mean().item()
+
+
+def set_bias(model: PreTrainedModel, bias: float) -> None:
+    """Move the threshold of every decision."""
+    for layer in model.model.layers:
+        layer.self_attn.settings = replace(layer.self_attn.settings, init_bias=bias)
+
+
+def dmc_at_rate(host: PreTrainedModel, rate: float, ids: Tensor, **settings: object) -> PreTrainedModel:
+    """Retrofit DMC and move the decision threshold until about ``rate`` of the tokens merge."""
+    model = kvtrain.retrofit(host, kvtrain.DMC(**settings))
+    low, high = -50.0, 50.0  # a lower threshold merges more
+    if rate in (0.0, 1.0):
+        set_bias(model, high if rate == 0.0 else low)
+        return model
+    for _ in range(12):
+        middle = (low + high) / 2
+        set_bias(model, middle)
+        low, high = (middle, high) if merge_rate(model, ids) > rate else (low, middle)
+    return model

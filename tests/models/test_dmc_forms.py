@@ -1,0 +1,208 @@
+"""The heart: DMC's parallel form, its prefill in chunks and its token-by-token decode are one function."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvtrain
+from kvtrain.models.dmc.attention import DMCStep
+from tests.hosts import dmc_at_rate, make_host, merge_rate, random_ids
+
+RATES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def run_chunks(model, ids, sizes, attention_mask=None):
+    """Feed ``ids`` in chunks of the given sizes through one cache; logits of all, and the cache."""
+    cache, logits, begin = model.make_cache(), [], 0
+    for size in sizes:
+        end = begin + size
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        logits.append(model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits)
+        begin = end
+    assert begin == ids.shape[1]
+    return torch.cat(logits, 1), cache
+
+
+def assert_forms_agree(model, ids, tolerance, split):
+    """Compare the three forms and their slot counts; returns the parallel logits."""
+    length = ids.shape[1]
+    with torch.no_grad():
+        ledger = {}
+        parallel = model(ids, use_cache=False, ledger=ledger).logits
+        decoded, cache = run_chunks(model, ids, [1] * length)
+        chunked, chunk_cache = run_chunks(model, ids, [size for size in split if size])
+    slots = torch.stack([1 + (1 - ledger[layer][..., 1:]).sum(-1) for layer in sorted(ledger)])
+    assert torch.equal(slots.long(), cache.kv_tokens())
+    assert torch.equal(slots.long(), chunk_cache.kv_tokens())
+    torch.testing.assert_close(decoded, parallel, atol=tolerance, rtol=0)
+    torch.testing.assert_close(chunked, parallel, atol=tolerance, rtol=0)
+    return parallel
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_forms_agree_in_float64(family, kv_heads, rate):
+    """T6, T11, T12: around multiples of the window (12) and of the page (16)."""
+    ids = random_ids(2, 37)
+    model = dmc_at_rate(make_host(family, kv_heads=kv_heads), rate, ids, page_size=16)
+    measured = merge_rate(model, ids)
+    assert abs(measured - rate) < 0.12, measured
+    for length in (1, 11, 12, 13, 17, 25, 37):
+        third = length // 3
+        assert_forms_agree(model, ids[:, :length], 1e-9, [third, length - 2 * third, third])
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_forms_agree_on_random_shapes(data):
+    """T6 with random groups, windows, pages, rates and chunks, on every family."""
+    groups, kv_heads = data.draw(st.sampled_from([(1, 4), (2, 2), (2, 1), (4, 1), (8, 1)]))
+    length = data.draw(st.integers(1, 50))
+    family = data.draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    ids = random_ids(data.draw(st.integers(1, 3)), length, data.draw(st.integers(0, 99)))
+    model = dmc_at_rate(
+        make_host(family, groups * kv_heads, kv_heads, seed=data.draw(st.integers(0, 99))),
+        data.draw(st.sampled_from(RATES)),
+        ids,
+        page_size=data.draw(st.integers(1, 40)),
+        window=data.draw(st.integers(1, 14)),
+    )
+    first = data.draw(st.integers(0, length))
+    second = data.draw(st.integers(0, length - first))
+    assert_forms_agree(model, ids, 1e-9, [first, second, length - first - second])
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_forms_agree_in_float32(rate):
+    ids = random_ids(2, 97)
+    model = dmc_at_rate(make_host("llama", dtype=torch.float32), rate, ids)
+    assert_forms_agree(model, ids, 1e-4, [40, 1, 56])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_no_merging_is_the_host_without_the_channel(family):
+    """T4: nothing merges and the borrowed channel is zero: the host with that channel zeroed."""
+    host, ids = make_host(family), random_ids(2, 40)
+    model = dmc_at_rate(host, 0.0, ids)
+    with torch.no_grad():
+        original = host(ids).logits.clone()
+        changed = model(ids).logits
+        assert (changed - original).abs().max() > 1e-6  # the channel did carry something
+        masked = kvtrain.retrofit(host, kvtrain.DMC(init_bias=1e3))
+        zeroed = masked(ids, use_cache=False, dmc_step=DMCStep(channel_scale=0.0)).logits
+    if family != "qwen3":  # zero-out scales before a key norm, which changes the norm
+        torch.testing.assert_close(changed, zeroed, atol=1e-12, rtol=0)
+
+
+def test_rows_already_zero_make_the_host_itself():
+    """T4, second half: with zero rows from the start a fresh retrofit changes nothing at all."""
+    host, ids = make_host("llama"), random_ids(2, 40)
+    with torch.no_grad():
+        for layer in host.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight[7::8] = 0
+        # A zeroed channel before RoPE still receives its partner's rotation; the host must not see it either.
+        for layer in host.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight[3::8] = 0
+        model = kvtrain.retrofit(host, kvtrain.DMC())
+        torch.testing.assert_close(model(ids).logits, host(ids).logits, atol=1e-6, rtol=0)
+
+
+def test_everything_merges_into_one_slot():
+    """T5: one slot a head, and its value is the mean of the last twelve tokens."""
+    ids = random_ids(2, 30)
+    model = dmc_at_rate(make_host("llama"), 1.0, ids)
+    with torch.no_grad():
+        _, cache = run_chunks(model, ids, [30])
+    assert (cache.kv_tokens() == 1).all()
+    layer = cache.layers[0]
+    weights = layer.importance[..., None]
+    head_dim = layer.store.values.shape[-1]
+    values = layer.segment[..., head_dim:]
+    # The segment keeps eleven tokens for the next mean, the slot holds twelve: their spans overlap.
+    assert layer.segment.shape[2] == 11 and bool((weights > 0).all())
+    slot = layer.store.gather()[1][:, :, 0]
+    low, high = values.amin(2), values.amax(2)
+    inside = (slot >= low - (high - low)) & (slot <= high + (high - low))
+    assert inside.all()
+
+
+def test_noiseless_saturated_training_is_evaluation():
+    """T7: soft decisions far from the threshold are the hard ones."""
+    ids = random_ids(2, 40)
+    model = dmc_at_rate(make_host("llama"), 0.5, ids, temperature=1e-6)
+    with torch.no_grad():
+        hard = model(ids, use_cache=False).logits
+        model.train()
+        soft = model(ids, use_cache=False).logits
+    torch.testing.assert_close(soft, hard, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_causality(training):
+    """T10: changing a token changes nothing before it, also through decisions and importances."""
+    ids = random_ids(1, 40)
+    model = dmc_at_rate(make_host("llama"), 0.5, ids).train(training)
+    other = ids.clone()
+    other[0, 25] = (other[0, 25] - 3 + 7) % 58 + 3
+    with torch.no_grad():
+        first, second = model(ids, use_cache=False), model(other, use_cache=False)
+        assert torch.equal(first.logits[:, :25], second.logits[:, :25])
+        assert (first.logits[:, 25:] - second.logits[:, 25:]).abs().max() > 1e-6
+
+
+def test_padded_rows_are_rows_alone():
+    """T14, P15, P16: left padding, prefill and decode; the first real token appends."""
+    ids = random_ids(3, 41)
+    model = dmc_at_rate(make_host("llama"), 0.5, ids)
+    pads = (0, 7, 23)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(pads):
+        mask[row, :count] = 0
+    with torch.no_grad():
+        padded, cache = run_chunks(model, ids, [30, 8, 1, 1, 1], mask)
+        parallel = model(ids, attention_mask=mask, use_cache=False).logits
+        for row, count in enumerate(pads):
+            alone, alone_cache = run_chunks(model, ids[row : row + 1, count:], [41 - count])
+            torch.testing.assert_close(padded[row, count:], alone[0], atol=1e-9, rtol=0)
+            torch.testing.assert_close(parallel[row, count:], alone[0], atol=1e-9, rtol=0)
+            assert torch.equal(cache.kv_tokens()[:, row], alone_cache.kv_tokens()[:, 0])
+
+
+def test_packed_documents_are_documents_alone():
+    """T14: no attention and no merging across a document start."""
+    ids = random_ids(1, 50)
+    model = dmc_at_rate(make_host("llama"), 0.9, ids)
+    documents = torch.tensor([[1] * 13 + [2] * 1 + [3] * 24 + [4] * 12])
+    with torch.no_grad():
+        packed = model(ids, document_ids=documents).logits
+        for number in range(1, 5):
+            place = documents[0] == number
+            alone = model(ids[:, place], use_cache=False).logits
+            torch.testing.assert_close(packed[:, place], alone, atol=1e-9, rtol=0)
+
+
+def test_two_caches_do_not_touch():
+    ids, other = random_ids(2, 30), random_ids(2, 30, seed=5)
+    model = dmc_at_rate(make_host("llama"), 0.5, ids)
+    with torch.no_grad():
+        expected = run_chunks(model, ids, [1] * 30)[0]
+        first, second, logits = model.make_cache(), model.make_cache(), []
+        for token in range(30):
+            logits.append(model(ids[:, token : token + 1], past_key_values=first).logits)
+            model(other[:, token : token + 1], past_key_values=second)
+    assert torch.equal(torch.cat(logits, 1), expected)
+
+
+def test_long_segments_do_not_drift():
+    """P14: after thousands of merges the slot is still the exact mean of its last twelve tokens."""
+    ids = random_ids(1, 3000)
+    model = dmc_at_rate(make_host("llama", layers=1), 1.0, ids)
+    with torch.no_grad():
+        _, streamed = run_chunks(model, ids, [500] * 6)
+        _, fresh = run_chunks(model, ids[:, -12:], [12])
+    values = (cache.layers[0].store.gather()[1][:, :, 0] for cache in (streamed, fresh))
+    torch.testing.assert_close(*values, atol=1e-12, rtol=0)

@@ -1,0 +1,153 @@
+"""The house rule: a room imports from its own floor's list and from the ground, never upward or sideways."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "kvtrain"
+
+# Everyone may use these; they use nobody but each other.
+GROUND = {"assets", "metrics", "mistakes", "recipes"}
+
+# Part of the roof, as every other module that lies directly in the package.
+ROOF = {"help"}
+
+# Which rooms a room may import from, itself and the ground apart.
+FLOORS = {
+    "kernels": set(),
+    "data": set(),
+    "losses": {"kernels"},
+    "cache": {"kernels"},
+    "models": {"cache", "losses", "kernels"},
+    "inference": {"models", "cache", "kernels", "data"},
+    "training": {"models", "cache", "losses", "kernels", "data"},
+    "export": {"models", "cache", "kernels", "data"},
+    "evaluation": {"inference", "models", "cache", "losses", "kernels", "data"},
+}
+
+
+def module_name(path: Path, package: Path) -> str:
+    """``<package>/models/dmc/__init__.py`` as ``kvtrain.models.dmc``."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(["kvtrain", *(part for part in parts if part != "__init__")])
+
+
+def imported_modules(path: Path, package: Path) -> set[str]:
+    """Every ``kvtrain`` module that a file names in an import, at any depth and for type checking too.
+
+    ``from kvtrain.a import b`` counts as ``kvtrain.a.b``: ``b`` may be a module.
+    """
+    name = module_name(path, package)
+    folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
+                start = ".".join([*base, *([node.module] if node.module else [])])
+            found.update(f"{start}.{alias.name}" for alias in node.names)
+    return {module for module in found if module.split(".")[0] == "kvtrain"}
+
+
+def architecture(module: str, package: Path) -> str | None:
+    """``dmc`` for ``kvtrain.models.dmc.attention``; None outside the architecture folders."""
+    parts = module.split(".")
+    inside = len(parts) > 2 and parts[1] == "models" and (package / "models" / parts[2]).is_dir()
+    return parts[2] if inside else None
+
+
+def violation(importer: str, imported: str, package: Path) -> str | None:
+    """Why one module may not import the other, or None."""
+    room, other = importer.split(".")[1:2], imported.split(".")[1:2]
+    if not room or (room[0] not in FLOORS and room[0] not in GROUND):
+        return None  # the roof
+    allowed = {room[0], *GROUND, *FLOORS.get(room[0], ())}
+    if room[0] in GROUND:
+        allowed = set(GROUND)
+    if not other or other[0] not in allowed:
+        return f"{importer} imports {imported}: `{room[0]}` may import {', '.join(sorted(allowed))}"
+    mine, theirs = architecture(importer, package), architecture(imported, package)
+    if room[0] == "models" and theirs is not None and theirs != mine:
+        return f"{importer} imports {imported}: what two architectures share belongs into models/*.py"
+    return None
+
+
+def violations(package: Path) -> list[str]:
+    """Every breach in a package folder."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        importer = module_name(path, package)
+        reasons = (violation(importer, imported, package) for imported in sorted(imported_modules(path, package)))
+        found += [reason for reason in reasons if reason]
+    return found
+
+
+def test_nothing_imports_upward_or_sideways():
+    assert violations(PACKAGE) == []
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms - GROUND - ROOF == set(FLOORS)
+
+
+def test_floors_have_no_cycle():
+    settled: set[str] = set()
+    while remaining := set(FLOORS) - settled:
+        ready = {room for room in remaining if FLOORS[room] <= settled}
+        assert ready, f"each of {sorted(remaining)} waits for another"
+        settled |= ready
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("kernels/rope.py", "from kvtrain.cache.store import PagedStore"),
+        ("kernels/rope.py", "def f():\n    import kvtrain.models.host"),
+        ("kernels/rope.py", "from kvtrain import load"),
+        ("kernels/rope.py", "from ..data import packing"),
+        ("data/shards.py", "from kvtrain.kernels import rope"),
+        ("losses/gates.py", "from kvtrain.models.gating import decide"),
+        ("models/host.py", "from kvtrain.training import base"),
+        ("models/host.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kvtrain.inference.load"),
+        ("models/dmc/cache.py", "from kvtrain.models.dms.config import DMS"),
+        ("models/dmc/cache.py", "from ..dms import config"),
+        ("models/gating.py", "from kvtrain.models.dmc import DMC"),
+        ("export/card.py", "from kvtrain.training.base import TrainingModule"),
+        ("inference/engine.py", "from kvtrain.evaluation import perplexity"),
+        ("training/base.py", "from kvtrain import cli"),
+        ("assets/__init__.py", "from kvtrain.kernels import rope"),
+    ],
+)
+def test_a_planted_breach_is_caught(tmp_path, file, source):
+    for name in ("dmc", "dms"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source + "\n")
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("cli.py", "from kvtrain.training.cli import main"),
+        ("kernels/rope.py", "import torch\nfrom .norm import rms_norm\nfrom kvtrain.kernels.dispatch import use"),
+        (
+            "models/dmc/cache.py",
+            "from kvtrain.cache.store import PagedStore\nfrom ..gating import decide\nfrom . import config",
+        ),
+        ("data/tokenizer.py", "from kvtrain.assets import resolve"),
+        ("inference/load.py", "import kvtraining.models"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path, file, source):
+    (tmp_path / "models" / "dmc").mkdir(parents=True)
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source + "\n")
+    assert violations(tmp_path) == []

@@ -1,0 +1,275 @@
+"""``kvtrain fit`` and ``validate``: run folders, resuming after every kind of end, pages."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kvtrain.cli import main
+from kvtrain.help import FOLDER
+from kvtrain.training import run_folder
+from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
+
+from .small_runs import ROOT, STEPS, acting, fit, recipe_text, refused, steps_saved
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: float(v) for key, v in row.items() if v and key != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "recipe.yaml").write_text(recipe_text(place, folder / "run"))
+    assert fit(folder / "recipe.yaml") == 0
+    return folder / "run"
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics(run) == metrics(whole)
+
+
+def test_every_option_on_the_page_exists(recipe):
+    known = set(ReadCLI(["--config", str(recipe)]).vocabulary().options)
+    for page, fewest in (("fit", 25), ("validate", 6)):
+        named = set(re.findall(r"--([a-z_]+(?:[.-][a-z_]+)*)", (FOLDER / f"{page}.txt").read_text()))
+        assert len(named) >= fewest
+        assert named - known == {"help-all"}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_whole_page_is_the_parsers_own(capsys, command):
+    assert main([command, "--help-all"]) == 0
+    page = capsys.readouterr().out
+    assert "--trainer.checkpoint_every" in page
+    assert "--trainer.gradient_clip_val" in page
+    assert "--data.help" in page
+    assert "--weights_only" not in page
+
+
+def test_the_resolved_recipe_can_be_printed(capsys, recipe):
+    assert fit(recipe, "--model.seed", "8", "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"]["init_args"]["seed"], printed["data"]["init_args"]["batch_size"]) == (8, 2)
+
+
+def test_a_run_folder_holds_all_of_a_run(whole, capsys):
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert config["ckpt_path"] is None
+    assert config["model"]["init_args"]["weight_decay"] == 0.1
+    assert config["trainer"]["checkpoint_every"] == 3
+    assert steps_saved(whole) == [9, 12]
+    assert (whole / "checkpoints" / "last.ckpt").resolve().name == "step-000012.ckpt"
+    assert [row["step"] for row in metrics(whole)] == list(range(STEPS))
+    assert sorted(path.name for path in whole.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert metrics(whole)[-1]["loss"] < metrics(whole)[0]["loss"]
+
+
+def test_checkpoints_load_without_pickled_objects(whole):
+    for path in run_folder.step_files(whole):
+        content = torch.load(path, weights_only=True)
+        assert content["global_step"] == run_folder.step_of(path)
+        assert not [key for key in content if "hparams" in key or "hyper_parameters" in key]
+
+
+def test_the_opening_line_says_what_trains(recipe, capsys):
+    assert fit(recipe, "--trainer.max_steps", "1") == 0
+    words = capsys.readouterr().err
+    parameters = 4096 * 16 + 2 * (16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 32 + 32) + 16
+    opening = (
+        f"PretrainModule: {parameters:,} parameters; 1 x cpu, 32-true; phases first 5, second 7; "
+        f"1 steps of 128 tokens; run folder {recipe.parent / 'run'}"
+    )
+    assert opening in words.splitlines()
+    for foreign in ("GPU", "TPU", "Tip", "litlogger", "LeafSpec", "args parameter", "Warning"):
+        assert foreign not in words
+
+
+@pytest.mark.parametrize("batch", [3, 7, 10, 17])
+def test_a_crash_costs_nothing(recipe, whole, batch):
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(recipe, *acting("crash", batch))
+    run = recipe.parent / "run"
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("batch", [4, 9, 20])
+def test_sigterm_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, batch):
+    before = signal.getsignal(signal.SIGTERM)
+    assert fit(recipe, *acting(int(signal.SIGTERM), batch)) == 143
+    run = recipe.parent / "run"
+    step = (batch + 2) // 2
+    assert run_folder.step_of(run_folder.last_checkpoint(run)) == step
+    assert f"SIGTERM at step {step}: saved; continue with --ckpt_path last" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert_same_run(run, whole)
+
+
+def test_sigterm_does_not_wait_for_a_validation(recipe, whole):
+    assert fit(recipe, *acting(int(signal.SIGTERM), 6)) == 143
+    run = recipe.parent / "run"
+    assert steps_saved(run) == [3, 4]
+    assert "val_loss" not in metrics(run)[-1]
+    assert "val_loss" in metrics(whole)[3]
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert [name for name, value in weights(run).items() if not torch.equal(value, weights(whole)[name])] == []
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
+
+
+def test_sigterm_in_the_last_step_leaves_a_finished_run(recipe, whole, capsys):
+    assert fit(recipe, *acting(int(signal.SIGTERM), 23)) == 143
+    run = recipe.parent / "run"
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert f"{run}: 12 steps of 12 done" in capsys.readouterr().err.splitlines()
+    assert [name for name, value in weights(run).items() if not torch.equal(value, weights(whole)[name])] == []
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(recipe, whole, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert fit(recipe, *acting(int(signal.SIGINT), 9)) == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == (
+        "kvtrain: interrupted at step 5, the last checkpoint is step-000003.ckpt; "
+        "continue with the same command and --ckpt_path last"
+    )
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert_same_run(recipe.parent / "run", whole)
+
+
+def test_kill_leaves_a_run_that_goes_on(place, tmp_path):
+    steps = 30
+    for name in ("killed", "whole"):
+        text = recipe_text(place, tmp_path / name, steps).replace("checkpoint_every: 3", "checkpoint_every: 1")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    command = [sys.executable, "-m", "kvtrain", "fit", "--config", str(tmp_path / "killed.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while max(steps_saved_so_far(tmp_path / "killed"), default=0) < 7 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    last = run_folder.last_checkpoint(tmp_path / "killed")
+    assert 6 <= run_folder.step_of(last) < steps
+    assert torch.load(last, weights_only=True)["global_step"] == run_folder.step_of(last)
+    assert fit(tmp_path / "killed.yaml", "--ckpt_path", "last") == 0
+    assert fit(tmp_path / "whole.yaml") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def steps_saved_so_far(run: Path) -> list[int]:
+    return [run_folder.step_of(path) for path in (run / "checkpoints").glob("step-*.ckpt")]
+
+
+def snapshot(run: Path) -> dict[str, tuple[int, int]]:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_a_second_run_never_touches_the_first(recipe, whole, capsys):
+    before = snapshot(whole)
+    answer = refused(capsys, "fit", "--config", str(recipe), "--trainer.default_root_dir", str(whole))
+    assert answer == (
+        f"{whole} already holds a run (step 12); continue it with --ckpt_path last, "
+        "or choose another --trainer.default_root_dir"
+    )
+    other = recipe.parent / "foreign.ckpt"
+    other.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    arguments = ["--config", str(recipe), "--trainer.default_root_dir", str(whole), "--ckpt_path", str(other)]
+    assert "already holds a run" in refused(capsys, "fit", *arguments)
+    assert snapshot(whole) == before
+
+
+def test_last_without_a_checkpoint_starts_from_the_beginning(recipe, whole, capsys):
+    run = recipe.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / ".step-000003.ckpt.new").write_bytes(b"half")
+    (run / "metrics.csv").write_text("step,loss\n0,1.0\n2,1.0\n")
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert f"{run} has no checkpoint yet: starting from the beginning" in capsys.readouterr().err.splitlines()
+    assert_same_run(run, whole)
+    assert list((run / "checkpoints").glob(".*")) == []
+
+
+def test_going_on_with_another_recipe_warns(recipe, whole, capsys, tmp_path):
+    assert fit(recipe, "--trainer.max_steps", "3") == 0
+    assert "differs" not in capsys.readouterr().err
+    assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
+    assert "differs" not in capsys.readouterr().err
+    assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "5", "--data.seed", "6") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "kvtrain: warning: the recipe differs from the one this run was begun with, first in 'data.seed'" in lines
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["data"]["init_args"]["seed"], config["ckpt_path"]) == (6, None)
+
+
+def test_another_number_of_threads_warns(recipe, capsys):
+    current = torch.get_num_threads()
+    try:
+        assert fit(recipe, "--trainer.max_steps", "3", "--trainer.num_threads", "1") == 0
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        capsys.readouterr()
+        assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
+    finally:
+        torch.set_num_threads(current)
+    assert "trained on 1 CPU threads and goes on with 2" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_with_another_to_try(recipe, whole, capsys):
+    run = recipe.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    good, bad = run / "checkpoints" / "step-000009.ckpt", run / "checkpoints" / "step-000012.ckpt"
+    content = (whole / "checkpoints" / "step-000009.ckpt").read_bytes()
+    good.write_bytes(content)
+    bad.write_bytes(content[: len(content) // 2])
+    os.utime(good, (1, 1))
+    run_folder.point_last(bad)
+    answer = refused(capsys, "fit", "--config", str(recipe), "--ckpt_path", "last")
+    assert answer == f"{bad}: damaged or no checkpoint of kvtrain; try --ckpt_path {good}"
+
+
+def test_validate_prints_figures_and_leaves_the_run_alone(recipe, whole, capsys):
+    before = snapshot(whole)
+    arguments = ["validate", "--config", str(recipe), "--trainer.default_root_dir", str(whole)]
+    assert main([*arguments, "--ckpt_path", "last"]) == 0
+    figures = capsys.readouterr().out.split()
+    assert figures[0::2] == ["val_loss", "val_perplexity"]
+    assert float(figures[1]) == pytest.approx(metrics(whole)[-1]["val_loss"], abs=1e-3)
+    assert main(arguments) == 0
+    assert float(capsys.readouterr().out.split()[1]) > float(figures[1])
+    assert snapshot(whole) == before
+    assert refused(capsys, "validate", "--config", str(recipe), "--ckpt_path", "last").endswith("holds no checkpoint")
+
+
+def test_reading_a_recipe_touches_nothing(recipe):
+    read = read_recipe(["--config", str(recipe), "--trainer.accelerator", "cuda", "--model.seed", "9"])
+    assert (read.module.seed, read.data.batch_size, read.trainer["max_steps"]) == (9, 2, STEPS)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_the_local_rank_of_the_deepspeed_launcher_is_exported(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert adopt_local_rank(["--local_rank=1", "--config", "r.yaml"]) == ["--config", "r.yaml"]
+    assert os.environ.pop("LOCAL_RANK") == "1"
