@@ -165,7 +165,7 @@ def test_kill_leaves_a_run_that_goes_on(place, tmp_path):
     command = [sys.executable, "-m", "kvtrain", "fit", "--config", str(tmp_path / "killed.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while max(steps_saved_so_far(tmp_path / "killed"), default=0) < 7 and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

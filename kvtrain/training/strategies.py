@@ -1,0 +1,147 @@
+"""DeepSpeed's ZeRO under Lightning, with what has to be mended for it."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
+from torch import Tensor
+
+from kvtrain.mistakes import UsageError
+
+# What the trainer, the module or the recipe decides; two places to say it would be one too many.
+_NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
+
+
+class DeepSpeedZeRO(DeepSpeedStrategy):
+    """ZeRO stage 2 or 3 from a DeepSpeed configuration file, on CUDA devices or, for tests, on the CPU.
+
+    Differs from Lightning's strategy in that accumulated gradients are divided by their number once and not
+    twice (AdamW hides that, clipping does not), that loaders without a batch size work, and that the CPU works.
+    Without DeepSpeed a recipe that names it can still be read, listed and estimated.
+
+    Args:
+        config: DeepSpeed's configuration, a file or its content. The optimiser, accumulation and clipping
+            come from the recipe.
+        timeout_minutes: How long a rank waits for the others before it gives up.
+
+    Raises:
+        UsageError: The file cannot be read, or says what the strategy cannot honour.
+    """
+
+    def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
+        settings = read_config(config)
+        if _DEEPSPEED_AVAILABLE:
+            super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
+        else:  # enough for a recipe to be read; a trainer that takes it refuses
+            super(DeepSpeedStrategy, self).__init__()
+
+    def _configure_launcher(self) -> None:
+        """The first thing that a trainer asks of its strategy.
+
+        Raises:
+            UsageError: DeepSpeed is not installed.
+        """
+        if not _DEEPSPEED_AVAILABLE:
+            raise UsageError("this recipe trains with DeepSpeed, which is not installed: pip install kvtrain[deepspeed]")
+        super()._configure_launcher()
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device, with the index that DeepSpeed wants even of a CPU."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """As Lightning's, which would refuse the CPU."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.accelerator.setup_device(self.root_device)
+            self.setup_distributed()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """As Lightning's, which compares device indices with ranks: CPU processes share one device."""
+        if self.root_device.type != "cpu":
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def model_sharded_context(self) -> AbstractContextManager[None]:
+        """None: a host is loaded whole by each rank and then partitioned.
+
+        DeepSpeed's own context would partition parameters before transformers has loaded values into them.
+        """
+        self._init_config_if_needed()
+        return nullcontext()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Hand the model to DeepSpeed."""
+        super().setup(trainer)
+        if self.zero_stage_3:
+            self._announce_output_embedding()
+
+    def _announce_output_embedding(self) -> None:
+        """Have ZeRO-3 gather the output embedding for the model itself: the loss reads its weight directly."""
+        from deepspeed.zero import register_external_parameter
+
+        model: Any = self.lightning_module.model  # type: ignore[union-attr]
+        register_external_parameter(model, model.get_output_embeddings().weight)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Nothing is loaded: DeepSpeed's checkpoints are pickles, which run whatever code they hold.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"{checkpoint_path}: a run under DeepSpeed cannot be continued from a checkpoint yet")
+
+
+def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read and check a DeepSpeed configuration.
+
+    Args:
+        config: A JSON file or its content.
+
+    Raises:
+        UsageError: It cannot be read, or says what ``DeepSpeedZeRO`` cannot honour.
+    """
+    name = config if isinstance(config, str) else "DeepSpeed configuration"
+    settings = _read_json(config) if isinstance(config, str) else dict(config)
+    taken = [key for key in _NOT_OURS if key in settings]
+    if taken:
+        raise UsageError(f"{name}: leave out {', '.join(taken)}; the recipe's trainer and model say it")
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") not in (2, 3):
+        raise UsageError(f"{name}: zero_optimization.stage must be 2 or 3, not {zero.get('stage')}")
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device", "none") not in ("none", "cpu"):
+            raise UsageError(f"{name}: zero_optimization.{part}.device must be cpu or none")
+    # Of DeepSpeed's own speed figures alone; Lightning would look for it in the loader, which has none.
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    return settings
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"no DeepSpeed configuration at '{path}'") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return content
