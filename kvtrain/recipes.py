@@ -42,6 +42,18 @@ def recipes_folder() -> Path:
     raise UsageError("this installation carries no recipes; write one, or take them from the repository")
 
 
+def find_config(path: str) -> str:
+    """A configuration file that a recipe names: as it stands, or beside the recipes where it is not there.
+
+    Recipes say ``configs/...``; in a checkout that is the working directory's, in an installed package the
+    package's own.
+    """
+    for folder in (Path(), _PACKAGE.parent, _PACKAGE):
+        if (folder / path).exists():
+            return str(folder / path)
+    return path
+
+
 def list_recipes() -> list[Recipe]:
     """Every recipe, in path order."""
     return [describe(path) for path in sorted(recipes_folder().rglob("*.yaml"))]

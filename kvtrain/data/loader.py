@@ -79,7 +79,8 @@ class PackedLoader:
     def _batch(self, order: npt.NDArray[np.int64], step: int) -> Batch:
         size = self.batch_size * self.world_size
         everyone = order[step * size : (step + 1) * size]
-        batch = self.rows.batch(everyone[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
+        mine = everyone[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        batch = self.rows.batch(mine) if len(mine) else self.rows.padding()
         if self.seed is not None:
             first = step - step % self.window
             window = order[first * size : (first + self.window) * size]

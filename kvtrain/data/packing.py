@@ -65,6 +65,13 @@ class PackedRows:
         batch["row_ids"] = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return batch
 
+    def padding(self) -> Batch:
+        """A batch of one row of padding, for a rank whose share of the last batch is empty."""
+        batch = self.batch(np.zeros(1, dtype=np.int64))
+        batch["document_ids"].zero_()
+        batch["labels"].fill_(IGNORE_INDEX)
+        return batch
+
     def _row(self, row: int) -> tuple[npt.NDArray[np.int64], ...]:
         shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         length = self.sequence_length

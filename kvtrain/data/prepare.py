@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvtrain.assets import HELDOUT
@@ -119,6 +120,7 @@ def _progress() -> Progress:
         TextColumn("documents, {task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
         TimeElapsedColumn(),
         transient=True,
+        console=Console(stderr=True),
     )
 
 

@@ -14,6 +14,7 @@ from kvtrain.export.card import model_card
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofitted_class
+from kvtrain.run_folder import last_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -55,11 +56,9 @@ def checkpoint_path(run: Path) -> Path:
     Raises:
         ValueError: There is none.
     """
-    if run.is_file():
-        return run
-    last = run / "checkpoints" / "last.ckpt"
-    if not last.is_file():
-        raise ValueError(f"{run}: no checkpoints/last.ckpt; is this a run folder of `kvtrain fit`?")
+    last = run if run.is_file() else last_checkpoint(run)
+    if last is None or not last.is_file():
+        raise ValueError(f"{run}: no checkpoint; is this a run folder of `kvtrain fit`?")
     return last
 
 

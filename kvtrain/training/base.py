@@ -13,6 +13,7 @@ from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Method
+from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, Place, Schedule
 
 
@@ -122,8 +123,7 @@ class TrainingModule(pl.LightningModule):
 
     def begin_phase(self, phase: Phase) -> None:
         """Clear the optimiser's moments; subclasses do more."""
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+        clear_moments(self.trainer)
 
     def on_fit_start(self) -> None:
         """Check that the phases cover the run.

@@ -11,11 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from kvtrain import run_folder
 from kvtrain.data.module import PackedDataModule
 from kvtrain.metrics import FILE_NAME
 from kvtrain.mistakes import UsageError, innermost, raised_by_kvtrain
 from kvtrain.recipes import read_recipe_file
-from kvtrain.training import messages, run_folder
+from kvtrain.training import messages
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.quiet import speak_plainly

@@ -9,6 +9,7 @@ from kvtrain.data.packing import Batch
 from kvtrain.losses.compression import compression_hinge, merged_fraction
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dmc.attention import DMCAttention, DMCStep
+from kvtrain.training.parameters import zero_rows
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase, Place
 
@@ -82,20 +83,21 @@ class DMCModule(RetrofitModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
         super().on_validation_epoch_start()
-        self._validation_fractions: list[Tensor] = []
+        self._validation_merged = torch.zeros(2, device=self.device)  # sum of fractions, rows
 
     def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
         """Collect what hard decisions merge in the held-out rows."""
         fractions = self._fractions(batch, arguments)
         if fractions is not None:
-            self._validation_fractions.append(fractions)
+            real = (batch["document_ids"] > 0).any(1)
+            self._validation_merged += torch.stack([fractions[real].sum(), real.sum()])
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out compression with the perplexity."""
         super().on_validation_epoch_end()
-        if self._validation_fractions:
-            mean = self.trainer.strategy.reduce(torch.cat(self._validation_fractions).mean(), reduce_op="mean")
-            self.log("val_compression", 1 / (1 - mean), prog_bar=True)
+        merged, rows = self.trainer.strategy.reduce(self._validation_merged, reduce_op="sum")
+        if rows > 0:
+            self.log("val_compression", 1 / (1 - merged / rows), prog_bar=True)
 
     def on_train_start(self) -> None:
         """A recipe without zero-out starts with the borrowed rows cleared."""
@@ -111,4 +113,7 @@ class DMCModule(RetrofitModule):
     def _zero_borrowed_rows(self) -> None:
         for module in self.model.modules():
             if isinstance(module, DMCAttention):
-                module.zero_borrowed_rows()
+                rows = slice(module.head_dim - 1, None, module.head_dim)
+                for projection in (module.q_proj, module.k_proj):
+                    for parameter in projection.parameters():
+                        zero_rows(parameter, rows)

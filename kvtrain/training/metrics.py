@@ -55,7 +55,7 @@ class CSVMetrics(Logger):
         step = step or 0
         if self._rows is None:
             old = read_metrics(self.folder) if (self.folder / FILE_NAME).is_file() else []
-            self._rows = {int(row["step"]): row for row in old if row["step"] < step}
+            self._rows = {int(row["step"]): {**row, "step": int(row["step"])} for row in old if row["step"] < step}
         row = self._rows.setdefault(step, {"step": step})
         row.update({key: float(value) for key, value in metrics.items() if key != "epoch"})
         self._unsaved += 1

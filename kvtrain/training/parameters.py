@@ -64,10 +64,10 @@ def _zero_stage_2_master_rows(parameter: nn.Parameter, rows: slice) -> None:
 
 
 def _zero_stage_3_rows(parameter: Any, rows: slice) -> None:
+    import deepspeed
     from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-    from deepspeed.zero import GatheredParameters
 
-    with GatheredParameters([parameter], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data[rows] = 0
     if parameter.requires_grad:
         # The part, not the whole: writing the whole back fails where ranks do not divide the parameter evenly.

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
+from kvtrain.recipes import find_config
 from kvtrain.training.base import TrainingModule
 
 
@@ -30,8 +31,8 @@ class PretrainModule(TrainingModule):
             ValueError: The file is not there.
         """
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.model_config)
-        except OSError as error:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(find_config(self.model_config))
+        except (OSError, ValueError) as error:
             raise ValueError(f"no model configuration at {self.model_config!r}") from error
         return config
 

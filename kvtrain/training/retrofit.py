@@ -9,6 +9,7 @@ from kvtrain.assets import resolve
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
+from kvtrain.recipes import find_config
 from kvtrain.training.base import TrainingModule
 
 
@@ -37,10 +38,10 @@ class RetrofitModule(TrainingModule):
         Raises:
             ValueError: It cannot be had.
         """
-        path = self.base_config or resolve(self.base)
+        path = find_config(self.base_config) if self.base_config else resolve(self.base)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
         return config
 

@@ -50,7 +50,9 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             UsageError: DeepSpeed is not installed.
         """
         if not _DEEPSPEED_AVAILABLE:
-            raise UsageError("this recipe trains with DeepSpeed, which is not installed: pip install kvtrain[deepspeed]")
+            raise UsageError(
+                "this recipe trains with DeepSpeed, which is not installed: pip install kvtrain[deepspeed]"
+            )
         super()._configure_launcher()
 
     @property
@@ -72,6 +74,10 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         if self.root_device.type != "cpu":
             super().setup_distributed()
             return
+        import deepspeed
+
+        # An operation that shares memory between CPU processes, compiled on first use; ZeRO does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -92,10 +98,10 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
 
     def _announce_output_embedding(self) -> None:
         """Have ZeRO-3 gather the output embedding for the model itself: the loss reads its weight directly."""
-        from deepspeed.zero import register_external_parameter
+        import deepspeed
 
         model: Any = self.lightning_module.model  # type: ignore[union-attr]
-        register_external_parameter(model, model.get_output_embeddings().weight)
+        deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""

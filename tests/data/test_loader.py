@@ -138,15 +138,18 @@ def test_resuming_with_other_ranks(rows: PackedRows):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("limit", [None, 7, 1000])
 def test_evaluation_serves_every_row_once(rows: PackedRows, world_size: int, limit: int | None):
-    """In order, every rank for as many steps; ranks past the end get empty batches."""
+    """In order, every rank for as many steps; ranks past the end get a row of padding, which has no target."""
     loaders = [
         PackedLoader(rows, 5, seed=None, rank=rank, world_size=world_size, limit=limit) for rank in range(world_size)
     ]
     batches = [list(loader) for loader in loaders]
     expected = min(limit or 41, 41)
     assert len({len(loader) for loader in loaders} | {len(b) for b in batches}) == 1
-    steps = zip(*map(ids, batches), strict=True)
-    assert [row for step in steps for share in step for row in share] == list(range(expected))
+    shares = [batch for step in zip(*batches, strict=True) for batch in step]
+    padding = [batch for batch in shares if batch["document_ids"].eq(0).all()]
+    assert flat(ids(batch for batch in shares if batch["document_ids"].ne(0).any())) == list(range(expected))
+    assert all(len(batch["row_ids"]) == 1 and batch["labels"].eq(IGNORE_INDEX).all() for batch in padding)
+    assert bool(padding) == (len(loaders[0]) * 5 * world_size - expected >= 5)
     assert all("num_items" not in batch and batch["labels"].shape[1] == LENGTH for b in batches for batch in b)
 
 

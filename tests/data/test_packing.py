@@ -104,6 +104,12 @@ def test_no_rows_make_an_empty_batch(write_shards: Callable[..., TokenShards]):
     }
 
 
+def test_a_row_of_padding(write_shards: Callable[..., TokenShards]):
+    batch = PackedRows(write_shards([[1, 2, 3, 4]]), 4).padding()
+    assert batch["document_ids"].tolist() == [[0] * 4]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 4]
+
+
 @pytest.mark.parametrize("length", [1, 0, -3])
 def test_a_row_too_short_for_a_target(write_shards: Callable[..., TokenShards], length: int):
     with pytest.raises(ValueError, match=f"sequence_length must be at least 2, not {length}"):

@@ -3,8 +3,10 @@
 import errno
 import itertools
 import json
-import multiprocessing
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,34 +227,27 @@ def test_the_digest_is_of_the_rules_alone(tokenizer: Any):
     assert tokenizer_digest(tokenizer) == before
 
 
-def contender(folder: Path, corpus: Path, tokenizer: Any, gate: Any, results: Any) -> None:
-    """Reports how often it tokenised, and how many documents it found afterwards."""
+def test_contenders_do_not_fail_each_other(
+    corpus: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Three want one folder at once: one works, two wait for its lock file, all find the same."""
     calls: list[Path] = []
 
-    def counting(corpora: Any, tokenizer: Any, output: Path, **options: Any) -> None:
+    def slowly(corpora: Any, tokenizer: Any, output: Path, **options: Any) -> None:
         calls.append(output)
+        time.sleep(0.2)
         prepare_corpus(corpora, tokenizer, output, **options)
 
-    prepare.prepare_corpus = counting
-    gate.wait(60)
-    try:
-        prepare_once([str(corpus)], tokenizer, folder)
-        results.put((len(calls), TokenShards(folder).manifest.num_documents))
-    except BaseException as error:
-        results.put(repr(error))
+    def contend(_number: int) -> int:
+        gate.wait(60)
+        prepare_once([str(corpus)], tokenizer, target)
+        return TokenShards(target).manifest.num_documents
 
-
-def test_processes_do_not_fail_each_other(corpus: Path, tmp_path: Path, tokenizer: Any):
-    """Three start at once: one works, two wait, all find the same."""
-    context = multiprocessing.get_context("fork")
-    gate, results = context.Barrier(3), context.Queue()
-    target = tmp_path / "cache" / "name"
-    processes = [context.Process(target=contender, args=(target, corpus, tokenizer, gate, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert sorted(results.get(timeout=60) for _ in processes) == [(0, 41), (0, 41), (1, 41)]
-    for process in processes:
-        process.join(60)
+    monkeypatch.setattr(prepare, "prepare_corpus", slowly)
+    gate, target = threading.Barrier(3), tmp_path / "cache" / "name"
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(contend, range(3))) == [41] * 3
+    assert calls == [target]
     assert [path.name for path in target.parent.iterdir() if path.is_dir()] == ["name"]
 
 

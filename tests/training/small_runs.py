@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from kvtrain import run_folder
 from kvtrain.cli import main
-from kvtrain.training import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

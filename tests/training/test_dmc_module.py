@@ -161,9 +161,7 @@ def test_the_hinge_pulls_towards_the_target(base, rows, tmp_path):
     batch = rows.batch(torch.arange(8).numpy())
     ledger = {}
     with torch.no_grad():
-        module.model.eval()(
-            batch["input_ids"], use_cache=False, document_ids=batch["document_ids"], ledger=ledger
-        )
+        module.model.eval()(batch["input_ids"], use_cache=False, document_ids=batch["document_ids"], ledger=ledger)
     assert torch.stack(list(ledger.values())).mean() > 0.3
 
 

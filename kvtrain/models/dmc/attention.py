@@ -139,7 +139,7 @@ class DMCAttention(HostAttention):
             Query and key without it, decision logits and importances ``(B, H_kv, T)``.
         """
         bias = self.settings.init_bias
-        logits = at_least_float32(key[..., -1]) - bias
+        logits = self.settings.decision_scale * at_least_float32(key[..., -1]) - bias
         wish = at_least_float32(query[..., -1]).unflatten(1, (self.num_key_value_heads, -1)).mean(2)
         importance = torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
         return self._scale_channel(query, 0.0), self._scale_channel(key, 0.0), logits, importance

@@ -23,6 +23,9 @@ class DMC(Method):
         temperature: Of the relaxed decisions while training (released code: 0.1).
         init_bias: Subtracted from the decision channel and added to the importance channel, so that a
             fresh retrofit merges next to nothing (released code: 5).
+        decision_scale: Factor on the decision channel, before ``init_bias``. The released code has none, and
+            6,000 steps to learn in; short retrofits learn decisions at this multiple of the learning rate
+            (DMS, by the same authors, uses 100).
         page_size: Slots in a page of the serving cache; 16 to 64 waste least (P27).
 
     Raises:
@@ -35,6 +38,7 @@ class DMC(Method):
     window: int = 12
     temperature: float = 0.1
     init_bias: float = 5.0
+    decision_scale: float = 1.0
     page_size: int = 32
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class DMC(Method):
             raise ValueError(f"window must be at least 1 token, not {self.window}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.decision_scale <= 0:
+            raise ValueError(f"decision_scale must be above 0, not {self.decision_scale}; 1 is the released code's")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}; 16 to 64 waste least")
 

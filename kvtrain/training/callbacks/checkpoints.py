@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from kvtrain.run_folder import CHECKPOINTS, point_last, prune, publish, remove
 from kvtrain.training.metrics import CSVMetrics
-from kvtrain.training.run_folder import CHECKPOINTS, point_last, prune, publish, remove
 
 _KEPT = 2
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtrain.training import run_folder
+from kvtrain import run_folder
 
 from .small_runs import steps_saved
 

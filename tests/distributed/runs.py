@@ -1,0 +1,166 @@
+"""Tiny runs that plain Lightning in one process and DeepSpeed in several must end alike."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtrain.data.packing import IGNORE_INDEX, Batch
+from kvtrain.models.dmc import DMC
+from kvtrain.models.full import Full
+from kvtrain.models.host import retrofit
+from kvtrain.training import DMCModule, Phase, RetrofitModule
+from kvtrain.training.strategies import DeepSpeedZeRO
+from kvtrain.training.trainer import KVTrainer
+from tests.hosts import make_host, random_ids
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTH = 24
+LEARNING_RATE = 0.05
+PHASES = [
+    Phase("zero_out", 3, 1e-3),
+    Phase("retrofit", 4, 1e-3),
+    Phase("finetune", 3, 1e-3, final_learning_rate=1e-4),
+]
+STEPS = sum(phase.steps for phase in PHASES)
+
+
+class Rows:
+    """A sized loader of given rows: ``per_batch`` a micro-batch over all ranks, ``window`` micro-batches a step."""
+
+    def __init__(self, lengths: list[int], per_batch: int, window: int, rank: int = 0, world_size: int = 1) -> None:
+        self.lengths, self.per_batch, self.window = lengths, per_batch, window
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.per_batch
+
+    def __iter__(self):
+        ids = random_ids(len(self.lengths), LENGTH)
+        for index in range(len(self)):
+            everyone = range(index * self.per_batch, (index + 1) * self.per_batch)
+            mine = list(everyone)[self.rank :: self.world_size]
+            first = (index - index % self.window) * self.per_batch
+            step = self.lengths[first : first + self.window * self.per_batch]
+            yield self._batch(ids, mine) | {"num_items": torch.tensor(sum(length - 1 for length in step))}
+
+    def _batch(self, ids: Tensor, rows: list[int]) -> Batch:
+        place = torch.arange(LENGTH).expand(len(rows), -1)
+        real = place < torch.tensor([self.lengths[row] for row in rows])[:, None]
+        labels = torch.where(real & (place > 0), ids[rows], IGNORE_INDEX)
+        return {
+            "input_ids": ids[rows] * real,
+            "position_ids": place * real,
+            "document_ids": real.long(),
+            "labels": labels,
+            "row_ids": torch.tensor(rows),
+        }
+
+
+class TinyDMC(DMCModule):
+    """Notes what its parameters and its optimiser hold around the boundaries."""
+
+    def __init__(self) -> None:
+        super().__init__("unused", DMC(compression=2.0, window=4), phases=PHASES, seed=3)
+        self.notes: list[dict[str, float]] = []
+
+    def build_model(self) -> nn.Module:
+        return retrofit(make_host(dtype=torch.float32), self.method)
+
+    def begin_phase(self, phase: Phase) -> None:
+        before = moments(self)
+        super().begin_phase(phase)
+        self.notes.append({"before": before, "after": moments(self), "rows": borrowed(self)})
+
+
+class TinySGD(RetrofitModule):
+    """One plain host under SGD, whose steps show the size of the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__("unused", Full(), phases=[Phase("all", 1, LEARNING_RATE)])
+
+    def build_model(self) -> nn.Module:
+        return retrofit(make_host(dtype=torch.float32), self.method)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """A context in which the parameters of any strategy are whole."""
+    if not hasattr(parameters[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def masters(parameter: nn.Parameter) -> Tensor:
+    """The float32 copy that the optimiser steps."""
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
+        return parameter
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def weights(module: Any) -> dict[str, Tensor]:
+    """Whole parameters, copied."""
+    named = dict(module.model.named_parameters())
+    with gathered(list(named.values())):
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
+def moments(module: Any) -> float:
+    """The largest number in the optimiser's state of this rank."""
+    (optimizer,) = module.trainer.optimizers
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return max((tensor.abs().max().item() for tensor in tensors), default=0.0)
+
+
+def borrowed(module: Any) -> float:
+    """The largest borrowed number, in the parameters and in their masters."""
+    found = []
+    for name, parameter in module.model.named_parameters():
+        if ".q_proj." in name or ".k_proj." in name:
+            head_dim = module.model.config.host_config.head_dim
+            with gathered([parameter]):
+                found.append(parameter[head_dim - 1 :: head_dim].abs().max().item())
+            found.append(masters(parameter)[head_dim - 1 :: head_dim].abs().max().item())
+    return max(found)
+
+
+def trainer(folder: Path, world_size: int, stage: int | None, steps: int, window: int, **settings: Any) -> KVTrainer:
+    """Plain Lightning, or ZeRO from the shipped configuration."""
+    strategy = "auto" if stage is None else DeepSpeedZeRO(str(ROOT / f"configs/deepspeed/zero{stage}.json"))
+    return KVTrainer(
+        default_root_dir=str(folder),
+        strategy=strategy,
+        accelerator="cpu",
+        devices=world_size,
+        max_steps=steps,
+        accumulate_grad_batches=window,
+        logger=False,
+        enable_progress_bar=False,
+        **settings,
+    )
+
+
+def sgd_step(folder: Path, rank: int, world_size: int, stage: int | None, clip: float | None) -> dict[str, Any]:
+    """One SGD step over four micro-batches of ragged rows."""
+    module = TinySGD()
+    run = trainer(folder, world_size, stage, 1, 4, gradient_clip_val=clip, enable_checkpointing=False)
+    run.fit(module, Rows([24, 5, 3, 16, 2, 2, 9, 24], 2, 4, rank, world_size))
+    return weights(module)
+
+
+def dmc_run(folder: Path, rank: int, world_size: int, stage: int | None, **settings: Any) -> dict[str, Any]:
+    """Three phases; rows of one length, because the compression loss is a mean over the rows of a batch."""
+    module = TinyDMC()
+    run = trainer(folder, world_size, stage, STEPS, 2, gradient_clip_val=1.0, **settings)
+    run.fit(module, Rows([LENGTH] * 4 * STEPS, 2, 2, rank, world_size))
+    frequencies = module.model.model.rotary_emb.inv_freq.dtype
+    return {"notes": module.notes, "weights": weights(module), "frequencies": frequencies}

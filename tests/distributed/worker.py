@@ -1,0 +1,54 @@
+"""One rank of the runs under DeepSpeed: ``python -m tests.distributed.worker STAGE WORLD_SIZE FOLDER``."""
+
+import faulthandler; faulthandler.dump_traceback_later(50)
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from kvtrain.mistakes import UsageError
+from kvtrain.training.parameters import zero_rows
+from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, sgd_step, trainer
+
+
+def refusal(folder: Path, world_size: int, stage: int) -> str:
+    """What a run says that is to go on from DeepSpeed's checkpoint."""
+    run = trainer(folder / "again", world_size, stage, STEPS, 2)
+    try:
+        run.fit(TinyDMC(), Rows([24] * 4 * STEPS, 2, 2), ckpt_path=folder / "checkpoints" / "last.ckpt")
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def sharded_rows(world_size: int) -> torch.Tensor:
+    """Zero rows of a sharded matrix whose rows the ranks do not divide evenly."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    matrix = torch.nn.Parameter(distribute_tensor(torch.ones(7, 3), mesh, [Shard(0)]))
+    zero_rows(matrix, slice(2, None, 3))
+    return matrix.full_tensor().detach()
+
+
+def main(stage: int, world_size: int, folder: Path) -> None:
+    """Run everything, so that the imports are paid once, and leave the results of rank 0."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
+    place = (rank, world_size, stage)
+    results = {
+        "free": sgd_step(folder, *place, None),
+        "clipped": sgd_step(folder, *place, 0.1),
+        "dmc": dmc_run(folder / "dmc", *place),
+        "half": dmc_run(folder / "half", *place, precision="bf16-mixed", enable_checkpointing=False),
+        "refusal": refusal(folder / "dmc", world_size, stage),
+        "sharded": sharded_rows(world_size),
+    }
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
