@@ -194,6 +194,9 @@ def _prepare(arguments: list[str]) -> None:
 def _export_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
     parser.add_argument("output", metavar="OUT", help="new folder for the Hugging Face checkpoint")
+    parser.add_argument(
+        "--dtype", default="bfloat16", metavar="D", help="of the weights: bfloat16, float16 or float32 (bfloat16)"
+    )
     parser.add_argument("--push-to", metavar="ORG/NAME", help="also upload it to this Hub repository")
     parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
 
@@ -204,7 +207,7 @@ def _export(arguments: list[str]) -> None:
         raise UsageError("--private says something about --push-to, which is missing")
     from kvtrain.export.hf import export_run
 
-    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private))
+    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private, asked.dtype))
 
 
 def _generate_arguments(parser: Parser) -> None:

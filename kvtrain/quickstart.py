@@ -65,12 +65,12 @@ def _measure(console: Console, place: Path) -> None:
     }
     rows = {name: run_tasks(model, ["perplexity"])[0] for name, model in models.items()}
     console.print(comparison(rows))
-    control, dmc = list(rows.values())[1:]
-    ratio = dmc["perplexity"] / control["perplexity"]
-    saved = control["kv_bytes_per_1024"] / dmc["kv_bytes_per_1024"]
+    base, control, dmc = rows.values()
     console.print(
-        f"DMC keeps 1 of {dmc['compression']:.2f} tokens in {saved:.2f}x fewer bytes, "
-        f"at {ratio:.3f}x the control's perplexity."
+        f"DMC keeps 1 of {dmc['compression']:.2f} tokens, in "
+        f"{control['kv_bytes_per_1024'] / dmc['kv_bytes_per_1024']:.2f}x fewer bytes, at "
+        f"{dmc['perplexity'] / control['perplexity']:.3f}x the control's perplexity and "
+        f"{dmc['perplexity'] / base['perplexity']:.3f}x the base's."
     )
     console.print("\npictures")
     for path in report_run(place / "dmc"):

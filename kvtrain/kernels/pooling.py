@@ -63,14 +63,15 @@ def _shift(tensor: Tensor, steps: int) -> Tensor:
 
 
 def _apply_band(bands: Tensor, inputs: Tensor) -> Tensor:
-    """Multiply the band matrix ``(B, H, T, window)`` with ``(B, H, T, C)``."""
+    """Multiply the band matrix ``(B, H, T, window)`` with ``(B, H, T, C)``, block by block."""
     length, window = bands.shape[2:]
-    block = min(_BLOCK, length)
+    block = max(min(_BLOCK, length), window)  # so that a band reaches no further back than one block
     blocks = -(-length // block)
-    bands = torch.nn.functional.pad(bands, (0, 0, 0, blocks * block - length)).unflatten(2, (blocks, block))
-    inputs = torch.nn.functional.pad(inputs, (0, 0, window - 1, blocks * block - length))
-    pieces = inputs.unfold(2, block + window - 1, block)  # (B, H, blocks, C, block + window - 1)
-    pooled = _dense(bands) @ pieces.mT
+    fill = (0, 0, 0, blocks * block - length)
+    bands = torch.nn.functional.pad(bands, fill).unflatten(2, (blocks, block))
+    inputs = torch.nn.functional.pad(inputs, fill).unflatten(2, (blocks, block))
+    before = torch.nn.functional.pad(inputs[:, :, :-1, block - window + 1 :], (0, 0, 0, 0, 1, 0))
+    pooled = _dense(bands) @ torch.cat([before, inputs], 3)
     return pooled.flatten(2, 3)[:, :, :length]
 
 

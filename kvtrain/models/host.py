@@ -13,6 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvtrain.cache.base import KVCache
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
+from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum
 from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.method import Method
@@ -190,9 +191,10 @@ class KVTrainMixin(_Host):
         logits_to_keep: int | Tensor = 0,
         num_items: Tensor | int | None = None,
         skip_logits: bool | None = None,
+        teacher: TeacherHead | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """The host's forward pass, with three additions.
+        """The host's forward pass, with four additions.
 
         Args:
             input_ids: ``(B, T)``.
@@ -205,6 +207,8 @@ class KVTrainMixin(_Host):
             logits_to_keep: As the host's.
             num_items: The summed loss is divided by it; the number of targets where absent.
             skip_logits: Do not build logits where there are labels; on while training.
+            teacher: The loss is the divergence from this teacher, hidden states ``(B, T, D_t)``, in place of
+                cross-entropy; ``labels`` then say which tokens count.
             **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own.
 
         Raises:
@@ -222,7 +226,7 @@ class KVTrainMixin(_Host):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items)
+        loss = None if labels is None else self._loss(hidden, labels, num_items, teacher)
         skip_logits = self.training if skip_logits is None else skip_logits
         logits = None
         if labels is None or not skip_logits:
@@ -232,9 +236,16 @@ class KVTrainMixin(_Host):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        targets = labels[:, 1:].flatten()
-        total = linear_cross_entropy_sum(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, targets)
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, teacher: TeacherHead | None
+    ) -> Tensor:
+        targets, weight = labels[:, 1:].flatten(), self.lm_head.weight
+        hidden = hidden[:, :-1].flatten(0, 1)
+        if teacher is None:
+            total = linear_cross_entropy_sum(hidden, weight, targets)
+        else:
+            flat = TeacherHead(teacher.hidden[:, :-1].flatten(0, 1), teacher.weight)
+            total = linear_kl_sum(hidden, weight, flat, targets != IGNORE_INDEX)
         return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
 
     def _provide_cache(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

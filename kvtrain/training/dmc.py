@@ -26,6 +26,7 @@ class DMCModule(RetrofitModule):
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: DMC's settings.
         base_config: Configuration file of the base, for estimates where its weights are not at hand.
+        distill: Learn from the untouched base's distribution instead of from the next token alone.
         **training: See ``TrainingModule``; phases carry the three names, in that order, each at most once.
 
     Raises:
@@ -34,8 +35,15 @@ class DMCModule(RetrofitModule):
 
     method: DMC
 
-    def __init__(self, base: str, method: DMC | None = None, base_config: str | None = None, **training: Any) -> None:
-        super().__init__(base, method or DMC(), base_config, **training)
+    def __init__(
+        self,
+        base: str,
+        method: DMC | None = None,
+        base_config: str | None = None,
+        distill: bool = False,
+        **training: Any,
+    ) -> None:
+        super().__init__(base, method or DMC(), base_config, distill, **training)
         names = [phase.name for phase in self.schedule.phases]
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")

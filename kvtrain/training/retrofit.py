@@ -6,6 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
+from kvtrain.data.packing import Batch
+from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
@@ -22,14 +24,23 @@ class RetrofitModule(TrainingModule):
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: The method; ``Full`` leaves the host as it is.
         base_config: Configuration file of the base, for estimates where its weights are not at hand.
+        distill: Learn from the untouched base's distribution instead of from the next token alone
+            (as DMS does); costs a forward pass of the base, needs far fewer tokens.
         **training: See ``TrainingModule``.
     """
 
     def __init__(
-        self, base: str, method: Method | None = None, base_config: str | None = None, **training: Any
+        self,
+        base: str,
+        method: Method | None = None,
+        base_config: str | None = None,
+        distill: bool = False,
+        **training: Any,
     ) -> None:
         super().__init__(**training)
-        self.base, self.base_config = base, base_config
+        self.base, self.base_config, self.distill = base, base_config, distill
+        # In a tuple, so that it is no submodule: no optimiser, checkpoint or strategy ever sees it.
+        self._teacher: tuple[PreTrainedModel, ...] = ()
         self.method = method or Full()
 
     def host_config(self) -> PreTrainedConfig:
@@ -45,10 +56,34 @@ class RetrofitModule(TrainingModule):
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
         return config
 
+    def on_fit_start(self) -> None:
+        """Load the teacher where there is one."""
+        super().on_fit_start()
+        if self.distill:
+            teacher = retrofit(self._load_base(), Full()).requires_grad_(False).eval()
+            self._teacher = (torch.nn.Module.to(teacher, self.device),)
+
+    @torch.no_grad()
+    def teacher_head(self, batch: Batch) -> TeacherHead | None:
+        """The base's last hidden states of this batch, and its head."""
+        if not self._teacher:
+            return None
+        teacher: Any = self._teacher[0]
+        hidden = teacher.model(
+            batch["input_ids"],
+            document_ids=batch["document_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+        return TeacherHead(hidden, teacher.lm_head.weight)
+
     def build_model(self) -> PreTrainedModel:
         """Load the base in float32 and retrofit it."""
+        return retrofit(self._load_base(), self.method)
+
+    def _load_base(self) -> PreTrainedModel:
         try:
-            host = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=torch.float32)
+            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=torch.float32)
         except OSError as error:
             raise ValueError(f"no model at {self.base!r}; base is a folder, a Hub id or kvtrain:tiny") from error
-        return retrofit(host, self.method)
+        return host

@@ -1,5 +1,6 @@
 """Tiny runs that plain Lightning in one process and DeepSpeed in several must end alike."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,13 @@ class Rows:
 class TinyDMC(DMCModule):
     """Notes what its parameters and its optimiser hold around the boundaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: str = "llama") -> None:
         super().__init__("unused", DMC(compression=2.0, window=4), phases=PHASES, seed=3)
-        self.notes: list[dict[str, float]] = []
+        self.family = family
+        self.notes: list[dict[str, Any]] = []
 
     def build_model(self) -> nn.Module:
-        return retrofit(make_host(dtype=torch.float32), self.method)
+        return retrofit(make_host(self.family, dtype=torch.float32), self.method)
 
     def begin_phase(self, phase: Phase) -> None:
         before = moments(self)
@@ -113,12 +115,14 @@ def weights(module: Any) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in named.items()}
 
 
-def moments(module: Any) -> float:
-    """The largest number in the optimiser's state of this rank."""
+def moments(module: Any) -> dict[str, float]:
+    """The largest number of each kind in the optimiser's state of this rank."""
     (optimizer,) = module.trainer.optimizers
-    states = getattr(optimizer, "optimizer", optimizer).state.values()
-    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    return max((tensor.abs().max().item() for tensor in tensors), default=0.0)
+    largest: dict[str, float] = {}
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        for name, value in state.items():
+            largest[name] = max(largest.get(name, 0.0), value.abs().max().item())
+    return largest
 
 
 def borrowed(module: Any) -> float:
@@ -135,10 +139,9 @@ def borrowed(module: Any) -> float:
 
 def trainer(folder: Path, world_size: int, stage: int | None, steps: int, window: int, **settings: Any) -> KVTrainer:
     """Plain Lightning, or ZeRO from the shipped configuration."""
-    strategy = "auto" if stage is None else DeepSpeedZeRO(str(ROOT / f"configs/deepspeed/zero{stage}.json"))
     return KVTrainer(
         default_root_dir=str(folder),
-        strategy=strategy,
+        strategy="auto" if stage is None else DeepSpeedZeRO(zero_config(stage)),
         accelerator="cpu",
         devices=world_size,
         max_steps=steps,
@@ -149,6 +152,14 @@ def trainer(folder: Path, world_size: int, stage: int | None, steps: int, window
     )
 
 
+def zero_config(stage: int) -> dict[str, Any]:
+    """The shipped one; under stage 3 matrices are partitioned, which are small enough here to be kept whole."""
+    config: dict[str, Any] = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return config
+
+
 def sgd_step(folder: Path, rank: int, world_size: int, stage: int | None, clip: float | None) -> dict[str, Any]:
     """One SGD step over four micro-batches of ragged rows."""
     module = TinySGD()
@@ -157,9 +168,11 @@ def sgd_step(folder: Path, rank: int, world_size: int, stage: int | None, clip: 
     return weights(module)
 
 
-def dmc_run(folder: Path, rank: int, world_size: int, stage: int | None, **settings: Any) -> dict[str, Any]:
+def dmc_run(
+    folder: Path, rank: int, world_size: int, stage: int | None, family: str = "llama", **settings: Any
+) -> dict[str, Any]:
     """Three phases; rows of one length, because the compression loss is a mean over the rows of a batch."""
-    module = TinyDMC()
+    module = TinyDMC(family)
     run = trainer(folder, world_size, stage, STEPS, 2, gradient_clip_val=1.0, **settings)
     run.fit(module, Rows([LENGTH] * 4 * STEPS, 2, 2, rank, world_size))
     frequencies = module.model.model.rotary_emb.inv_freq.dtype

@@ -173,3 +173,26 @@ def test_steps_beyond_the_phases_are_refused(base, rows, tmp_path):
 def test_missing_base_says_what_a_base_is(tmp_path):
     with pytest.raises(ValueError, match="kvtrain:tiny"):
         RetrofitModule(str(tmp_path / "none"), phases=phases()).build_model()
+
+
+def test_distillation_learns_from_the_untouched_base(base, rows, tmp_path):
+    """With the method off there is nothing to learn; with DMC the divergence is what falls; no teacher is saved."""
+    losses = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.setdefault(type(module).__name__, []).append(trainer.callback_metrics["loss"].item())
+
+    off = RetrofitModule(base, distill=True, phases=[Phase("train", 4, 1e-3)])
+    train(off, rows, tmp_path, 4, callbacks=[Watch()])
+    assert max(map(abs, losses["RetrofitModule"])) < 1e-6
+    fresh = RetrofitModule(base, phases=[Phase("train", 4, 1e-3)])
+    fresh.configure_model()
+    for ours, start in zip(off.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(ours, start, atol=1e-2, rtol=0)
+    module = DMCModule(base, DMC(compression=1.0), distill=True, phases=[Phase("finetune", 40, 3e-3)])
+    trainer = train(module, rows, tmp_path, 40, batch_size=8, callbacks=[Watch()])
+    history = losses["DMCModule"]
+    assert history[0] > 1e-3 and sum(history[-5:]) < 0.7 * sum(history[:5])
+    assert not [name for name in module.state_dict() if "teacher" in name]
+    assert len(trainer.optimizers[0].param_groups) == 2

@@ -96,7 +96,8 @@ class DMCAttention(HostAttention):
         query, key, value = self._project(hidden_states, scale)
         documents = parallel_documents(document_ids, attention_mask)
         if scale is not None:
-            query, key = self._rotate(query, position_embeddings, scale), self._rotate(key, position_embeddings, scale)
+            query = self._scale_channel(apply_rotary(query, *position_embeddings), scale)
+            key = self._scale_channel(apply_rotary(key, *position_embeddings), scale)
             output, _lse = attention(
                 query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
             )
@@ -128,27 +129,19 @@ class DMCAttention(HostAttention):
         factors[-1] = scale
         return heads * factors
 
-    def _rotate(self, heads: Tensor, angles: Angles, scale: float = 0.0) -> Tensor:
-        """Rotate, then scale the borrowed channel again: its partner has leaked into it (P2)."""
-        return self._scale_channel(apply_rotary(heads, *angles), scale)
-
-    def _borrow(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read the borrowed channel, then clear it.
-
-        Returns:
-            Query and key without it, decision logits and importances ``(B, H_kv, T)``.
-        """
+    def _borrow(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the borrowed channel: decision logits and importances ``(B, H_kv, T)``."""
         bias = self.settings.init_bias
         logits = self.settings.decision_scale * at_least_float32(key[..., -1]) - bias
         wish = at_least_float32(query[..., -1]).unflatten(1, (self.num_key_value_heads, -1)).mean(2)
         importance = torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
-        return self._scale_channel(query, 0.0), self._scale_channel(key, 0.0), logits, importance
+        return logits, importance
 
     def _parallel(
         self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, documents: Tensor | None, step: DMCStep | None
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
-        query, key, logits, importance = self._borrow(query, key)
+        logits, importance = self._borrow(query, key)
         never = _segment_starts(logits, documents)
         temperature = self.settings.temperature if self.training else None
         noise = None
@@ -157,9 +150,10 @@ class DMCAttention(HostAttention):
             noise = keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, shape)
         decisions = decide(logits, never=never, temperature=temperature, noise=noise)
         key, value = self._pool(key, value, decisions.values, importance)
+        angles = _without_borrowed_channel(angles)
         output, _lse = attention(
-            self._rotate(query, angles),
-            self._rotate(key, angles),
+            apply_rotary(query, *angles),
+            apply_rotary(key, *angles),
             value,
             key_bias=_next_token(decisions.keep_bias()),
             diagonal="open",
@@ -178,12 +172,13 @@ class DMCAttention(HostAttention):
         self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, valid: Tensor, layer: DMCCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
-        query, key, logits, importance = self._borrow(query, key)
+        logits, importance = self._borrow(query, key)
         never = _segment_starts(logits, valid.long(), layer.is_open())
         merge = decide(logits, never=never).values
         pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance * valid[:, None])
         keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
-        query, keys = self._rotate(query, angles), self._rotate(keys, angles)
+        angles = _without_borrowed_channel(angles)
+        query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
             return attend_store(query, layer.store, self.scaling)[0]
@@ -205,6 +200,19 @@ class DMCAttention(HostAttention):
             parts.append(attend_store(query, layer.store, self.scaling, hide_last=merge[..., 0] > 0))
         layer.write(keys, values, merge, valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+
+
+def _without_borrowed_channel(angles: Angles) -> Angles:
+    """Angles that rotate as if the last channel were cleared before and after (P2).
+
+    The channel turns with the last of the first half. Its own row of both angles becomes 0, which clears it
+    after rotation; its partner's sine becomes 0, which keeps it from leaking in.
+    """
+    cos, sin = angles[0].clone(), angles[1].clone()
+    half = cos.shape[-1] // 2
+    cos[..., -1] = 0
+    sin[..., [half - 1, -1]] = 0
+    return cos, sin
 
 
 def _next_token(values: Tensor) -> Tensor:

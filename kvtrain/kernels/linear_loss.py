@@ -1,0 +1,74 @@
+"""Losses of a linear head, in chunks: ``[tokens, vocabulary]`` logits never exist.
+
+The loss is a scalar, so its gradients are computed in the forward pass, while a chunk's logits are there.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvtrain.kernels.dispatch import at_least_float32
+
+
+class Objective(Protocol):
+    """A sum over tokens of a loss of their logits."""
+
+    def loss(self, logits: Tensor, rows: slice) -> Tensor:
+        """Summed loss of a chunk, from its logits ``(n, V)`` in at least float32."""
+
+    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
+        """Gradient with respect to the logits, ``(n, V)``; called after ``loss``, may overwrite them."""
+
+
+def linear_loss_sum(hidden: Tensor, weight: Tensor, objective: Objective, *, chunk_size: int = 1024) -> Tensor:
+    """Sum an objective over the logits ``hidden @ weight.T``; differentiable in both factors.
+
+    Args:
+        hidden: ``(N, D)``.
+        weight: ``(V, D)``.
+        objective: What is summed.
+        chunk_size: Tokens whose logits exist at one time.
+    """
+    loss: Tensor = _LinearLossSum.apply(hidden, weight, objective, matmul_dtype(hidden), chunk_size)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """What autocast would multiply in; an autograd function does not see it by itself."""
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class _LinearLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, objective: Objective, dtype: torch.dtype, chunk_size: int
+    ) -> Tensor:
+        head = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(at_least_float32(weight)) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            part = hidden[rows].to(dtype)
+            logits = at_least_float32(part @ head.T)
+            loss += objective.loss(logits, rows)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = objective.gradient(logits, rows).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ head
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ part
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else (grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None

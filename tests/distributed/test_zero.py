@@ -1,0 +1,113 @@
+"""ZeRO-2 and ZeRO-3, in one process and in two, end where plain Lightning in one process ends."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvtrain.training.strategies import _DEEPSPEED_AVAILABLE
+
+from .runs import LEARNING_RATE, ROOT, dmc_run, make_host, sgd_step
+
+CLIP = 0.5  # between a quarter of the gradient's norm and the whole, so that dividing it twice would show
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not _DEEPSPEED_AVAILABLE, reason="needs DeepSpeed: pip install kvtrain[deepspeed]"),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Every run without DeepSpeed, in this process."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {
+        "free": sgd_step(folder, 0, 1, None, None),
+        "clipped": sgd_step(folder, 0, 1, None, CLIP),
+        "dmc": dmc_run(folder, 0, 1, None, enable_checkpointing=False),
+    }
+
+
+@pytest.fixture(
+    scope="module", params=[(2, 1), (2, 2), (3, 1), (3, 2)], ids=lambda case: "zero{}-ranks{}".format(*case)
+)
+def zero(request, tmp_path_factory):
+    """The same runs under DeepSpeed, in processes of their own."""
+    stage, world_size = request.param
+    folder = tmp_path_factory.mktemp("zero")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.distributed.worker", str(stage), str(world_size), str(folder), str(CLIP)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"log{rank}").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        codes = [process.wait(timeout=1000) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0] * world_size, (folder / "log0").read_text()[-3000:]
+    return {"folder": folder, **torch.load(folder / "results.pt", weights_only=False)}
+
+
+def moved(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How far a run has taken the host."""
+    start = dict(make_host(dtype=torch.float32).named_parameters())
+    return torch.cat([(weights[name] - start[name].detach()).double().flatten() for name in sorted(start)])
+
+
+@pytest.mark.parametrize("run", ["free", "clipped"])
+def test_accumulated_ragged_rows_move_as_far(plain, zero, run):
+    expected, ours = moved(plain[run]), moved(zero[run])
+    assert ours.norm() / expected.norm() == pytest.approx(1.0, abs=1e-4)
+    assert (ours - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_clip_is_active_and_would_show_a_quarter(plain):
+    whole = moved(plain["free"]).norm().item() / LEARNING_RATE
+    assert whole / 4 < CLIP < whole
+    assert moved(plain["clipped"]).norm().item() / LEARNING_RATE == pytest.approx(CLIP, rel=1e-3)
+
+
+def test_three_phases_end_with_the_same_weights(plain, zero):
+    for name, expected in plain["dmc"]["weights"].items():
+        torch.testing.assert_close(zero["dmc"]["weights"][name], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("run", ["dmc", "half"])
+def test_a_boundary_clears_rows_and_moments(zero, run):
+    after_zero_out, after_retrofit = zero[run]["notes"]
+    for note, steps in ((after_zero_out, 3), (after_retrofit, 4)):
+        assert note["before"]["step"] == steps
+        assert min(note["before"].values()) > 0
+        assert note["after"] == {"step": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    assert after_zero_out["rows"] == 0
+    assert after_retrofit["rows"] > 0  # they decide by now; only the first boundary may touch them
+
+
+def test_half_precision_keeps_rotary_frequencies(zero):
+    assert zero["half"]["frequencies"] == torch.float32
+
+
+def test_a_checkpoint_is_written_and_not_continued_from(zero):
+    checkpoint = zero["folder"] / "dmc" / "checkpoints" / "step-000010.ckpt"
+    assert (checkpoint / "checkpoint").is_dir()
+    assert "cannot be continued" in zero["refusal"]
+
+
+def test_rows_of_a_matrix_that_ranks_share(zero):
+    assert zero["sharded"][:, 0].tolist() == [1, 1, 0, 1, 1, 0, 1]
+    assert (zero["sharded"] == zero["sharded"][:, :1]).all()
