@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def zero_rows(parameter: nn.Parameter, rows: slice) -> None:
+def zero_rows(parameter: Tensor, rows: slice) -> None:
     """Set rows of a parameter to zero under any strategy; every rank calls it, between two steps.
 
     Args:
@@ -55,7 +55,7 @@ def _zero_sharded_rows(parameter: DTensor, rows: slice) -> None:
     parameter.to_local().masked_fill_(mask.to_local(), 0)
 
 
-def _zero_stage_2_master_rows(parameter: nn.Parameter, rows: slice) -> None:
+def _zero_stage_2_master_rows(parameter: Tensor, rows: slice) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
     master = safe_get_full_fp32_param(parameter)

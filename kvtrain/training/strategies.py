@@ -1,7 +1,9 @@
 """DeepSpeed's ZeRO under Lightning, with what has to be mended for it."""
 
+import importlib.util
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
 from torch import Tensor
 
 from kvtrain.mistakes import UsageError
 
+DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
 _NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
 
@@ -38,7 +40,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
 
     def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
         settings = read_config(config)
-        if _DEEPSPEED_AVAILABLE:
+        if DEEPSPEED_INSTALLED:
             super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
         else:  # enough for a recipe to be read; a trainer that takes it refuses
             super(DeepSpeedStrategy, self).__init__()
@@ -49,7 +51,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         Raises:
             UsageError: DeepSpeed is not installed.
         """
-        if not _DEEPSPEED_AVAILABLE:
+        if not DEEPSPEED_INSTALLED:
             raise UsageError(
                 "this recipe trains with DeepSpeed, which is not installed: pip install kvtrain[deepspeed]"
             )
@@ -82,13 +84,14 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def model_sharded_context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
         """None: a host is loaded whole by each rank and then partitioned.
 
         DeepSpeed's own context would partition parameters before transformers has loaded values into them.
         """
         self._init_config_if_needed()
-        return nullcontext()
+        yield
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Hand the model to DeepSpeed."""

@@ -17,7 +17,7 @@ SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 @pytest.fixture
 def without_deepspeed(monkeypatch):
-    monkeypatch.setattr(strategies, "_DEEPSPEED_AVAILABLE", False)
+    monkeypatch.setattr(strategies, "DEEPSPEED_INSTALLED", False)
 
 
 def test_a_recipe_is_read_without_deepspeed(without_deepspeed, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kvtrain.training.strategies import _DEEPSPEED_AVAILABLE
+from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 
 from .runs import LEARNING_RATE, ROOT, dmc_run, make_host, sgd_step
 
@@ -17,7 +17,7 @@ CLIP = 0.5  # between a quarter of the gradient's norm and the whole, so that di
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not _DEEPSPEED_AVAILABLE, reason="needs DeepSpeed: pip install kvtrain[deepspeed]"),
+    pytest.mark.skipif(not DEEPSPEED_INSTALLED, reason="needs DeepSpeed: pip install kvtrain[deepspeed]"),
 ]
 
 
