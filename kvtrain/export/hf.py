@@ -54,10 +54,12 @@ def checkpoint_path(run: Path) -> Path:
     """The checkpoint that a run folder (or a checkpoint file itself) stands for.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is sharded.
     """
     last = run if run.is_file() else last_checkpoint(run)
-    if last is None or not last.is_file():
+    if last is not None and last.is_dir():
+        raise ValueError(f"{last}: sharded by DeepSpeed as pickles, which kvtrain does not read; export needs one file")
+    if last is None:
         raise ValueError(f"{run}: no checkpoint; is this a run folder of `kvtrain fit`?")
     return last
 

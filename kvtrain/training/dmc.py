@@ -121,7 +121,5 @@ class DMCModule(RetrofitModule):
     def _zero_borrowed_rows(self) -> None:
         for module in self.model.modules():
             if isinstance(module, DMCAttention):
-                rows = slice(module.head_dim - 1, None, module.head_dim)
-                for projection in (module.q_proj, module.k_proj):
-                    for parameter in projection.parameters():
-                        zero_rows(parameter, rows)
+                for parameter, rows in module.borrowed_rows():
+                    zero_rows(parameter, rows)

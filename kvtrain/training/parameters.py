@@ -37,7 +37,8 @@ def clear_moments(trainer: pl.Trainer) -> None:
     Args:
         trainer: In the middle of a fit.
     """
-    for optimizer in trainer.optimizers:
+    optimizers: list[Any] = trainer.optimizers  # under DeepSpeed they are none of torch's
+    for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Optimizer):
             optimizer.state.clear()
         else:

@@ -64,7 +64,7 @@ class TinyDMC(DMCModule):
     """Notes what its parameters and its optimiser hold around the boundaries."""
 
     def __init__(self, family: str = "llama") -> None:
-        super().__init__("unused", DMC(compression=2.0, window=4), phases=PHASES, seed=3)
+        super().__init__("unused", DMC(compression=2.0, window=4), phases=PHASES, seed=3, activation_checkpointing=True)
         self.family = family
         self.notes: list[dict[str, Any]] = []
 

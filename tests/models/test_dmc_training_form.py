@@ -68,6 +68,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: attention(x, angles)[0], (hidden,), atol=1e-6)
 
 
+@torch.no_grad()
+def zero_borrowed_rows(model):
+    for layer in model.model.layers:
+        for parameter, rows in layer.self_attn.borrowed_rows():
+            parameter[rows] = 0
+
+
 def loss_gradients(model, ids, step):
     """Gradients of the loss and of the decisions with everything that training passes."""
     ledger = {}
@@ -118,8 +125,8 @@ def test_noise_belongs_to_seed_step_and_row():
 def test_fresh_retrofit_merges_next_to_nothing():
     """T1: with zeroed rows the logit is -5, so noise alone merges 0.67 % of the tokens."""
     model = dmc_at_rate(make_host("llama"), 0.0, random_ids(1, 8)).train()
+    zero_borrowed_rows(model)
     for layer in model.model.layers:
-        layer.self_attn.zero_borrowed_rows()
         layer.self_attn.settings = type(layer.self_attn.settings)()
     ledger = {}
     rows = torch.arange(32)
@@ -136,8 +143,7 @@ def test_zeroing_rows_after_zero_out_changes_nothing(family):
     ids, step = random_ids(2, 30), DMCStep(channel_scale=0.0)
     with torch.no_grad():
         before = model(ids, use_cache=False, dmc_step=step).logits
-        for layer in model.model.layers:
-            layer.self_attn.zero_borrowed_rows()
+        zero_borrowed_rows(model)
         after = model(ids, use_cache=False, dmc_step=step).logits
         compressing = model.eval()(ids, use_cache=False).logits
     assert torch.equal(before, after)

@@ -40,11 +40,14 @@ def whole(place, tmp_path_factory):
     return folder / "run"
 
 
-def assert_same_run(run: Path, whole: Path) -> None:
+def assert_same_run(run: Path, whole: Path, lost_rows: int = 0) -> None:
     ours, theirs = weights(run), weights(whole)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert metrics(run) == metrics(whole)
+    rows = metrics(run)
+    steps = {row["step"] for row in rows}
+    assert len(metrics(whole)) - len(rows) <= lost_rows
+    assert rows == [row for row in metrics(whole) if row["step"] in steps]
 
 
 def test_every_option_on_the_page_exists(recipe):
@@ -176,7 +179,8 @@ def test_kill_leaves_a_run_that_goes_on(place, tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] == run_folder.step_of(last)
     assert fit(tmp_path / "killed.yaml", "--ckpt_path", "last") == 0
     assert fit(tmp_path / "whole.yaml") == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    # A kill between a checkpoint and its step's row of metrics loses that row, and nothing else.
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", lost_rows=1)
 
 
 def steps_saved_so_far(run: Path) -> list[int]:

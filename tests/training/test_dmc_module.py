@@ -185,7 +185,8 @@ def test_distillation_learns_from_the_untouched_base(base, rows, tmp_path):
 
     off = RetrofitModule(base, distill=True, phases=[Phase("train", 4, 1e-3)])
     train(off, rows, tmp_path, 4, callbacks=[Watch()])
-    assert max(map(abs, losses["RetrofitModule"])) < 1e-6
+    assert abs(losses["RetrofitModule"][0]) < 1e-6
+    assert max(losses["RetrofitModule"]) < 1e-3  # weight decay is all that moves it
     fresh = RetrofitModule(base, phases=[Phase("train", 4, 1e-3)])
     fresh.configure_model()
     for ours, start in zip(off.parameters(), fresh.parameters(), strict=True):

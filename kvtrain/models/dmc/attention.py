@@ -61,13 +61,10 @@ class DMCAttention(HostAttention):
         super().__init__(host_attention, layer_idx)
         self.settings = settings
 
-    @torch.no_grad()
-    def zero_borrowed_rows(self) -> None:
-        """Clear the projection rows and biases of the borrowed channel, in every query and key head."""
-        for projection in (self.q_proj, self.k_proj):
-            projection.weight[self.head_dim - 1 :: self.head_dim] = 0
-            if projection.bias is not None:
-                projection.bias[self.head_dim - 1 :: self.head_dim] = 0
+    def borrowed_rows(self) -> list[tuple[nn.Parameter, slice]]:
+        """Where the borrowed channel comes from: rows of weights and biases, of every query and key head."""
+        rows = slice(self.head_dim - 1, None, self.head_dim)
+        return [(parameter, rows) for layer in (self.q_proj, self.k_proj) for parameter in layer.parameters()]
 
     def forward(
         self,
