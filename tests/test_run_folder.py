@@ -7,7 +7,7 @@ import pytest
 
 from kvtrain import run_folder
 
-from .small_runs import steps_saved
+from .training.small_runs import steps_saved
 
 
 @pytest.mark.parametrize(
