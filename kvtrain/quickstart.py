@@ -16,6 +16,7 @@ from kvtrain import cli
 from kvtrain.recipes import recipes_folder
 
 BASE = "kvtrain:tiny"
+_PLAIN_WIDTH = 110  # where there is no terminal to ask
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file'
 
 
@@ -29,7 +30,7 @@ def main(folder: Path = Path("runs"), overrides: tuple[str, ...] = ()) -> int:
     Returns:
         0, or the exit code of the step that failed.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     place = _new_place(folder)
     for number, (name, recipe) in enumerate((("control", "dmc_control.yaml"), ("dmc", "dmc.yaml")), 1):
         console.rule(f"{number}/3  training: {name}")

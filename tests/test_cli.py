@@ -118,9 +118,9 @@ def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
     planted(monkeypatch, "kvtrain.export.hf", export_run=lambda *args: calls.append(args) or Path("out"))
     assert main(["export", "runs/x", "out"]) == 0
-    assert main(["export", "runs/x", "out", "--push-to", "me/model", "--private"]) == 0
+    assert main(["export", "runs/x", "out", "--push-to", "me/model", "--private", "--dtype", "float32"]) == 0
     run, out = Path("runs/x"), Path("out")
-    assert calls == [(run, out, None, False), (run, out, "me/model", True)]
+    assert calls == [(run, out, None, False, "bfloat16"), (run, out, "me/model", True, "float32")]
     assert capsys.readouterr().out == "out\nout\n"
 
 

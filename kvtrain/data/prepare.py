@@ -113,6 +113,7 @@ def prepare_once(
 
 
 def _progress() -> Progress:
+    console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("tokenising"),
@@ -120,7 +121,8 @@ def _progress() -> Progress:
         TextColumn("documents, {task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
         TimeElapsedColumn(),
         transient=True,
-        console=Console(stderr=True),
+        console=console,
+        disable=not console.is_terminal,
     )
 
 

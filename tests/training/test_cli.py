@@ -148,7 +148,8 @@ def test_sigterm_in_the_last_step_leaves_a_finished_run(recipe, whole, capsys):
 
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(recipe, whole, capsys):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # a shell starts what runs in the background with SIGINT ignored
     assert fit(recipe, *acting(int(signal.SIGINT), 9)) == 130
     assert signal.getsignal(signal.SIGINT) == before
     lines = capsys.readouterr().err.splitlines()

@@ -191,9 +191,9 @@ def test_distillation_learns_from_the_untouched_base(base, rows, tmp_path):
     fresh.configure_model()
     for ours, start in zip(off.parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(ours, start, atol=1e-2, rtol=0)
-    module = DMCModule(base, DMC(compression=1.0), distill=True, phases=[Phase("finetune", 40, 3e-3)])
+    module = DMCModule(base, DMC(compression=1.0, init_bias=0.0), distill=True, phases=[Phase("finetune", 40, 3e-3)])
     trainer = train(module, rows, tmp_path, 40, batch_size=8, callbacks=[Watch()])
     history = losses["DMCModule"]
-    assert history[0] > 1e-3 and sum(history[-5:]) < 0.7 * sum(history[:5])
+    assert sum(history[:5]) > 5e-4 and sum(history[-5:]) < 0.7 * sum(history[:5])
     assert not [name for name in module.state_dict() if "teacher" in name]
     assert len(trainer.optimizers[0].param_groups) == 2
