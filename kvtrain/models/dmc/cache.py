@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from kvtrain.cache.base import KVCacheLayer
-from kvtrain.cache.store import PagedStore
+from kvtrain.cache.paged import PagedCacheLayer
 from kvtrain.kernels.pooling import pool_segments
 
 
-class DMCCacheLayer(KVCacheLayer):
+class DMCCacheLayer(PagedCacheLayer):
     """Slots of one layer, a length for every row and head, and what the last slot is made of.
 
     The last ``window - 1`` tokens of each open segment are kept unrotated with their importances, and
@@ -21,8 +20,7 @@ class DMCCacheLayer(KVCacheLayer):
     """
 
     def __init__(self, num_heads: int, window: int, page_size: int) -> None:
-        super().__init__()
-        self.store = PagedStore(num_heads, page_size)
+        super().__init__(num_heads, page_size)
         self.window = window
         self.segment: Tensor | None = None  # (B, H, window - 1, 2 D), unrotated keys and values
         self.importance: Tensor | None = None  # (B, H, window - 1), 0 where there is no token
@@ -80,25 +78,16 @@ class DMCCacheLayer(KVCacheLayer):
 
     def tensors(self) -> list[Tensor]:
         """See ``KVCacheLayer``."""
-        held = [*self.store.tensors(), self.segment, self.importance]
+        held = [*super().tensors(), self.segment, self.importance]
         return [tensor for tensor in held if tensor is not None]
-
-    def free_bytes(self) -> int:
-        """See ``KVCacheLayer``."""
-        return self.store.free_bytes()
-
-    def kv_tokens(self) -> Tensor:
-        """See ``KVCacheLayer``."""
-        return self.store.lengths
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``KVCacheLayer``."""
-        self.store.select_rows(indices)
+        super().select_rows(indices)
         if self.segment is not None and self.importance is not None:
             self.segment, self.importance = self.segment[indices], self.importance[indices]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store.reset()
+        super().reset()
         self.segment = self.importance = None
-        self.seen = 0

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from kvtrain.cache.base import KVCacheLayer
-from kvtrain.cache.store import PagedStore
+from kvtrain.cache.paged import PagedCacheLayer
 
 
-class FullCacheLayer(KVCacheLayer):
+class FullCacheLayer(PagedCacheLayer):
     """All keys (rotated) and values of one layer; every head of a row has the same length.
 
     Args:
@@ -16,8 +15,7 @@ class FullCacheLayer(KVCacheLayer):
     """
 
     def __init__(self, num_heads: int, page_size: int = 32) -> None:
-        super().__init__()
-        self.store = PagedStore(num_heads, page_size)
+        super().__init__(num_heads, page_size)
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Keep the keys and values ``(B, H, n, D)`` of real tokens, ``valid (B, n)``."""
@@ -25,24 +23,3 @@ class FullCacheLayer(KVCacheLayer):
         lengths = self.store.lengths if self.store.num_rows else keep.new_zeros(keys.shape[:2], dtype=torch.long)
         self.store.write(keys, values, lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
         self.seen += keys.shape[2]
-
-    def tensors(self) -> list[Tensor]:
-        """See ``KVCacheLayer``."""
-        return self.store.tensors()
-
-    def free_bytes(self) -> int:
-        """See ``KVCacheLayer``."""
-        return self.store.free_bytes()
-
-    def kv_tokens(self) -> Tensor:
-        """See ``KVCacheLayer``."""
-        return self.store.lengths
-
-    def select_rows(self, indices: Tensor) -> None:
-        """See ``KVCacheLayer``."""
-        self.store.select_rows(indices)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.store.reset()
-        self.seen = 0
