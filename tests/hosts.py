@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -19,6 +20,7 @@ import kvtrain
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "olmo2": Olmo2Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }

@@ -1,99 +1,244 @@
 """What every cache here is: transformers' ``Cache`` of layers that know their bytes and their rows."""
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvtrain.cache.budget import ByteBudget
+from kvtrain.cache.rows import RowSnapshot, RowStore
+from kvtrain.cache.state import StateStore
+
 
 class KVCacheLayer(CacheLayerMixin):
-    """One layer's state. All of it is per row and lives here, never on modules.
+    """One layer's state, all of it in row stores and nothing on modules. Methods add how they write to it.
 
-    Attributes:
-        seen: Positions that went by, padding included: the logical length that ``generate`` counts with.
+    Args:
+        stores: Everything that the layer keeps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *stores: RowStore) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = 0
-
-    @abstractmethod
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that this layer holds."""
+        self.stores = stores
+        self.is_initialized = True
 
     @abstractmethod
     def kv_tokens(self) -> Tensor:
         """Entries kept, ``(B, H_kv)``."""
 
-    @abstractmethod
-    def select_rows(self, indices: Tensor) -> None:
-        """Keep, repeat or reorder rows, ``indices (B_new,)``."""
-
-    def free_bytes(self) -> int:
-        """Allocated bytes that hold nothing at present."""
-        return 0
-
     def kv_bytes(self) -> int:
         """Bytes allocated, free pages included."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
-        return sum(storages.values())
+        return sum(store.num_bytes() for store in self.stores)
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        for store in self.stores:
+            store.reset()
 
     def get_seq_length(self) -> int:
-        """Logical length."""
-        return self.seen
+        """Refused: rows differ, and the cache as a whole counts."""
+        _refuse("a layer has no length of its own; ask the cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length and offset."""
-        return self.seen + query_length, 0
+        """Refused, as ``get_seq_length``."""
+        _refuse("a layer has no length of its own; ask the cache")
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        """Refused, as ``get_seq_length``."""
+        _refuse("a layer has no length of its own; ask the cache")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: stores start themselves at the first write."""
+        """Nothing to do: stores know their shapes from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refused: kvtrain's attention writes through the layer's own methods."""
-        raise ValueError("this cache serves kvtrain models alone; give other models their own cache")
+        _refuse("this cache serves kvtrain models alone; give other models their own cache")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: rows change places, with all their state."""
-        self.select_rows(beam_idx)
+    def offload(self) -> None:
+        """Refused: pages are attended where they lie."""
+        _refuse("this cache cannot be offloaded; compress more, or set a byte budget and serve fewer rows at a time")
+
+    prefetch = offload
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """One row of a cache, as ``snapshot_row`` saw it.
+
+    Attributes:
+        stores: State of every store.
+        seen: Logical length of the cache at that time.
+    """
+
+    stores: list[RowSnapshot]
+    seen: int
 
 
 class KVCache(Cache):
-    """A model's cache: one ``KVCacheLayer`` a layer. ``model.make_cache()`` builds it."""
+    """A model's cache; ``model.make_cache()`` builds it.
+
+    Rows are admitted by the first forward pass or by ``admit``, and may join and leave between any two passes.
+
+    Args:
+        layers: One for each layer of the model.
+        budget: Limit on bytes, which the layers' stores were given too.
+
+    Attributes:
+        seen: Positions that went by, padding included: the logical length that ``generate`` counts with.
+    """
 
     layers: list[KVCacheLayer]  # type: ignore[assignment]
 
-    def __init__(self, layers: list[KVCacheLayer]) -> None:
+    def __init__(self, layers: Sequence[KVCacheLayer], budget: ByteBudget | None = None) -> None:
         super().__init__(layers=list(layers))
+        self.budget = budget
+        self.seen = 0
+        stores = [store for layer in layers for store in layer.stores]
+        self._rows = StateStore({"tokens": ((), torch.long)}, stores[0].placement)
+        self._stores = [*stores, self._rows]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, B."""
+        return self._rows.num_rows
+
+    @property
+    def tokens(self) -> Tensor:
+        """Real tokens that each row has seen, ``(B,)``: the position of its next one."""
+        return self._rows["tokens"]
 
     def kv_bytes(self) -> int:
         """Bytes really allocated, over all layers."""
-        return sum(layer.kv_bytes() for layer in self.layers)
+        return sum(store.num_bytes() for store in self._stores)
 
     def free_bytes(self) -> int:
         """Those of ``kv_bytes`` that hold nothing at present (spare pages)."""
-        return sum(layer.free_bytes() for layer in self.layers)
+        return sum(store.free_bytes() for store in self._stores)
 
     def kv_tokens(self) -> Tensor:
         """Entries kept, ``(layers, B, H_kv)``."""
         return torch.stack([layer.kv_tokens() for layer in self.layers])
 
+    def bytes_for(self, tokens: int, rows: int = 0) -> int:
+        """Bytes that the next ``tokens`` of every row may need at most, spare pages used up first.
+
+        Args:
+            tokens: New tokens a row.
+            rows: New rows besides those that are here.
+        """
+        return sum(store.bytes_for(tokens, rows) for store in self._stores)
+
+    def prepare(self, batch: int, tokens: int) -> None:
+        """Called before a forward pass: admits the rows of the first one, and checks what could fail half-way.
+
+        Args:
+            batch: Rows of the input.
+            tokens: Tokens of the input.
+
+        Raises:
+            ValueError: The input has another number of rows than the cache.
+            CacheFullError: The budget may not hold the new tokens.
+        """
+        fresh = self.num_rows == 0
+        if not fresh and batch != self.num_rows:
+            raise ValueError(
+                f"the input has {batch} rows and the cache {self.num_rows}; use admit, select_rows or join, "
+                "or start with model.make_cache()"
+            )
+        if self.budget is not None:
+            needed = self.bytes_for(tokens, batch if fresh else 0)
+            self.budget.require(needed, f"{tokens} tokens in {batch} rows")
+        if fresh:
+            self.admit(batch)
+
+    def advance(self, valid: Tensor) -> None:
+        """Called after a forward pass: counts its tokens, ``valid (B, n)`` bool."""
+        self.seen += valid.shape[1]
+        self._rows["tokens"] = self.tokens + valid.sum(1)
+
+    def admit(self, count: int) -> range:
+        """Add empty rows at the end; they may wait, fed with padding alone, or start at once.
+
+        Returns:
+            Their numbers.
+        """
+        first = self.num_rows
+        for store in self._stores:
+            store.admit(count)
+        return range(first, first + count)
+
+    def select_rows(self, indices: Tensor) -> None:
+        """Keep, repeat, reorder or drop rows: the new row ``i`` is the old row ``indices[i]``, ``(B_new,)``."""
+        if torch.equal(indices, torch.arange(self.num_rows, device=indices.device)):
+            return
+        for store in self._stores:
+            store.select_rows(indices)
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Drop rows and give their memory back; later rows move up."""
+        kept = [row for row in range(self.num_rows) if row not in set(rows)]
+        self.select_rows(torch.tensor(kept, dtype=torch.long, device=self.tokens.device))
+
+    def join(self, other: Self) -> None:
+        """Copy the rows of another cache of the same model to the end, as they stand.
+
+        Raises:
+            CacheFullError: The budget does not allow them; nothing has changed.
+        """
+        if self.budget is not None:
+            self.budget.require(other.kv_bytes(), f"{other.num_rows} joining rows")
+        for mine, theirs in zip(self._stores, other._stores, strict=True):
+            mine.join(theirs)
+        self.seen = max(self.seen, other.seen)
+
+    def snapshot_row(self, row: int) -> CacheSnapshot:
+        """A copy of one row, to go back to."""
+        return CacheSnapshot([store.snapshot_row(row) for store in self._stores], self.seen)
+
+    def restore_row(self, row: int, snapshot: CacheSnapshot) -> None:
+        """Put a row back to a snapshot of this cache or of another one of the same model.
+
+        A cache of one row also counts again from there. In one of several rows the logical length stays, and the
+        row's own position goes back.
+        """
+        for store, state in zip(self._stores, snapshot.stores, strict=True):
+            store.restore_row(row, state)
+        if self.num_rows == 1:
+            self.seen = snapshot.seen
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        for store in self._stores:
+            store.reset()
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Logical key length and offset."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: rows change places, with all their state."""
+        self.select_rows(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, for several returned sequences."""
-        for layer in self.layers:
-            rows = layer.kv_tokens()
-            layer.select_rows(torch.arange(rows.shape[0], device=rows.device).repeat_interleave(repeats))
+        self.select_rows(torch.arange(self.num_rows, device=self.tokens.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        for layer in self.layers:
-            layer.select_rows(indices)
+        self.select_rows(indices)
 
     def crop(self, *_: Any) -> None:
         """Refused: what was merged or dropped cannot come back.
@@ -101,4 +246,8 @@ class KVCache(Cache):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("this cache cannot be cropped (assisted decoding needs that); use plain decoding")
+        _refuse("this cache cannot be cropped (assisted decoding does that); use snapshot_row and restore_row")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ValueError(reason)

@@ -1,40 +1,198 @@
-"""A cache layer whose keys and values lie in one ragged paged store."""
+"""Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
+from typing import Self
+
+import torch
 from torch import Tensor
 
-from kvtrain.cache.base import KVCacheLayer
-from kvtrain.cache.store import PagedStore
+from kvtrain.cache.pool import PagePool
+from kvtrain.cache.rows import Placement, RowSnapshot, RowStore
 
 
-class PagedCacheLayer(KVCacheLayer):
-    """One layer on one store; methods add how they write to it, and state of their own.
+class PagedStore(RowStore):
+    """Slots of keys and values with a length per row and key-value head.
+
+    A store never holds more pages than ``slots kept / page_size + one per (row, head)``: it grows by what it
+    needs and little more, and gives memory back as soon as rows leave.
 
     Args:
-        num_heads: Key-value heads.
+        num_heads: Key-value heads, H.
+        head_dim: Channels of a key, D.
         page_size: Slots in a page.
+        placement: Where tensors lie.
+        value_dim: Channels of a value; ``head_dim`` where absent.
+
+    Raises:
+        ValueError: ``page_size`` is below 1.
     """
 
-    def __init__(self, num_heads: int, page_size: int) -> None:
-        super().__init__()
-        self.store = PagedStore(num_heads, page_size)
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        page_size: int = 32,
+        placement: Placement | None = None,
+        value_dim: int | None = None,
+    ) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, not {page_size}")
+        super().__init__(placement or Placement())
+        device = self.placement.device
+        self.num_heads, self.page_size = num_heads, page_size
+        self.pool = PagePool(page_size, head_dim, value_dim or head_dim, self.placement)
+        self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
+        self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
 
-    def tensors(self) -> list[Tensor]:
-        """See ``KVCacheLayer``."""
-        return self.store.tensors()
+    @property
+    def num_rows(self) -> int:
+        """See ``RowStore``."""
+        return self.lengths.shape[0]
 
-    def free_bytes(self) -> int:
-        """See ``KVCacheLayer``."""
-        return self.store.free_bytes()
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor, keep: Tensor) -> None:
+        """Put entries into slots, taking pages as they are needed.
 
-    def kv_tokens(self) -> Tensor:
-        """See ``KVCacheLayer``."""
-        return self.store.lengths
+        Args:
+            keys: ``(B, H, n, D)``.
+            values: ``(B, H, n, D_v)``.
+            slots: ``(B, H, n)`` slot of each entry within its row and head.
+            keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ.
+
+        Raises:
+            CacheFullError: The byte budget does not allow the pages; nothing was written.
+        """
+        self._reserve(torch.maximum(self.lengths, torch.where(keep, slots + 1, 0).amax(-1)))
+        row, head, entry = keep.nonzero(as_tuple=True)
+        slot = slots[row, head, entry]
+        page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
+        self.pool.keys[page, place] = keys.detach()[row, head, entry].to(self.pool.keys.dtype)
+        self.pool.values[page, place] = values.detach()[row, head, entry].to(self.pool.values.dtype)
+
+    def gather_row(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys ``(length, D)`` and values of one head."""
+        pages, length = self.table[row, head], int(self.lengths[row, head])
+        pages = pages[pages >= 0]
+        return self.pool.keys[pages].flatten(0, 1)[:length], self.pool.values[pages].flatten(0, 1)[:length]
+
+    def admit(self, count: int) -> None:
+        """See ``RowStore``."""
+        self.lengths = torch.nn.functional.pad(self.lengths, (0, 0, 0, count))
+        self.table = torch.nn.functional.pad(self.table, (0, 0, 0, 0, 0, count), value=-1)
 
     def select_rows(self, indices: Tensor) -> None:
-        """See ``KVCacheLayer``."""
-        self.store.select_rows(indices)
+        """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
+        absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
+        absent[indices] = False
+        dropped = self.table[absent]
+        dropped, table = dropped[dropped >= 0], self.table[indices]
+        copies = (table >= 0) & _seen_before(indices)[:, None, None]
+        self.pool.require(int(copies.sum()) - dropped.numel())
+        self.lengths, self.table = self.lengths[indices], table
+        self.pool.release(dropped)
+        self._move_in(copies, self.pool.keys, self.pool.values, table[copies])
+        self._trim()
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.store.reset()
-        self.seen = 0
+    def join(self, other: Self) -> None:
+        """See ``RowStore``."""
+        before, pages = self.num_rows, other.table[other.table >= 0]
+        self.pool.require(pages.numel())
+        self.admit(other.num_rows)
+        self._widen(other.table.shape[2])
+        self.lengths[before:] = other.lengths.to(self.lengths.device)
+        owned = torch.nn.functional.pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
+        arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
+        arriving[before:] = owned.to(self.table.device)
+        self._move_in(arriving, other.pool.keys, other.pool.values, pages)
+
+    def snapshot_row(self, row: int) -> RowSnapshot:
+        """See ``RowStore``."""
+        owned = self.table[row] >= 0
+        pages = self.table[row][owned]
+        return {
+            "keys": self.pool.keys[pages],
+            "values": self.pool.values[pages],
+            "lengths": self.lengths[row].clone(),
+            "owned": owned,
+        }
+
+    def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
+        """See ``RowStore``."""
+        held = self.table[row][self.table[row] >= 0]
+        self.pool.require(snapshot["keys"].shape[0] - held.numel())
+        self.pool.release(held)
+        self.table[row] = -1
+        self.lengths[row] = snapshot["lengths"]
+        self._widen(snapshot["owned"].shape[-1])
+        arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
+        arriving[row, :, : snapshot["owned"].shape[-1]] = snapshot["owned"]
+        pages = torch.arange(snapshot["keys"].shape[0], device=self.table.device)
+        self._move_in(arriving, snapshot["keys"], snapshot["values"], pages)
+        self._trim()
+
+    def tensors(self) -> list[Tensor]:
+        """See ``RowStore``."""
+        return [self.lengths, self.table, *self.pool.tensors()]
+
+    def free_bytes(self) -> int:
+        """Bytes of pages that no row owns at present."""
+        return self.pool.page_bytes * self.pool.free.numel()
+
+    def bytes_for(self, tokens: int, rows: int = 0) -> int:
+        """See ``RowStore``: every token of every head appends."""
+        needed = _pages(self.lengths + tokens, self.page_size)
+        more = int(needed.sum()) + rows * self.num_heads * -(-tokens // self.page_size)
+        columns = max(int(needed.max()) if needed.numel() else 0, -(-tokens // self.page_size), self.table.shape[2])
+        rows_after = self.num_rows + rows
+        entries = rows_after * self.num_heads * columns - self.table.numel()
+        pages = max(0, more - self.pool.num_pages)
+        return pages * self.pool.page_bytes + entries * 4 + rows * self.num_heads * 8
+
+    def _reserve(self, lengths: Tensor) -> None:
+        """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
+        needed = _pages(lengths, self.page_size)
+        owned = _pages(self.lengths, self.page_size)
+        count = int((needed - owned).sum())
+        if count:
+            pages = self.pool.take(count, self._spare(lengths, int(needed.sum())))
+            self._widen(int(needed.max()))
+            column = torch.arange(self.table.shape[2], device=lengths.device)
+            missing = (column < needed.unsqueeze(-1)) & (self.table < 0)
+            self.table[missing] = pages.to(self.table.dtype)
+        self.lengths = lengths
+
+    def _spare(self, lengths: Tensor, owned: int) -> int:
+        """Free pages that the bound on memory leaves room for."""
+        return int(lengths.sum()) // self.page_size + lengths.numel() - owned
+
+    def _move_in(self, places: Tensor, keys: Tensor, values: Tensor, pages: Tensor) -> None:
+        """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""
+        if not pages.numel():
+            return
+        keys, values = keys[pages], values[pages]
+        owned = int(_pages(self.lengths, self.page_size).sum())
+        fresh = self.pool.take(pages.numel(), self._spare(self.lengths, owned))
+        self.pool.keys[fresh], self.pool.values[fresh] = keys.to(self.pool.keys), values.to(self.pool.values)
+        self.table[places] = fresh.to(self.table.dtype)
+
+    def _trim(self) -> None:
+        """Give back what rows left behind, in pages and in table columns."""
+        needed = _pages(self.lengths, self.page_size)
+        columns = int(needed.max()) if needed.numel() else 0
+        if columns < self.table.shape[2]:
+            self.table = self.table[..., :columns].clone()
+        numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
+        if numbers is not None:
+            self.table = torch.where(self.table >= 0, numbers[self.table].to(self.table.dtype), self.table)
+
+    def _widen(self, columns: int) -> None:
+        if (more := columns - self.table.shape[2]) > 0:
+            self.table = torch.nn.functional.pad(self.table, (0, more), value=-1)
+
+
+def _pages(lengths: Tensor, page_size: int) -> Tensor:
+    return -(-lengths // page_size)
+
+
+def _seen_before(indices: Tensor) -> Tensor:
+    """Which entries repeat an earlier one."""
+    same = indices[:, None] == indices
+    return (same.tril(-1)).any(-1)

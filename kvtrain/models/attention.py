@@ -2,8 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from kvtrain.cache.paged import PagedStore
+from kvtrain.kernels.paged_attention import paged_attention
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -42,10 +44,26 @@ class HostAttention(nn.Module):
         return heads.transpose(1, 2)
 
     def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the host's query and key norms, where it has them."""
+        """Apply the host's norms, where it has them, to queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``."""
         if hasattr(self, "q_norm"):
-            return self.q_norm(query), self.k_norm(key)
+            return self._norm_heads(self.q_norm, query), self._norm_heads(self.k_norm, key)
         return query, key
+
+    def _norm_heads(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        """One head at a time (Qwen3), or all heads together (OLMo2): the norm's width tells."""
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
+        normed: Tensor
+        if weight.numel() == self.head_dim:
+            normed = norm(heads)
+            return normed
+        normed = norm(heads.transpose(1, 2).flatten(2))
+        return self.split_heads(normed)
+
+    def attend_pages(self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Let every query ``(B, H, n, D)`` see the first ``lengths (B, H_kv)`` slots of its head, all by default."""
+        lengths = pages.lengths if lengths is None else lengths
+        return paged_attention(query, pages.pool.keys, pages.pool.values, pages.table, lengths, self.scaling)
 
     def project_out(self, output: Tensor) -> Tensor:
         """``(B, H, T, D)`` to ``(B, T, hidden)``."""
@@ -63,16 +81,3 @@ def parallel_documents(document_ids: Tensor | None, attention_mask: Tensor | Non
     if document_ids is not None:
         return document_ids
     return None if attention_mask is None else attention_mask.long()
-
-
-def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which of the new tokens are real, ``(B, n)`` bool.
-
-    Args:
-        hidden_states: ``(B, n, hidden)``.
-        attention_mask: ``(B, past + n)`` padding mask, or None.
-    """
-    batch, length = hidden_states.shape[:2]
-    if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-    return attention_mask[:, -length:].bool()

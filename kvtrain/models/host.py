@@ -7,23 +7,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from kvtrain.cache.base import KVCache
+from kvtrain.cache.budget import ByteBudget
+from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum
 from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
+from kvtrain.models.serving import check_cache, enter_cache, leave_cache, named_arguments, parallel_positions
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerationMixin
 
 ATTENTION_NAME = "kvtrain"
-HOSTS = ("llama", "mistral", "qwen2", "qwen3")
+HOSTS = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -156,13 +160,22 @@ class KVTrainMixin(_Host):
         self.config = config
         config.architectures = [type(self).__name__]
         self.method = method
-        self.model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
+        self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.model.register_forward_hook(self._leave, with_kwargs=True)
 
-    def make_cache(self) -> KVCache:
-        """An empty cache of the kind that this model's attention reads."""
-        host_config = self.config.host_config
-        layers = range(host_config.num_hidden_layers)
-        return KVCache([self.method.cache_layer(index, host_config) for index in layers])
+    def make_cache(self, budget: ByteBudget | int | None = None) -> KVCache:
+        """An empty cache of the kind that this model's attention reads.
+
+        Args:
+            budget: Bytes that it may take, or a ``ByteBudget`` that several caches share. What may not fit is
+                refused before a forward pass begins.
+        """
+        budget = ByteBudget(budget) if isinstance(budget, int) else budget
+        host_config, layers = self.config.host_config, []
+        for index, layer in enumerate(self.model.layers):
+            placement = Placement(self.dtype, layer.self_attn.o_proj.weight.device, budget)
+            layers.append(self.method.cache_layer(index, host_config, placement))
+        return KVCache(layers, budget)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -198,9 +211,9 @@ class KVTrainMixin(_Host):
 
         Args:
             input_ids: ``(B, T)``.
-            attention_mask: ``(B, past + T)`` padding mask.
-            position_ids: ``(B, T)``; derived from documents or padding where absent.
-            past_key_values: A cache from ``make_cache``.
+            attention_mask: ``(B, past + T)`` padding mask; with a cache the new tokens' columns are enough.
+            position_ids: ``(B, T)``; derived from documents, padding or the cache where absent.
+            past_key_values: A cache from ``make_cache``. It holds constants: no gradient flows into it.
             inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
             labels: ``(B, T)``, unshifted; ``-100`` counts nothing.
             use_cache: Whether to fill a cache; off while training.
@@ -212,10 +225,9 @@ class KVTrainMixin(_Host):
             **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own.
 
         Raises:
-            ValueError: A foreign cache, or a cache together with training or packed documents.
+            ValueError: A foreign cache, a cache together with training or packed documents, or one with other rows.
+            CacheFullError: The new tokens may not fit into the cache's budget; nothing has changed.
         """
-        if position_ids is None:
-            position_ids = _positions(attention_mask, kwargs.get("document_ids"), input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -248,44 +260,35 @@ class KVTrainMixin(_Host):
             total = linear_kl_sum(hidden, weight, flat, targets != IGNORE_INDEX)
         return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
 
-    def _provide_cache(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
+    def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
+        kwargs = named_arguments(args, kwargs)
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("attention weights are never materialised here; set output_attentions=False")
-        cache = kwargs.get("past_key_values")
+        cache, documents = kwargs.get("past_key_values"), kwargs.get("document_ids")
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = self.config.host_config.use_cache and not self.training
-        if kwargs["use_cache"] and cache is None and kwargs.get("document_ids") is None:
+        if kwargs["use_cache"] and cache is None and documents is None:
             cache = self.make_cache()
-        if cache is not None and not isinstance(cache, KVCache):
-            raise ValueError(f"{type(cache).__name__} does not fit this model; use model.make_cache(), or none")
-        if cache is not None and self.training:
-            raise ValueError("training has no cache; call model.eval() or pass use_cache=False")
-        if cache is not None and kwargs.get("document_ids") is not None:
-            raise ValueError("packed documents have no cache; pass one document a row, or use_cache=False")
-        kwargs["past_key_values"] = cache
-        kwargs["use_cache"] = cache is not None
-        return args, kwargs
+        kwargs.update(past_key_values=cache, use_cache=cache is not None)
+        if cache is not None:
+            check_cache(cache, self.training, documents)
+            enter_cache(kwargs, cache)
+        elif kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = parallel_positions(kwargs.get("attention_mask"), documents)
+        return (), kwargs
+
+    def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the decoder has run."""
+        cache = kwargs["past_key_values"]
+        return output if cache is None else leave_cache(output, cache, kwargs["new_tokens"])
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError("this model brings its own cache; leave cache_implementation unset")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+            raise ValueError("assisted decoding must take tokens back, which this cache cannot; use plain decoding")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.make_cache()
-
-
-def _positions(
-    attention_mask: Tensor | None, document_ids: Tensor | None, input_ids: Tensor | None, embeds: Tensor | None
-) -> Tensor | None:
-    """Positions within each row's real tokens, or within its documents; None where the host's default is right."""
-    if document_ids is not None:
-        index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-        starts = torch.ones_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return index - torch.where(starts, index, 0).cummax(1).values
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    length = (input_ids if input_ids is not None else embeds).shape[1]  # type: ignore[union-attr]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

@@ -1,4 +1,4 @@
-"""What an architecture has to say for itself: one frozen dataclass with four questions answered."""
+"""What an architecture has to say for itself: one frozen dataclass with a few questions answered."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from kvtrain.cache.base import KVCacheLayer
+    from kvtrain.cache.rows import Placement
+
+
+def key_value_shape(host_config: "PreTrainedConfig") -> tuple[int, int]:
+    """Key-value heads of a host, and the channels of each."""
+    head_dim = getattr(host_config, "head_dim", None) or host_config.hidden_size // host_config.num_attention_heads
+    return int(host_config.num_key_value_heads), int(head_dim)
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,19 @@ class Method(ABC):
         """The module that takes the place of a host's attention, with the host's parameter names."""
 
     @abstractmethod
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig") -> "KVCacheLayer":
-        """An empty cache for one layer."""
+    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "KVCacheLayer":
+        """An empty cache for one layer, whose tensors lie where ``placement`` says."""
 
     def stack(self, layers: "nn.ModuleList") -> "nn.ModuleList":
         """Take the place of the host's list of layers; most methods leave it alone."""
         return layers
+
+    def deploy(self, model: "PreTrainedModel") -> None:
+        """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.
+
+        Raises:
+            ValueError: It cannot be served as it is.
+        """
 
     def validate(self, host_config: "PreTrainedConfig") -> None:
         """Refuse a host that this method cannot serve.

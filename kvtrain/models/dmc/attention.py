@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtrain.cache.attend import attend_store
 from kvtrain.cache.base import KVCache
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.attention import HostAttention, parallel_documents, valid_tokens
+from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
 from kvtrain.models.gating import Decisions, decide
+from kvtrain.models.serving import NewTokens
 
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
 # the same in float32; it is bfloat16's own epsilon, which the released checkpoints used (P10).
@@ -72,6 +72,7 @@ class DMCAttention(HostAttention):
         position_embeddings: Angles,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
+        new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
         ledger: dict[int, Tensor] | None = None,
         dmc_step: DMCStep | None = None,
@@ -82,8 +83,9 @@ class DMCAttention(HostAttention):
         Args:
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, past + T)`` padding mask.
+            attention_mask: ``(B, T)`` padding mask, without a cache.
             past_key_values: The model's cache.
+            new_tokens: What of the input is real, with a cache.
             document_ids: ``(B, T)``, without a cache.
             ledger: Receives this layer's decisions ``(B, H_kv, T)``, straight-through.
             dmc_step: What training says; without it decisions are soft and noiseless in training
@@ -104,9 +106,8 @@ class DMCAttention(HostAttention):
                 ledger[self.layer_idx] = decisions.straight_through()
         else:
             layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, DMCCacheLayer)
-            valid = valid_tokens(hidden_states, attention_mask)
-            output = self._serve(query, key, value, position_embeddings, valid, layer)
+            assert isinstance(layer, DMCCacheLayer) and new_tokens is not None
+            output = self._serve(query, key, value, position_embeddings, new_tokens.valid, layer)
         return self.project_out(output), None
 
     def _project(self, hidden: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,15 +171,16 @@ class DMCAttention(HostAttention):
     ) -> Tensor:
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
         logits, importance = self._borrow(query, key)
-        never = _segment_starts(logits, valid.long(), layer.is_open())
+        first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
+        never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
         merge = decide(logits, never=never).values
-        pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance * valid[:, None])
+        pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance, valid)
         keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
         angles = _without_borrowed_channel(angles)
         query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
-            return attend_store(query, layer.store, self.scaling)[0]
+            return self.attend_pages(query, layer.pages)[0]
         documents = valid.long()
         bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
         parts = [
@@ -193,8 +195,10 @@ class DMCAttention(HostAttention):
                 scale=self.scaling,
             )
         ]
-        if layer.seen:
-            parts.append(attend_store(query, layer.store, self.scaling, hide_last=merge[..., 0] > 0))
+        if layer.pages.table.shape[2]:
+            # A slot that the first of these tokens has merged into is seen as it is now, among the new keys.
+            absorbed = (merge * first[:, None]).amax(-1).long()
+            parts.append(self.attend_pages(query, layer.pages, layer.pages.lengths - absorbed))
         layer.write(keys, values, merge, valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
@@ -217,13 +221,12 @@ def _next_token(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values[..., 1:], (0, 1))
 
 
-def _segment_starts(logits: Tensor, documents: Tensor | None, is_open: Tensor | None = None) -> Tensor:
+def _segment_starts(logits: Tensor, documents: Tensor | None) -> Tensor:
     """Tokens that must append: the first of a document, padding, and what follows padding.
 
     Args:
         logits: ``(B, H_kv, T)``.
         documents: ``(B, T)``, 0 for padding; None is one document.
-        is_open: ``(B, H_kv)`` heads whose cache holds a segment that the first token may join.
 
     Returns:
         ``(B, H_kv, T)``.
@@ -232,5 +235,5 @@ def _segment_starts(logits: Tensor, documents: Tensor | None, is_open: Tensor | 
     if documents is not None:
         starts[..., 1:] = (documents[:, 1:] != documents[:, :-1])[:, None]
         starts |= (documents == 0)[:, None]
-    starts[..., 0] |= True if is_open is None else ~is_open
+    starts[..., 0] = True
     return starts

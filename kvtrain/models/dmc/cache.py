@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
-from kvtrain.cache.paged import PagedCacheLayer
+from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.paged import PagedStore
+from kvtrain.cache.rows import Placement
+from kvtrain.cache.state import StateStore
+from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.pooling import pool_segments
 
 
-class DMCCacheLayer(PagedCacheLayer):
+class DMCCacheLayer(KVCacheLayer):
     """Slots of one layer, a length for every row and head, and what the last slot is made of.
 
     The last ``window - 1`` tokens of each open segment are kept unrotated with their importances, and
@@ -15,49 +19,66 @@ class DMCCacheLayer(PagedCacheLayer):
 
     Args:
         num_heads: Key-value heads.
+        head_dim: Channels of a head.
+        placement: Where tensors lie.
         window: Tokens of a segment that count.
         page_size: Slots in a page.
     """
 
-    def __init__(self, num_heads: int, window: int, page_size: int) -> None:
-        super().__init__(num_heads, page_size)
+    def __init__(self, num_heads: int, head_dim: int, placement: Placement, window: int, page_size: int) -> None:
         self.window = window
-        self.segment: Tensor | None = None  # (B, H, window - 1, 2 D), unrotated keys and values
-        self.importance: Tensor | None = None  # (B, H, window - 1), 0 where there is no token
+        self.pages = PagedStore(num_heads, head_dim, page_size, placement)
+        shape = (num_heads, window - 1)
+        wide = torch.promote_types(placement.dtype, torch.float32)
+        # Unrotated keys and values side by side; importances are 0 where there is no token.
+        states = {"tokens": ((*shape, 2 * head_dim), placement.dtype), "importance": (shape, wide)}
+        self.segment = StateStore(states, placement)
+        super().__init__(self.pages, self.segment)
 
-    def is_open(self) -> Tensor | None:
-        """Heads ``(B, H)`` with a segment that the next token may join; None before the first token."""
-        if self.importance is None:
-            return None
+    def kv_tokens(self) -> Tensor:
+        """See ``KVCacheLayer``."""
+        return self.pages.lengths
+
+    def is_open(self) -> Tensor:
+        """Heads ``(B, H)`` with a segment that the next token may join."""
         if self.window == 1:  # nothing is kept of a segment whose mean is its last token
-            return self.store.lengths > 0
-        return self.importance[..., -1] > 0
+            return self.pages.lengths > 0
+        return self.segment["importance"][..., -1] > 0
 
-    def extend_segment(self, inputs: Tensor, merge: Tensor, importance: Tensor) -> Tensor:
+    def extend_segment(self, inputs: Tensor, merge: Tensor, importance: Tensor, valid: Tensor) -> Tensor:
         """Pool new tokens with the open segments, and keep what later tokens will need.
 
         Args:
             inputs: ``(B, H, n, 2 D)`` unrotated keys and values.
-            merge: ``(B, H, n)`` hard decisions.
-            importance: ``(B, H, n)``, 0 for padding.
+            merge: ``(B, H, n)`` hard decisions, 0 for padding.
+            importance: ``(B, H, n)``.
+            valid: ``(B, n)`` real tokens; padding stands before them and changes nothing.
 
         Returns:
             Means ``(B, H, n, 2 D)`` in at least float32.
         """
-        kept = self.window - 1
-        if self.segment is None or self.importance is None:
-            self.segment = inputs.new_zeros(*inputs.shape[:2], kept, inputs.shape[-1])
-            self.importance = importance.new_zeros(*importance.shape[:2], kept)
-        inputs = torch.cat([self.segment.to(inputs.dtype), inputs], 2)
-        importance = torch.cat([self.importance, importance], 2)
-        merge = torch.nn.functional.pad(merge, (kept, 0), value=1.0)
-        pooled = pool_segments(inputs, merge, importance, self.window)[:, :, kept:]
-        if kept:
+        kept, importance = self.window - 1, importance * valid[:, None]
+        tokens, weights = self.segment["tokens"].to(inputs.dtype), self.segment["importance"]
+        if merge.shape[2] == 1:
+            waiting = ~valid[:, None]  # of a row that waits, the segment stays as it is
+            inputs = torch.cat([tokens, inputs], 2)
+            importance = torch.cat([weights * merge, importance], 2)
+            pooled = _mean(inputs, importance)
+            tokens = torch.where(waiting.unsqueeze(-1), tokens, inputs[:, :, 1:])
+            weights = torch.where(waiting, weights, importance[..., 1:])
+        else:
+            order = _padding_first(kept, valid)
+            inputs = _sort(torch.cat([tokens, inputs], 2), order)
+            importance = _sort(torch.cat([weights, importance], 2), order)
+            merge = _sort(torch.nn.functional.pad(merge, (kept, 0), value=1.0), order)
+            pooled = pool_segments(inputs, merge, importance, self.window)
+            pooled = _sort(pooled, None if order is None else order.argsort(1))[:, :, kept:]
             # A token belongs to the open segment if everything after it has merged.
             later = torch.nn.functional.pad(merge[..., 1:], (0, 1), value=1.0)
-            in_segment = later.flip(-1).cumprod(-1).flip(-1)[..., -kept:]
-            self.segment = inputs[:, :, -kept:].clone()
-            self.importance = importance[..., -kept:] * in_segment
+            in_segment = later.flip(-1).cumprod(-1).flip(-1)
+            first = inputs.shape[2] - kept
+            tokens, weights = inputs[:, :, first:], (importance * in_segment)[..., first:]
+        self.segment["tokens"], self.segment["importance"] = tokens, weights
         return pooled
 
     def write(self, keys: Tensor, values: Tensor, merge: Tensor, valid: Tensor) -> None:
@@ -70,24 +91,31 @@ class DMCCacheLayer(PagedCacheLayer):
             valid: ``(B, n)`` real tokens.
         """
         real = valid[:, None].expand(merge.shape)
-        lengths = self.store.lengths if self.store.num_rows else torch.zeros_like(merge[..., 0], dtype=torch.long)
-        slots = lengths.unsqueeze(-1) - 1 + (real & (merge == 0)).cumsum(-1)
+        slots = self.pages.lengths.unsqueeze(-1) - 1 + (real & (merge == 0)).cumsum(-1)
         absorbed = torch.nn.functional.pad(merge[..., 1:], (0, 1)) > 0
-        self.store.write(keys, values, slots, real & ~absorbed)
-        self.seen += keys.shape[2]
+        self.pages.write(keys, values, slots, real & ~absorbed)
 
-    def tensors(self) -> list[Tensor]:
-        """See ``KVCacheLayer``."""
-        held = [*super().tensors(), self.segment, self.importance]
-        return [tensor for tensor in held if tensor is not None]
 
-    def select_rows(self, indices: Tensor) -> None:
-        """See ``KVCacheLayer``."""
-        super().select_rows(indices)
-        if self.segment is not None and self.importance is not None:
-            self.segment, self.importance = self.segment[indices], self.importance[indices]
+def _mean(inputs: Tensor, importance: Tensor) -> Tensor:
+    """The weighted mean ``(B, H, 1, C)`` of all tokens of ``(B, H, n, C)``; 0 where nothing weighs."""
+    weights = importance / importance.sum(-1, keepdim=True).clamp(min=torch.finfo(importance.dtype).tiny)
+    return weights.unsqueeze(2) @ at_least_float32(inputs)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.segment = self.importance = None
+
+def _padding_first(kept: int, valid: Tensor) -> Tensor | None:
+    """Order ``(B, kept + n)`` that puts the padding before a segment's ``kept`` tokens; None where there is none."""
+    if bool(valid.all()):
+        return None
+    held = torch.ones(valid.shape[0], kept, dtype=torch.bool, device=valid.device)
+    order: Tensor = torch.cat([held, valid], 1).to(torch.int8).argsort(dim=1, stable=True)
+    return order
+
+
+def _sort(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """Take ``(B, H, T, ...)`` in the order of ``(B, T)``."""
+    if order is None:
+        return tensor
+    index = order[:, None].expand(-1, tensor.shape[1], -1)
+    if tensor.dim() == 4:
+        index = index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3])
+    return tensor.gather(2, index)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.method import Method
+from kvtrain.models.method import Method, key_value_shape
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from kvtrain.cache.rows import Placement
     from kvtrain.models.dmc.cache import DMCCacheLayer
 
 
@@ -59,8 +60,8 @@ class DMC(Method):
 
         return DMCAttention(host_attention, layer_idx, self)
 
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig") -> "DMCCacheLayer":
+    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "DMCCacheLayer":
         """See ``Method.cache_layer``."""
         from kvtrain.models.dmc.cache import DMCCacheLayer
 
-        return DMCCacheLayer(host_config.num_key_value_heads, self.window, self.page_size)
+        return DMCCacheLayer(*key_value_shape(host_config), placement, self.window, self.page_size)

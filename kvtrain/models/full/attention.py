@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kvtrain.cache.attend import attend_store
 from kvtrain.cache.base import KVCache
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.attention import HostAttention, parallel_documents, valid_tokens
+from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
+from kvtrain.models.serving import NewTokens
 
 
 class FullAttention(HostAttention):
@@ -21,6 +21,7 @@ class FullAttention(HostAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
+        new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -29,8 +30,9 @@ class FullAttention(HostAttention):
         Args:
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, past + T)`` padding mask.
+            attention_mask: ``(B, T)`` padding mask, without a cache.
             past_key_values: The model's cache.
+            new_tokens: What of the input is real, with a cache.
             document_ids: ``(B, T)``, without a cache.
         """
         query, key = self.normalise(
@@ -45,18 +47,18 @@ class FullAttention(HostAttention):
             )
         else:
             layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, FullCacheLayer)
-            output = self._serve(query, key, value, valid_tokens(hidden_states, attention_mask), layer)
+            assert isinstance(layer, FullCacheLayer) and new_tokens is not None
+            output = self._serve(query, key, value, new_tokens.valid, layer)
         return self.project_out(output), None
 
     def _serve(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer) -> Tensor:
         """New tokens, one or many, over the slots before them."""
         if query.shape[2] == 1:
             layer.append(key, value, valid)
-            return attend_store(query, layer.store, self.scaling)[0]
+            return self.attend_pages(query, layer.pages)[0]
         documents = valid.long()
         parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
-        if layer.seen:
-            parts.append(attend_store(query, layer.store, self.scaling))
+        if layer.pages.table.shape[2]:
+            parts.append(self.attend_pages(query, layer.pages))
         layer.append(key, value, valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.method import Method
+from kvtrain.models.method import Method, key_value_shape
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from kvtrain.cache.rows import Placement
     from kvtrain.models.full.cache import FullCacheLayer
 
 
@@ -24,8 +25,8 @@ class Full(Method):
 
         return FullAttention(host_attention, layer_idx)
 
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig") -> "FullCacheLayer":
+    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "FullCacheLayer":
         """See ``Method.cache_layer``."""
         from kvtrain.models.full.cache import FullCacheLayer
 
-        return FullCacheLayer(host_config.num_key_value_heads)
+        return FullCacheLayer(*key_value_shape(host_config), placement)

@@ -1,0 +1,72 @@
+"""Keys and values of a window: the first tokens of a row and its latest ones, in constant memory."""
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.rows import Placement
+from kvtrain.cache.state import StateStore
+
+
+class RingStore(StateStore):
+    """``sink`` slots for a row's first tokens, then ``recent`` slots that the latest ones share in turn.
+
+    Token ``p`` of a row lies in slot ``p`` if ``p < sink``, else in ``sink + (p - sink) % recent``: no slot ever
+    moves, and rows of different length need no common clock.
+
+    Args:
+        num_heads: Key-value heads, H.
+        head_dim: Channels of a key, D.
+        recent: Latest tokens that are kept.
+        sink: First tokens that are kept.
+        placement: Where tensors lie.
+        value_dim: Channels of a value; ``head_dim`` where absent.
+
+    Raises:
+        ValueError: ``recent`` is below 1 or ``sink`` negative.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        recent: int,
+        sink: int = 0,
+        placement: Placement | None = None,
+        value_dim: int | None = None,
+    ) -> None:
+        if recent < 1 or sink < 0:
+            raise ValueError(f"a ring keeps at least 1 recent token and no negative sink, not {recent} and {sink}")
+        self.recent, self.sink = recent, sink
+        placement = placement or Placement()
+        slots = sink + recent
+        keys = ((num_heads, slots, head_dim), placement.dtype)
+        values = ((num_heads, slots, value_dim or head_dim), placement.dtype)
+        super().__init__({"keys": keys, "values": values, "tokens": ((), torch.long)}, placement)
+
+    def write(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+        """Append the real tokens of every row.
+
+        Args:
+            keys: ``(B, H, n, D)``.
+            values: ``(B, H, n, D_v)``.
+            valid: ``(B, n)`` real tokens.
+        """
+        tokens = self["tokens"]
+        positions = tokens[:, None] + valid.cumsum(-1) - 1  # (B, n)
+        total = tokens + valid.sum(-1)
+        # Of several new tokens for one slot only the last may be written: the order of writes is not defined.
+        kept = valid & ((positions < self.sink) | (positions >= total[:, None] - self.recent))
+        row, entry = kept.nonzero(as_tuple=True)
+        position = positions[row, entry]
+        slot = torch.where(position < self.sink, position, self.sink + (position - self.sink) % self.recent)
+        for name, new in (("keys", keys), ("values", values)):
+            self[name][row, :, slot] = new.detach()[row, :, entry].to(self[name].dtype)
+        self["tokens"] = total
+
+    def gather(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys ``(B, H, S, D)``, values, and the position ``(B, S)`` of the token in each slot, -1 where none is."""
+        tokens = self["tokens"][:, None]
+        slot = torch.arange(self.sink + self.recent, device=tokens.device)
+        turns = torch.div(tokens - 1 - slot, self.recent, rounding_mode="floor")
+        positions = torch.where(slot < self.sink, slot, slot + turns * self.recent)
+        return self["keys"], self["values"], positions.masked_fill((positions >= tokens) | (positions < slot), -1)

@@ -1,0 +1,90 @@
+"""What every store of a cache can do with its rows; nothing here knows attention."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.budget import ByteBudget
+
+RowSnapshot = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and as what a cache keeps its tensors.
+
+    Args:
+        dtype: Of keys and values.
+        device: Of everything.
+        budget: Limit on bytes, or None.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    budget: ByteBudget | None = None
+
+
+class RowStore(ABC):
+    """Per-row state of one layer: rows are admitted, reordered, joined, freed; nothing outlives its row.
+
+    Args:
+        placement: Where tensors lie.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        if placement.budget is not None:
+            placement.budget.register(self)
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows held, B."""
+
+    @abstractmethod
+    def admit(self, count: int) -> None:
+        """Add empty rows at the end."""
+
+    @abstractmethod
+    def select_rows(self, indices: Tensor) -> None:
+        """Keep, repeat, reorder or drop rows.
+
+        Args:
+            indices: ``(B_new,)`` rows to take, in order.
+        """
+
+    @abstractmethod
+    def join(self, other: Self) -> None:
+        """Copy the rows of a store of the same shape to the end."""
+
+    @abstractmethod
+    def snapshot_row(self, row: int) -> RowSnapshot:
+        """A copy of one row that later writes do not touch."""
+
+    @abstractmethod
+    def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
+        """Put a row back to what ``snapshot_row`` of this or of a like store saw."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the store holds."""
+
+    @abstractmethod
+    def bytes_for(self, tokens: int, rows: int = 0) -> int:
+        """Bytes that the next ``tokens`` of every row may need at most, with ``rows`` more rows."""
+
+    def free_bytes(self) -> int:
+        """Allocated bytes that hold nothing at present."""
+        return 0
+
+    def num_bytes(self) -> int:
+        """Bytes allocated, free pages included; a storage counts once."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self.tensors()}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def reset(self) -> None:
+        """Drop every row and give the memory back."""
+        self.select_rows(torch.zeros(0, dtype=torch.long, device=self.placement.device))

@@ -1,0 +1,86 @@
+"""State of constant size a row: open segments, recurrent states, counters."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.rows import Placement, RowSnapshot, RowStore
+
+StateShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class StateStore(RowStore):
+    """Named tensors ``(B, ...)``, zero for a new row; read and replaced like the items of a dictionary.
+
+    Args:
+        shapes: Shape of one row and dtype of every tensor, by name.
+        placement: Where tensors lie; dtypes are those of ``shapes``.
+    """
+
+    def __init__(self, shapes: StateShapes, placement: Placement) -> None:
+        super().__init__(placement)
+        self.shapes = dict(shapes)
+        self._state = {name: self._empty(name, 0) for name in self.shapes}
+        self._rows = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Replace a tensor; ``value`` is detached, and copied if it is part of something larger.
+
+        Raises:
+            ValueError: The shape is not that of the state.
+        """
+        shape, dtype = self.shapes[name]
+        if value.shape != (self._rows, *shape):
+            raise ValueError(f"state {name!r} is {(self._rows, *shape)}, not {tuple(value.shape)}")
+        value = value.detach().to(dtype)
+        whole = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
+        self._state[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
+
+    @property
+    def num_rows(self) -> int:
+        """See ``RowStore``."""
+        return self._rows
+
+    def admit(self, count: int) -> None:
+        """See ``RowStore``."""
+        self._append({name: self._empty(name, count) for name in self.shapes}, count)
+
+    def select_rows(self, indices: Tensor) -> None:
+        """See ``RowStore``."""
+        self._state = {name: tensor[indices] for name, tensor in self._state.items()}
+        self._rows = indices.numel()
+
+    def join(self, other: Self) -> None:
+        """See ``RowStore``."""
+        self._append({name: other[name].to(self.placement.device) for name in self.shapes}, other.num_rows)
+
+    def snapshot_row(self, row: int) -> RowSnapshot:
+        """See ``RowStore``."""
+        return {name: tensor[row].clone() for name, tensor in self._state.items()}
+
+    def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
+        """See ``RowStore``."""
+        for name, tensor in self._state.items():
+            tensor[row] = snapshot[name]
+
+    def tensors(self) -> list[Tensor]:
+        """See ``RowStore``."""
+        return list(self._state.values())
+
+    def bytes_for(self, tokens: int, rows: int = 0) -> int:
+        """See ``RowStore``; tokens cost nothing."""
+        return rows * sum(prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
+
+    def _append(self, rows: Mapping[str, Tensor], count: int) -> None:
+        self._state = {name: torch.cat([tensor, rows[name]]) for name, tensor in self._state.items()}
+        self._rows += count
+
+    def _empty(self, name: str, rows: int) -> Tensor:
+        shape, dtype = self.shapes[name]
+        return torch.zeros(rows, *shape, dtype=dtype, device=self.placement.device)
