@@ -44,6 +44,8 @@ def paged_attention(
         Output ``(B, H, n, D_v)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where nothing is visible.
     """
     batch, heads, num_queries, dim = query.shape
+    if torch.is_grad_enabled() and query.requires_grad:  # the pages are written again before a backward pass comes
+        keys, values = keys.clone(), values.clone()
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
     attend = _attend_in_place if grouped.shape[1] <= keys.shape[1] else _attend_runs
