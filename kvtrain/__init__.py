@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from kvtrain.inference.load import load
     from kvtrain.models.dmc import DMC
     from kvtrain.models.full import Full
+    from kvtrain.models.gqa import convert_gqa
     from kvtrain.models.host import retrofit
 
 __version__ = "0.1.0"
-__all__ = ["DMC", "Full", "__version__", "load", "retrofit"]
+__all__ = ["DMC", "Full", "__version__", "convert_gqa", "load", "retrofit"]
 
 register()
 
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from kvtrain.models.host import retrofit
 
         return retrofit
+    if name == "convert_gqa":
+        from kvtrain.models.gqa import convert_gqa
+
+        return convert_gqa
     if name == "load":
         from kvtrain.inference.load import load
 

@@ -139,6 +139,8 @@ def _estimate(arguments: list[str]) -> None:
         batch_size=getattr(data, "batch_size", 1),
         sequence_length=getattr(data, "sequence_length", 1),
         precision=trainer.get("precision"),
+        accelerator=trainer.get("accelerator") or "auto",
+        accumulate=trainer.get("accumulate_grad_batches") or 1,
     )
     if asked.json:
         print(json.dumps(figures.to_dict(), indent=1))
@@ -239,9 +241,11 @@ def _eval_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="such as perplexity, separated by commas")
     parser.add_argument("--corpus", default="heldout", help="text to measure on, as with kvtrain prepare (heldout)")
-    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens a row (1024)")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N rows alone")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens a window (1024)")
+    parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows alone")
+    parser.add_argument("--decode", action="store_true", help="feed token by token: the same, slowly")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -249,10 +253,18 @@ def _eval(arguments: list[str]) -> None:
     from kvtrain.evaluation.evaluate import run_tasks
 
     tasks = [task.strip() for task in asked.tasks.split(",") if task.strip()]
-    rows = run_tasks(asked.model, tasks, corpus=asked.corpus, sequence_length=asked.sequence_length, limit=asked.limit)
+    rows = run_tasks(
+        asked.model,
+        tasks,
+        corpus=asked.corpus,
+        sequence_length=asked.sequence_length,
+        stride=asked.stride,
+        limit=asked.limit,
+        decode=asked.decode,
+    )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
     _print_table(columns, [[_cell(row.get(column)) for column in columns] for row in rows])
 
 

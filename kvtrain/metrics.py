@@ -1,9 +1,10 @@
-"""Reading ``metrics.csv``, which training writes and reports draw."""
+"""Reading ``metrics.csv`` and its like, which training writes and reports draw."""
 
 import csv
 from pathlib import Path
 
 FILE_NAME = "metrics.csv"
+HEADS_FILE_NAME = "head_compression.csv"
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -15,9 +16,22 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{folder}: no {FILE_NAME}; is this a run folder of `kvtrain fit`?")
+    return read_rows(path)
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a table of numbers, without the empty cells; whole numbers are ``int``.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return [{key: float(value) for key, value in row.items() if value} for row in rows]
-    except (TypeError, ValueError) as error:
+        return [{key: _number(value) for key, value in row.items() if value} for row in rows]
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)

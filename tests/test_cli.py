@@ -139,15 +139,19 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
 
 
 def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
-    rows = [{"task": "perplexity", "value": 12.3456, "rows": 7}, {"task": "passkey", "note": "skipped"}]
+    rows = [
+        {"task": "perplexity", "value": 12.3456, "rows": 7, "by_position": [{"position": 4}]},
+        {"task": "passkey", "note": "skipped"},
+    ]
     calls = []
     planted(monkeypatch, "kvtrain.evaluation.evaluate", run_tasks=lambda *a, **k: calls.append((a, k)) or rows)
     file = tmp_path / "figures.json"
     assert main(["eval", "m", "--tasks", "perplexity, passkey", "--limit", "3", "--json", str(file)]) == 0
-    settings = {"corpus": "heldout", "sequence_length": 1024, "limit": 3}
+    settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["task", "value", "rows", "note"] in table  # lists are for the file alone
     assert ["perplexity", "12.35", "7"] in table
     assert ["passkey", "skipped"] in table
 

@@ -7,12 +7,7 @@ from typing import Any
 from kvtrain.evaluation.perplexity import perplexity
 from kvtrain.inference.load import open_model
 
-
-def _perplexity(model: Any, tokenizer: Any, corpus: str, sequence_length: int, limit: int | None) -> dict[str, Any]:
-    return asdict(perplexity(model, tokenizer, corpus, sequence_length=sequence_length, limit=limit))
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"perplexity": _perplexity}
+TASKS: dict[str, Callable[..., Any]] = {"perplexity": perplexity}
 
 
 def run_tasks(
@@ -21,7 +16,9 @@ def run_tasks(
     *,
     corpus: str = "heldout",
     sequence_length: int = 1024,
+    stride: int | None = None,
     limit: int | None = None,
+    decode: bool = False,
     dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run tasks on a model.
@@ -31,7 +28,9 @@ def run_tasks(
         tasks: Names from ``TASKS``.
         corpus: Text to measure on.
         sequence_length: Tokens in a window.
+        stride: Tokens from one window to the next; None leaves no overlap.
         limit: Windows to read; None reads all.
+        decode: Feed token by token, as generation does, instead of in stretches.
         dtype: Of the weights; None takes what the folder holds.
 
     Raises:
@@ -41,7 +40,7 @@ def run_tasks(
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     loaded, tokenizer = open_model(model, dtype=dtype or "auto")
+    settings = {"sequence_length": sequence_length, "stride": stride, "limit": limit, "chunk": 1 if decode else None}
     return [
-        {"task": task, "model": model, **TASKS[task](loaded, tokenizer, corpus, sequence_length, limit)}
-        for task in tasks
+        {"task": task, "model": model, **asdict(TASKS[task](loaded, tokenizer, corpus, **settings))} for task in tasks
     ]

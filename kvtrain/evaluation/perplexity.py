@@ -1,15 +1,38 @@
-"""Perplexity through the cache that serves: every window is prefilled into a cache of its own."""
+"""Perplexity through the cache that serves: every window is fed into a cache of its own, a stretch at a time."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvtrain.data.corpus import read_corpus
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_token_losses
 
 _BATCH = 8
+_BUCKETS = 16  # at most
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Predictions made after nearly as many tokens of their window.
+
+    Attributes:
+        position: Tokens read where the bucket ends; it begins where the one before ends.
+        loss: Mean over its targets, nats.
+        perplexity: ``exp`` of it.
+        targets: Tokens predicted.
+        kept: Slots at the bucket's end, mean over layers, heads and the windows that reach it; None where none does.
+    """
+
+    position: int
+    loss: float
+    perplexity: float
+    targets: int
+    kept: float | None
 
 
 @dataclass(frozen=True)
@@ -18,11 +41,12 @@ class PerplexityResult:
 
     Attributes:
         perplexity: ``exp`` of the mean loss of a target.
-        bits_per_byte: Of the corpus' text.
+        bits_per_byte: Of the targets' text.
         tokens: Targets.
         compression: Tokens per kept slot, as total tokens over mean slots.
-        kv_bytes_per_1024: Bytes allocated for 1,024 tokens of one row, measured on full windows;
-            None where no window is full.
+        kv_bytes_per_1024: Bytes allocated for 1,024 tokens of one row, spare pages aside, measured on full
+            windows; None where no window is full.
+        by_position: The same losses by the place of the prediction in its window; buckets without a target are absent.
     """
 
     perplexity: float
@@ -30,78 +54,171 @@ class PerplexityResult:
     tokens: int
     compression: float
     kv_bytes_per_1024: float | None
+    by_position: list[PositionBucket]
 
 
 @torch.no_grad()
 def perplexity(
-    model: Any, tokenizer: Any, corpus: str, *, sequence_length: int = 1024, limit: int | None = None
+    model: Any,
+    tokenizer: Any,
+    corpus: str,
+    *,
+    sequence_length: int = 1024,
+    stride: int | None = None,
+    limit: int | None = None,
+    chunk: int | None = None,
 ) -> PerplexityResult:
-    """Measure a model on a corpus, document by document, in windows without overlap.
+    """Measure a model on a corpus, document by document, in sliding windows.
 
     Args:
         model: From ``open_model``.
         tokenizer: Its tokenizer.
         corpus: See ``kvtrain.data.corpus.read_corpus``.
         sequence_length: Tokens in a window, its start token included.
+        stride: Tokens from one window to the next. Those are what a window scores, at its end; the rest is context.
+            A document's first window scores all. None leaves no overlap.
         limit: Windows to read; None reads all.
+        chunk: Tokens fed at a time; 1 decodes. None feeds a position bucket (a sixteenth of a window), and more
+            than that is never fed at once. The figures do not depend on it.
 
     Raises:
-        ValueError: The corpus cannot be read or holds no text.
+        ValueError: The corpus cannot be read or holds no text, or a length is out of range.
     """
-    loss = torch.zeros((), dtype=torch.float64)
-    targets = num_bytes = seen = full_rows = full_bytes = 0
-    kept = 0.0
-    windows = list(_windows(tokenizer, corpus, sequence_length))[:limit]
+    _check(sequence_length, sequence_length if stride is None else stride, chunk)
+    windows = list(islice(_windows(tokenizer, corpus, sequence_length, stride or sequence_length), limit))
     if not windows:
         raise ValueError(f"{corpus}: the corpus is empty: no document holds any text")
+    tally = _Tally(sequence_length)
     for batch in _batches(windows):
-        ids, mask, labels = _pad([window for window, _ in batch], tokenizer)
-        cache = model.make_cache()
-        output = model(ids, attention_mask=mask, past_key_values=cache, labels=labels, num_items=1, skip_logits=True)
-        loss += output.loss.double()
-        targets += int((labels[:, 1:] >= 0).sum())
-        num_bytes += sum(size for _, size in batch)
-        seen += int(mask.sum())
-        kept += cache.kv_tokens().double().mean((0, 2)).sum().item()
-        if all(len(window) == sequence_length for window, _ in batch):
-            full_rows += len(batch)
-            full_bytes += cache.kv_bytes()
-    mean = loss.item() / targets
-    per_1024 = full_bytes / full_rows * 1024 / sequence_length if full_rows else None
-    bits = loss.item() / torch.log(torch.tensor(2.0)).item() / num_bytes
-    return PerplexityResult(float(torch.tensor(mean).exp()), bits, targets, seen / kept, per_1024)
+        _feed(model, batch, tokenizer.pad_token_id or 0, chunk or sequence_length, tally)
+    return tally.result(sum(window.num_bytes for window in windows))
 
 
-def _windows(tokenizer: Any, corpus: str, length: int) -> Iterator[tuple[list[int], int]]:
-    """Token windows and the bytes of text that their targets stand for."""
+def _check(sequence_length: int, stride: int, chunk: int | None) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"a sequence length of {sequence_length} leaves nothing to predict; use 2 or more")
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(f"a stride of {stride} skips text or stands still; use 1 to {sequence_length}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk of {chunk} tokens feeds nothing; use 1 or more")
+
+
+class _Window(NamedTuple):
+    """Tokens, the index of the first that is a target, and the bytes of text that the targets stand for."""
+
+    ids: list[int]
+    first_target: int
+    num_bytes: int
+
+
+def _windows(tokenizer: Any, corpus: str, length: int, stride: int) -> Iterator[_Window]:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = length - len(start)
     for document in read_corpus(corpus):
-        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        step = length - len(start)
-        for begin in range(0, len(ids), step):
-            piece = ids[begin : begin + step]
-            if len(start) + len(piece) > 1:
-                yield start + piece, len(tokenizer.decode(piece).encode())
+        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = encoded["input_ids"], [0, *(end for _, end in encoded["offset_mapping"])]
+        scored = 0
+        for begin in range(0, len(ids), min(stride, body)):
+            if scored == len(ids):
+                break
+            window = [*start, *ids[begin : begin + body]]
+            first = max(1, len(start) + scored - begin)
+            scored, unscored = begin + len(window) - len(start), begin + first - len(start)
+            if first < len(window):
+                yield _Window(window, first, len(document.text[ends[unscored] : ends[scored]].encode()))
 
 
-def _batches(windows: list[tuple[list[int], int]]) -> Iterable[list[tuple[list[int], int]]]:
+def _batches(windows: list[_Window]) -> Iterable[list[_Window]]:
     """Groups of windows of similar length, the longest first."""
-    ordered = sorted(windows, key=lambda item: -len(item[0]))
-    full = [item for item in ordered if len(item[0]) == len(ordered[0][0])]
+    ordered = sorted(windows, key=lambda window: -len(window.ids))
+    full = [window for window in ordered if len(window.ids) == len(ordered[0].ids)]
     rest = ordered[len(full) :]
     for group in (full, rest):
         for begin in range(0, len(group), _BATCH):
             yield group[begin : begin + _BATCH]
 
 
-def _pad(windows: list[list[int]], tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded ids, mask and labels; a window's first token is no target."""
-    length = max(map(len, windows))
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def _pad(windows: list[_Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, mask, and the token that each one predicts, so that a column is a position."""
+    length = max(len(window.ids) for window in windows)
     ids = torch.full((len(windows), length), padding)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, window in enumerate(windows):
-        tokens = torch.tensor(window)
-        ids[row, -len(window) :], mask[row, -len(window) :] = tokens, 1
-        labels[row, length - len(window) + 1 :] = tokens[1:]
-    return ids, mask, labels
+    mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
+    for row, (tokens, first, _) in enumerate(windows):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        targets[row, first - 1 : len(tokens) - 1] = torch.tensor(tokens[first:])
+    return ids, mask, targets
+
+
+def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_Tally") -> None:
+    """Read a batch of windows into a cache, and look at the cache wherever a bucket ends."""
+    ids, mask, targets = (tensor.to(model.device) for tensor in _pad(batch, padding))
+    cache, head = model.make_cache(), model.get_output_embeddings().weight
+    for bucket, begin, end in tally.spans(ids.shape[1]):
+        for first in range(begin, end, chunk):
+            columns = slice(first, min(first + chunk, end))
+            decoded = model.get_decoder()(ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache)
+            hidden, wanted = decoded.last_hidden_state.flatten(0, 1), targets[:, columns].flatten()
+            tally.losses[bucket] += linear_token_losses(hidden, head, wanted).double().sum().item()
+            tally.targets[bucket] += int((wanted != IGNORE_INDEX).sum())
+        tally.look(bucket, _slots(cache)[mask.sum(1) >= tally.ends[bucket]])
+    tally.close([len(window.ids) for window in batch], _slots(cache), cache.kv_bytes() - cache.free_bytes())
+
+
+def _slots(cache: Any) -> Tensor:
+    """Slots of each row, mean over layers and heads, ``(B,)``."""
+    slots: Tensor = cache.kv_tokens().double().mean((0, 2))
+    return slots
+
+
+class _Tally:
+    """Sums over windows, by bucket of positions."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length, self.width = sequence_length, -(-sequence_length // _BUCKETS)
+        starts = range(0, sequence_length, self.width)
+        self.ends = [min(start + self.width, sequence_length) for start in starts]
+        self.losses, self.kept = [0.0] * len(starts), [0.0] * len(starts)
+        self.targets, self.reached = [0] * len(starts), [0] * len(starts)
+        self.seen = self.full_rows = self.full_bytes = 0
+        self.slots = 0.0
+
+    def spans(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """Every bucket that ``length`` columns touch, with its columns."""
+        for bucket, begin in enumerate(range(0, length, self.width)):
+            yield bucket, begin, min(begin + self.width, length)
+
+    def look(self, bucket: int, slots: Tensor) -> None:
+        """Take in the rows that have reached a bucket's end."""
+        self.kept[bucket] += slots.sum().item()
+        self.reached[bucket] += len(slots)
+
+    def close(self, lengths: list[int], slots: Tensor, num_bytes: int) -> None:
+        """Take in the cache of a whole batch of windows."""
+        self.seen += sum(lengths)
+        self.slots += slots.sum().item()
+        if min(lengths) == self.sequence_length:
+            self.full_rows += len(lengths)
+            self.full_bytes += num_bytes
+
+    def result(self, num_bytes: int) -> PerplexityResult:
+        """The figures, with the bytes of the targets' text."""
+        loss, targets = sum(self.losses), sum(self.targets)
+        per_token = self.full_bytes / self.full_rows / self.sequence_length if self.full_rows else None
+        return PerplexityResult(
+            perplexity=_exp(loss / targets),
+            bits_per_byte=loss / math.log(2) / num_bytes,
+            tokens=targets,
+            compression=self.seen / self.slots,
+            kv_bytes_per_1024=None if per_token is None else per_token * 1024,
+            by_position=[self._bucket(bucket) for bucket, count in enumerate(self.targets) if count],
+        )
+
+    def _bucket(self, bucket: int) -> PositionBucket:
+        loss, reached = self.losses[bucket] / self.targets[bucket], self.reached[bucket]
+        kept = self.kept[bucket] / reached if reached else None
+        return PositionBucket(self.ends[bucket], loss, _exp(loss), self.targets[bucket], kept)
+
+
+def _exp(loss: float) -> float:
+    """``exp`` that ends in infinity."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()

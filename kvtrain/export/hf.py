@@ -38,6 +38,8 @@ def export_run(
     """
     checkpoint = read_checkpoint(checkpoint_path(run))
     model = rebuild_model(checkpoint)
+    if isinstance(model.config, KVTrainConfig):
+        model.config.method.deploy(model)
     torch.nn.Module.to(model, dtype=_dtype(dtype))
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
     with new_folder(output) as folder:

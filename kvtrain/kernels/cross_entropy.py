@@ -24,7 +24,7 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *,
         ValueError: There is not one target for each row of ``hidden``.
     """
     _check_rows(hidden, targets)
-    return linear_loss_sum(hidden, weight, _CrossEntropy(targets), chunk_size=chunk_size)
+    return linear_loss_sum(hidden, weight, CrossEntropy(targets), chunk_size=chunk_size)
 
 
 @torch.no_grad()
@@ -59,21 +59,23 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-class _CrossEntropy:
+class CrossEntropy:
     """Objective of ``linear_loss_sum``: cross-entropy with given targets."""
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
 
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
+        """Summed loss of a chunk."""
         return _token_losses(logits, self.targets[rows]).sum()
 
     def gradient(self, logits: Tensor, rows: slice) -> Tensor:
+        """Gradient with respect to the chunk's logits."""
         return _logits_gradient(logits, self.targets[rows])
 
 
 def _logits_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """``softmax - onehot``, zero where the target is ignored; overwrites ``logits``."""
+    """``softmax - onehot``, zero where the target is ignored."""
     gradient = torch.softmax(logits, -1)
     counted = targets != IGNORE_INDEX
     gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0

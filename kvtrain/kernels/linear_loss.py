@@ -19,7 +19,35 @@ class Objective(Protocol):
         """Summed loss of a chunk, from its logits ``(n, V)`` in at least float32."""
 
     def gradient(self, logits: Tensor, rows: slice) -> Tensor:
-        """Gradient with respect to the logits, ``(n, V)``; called after ``loss``, may overwrite them."""
+        """Gradient with respect to the logits, a new ``(n, V)``; called after ``loss`` of the same chunk."""
+
+
+class WeightedSum:
+    """An objective of several, which share a chunk's logits.
+
+    Args:
+        terms: Factor and objective of each.
+
+    Attributes:
+        sums: What each objective came to so far, without its factor.
+    """
+
+    def __init__(self, *terms: tuple[float, Objective]) -> None:
+        self.terms = terms
+        self.sums = [torch.zeros(()) for _ in terms]
+
+    def loss(self, logits: Tensor, rows: slice) -> Tensor:
+        """Weighted sum of the objectives' losses."""
+        losses = [objective.loss(logits, rows) for _, objective in self.terms]
+        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        return torch.stack([factor * loss for (factor, _), loss in zip(self.terms, losses, strict=True)]).sum()
+
+    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
+        """Weighted sum of the objectives' gradients."""
+        total = torch.zeros_like(logits)
+        for factor, objective in self.terms:
+            total.add_(objective.gradient(logits, rows), alpha=factor)
+        return total
 
 
 def linear_loss_sum(hidden: Tensor, weight: Tensor, objective: Objective, *, chunk_size: int = 1024) -> Tensor:
@@ -31,6 +59,8 @@ def linear_loss_sum(hidden: Tensor, weight: Tensor, objective: Objective, *, chu
         objective: What is summed.
         chunk_size: Tokens whose logits exist at one time.
     """
+    if not torch.is_grad_enabled():  # an autograd function sees only what its inputs require
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearLossSum.apply(hidden, weight, objective, matmul_dtype(hidden), chunk_size)  # type: ignore[no-untyped-call]
     return loss
 

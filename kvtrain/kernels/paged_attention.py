@@ -16,7 +16,7 @@ from kvtrain.kernels.visibility import finite, log_sum_exp
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-_RUN = 512  # slots of one head that many queries attend at a time
+_RUN = 1024  # slots of one head that many queries attend at a time
 
 
 def paged_attention(

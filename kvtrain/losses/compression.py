@@ -11,10 +11,18 @@ def merged_fraction(decisions: Iterable[Tensor], counted: Tensor) -> Tensor:
 
     Args:
         decisions: ``(B, H_kv, T)`` of every layer.
-        counted: ``(B, T)`` tokens that had a choice: neither padding nor a document's first.
+        counted: ``(B, T)`` tokens that had a choice, from ``free_to_merge``.
     """
     total = torch.stack([layer.mean(1) for layer in decisions]).mean(0)  # (B, T)
     return (total * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def free_to_merge(document_ids: Tensor) -> Tensor:
+    """Tokens ``(B, T)`` that have a choice: neither padding, which is document 0, nor a document's first."""
+    free = document_ids > 0
+    free[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
+    free[:, 0] = False
+    return free
 
 
 def compression_hinge(fractions: Tensor, compression: float) -> Tensor:

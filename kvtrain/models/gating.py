@@ -30,21 +30,16 @@ class Decisions(NamedTuple):
         return hard + (self.values - self.values.detach())
 
 
-def decide(
-    logits: Tensor, *, never: Tensor, temperature: float | None = None, noise: Tensor | None = None
-) -> Decisions:
+def decide(logits: Tensor, *, never: Tensor, temperature: float | None = None) -> Decisions:
     """Turn logits into decisions, in at least float32.
 
     Args:
-        logits: ``(B, H_kv, T)``; positive decides.
+        logits: ``(B, H_kv, T)``, noise included; positive decides.
         never: ``(B, 1 or H_kv, T)`` tokens that must not decide (document starts, padding).
         temperature: Of the relaxation; None decides hard.
-        noise: Logistic noise ``(B, H_kv, T)``, added before the temperature.
     """
     if temperature is None:
         hard = (logits > 0) & ~never
         return Decisions(torch.where(hard, float("inf"), NEVER).to(logits.dtype), hard.to(logits.dtype))
-    if noise is not None:
-        logits = logits + noise
     relaxed = (logits / temperature).masked_fill(never, NEVER)
     return Decisions(relaxed, torch.sigmoid(relaxed))

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
-from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum
+from kvtrain.kernels.distillation import TeacherHead
+from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
+from kvtrain.models.outputs import LanguageModelOutput
 from kvtrain.models.serving import check_cache, enter_cache, leave_cache, named_arguments, parallel_positions
 
 if TYPE_CHECKING:
@@ -205,9 +206,10 @@ class KVTrainMixin(_Host):
         num_items: Tensor | int | None = None,
         skip_logits: bool | None = None,
         teacher: TeacherHead | None = None,
+        distillation: Distillation | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """The host's forward pass, with four additions.
+    ) -> LanguageModelOutput:
+        """The host's forward pass, with five additions.
 
         Args:
             input_ids: ``(B, T)``.
@@ -220,8 +222,8 @@ class KVTrainMixin(_Host):
             logits_to_keep: As the host's.
             num_items: The summed loss is divided by it; the number of targets where absent.
             skip_logits: Do not build logits where there are labels; on while training.
-            teacher: The loss is the divergence from this teacher, hidden states ``(B, T, D_t)``, in place of
-                cross-entropy; ``labels`` then say which tokens count.
+            teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
+            distillation: How to; by its divergence alone where absent.
             **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own.
 
         Raises:
@@ -238,27 +240,40 @@ class KVTrainMixin(_Host):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items, teacher)
+        loss = parts = None
+        if labels is not None:
+            loss, parts = self._loss(hidden, labels, num_items, teacher, distillation or Distillation())
         skip_logits = self.training if skip_logits is None else skip_logits
         logits = None
         if labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        return LanguageModelOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            loss_parts=parts or None,
         )
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, teacher: TeacherHead | None
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        teacher: TeacherHead | None,
+        distillation: Distillation,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         targets, weight = labels[:, 1:].flatten(), self.lm_head.weight
         hidden = hidden[:, :-1].flatten(0, 1)
+        parts: dict[str, Tensor] = {}
         if teacher is None:
             total = linear_cross_entropy_sum(hidden, weight, targets)
         else:
             flat = TeacherHead(teacher.hidden[:, :-1].flatten(0, 1), teacher.weight)
-            total = linear_kl_sum(hidden, weight, flat, targets != IGNORE_INDEX)
-        return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+            total, parts = distillation_sum(hidden, weight, flat, targets, distillation)
+        count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
+        return total / count, {name: part / count for name, part in parts.items()}
 
     def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""

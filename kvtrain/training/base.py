@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
-from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Method
 from kvtrain.training.parameters import clear_moments
@@ -71,34 +70,36 @@ class TrainingModule(pl.LightningModule):
         """What the model is told beyond the tokens; subclasses add to it."""
         return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
 
-    def teacher_head(self, batch: Batch) -> TeacherHead | None:
-        """A teacher whose divergence is the loss in place of cross-entropy; None where there is none."""
-        return None
+    def teacher_arguments(self, batch: Batch) -> dict[str, Any]:
+        """What the model is told of a teacher while it trains: nothing where cross-entropy is the loss."""
+        return {}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        """A loss beside cross-entropy, as a mean over the batch's rows; None where there is none."""
+        """A loss beside the model's, as a mean over the batch's rows; None where there is none."""
         return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch, scaled so that the sum over the optimiser window is the mean over its targets."""
         arguments = self.model_arguments(batch)
-        loss_sum = self.model(
+        output = self.model(
             batch["input_ids"],
             labels=batch["labels"],
             num_items=1,
             use_cache=False,
-            teacher=self.teacher_head(batch),
+            **self.teacher_arguments(batch),
             **arguments,
-        ).loss
+        )
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = loss_sum * (scale / batch["num_items"])
+        loss: Tensor = output.loss * (scale / batch["num_items"])
         extra = self.extra_loss(batch, arguments)
         if extra is not None:
             loss = loss + extra
         targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        self.log("loss", loss_sum.detach() / targets, prog_bar=True)
+        self.log("loss", output.loss.detach() / targets, prog_bar=True)
+        for name, part in output.get("loss_parts", {}).items():
+            self.log(name, part / targets)
         self.log("learning_rate", self.schedule.learning_rate(self.global_step))
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum losses and targets of the held-out rows."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.packing import Batch
-from kvtrain.losses.compression import compression_hinge, merged_fraction
+from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dmc.attention import DMCAttention, DMCStep
 from kvtrain.training.parameters import zero_rows
@@ -25,9 +25,8 @@ class DMCModule(RetrofitModule):
     Args:
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: DMC's settings.
-        base_config: Configuration file of the base, for estimates where its weights are not at hand.
-        distill: Learn from the untouched base's distribution instead of from the next token alone.
-        **training: See ``TrainingModule``; phases carry the three names, in that order, each at most once.
+        **training: See ``RetrofitModule`` and ``TrainingModule``; phases carry the three names, in that order, each
+            at most once.
 
     Raises:
         ValueError: Phases of other names or in another order.
@@ -39,11 +38,9 @@ class DMCModule(RetrofitModule):
         self,
         base: str,
         method: DMC | None = None,
-        base_config: str | None = None,
-        distill: bool = False,
         **training: Any,
     ) -> None:
-        super().__init__(base, method or DMC(), base_config, distill, **training)
+        super().__init__(base, method or DMC(), **training)
         names = [phase.name for phase in self.schedule.phases]
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
@@ -64,8 +61,10 @@ class DMCModule(RetrofitModule):
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """Phase, noise key and a ledger for the decisions."""
-        scale = self.channel_scale(self.place())
-        step = DMCStep(scale, self.seed, self.global_step, batch["row_ids"])
+        place = self.place()
+        step = DMCStep(
+            self.channel_scale(place), self.seed, self.global_step, batch["row_ids"], compression=self.target(place)
+        )
         return {**super().model_arguments(batch), "dmc_step": step, "ledger": {}}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
@@ -82,11 +81,7 @@ class DMCModule(RetrofitModule):
         ledger: dict[int, Tensor] = arguments["ledger"]
         if not ledger:
             return None
-        documents = batch["document_ids"]
-        counted = documents > 0
-        counted[:, 1:] &= documents[:, 1:] == documents[:, :-1]
-        counted[:, 0] = False
-        return merged_fraction(ledger.values(), counted)
+        return merged_fraction(ledger.values(), free_to_merge(batch["document_ids"]))
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""

@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.distillation import TeacherHead
+from kvtrain.losses.distillation import Distillation
 from kvtrain.models.full import Full
+from kvtrain.models.gqa import convert_gqa, gqa_config
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
@@ -25,7 +27,9 @@ class RetrofitModule(TrainingModule):
         method: The method; ``Full`` leaves the host as it is.
         base_config: Configuration file of the base, for estimates where its weights are not at hand.
         distill: Learn from the untouched base's distribution instead of from the next token alone
-            (as DMS does); costs a forward pass of the base, needs far fewer tokens.
+            (as DMS does); costs a forward pass of the base, needs far fewer tokens. ``true``, or the settings of
+            a ``Distillation``.
+        num_key_value_heads: Convert the base to so many first (``kvtrain.convert_gqa``); the teacher stays as it was.
         **training: See ``TrainingModule``.
     """
 
@@ -34,40 +38,42 @@ class RetrofitModule(TrainingModule):
         base: str,
         method: Method | None = None,
         base_config: str | None = None,
-        distill: bool = False,
+        distill: Distillation | bool | None = False,  # a wrong recipe is told what the first type says
+        num_key_value_heads: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        self.base, self.base_config, self.distill = base, base_config, distill
+        self.base, self.base_config, self.num_key_value_heads = base, base_config, num_key_value_heads
+        self.distillation = Distillation() if distill is True else distill or None
         # In a tuple, so that it is no submodule: no optimiser, checkpoint or strategy ever sees it.
         self._teacher: tuple[PreTrainedModel, ...] = ()
         self.method = method or Full()
 
     def host_config(self) -> PreTrainedConfig:
-        """Configuration of the base.
+        """Configuration of the base, its key-value heads converted.
 
         Raises:
-            ValueError: It cannot be had.
+            ValueError: It cannot be had, or the heads do not divide.
         """
         path = find_config(self.base_config) if self.base_config else resolve(self.base)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
-        return config
+        return gqa_config(config, self.num_key_value_heads) if self.num_key_value_heads else config
 
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""
         super().on_fit_start()
-        if self.distill:
+        if self.distillation:
             teacher = retrofit(self._load_base(), Full()).requires_grad_(False).eval()
             self._teacher = (torch.nn.Module.to(teacher, self.device),)
 
     @torch.no_grad()
-    def teacher_head(self, batch: Batch) -> TeacherHead | None:
-        """The base's last hidden states of this batch, and its head."""
+    def teacher_arguments(self, batch: Batch) -> dict[str, Any]:
+        """The base's last hidden states of this batch with its head, and how to learn from them."""
         if not self._teacher:
-            return None
+            return {}
         teacher: Any = self._teacher[0]
         hidden = teacher.model(
             batch["input_ids"],
@@ -75,11 +81,14 @@ class RetrofitModule(TrainingModule):
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
-        return TeacherHead(hidden, teacher.lm_head.weight)
+        return {"teacher": TeacherHead(hidden, teacher.lm_head.weight), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
-        """Load the base in float32 and retrofit it."""
-        return retrofit(self._load_base(), self.method)
+        """Load the base in float32, convert its heads and retrofit it."""
+        host = self._load_base()
+        if self.num_key_value_heads:
+            host = convert_gqa(host, self.num_key_value_heads)
+        return retrofit(host, self.method)
 
     def _load_base(self) -> PreTrainedModel:
         try:

@@ -207,3 +207,64 @@ def test_long_segments_do_not_drift():
         _, fresh = run_chunks(model, ids[:, -12:], [12])
     values = (cache.layers[0].pages.gather_row(0, 1)[1] for cache in (streamed, fresh))
     torch.testing.assert_close(*values, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"decisions": "random", "compression": 3.0}, {"shared_decisions": True}])
+def test_other_decisions_serve_as_they_are_evaluated(settings):
+    """Random and shared decisions keep the heart; padding does not shift what is random."""
+    ids = random_ids(2, 45)
+    model = kvtrain.retrofit(make_host("qwen3", kv_heads=2), kvtrain.DMC(**settings))
+    if "shared_decisions" in settings:
+        model = dmc_at_rate(make_host("qwen3", kv_heads=2), 0.5, ids, **settings)
+    assert_forms_agree(model, ids, 1e-9, [20, 1, 24])
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        padded, _ = run_chunks(model, ids, [30, 1, 14], mask)
+        alone, _ = run_chunks(model, ids[:1, 9:], [36])
+    torch.testing.assert_close(padded[0, 9:], alone[0], atol=1e-9, rtol=0)
+
+
+def test_shared_decisions_keep_heads_equally_long():
+    ids = random_ids(2, 60)
+    model = dmc_at_rate(make_host("llama"), 0.5, ids, shared_decisions=True)
+    with torch.no_grad():
+        kept = run_chunks(model, ids, [60])[1].kv_tokens()
+    assert torch.equal(kept[..., :1].expand_as(kept), kept)
+    assert len(kept[:, :, 0].unique()) > 1
+
+
+@pytest.mark.parametrize("compression", [1.0, 2.0, 8.0])
+def test_random_decisions_merge_at_the_asked_rate(compression):
+    """One pattern by position when serving, another one for every row and step while training."""
+    ids = random_ids(4, 500)
+    model = kvtrain.retrofit(make_host("llama", layers=1), kvtrain.DMC(compression=compression, decisions="random"))
+    assert abs(merge_rate(model, ids) - (1 - 1 / compression)) < 0.05
+    ledgers = []
+    for number in (0, 0, 1):
+        ledgers.append({})
+        step = DMCStep(None, 0, number, torch.arange(4), compression=2.0)
+        with torch.no_grad():
+            model.train()(ids, use_cache=False, ledger=ledgers[-1], dmc_step=step)
+    first, again, later = (ledger[0] for ledger in ledgers)
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first[0], first[1])
+    assert abs(first[..., 1:].mean() - 0.5) < 0.05
+
+
+def test_sums_are_exact_after_thousands_of_merges():
+    """P14: 16,384 tokens merged one by one, and the mean is that of the last twelve alone."""
+    from kvtrain.cache.rows import Placement
+    from kvtrain.models.dmc.cache import DMCCacheLayer
+
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
+        layer = DMCCacheLayer(1, 4, Placement(dtype), window=12, page_size=32)
+        layer.segment.admit(1)
+        valid, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, 1)
+        tokens, weights = torch.randn(1, 1, 16385, 8).to(dtype) + 2.6, torch.rand(1, 1, 16385) + 2**-7
+        for token in range(16385):
+            place = slice(token, token + 1)
+            mean = layer.extend_segment(tokens[:, :, place], one * (token > 0), weights[..., place], valid)
+        last = weights[..., -12:].double()
+        exact = (last @ tokens[:, :, -12:].double()[0]) / last.sum()
+        torch.testing.assert_close(mean[0, 0].double(), exact[0], atol=tolerance, rtol=tolerance)

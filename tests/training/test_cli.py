@@ -20,6 +20,8 @@ from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
 
 from .small_runs import ROOT, STEPS, acting, fit, recipe_text, refused, steps_saved
 
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # what two equal runs do not share
+
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -28,7 +30,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def metrics(run: Path) -> list[dict[str, float]]:
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: float(v) for key, v in row.items() if v and key != "tokens_per_second"} for row in rows]
+    return [{key: float(v) for key, v in row.items() if v and key not in MEASURED} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ channel decides whether its token merges into the slot before it; the queries' c
 token counts in the slot's mean. Keys are pooled before rotation and rotate at their last token (P3).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,14 @@ class DMCStep:
         seed: Of the noise.
         step: Optimiser step.
         row_ids: ``(B,)`` rows, so that noise belongs to the row; None trains without noise.
+        compression: Aimed at in this step; random decisions merge at this rate.
     """
 
     channel_scale: float | None = None
     seed: int = 0
     step: int = 0
     row_ids: Tensor | None = None
+    compression: float | None = None
 
 
 class DMCAttention(HostAttention):
@@ -71,6 +74,7 @@ class DMCAttention(HostAttention):
         hidden_states: Tensor,
         position_embeddings: Angles,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
@@ -84,6 +88,7 @@ class DMCAttention(HostAttention):
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
             attention_mask: ``(B, T)`` padding mask, without a cache.
+            position_ids: ``(B or 1, T)`` places within each row.
             past_key_values: The model's cache.
             new_tokens: What of the input is real, with a cache.
             document_ids: ``(B, T)``, without a cache.
@@ -101,13 +106,15 @@ class DMCAttention(HostAttention):
                 query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
             )
         elif past_key_values is None:
-            output, decisions = self._parallel(query, key, value, position_embeddings, documents, dmc_step)
+            output, decisions = self._parallel(
+                query, key, value, position_embeddings, position_ids, documents, dmc_step
+            )
             if ledger is not None:
                 ledger[self.layer_idx] = decisions.straight_through()
         else:
             layer = past_key_values.layers[self.layer_idx]
             assert isinstance(layer, DMCCacheLayer) and new_tokens is not None
-            output = self._serve(query, key, value, position_embeddings, new_tokens.valid, layer)
+            output = self._serve(query, key, value, position_embeddings, position_ids, new_tokens.valid, layer)
         return self.project_out(output), None
 
     def _project(self, hidden: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,26 +134,48 @@ class DMCAttention(HostAttention):
         factors[-1] = scale
         return heads * factors
 
-    def _borrow(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the borrowed channel: decision logits and importances ``(B, H_kv, T)``."""
+    def _borrow(
+        self, query: Tensor, key: Tensor, positions: Tensor | None, step: DMCStep | None
+    ) -> tuple[Tensor, Tensor]:
+        """Read the borrowed channel: decision logits, noise included, and importances ``(B, H_kv, T)``."""
         bias = self.settings.init_bias
         logits = self.settings.decision_scale * at_least_float32(key[..., -1]) - bias
+        if self.settings.decisions == "random":
+            rate = self.settings.compression if step is None or step.compression is None else step.compression
+            logits = torch.full_like(logits, math.log(max(rate - 1.0, 1e-9)))
+        if self.settings.shared_decisions:
+            logits = logits.mean(1, keepdim=True).expand_as(logits)
         wish = at_least_float32(query[..., -1]).unflatten(1, (self.num_key_value_heads, -1)).mean(2)
-        importance = torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
-        return logits, importance
+        noise = self._noise(logits.shape, positions, step)
+        return logits if noise is None else logits + noise, torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
+
+    def _noise(self, shape: torch.Size, positions: Tensor | None, step: DMCStep | None) -> Tensor | None:
+        """Logistic noise ``(B, H_kv or 1, T)`` of a training step; that of random decisions otherwise."""
+        heads = 1 if self.settings.shared_decisions else shape[1]
+        if self.training:
+            if step is None or step.row_ids is None:
+                return None
+            return keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, (heads, shape[2]))
+        if self.settings.decisions == "learned":
+            return None
+        assert positions is not None
+        by_token = keyed_logistic(positions.expand(shape[0], -1).flatten(), 0, 0, self.layer_idx, (heads, 1))
+        return by_token.view(shape[0], shape[2], heads).transpose(1, 2)
 
     def _parallel(
-        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, documents: Tensor | None, step: DMCStep | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: Angles,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        step: DMCStep | None,
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
-        logits, importance = self._borrow(query, key)
+        logits, importance = self._borrow(query, key, positions, step)
         never = _segment_starts(logits, documents)
-        temperature = self.settings.temperature if self.training else None
-        noise = None
-        if self.training and step is not None and step.row_ids is not None:
-            shape = (logits.shape[1], logits.shape[2])
-            noise = keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, shape)
-        decisions = decide(logits, never=never, temperature=temperature, noise=noise)
+        decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
         angles = _without_borrowed_channel(angles)
         output, _lse = attention(
@@ -167,10 +196,17 @@ class DMCAttention(HostAttention):
         return keys, values
 
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, valid: Tensor, layer: DMCCacheLayer
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: Angles,
+        positions: Tensor | None,
+        valid: Tensor,
+        layer: DMCCacheLayer,
     ) -> Tensor:
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
-        logits, importance = self._borrow(query, key)
+        logits, importance = self._borrow(query, key, positions, None)
         first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
         never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
         merge = decide(logits, never=never).values

@@ -1,7 +1,7 @@
 """Settings of Dynamic Memory Compression (Nawrot et al. 2024, arXiv 2403.09636)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvtrain.models.method import Method, key_value_shape
 
@@ -28,6 +28,10 @@ class DMC(Method):
             6,000 steps to learn in; short retrofits learn decisions at this multiple of the learning rate
             (DMS, by the same authors, uses 100).
         page_size: Slots in a page of the serving cache; 16 to 64 waste least (P27).
+        shared_decisions: All heads of a layer merge the same tokens (DMC-C, section 5): weaker, but every head of a
+            row then has the same length.
+        decisions: ``"learned"``, or ``"random"``: the control that merges with probability
+            ``1 - 1 / compression`` whatever the token is.
 
     Raises:
         ValueError: A value is out of range.
@@ -41,6 +45,8 @@ class DMC(Method):
     init_bias: float = 5.0
     decision_scale: float = 1.0
     page_size: int = 32
+    shared_decisions: bool = False
+    decisions: Literal["learned", "random"] = "learned"
 
     def __post_init__(self) -> None:
         if self.compression < 1:
@@ -51,6 +57,8 @@ class DMC(Method):
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.decision_scale <= 0:
             raise ValueError(f"decision_scale must be above 0, not {self.decision_scale}; 1 is the released code's")
+        if self.decisions not in ("learned", "random"):
+            raise ValueError(f"decisions must be 'learned' or 'random', not {self.decisions!r}")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}; 16 to 64 waste least")
 

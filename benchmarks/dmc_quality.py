@@ -1,0 +1,156 @@
+"""What learned merging costs in perplexity, beside what it must beat, over seeds and rates, on the packaged model.
+
+Four arms after the same tokens: DMC, the method off (control), random merging at the same rate, and grouped-query
+attention at the same bytes. Each cell trains by its recipe, exports, and is measured through its serving cache on all
+held-out text. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+
+    python benchmarks/dmc_quality.py --seeds 1 2 3 --rates 2 4 8     # hours on two cores
+    python benchmarks/dmc_quality.py --table                         # print what there is
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "dmc_quality.jsonl"
+ARMS = ("control", "dmc", "random", "gqa")
+RECIPES = {"control": "dmc_control", "dmc": "dmc", "random": "dmc_random", "gqa": "gqa"}
+# Whose phases a rate trains by, and the target that reaches the rate on held-out text.
+SCHEDULES = {2: "dmc", 4: "dmc4", 8: "dmc4"}
+TARGETS = {2: 2.03, 4: 4.12, 8: 8.4}
+HEADS = 8  # key-value heads of the packaged model
+
+
+class Cell(NamedTuple):
+    """One training: which arm, at which rate, from which seed."""
+
+    arm: str
+    rate: int
+    seed: int
+
+
+def cells(arms: Iterable[str], rates: Iterable[int], seeds: Iterable[int]) -> Iterator[Cell]:
+    """All cells, seed by seed; rates of one schedule share their control."""
+    for seed in seeds:
+        for rate in rates:
+            for arm in arms:
+                if arm != "control" or rate == min(r for r in SCHEDULES if SCHEDULES[r] == SCHEDULES[rate]):
+                    yield Cell(arm, rate, seed)
+
+
+def overrides(cell: Cell) -> list[str]:
+    """The command line that turns the arm's recipe into the cell."""
+    schedule = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{SCHEDULES[cell.rate]}.yaml").read_text())
+    options: dict[str, Any] = {
+        "seed_everything": cell.seed,
+        "trainer.max_steps": schedule["trainer"]["max_steps"],
+        "model.init_args.phases": json.dumps(schedule["model"]["init_args"]["phases"]),
+        "model.init_args.seed": cell.seed,
+        "data.init_args.seed": cell.seed + 1,
+    }
+    if cell.arm == "dmc":
+        options["model.init_args.method.compression"] = TARGETS[cell.rate]
+    elif cell.arm == "random":
+        options["model.init_args.method.compression"] = cell.rate
+    elif cell.arm == "gqa":
+        options["model.init_args.num_key_value_heads"] = HEADS // cell.rate
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def kvtrain(*arguments: str) -> None:
+    """Run a command; its output goes to the terminal.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    if subprocess.run([sys.executable, str(ROOT / "kvtrain_cli.py"), *arguments], cwd=ROOT, check=False).returncode:
+        raise SystemExit(f"kvtrain {arguments[0]} failed")
+
+
+def measure(cell: Cell, work: Path) -> dict[str, Any]:
+    """Train, export and evaluate one cell."""
+    run, exported, figures = work / "run", work / "exported", work / "eval.json"
+    kvtrain(
+        "fit",
+        "--config",
+        f"recipes/tiny/{RECIPES[cell.arm]}.yaml",
+        "--trainer.default_root_dir",
+        str(run),
+        *overrides(cell),
+    )
+    kvtrain("export", str(run), str(exported))
+    kvtrain("eval", str(exported), "--tasks", "perplexity", "--json", str(figures))
+    result = json.loads(figures.read_text())[0]
+    keys = ("perplexity", "compression", "kv_bytes_per_1024", "tokens")
+    return {**cell._asdict(), **{key: result[key] for key in keys}}
+
+
+def load() -> list[dict[str, Any]]:
+    """The cells measured so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Perplexity of every arm and rate, mean and spread over seeds, and its ratio to the control of equal tokens."""
+    lines = ["| rate | arm | perplexity | ratio to control | compression | seeds |", "|---|---|---|---|---|---|"]
+    for rate in SCHEDULES:
+        first = min(other for other in SCHEDULES if SCHEDULES[other] == SCHEDULES[rate])
+        controls = {r["seed"]: r["perplexity"] for r in results if r["arm"] == "control" and r["rate"] == first}
+        for arm in ARMS:
+            found = [r for r in results if r["arm"] == arm and r["rate"] == (first if arm == "control" else rate)]
+            if not found:
+                continue
+            ratios = [r["perplexity"] / controls[r["seed"]] for r in found if r["seed"] in controls]
+            lines.append(
+                f"| {rate}x | {arm} | {_spread([r['perplexity'] for r in found], 2)} | {_spread(ratios, 3)} "
+                f"| {_compression(arm, rate, found)} | {len(found)} |"
+            )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def _compression(arm: str, rate: int, found: list[dict[str, Any]]) -> str:
+    """Tokens a slot as measured; grouped-query attention keeps every token in fewer heads."""
+    return f"{rate}.00" if arm == "gqa" else _spread([r["compression"] for r in found], 2)
+
+
+def main() -> None:
+    """Fill in what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=int, nargs="+", default=[2, 4, 8], choices=list(SCHEDULES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--table", action="store_true", help="print the table of what there is")
+    asked = parser.parse_args()
+    results = load()
+    if not asked.table:
+        done = {Cell(r["arm"], r["rate"], r["seed"]) for r in results}
+        for cell in cells(asked.arms, asked.rates, asked.seeds):
+            if cell not in done:
+                work = Path(tempfile.mkdtemp(prefix="kvtrain-quality-"))
+                results.append(measure(cell, work))
+                shutil.rmtree(work)
+                RESULTS.parent.mkdir(parents=True, exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

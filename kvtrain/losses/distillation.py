@@ -1,0 +1,72 @@
+"""Learning from a frozen teacher's distribution, beside or instead of the next token."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.kernels.distillation import Direction, TeacherHead, linear_kl_sum, linear_mixed_sum
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from a teacher (Hinton et al. 2015, section 2).
+
+    The defaults are pure ``KL(teacher || student)``, what DMS retrofits with.
+
+    Attributes:
+        weight: Share of the divergence in the loss, above 0 and up to 1; cross-entropy has the rest.
+        direction: ``forward`` is ``KL(teacher || student)``: the student covers all that the teacher says.
+            ``reverse`` is ``KL(student || teacher)``: it says nothing that the teacher would not.
+        temperature: Divides both models' logits in the divergence, which is multiplied by its square.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    weight: float = 1.0
+    direction: Direction = "forward"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight <= 1.0:
+            raise ValueError(f"distill.weight is {self.weight}; it is a share, above 0 and up to 1")
+        if self.direction not in get_args(Direction):
+            raise ValueError(f"distill.direction is {self.direction!r}; use {' or '.join(get_args(Direction))}")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"distill.temperature is {self.temperature}; it must be above 0")
+
+
+def distillation_sum(
+    hidden: Tensor, weight: Tensor, teacher: TeacherHead, targets: Tensor, settings: Distillation
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss of a student that learns from a teacher.
+
+    Args:
+        hidden: The student's, ``(N, D)``.
+        weight: The student's head, ``(V, D)``.
+        teacher: The teacher's ``(N, D_t)`` and ``(V, D_t)``.
+        targets: ``(N,)`` token ids; ``-100`` counts nothing.
+        settings: What is minimised.
+
+    Returns:
+        The loss, and its parts ``divergence`` and ``cross_entropy`` without gradient; no parts where it has one alone.
+
+    Raises:
+        ValueError: Student and teacher differ in tokens or vocabulary.
+    """
+    direction, temperature = settings.direction, settings.temperature
+    if settings.weight == 1.0:
+        counted = targets != IGNORE_INDEX
+        return linear_kl_sum(hidden, weight, teacher, counted, direction=direction, temperature=temperature), {}
+    mixed = linear_mixed_sum(
+        hidden,
+        weight,
+        teacher,
+        targets,
+        divergence_weight=settings.weight,
+        direction=direction,
+        temperature=temperature,
+    )
+    return mixed.total, {"divergence": mixed.divergence, "cross_entropy": mixed.cross_entropy}

@@ -1,0 +1,74 @@
+"""Grouped-query attention by conversion (Ainslie et al. 2023, section 2.1): fewer key-value heads, a plain host."""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.method import key_value_shape
+
+Pooling = Literal["mean", "first"]
+
+
+def convert_gqa(host: PreTrainedModel, num_key_value_heads: int, how: Pooling = "mean") -> PreTrainedModel:
+    """Let more query heads share a key-value head; the result wants some more training.
+
+    Each new key and value projection is the mean of those that it replaces (the paper's choice), or the first of them.
+
+    Args:
+        host: A causal language model with separate projections; it stays as it was.
+        num_key_value_heads: Of the result; divides the host's.
+        how: ``"mean"`` or ``"first"``.
+
+    Returns:
+        A new model of the host's class.
+
+    Raises:
+        ValueError: The number does not divide the host's, the way is unknown, or the model is retrofitted already.
+    """
+    if isinstance(host.config, KVTrainConfig):
+        raise ValueError("this model is retrofitted already; convert its host, then retrofit the result")
+    if how not in ("mean", "first"):
+        raise ValueError(f"how must be 'mean' or 'first', not {how!r}")
+    config = gqa_config(host.config, num_key_value_heads)
+    old, head_dim = key_value_shape(host.config)
+    converted: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    nn.Module.to(converted, device=host.device, dtype=host.dtype)
+    state = dict(host.state_dict())
+    for name, module in host.named_modules():
+        if name.endswith("self_attn"):
+            for key, parameter in _per_key_value_head(module, old * head_dim):
+                state[f"{name}.{key}"] = _pool(parameter.detach(), old, num_key_value_heads, how)
+    converted.load_state_dict(state)
+    converted.generation_config = host.generation_config
+    nn.Module.train(converted, host.training)
+    return converted
+
+
+def gqa_config(config: PreTrainedConfig, num_key_value_heads: int) -> PreTrainedConfig:
+    """The host's configuration with so many key-value heads.
+
+    Raises:
+        ValueError: They do not divide the host's.
+    """
+    old = int(config.num_key_value_heads)
+    if num_key_value_heads < 1 or old % num_key_value_heads:
+        divisors = ", ".join(str(n) for n in range(1, old) if old % n == 0)
+        raise ValueError(f"{old} key-value heads cannot become {num_key_value_heads}; use {divisors}")
+    settings: dict[str, Any] = {**config.to_dict(), "num_key_value_heads": num_key_value_heads}
+    return type(config).from_dict(settings)
+
+
+def _per_key_value_head(attention: nn.Module, width: int) -> list[tuple[str, Tensor]]:
+    """Parameters with a part for every key-value head: projections, their biases, and a norm over all heads."""
+    names = ("k_proj.", "v_proj.", "k_norm.")
+    return [(key, p) for key, p in attention.named_parameters() if key.startswith(names) and p.shape[0] == width]
+
+
+def _pool(parameter: Tensor, old: int, new: int, how: Pooling) -> Tensor:
+    """``(old * D, ...)`` to ``(new * D, ...)``."""
+    groups = parameter.unflatten(0, (new, old // new, -1))
+    pooled = at_least_float32(groups).mean(1).to(parameter.dtype) if how == "mean" else groups[:, 0]
+    return pooled.flatten(0, 1)

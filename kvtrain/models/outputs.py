@@ -1,0 +1,17 @@
+"""What a forward pass gives beyond what the host's does."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+@dataclass
+class LanguageModelOutput(CausalLMOutputWithPast):
+    """A host's output, with what a loss of several parts consists of.
+
+    Attributes:
+        loss_parts: Parts by name, divided as ``loss`` is, without gradient; None where it has one alone.
+    """
+
+    loss_parts: dict[str, Tensor] | None = None
