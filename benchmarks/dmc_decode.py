@@ -18,7 +18,7 @@ import transformers
 import kvtrain
 from kvtrain.assets import resolve
 
-ROWS, LENGTH, COMPRESSION, WARM_UP, STEPS, CHURNS = 8, 2048, 4, 5, 60, 40
+ROWS, LENGTH, COMPRESSION, WARM_UP, STEPS, CHURNS = 8, 2048, 4, 5, 40, 16
 
 
 def prefill(model: Any, cache: Any, ids: torch.Tensor) -> Any:

@@ -1,9 +1,18 @@
-"""A run on disk: ``config.yaml``, ``metrics.csv`` and ``checkpoints/``; what ``last`` means, and what differs."""
+"""A run on disk: ``config.yaml``, ``metrics.csv`` and ``checkpoints/``; what ``last`` and ``best`` mean, what differs.
 
+``checkpoints/manifest.json`` says of every checkpoint its step, its held-out perplexity where that was measured,
+and size and SHA-256 of its files. It is written after the checkpoint and only ever says more than the files do:
+a run whose manifest is missing, behind or unreadable goes on, its checkpoints unverified.
+"""
+
+import hashlib
+import json
+import math
 import os
 import re
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +22,10 @@ from kvtrain.mistakes import UsageError
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-LAST = "last.ckpt"
-LAST_KEYWORD = "last"
+LAST, BEST = "last.ckpt", "best.ckpt"
+MANIFEST = "manifest.json"
+_ENTRY = {"step", "val_perplexity", "files"}
+_HASHED_AT_ONCE = 8  # files of a sharded checkpoint
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -22,6 +33,11 @@ def step_of(path: Path) -> int:
     """The step in a checkpoint's name; -1 where it has none."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else -1
+
+
+def step_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / f"step-{step:06d}.ckpt"
 
 
 def step_files(run: Path) -> list[Path]:
@@ -33,11 +49,19 @@ def step_files(run: Path) -> list[Path]:
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None; a file under its final name is always complete."""
-    last = run / CHECKPOINTS / LAST
-    if last.exists():
-        return last.resolve() if last.is_symlink() else last
     files = step_files(run)
-    return files[-1] if files else None
+    return _pointed(run / CHECKPOINTS / LAST) or (files[-1] if files else None)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run with the lowest held-out perplexity, or None where none was measured."""
+    return _pointed(run / CHECKPOINTS / BEST)
+
+
+def _pointed(pointer: Path) -> Path | None:
+    if not pointer.exists():
+        return None
+    return pointer.resolve() if pointer.is_symlink() else pointer
 
 
 def refuse_second_run(run: Path) -> None:
@@ -60,27 +84,112 @@ def resolve_checkpoint(run: Path, asked: str) -> Path | None:
 
     Args:
         run: The run folder.
-        asked: ``last`` or a path.
+        asked: ``last``, ``best`` or a path.
 
     Raises:
         UsageError: No such checkpoint, or it is damaged.
     """
-    path = last_checkpoint(run) if asked == LAST_KEYWORD else Path(asked)
+    found = {"last": last_checkpoint, "best": best_checkpoint}
+    path = found[asked](run) if asked in found else Path(asked)
+    if path is None and asked == "best":
+        raise UsageError(
+            f"{run} has no best checkpoint: none was measured on the held-out text; give 'last', and let "
+            "validations fall on steps that trainer.checkpoint_every saves"
+        )
     if path is None:
         return None
     if not path.exists():
-        raise UsageError(f"no checkpoint at '{asked}'; give 'last' or a file such as {run}/{CHECKPOINTS}/{LAST}")
-    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UsageError(f"no checkpoint at '{asked}'; give 'last', 'best' or a file such as {step_path(run, 100)}")
+    if fault := _fault(path):
         others = [str(other) for other in step_files(run) if other.resolve() != path.resolve()]
         hint = f"; try --ckpt_path {others[-1]}" if others else ""
-        raise UsageError(f"{path}: damaged or no checkpoint of kvtrain{hint}")
+        raise UsageError(f"{fault}{hint}")
     return path
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint that is there, or None."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        return f"{path}: damaged or no checkpoint of kvtrain"
+    path = path.resolve()
+    entry = read_manifest(path.parent).get(path.name)
+    changed = _first_change(path, entry["files"]) if entry else None
+    return changed and f"{path.parent / changed}: damaged, it is not what {MANIFEST} says was written"
+
+
+def _first_change(path: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
+    """The first file of a checkpoint that is missing, foreign or of other content; sizes first, they cost nothing."""
+    sizes, written = _sizes(path), {name: file["bytes"] for name, file in recorded.items()}
+    if sizes != written:
+        return next(name for name in {**written, **sizes} if sizes.get(name) != written.get(name))
+    hashes = _hashes(path)
+    return next((name for name in recorded if hashes[name] != recorded[name]["sha256"]), None)
+
+
+def add_checkpoint(temporary: Path, final: Path) -> None:
+    """Take a completely written checkpoint into a run: its name, ``last.ckpt``, and its place in the manifest."""
+    manifest = read_manifest(final.parent)
+    if manifest.pop(final.name, None):  # a file of the same name with other bytes would pass for damaged
+        _write_manifest(final.parent, manifest)
+    publish(temporary, final)
+    point_last(final)
+    sizes, hashes = _sizes(final), _hashes(final)
+    files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
+    manifest[final.name] = {"step": step_of(final), "val_perplexity": None, "files": files}
+    _write_manifest(final.parent, manifest)
+
+
+def rate_checkpoint(path: Path, val_perplexity: float) -> None:
+    """Note a checkpoint's held-out perplexity, and make ``best.ckpt`` name the best one so far."""
+    manifest = read_manifest(path.parent)
+    if path.name not in manifest or not math.isfinite(val_perplexity):
+        return
+    manifest[path.name]["val_perplexity"] = val_perplexity
+    _write_manifest(path.parent, manifest)
+    present = {name: entry["val_perplexity"] for name, entry in manifest.items() if (path.parent / name).exists()}
+    rated = {name: rating for name, rating in present.items() if rating is not None}
+    point_best(path.parent / min(rated, key=rated.__getitem__))
+
+
+def read_manifest(checkpoints: Path) -> dict[str, dict[str, Any]]:
+    """What is known of the checkpoints in a folder, by name; empty where there is no manifest that can be read."""
+    try:
+        content = json.loads((checkpoints / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.keys() >= _ENTRY}
+
+
+def _write_manifest(checkpoints: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    _write_text(checkpoints / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The files of a checkpoint, which is one itself or a folder of them, by their names beside the manifest."""
+    files = sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
+    return {file.relative_to(path.parent).as_posix(): file for file in files}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    return {name: file.stat().st_size for name, file in _files(path).items()}
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    files = _files(path)
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a completely written file or folder its name, in one step; replaces what was there."""
-    if temporary.is_file():
-        with temporary.open("rb") as file:
+    for written in [] if temporary.is_symlink() else _files(temporary).values():
+        with written.open("rb") as file:
             os.fsync(file.fileno())
     if final.is_dir() and not final.is_symlink():
         shutil.rmtree(final)
@@ -88,22 +197,36 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def point_last(target: Path) -> None:
-    """Make ``last.ckpt`` beside a checkpoint name it: a link, or a copy where links cannot be made."""
-    temporary = target.parent / f".{LAST}.new"
+    """Make ``last.ckpt`` beside a checkpoint name it."""
+    _point(LAST, target)
+
+
+def point_best(target: Path) -> None:
+    """Make ``best.ckpt`` beside a checkpoint name it."""
+    _point(BEST, target)
+
+
+def _point(name: str, target: Path) -> None:
+    """A link, or a copy where links cannot be made."""
+    temporary = target.parent / f".{name}.new"
     remove(temporary)
     try:
         temporary.symlink_to(target.name)
     except OSError:
-        shutil.copy2(target, temporary)
-    publish(temporary, target.parent / LAST)
+        shutil.copytree(target, temporary) if target.is_dir() else shutil.copy2(target, temporary)
+    publish(temporary, target.parent / name)
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, never the one that ``last.ckpt`` names."""
-    last = last_checkpoint(run)
+    """Remove all but the newest checkpoints, never those that ``last.ckpt`` and ``best.ckpt`` name."""
+    named = [path.resolve() for path in (last_checkpoint(run), best_checkpoint(run)) if path]
     for path in step_files(run)[:-keep]:
-        if last is None or path.resolve() != last.resolve():
+        if path.resolve() not in named:
             remove(path)
+    manifest = read_manifest(run / CHECKPOINTS)
+    left = {name: entry for name, entry in manifest.items() if (run / CHECKPOINTS / name).exists()}
+    if left != manifest:
+        _write_manifest(run / CHECKPOINTS, left)
 
 
 def remove(path: Path) -> None:
@@ -117,9 +240,13 @@ def remove(path: Path) -> None:
 def write_config(run: Path, text: str) -> None:
     """Write ``config.yaml``; a reader never sees half of it."""
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".{CONFIG}.new"
+    _write_text(run / CONFIG, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
-    publish(temporary, run / CONFIG)
+    publish(temporary, path)
 
 
 def read_config(run: Path) -> dict[str, Any]:

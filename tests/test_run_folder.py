@@ -1,11 +1,15 @@
 """A run on disk: what ``last`` means, what is kept, what differs."""
 
+import json
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from kvtrain import run_folder
+from kvtrain.mistakes import UsageError
 
 from .training.small_runs import steps_saved
 
@@ -72,3 +76,158 @@ def test_publishing_replaces_files_and_folders(tmp_path):
     run_folder.publish(new, old)
     assert (old / "shard").read_text() == "after"
     assert not new.exists()
+
+
+def write_whole(path: Path, words: str) -> Path:
+    """A file that passes for a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", words)
+    return path
+
+
+def add(run: Path, step: int, words: str = "content") -> Path:
+    final = run_folder.step_path(run, step)
+    run_folder.add_checkpoint(write_whole(final.with_name(f".{final.name}.new"), words), final)
+    return final
+
+
+def manifest(run: Path) -> dict:
+    return json.loads((run / "checkpoints" / "manifest.json").read_text())
+
+
+def test_the_best_is_the_one_of_lowest_perplexity(tmp_path):
+    for step, perplexity in ((10, 5.0), (20, 3.0), (30, 4.0), (40, float("nan"))):
+        run_folder.rate_checkpoint(add(tmp_path, step), perplexity)
+        run_folder.prune(tmp_path, keep=1)
+    assert steps_saved(tmp_path) == [20, 40]
+    assert run_folder.best_checkpoint(tmp_path) == run_folder.step_path(tmp_path, 20)
+    assert {name: entry["val_perplexity"] for name, entry in manifest(tmp_path).items()} == {
+        "step-000020.ckpt": 3.0,
+        "step-000040.ckpt": None,
+    }
+    run_folder.rate_checkpoint(add(tmp_path, 50), 2.5)
+    run_folder.prune(tmp_path, keep=1)
+    assert steps_saved(tmp_path) == [50]
+
+
+def test_best_without_a_best_says_what_to_do(tmp_path):
+    add(tmp_path, 3)
+    with pytest.raises(UsageError, match=r"has no best checkpoint.*trainer\.checkpoint_every"):
+        run_folder.resolve_checkpoint(tmp_path, "best")
+    assert run_folder.resolve_checkpoint(tmp_path / "none", "last") is None
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"step-000003.ckpt": 1}', '{"step-000003.ckpt": {"step": 3}}'])
+def test_a_run_goes_on_without_a_manifest_that_can_be_read(tmp_path, text):
+    path = add(tmp_path, 3)
+    file = tmp_path / "checkpoints" / "manifest.json"
+    file.write_text(text) if text is not None else file.unlink()
+    assert run_folder.resolve_checkpoint(tmp_path, "last") == path
+    run_folder.rate_checkpoint(path, 2.0)
+    add(tmp_path, 6)
+    assert list(manifest(tmp_path)) == ["step-000006.ckpt"]
+
+
+def test_a_checkpoint_that_is_longer_is_damaged_under_every_name(tmp_path):
+    path = add(tmp_path, 3)
+    with path.open("ab") as file:
+        file.write(b"more")
+    for asked in ("last", str(path), str(path.with_name("last.ckpt"))):
+        with pytest.raises(UsageError) as refusal:
+            run_folder.resolve_checkpoint(tmp_path, asked)
+        assert str(refusal.value) == f"{path}: damaged, it is not what manifest.json says was written"
+
+
+def sharded(run: Path, step: int) -> Path:
+    final = run_folder.step_path(run, step)
+    new = final.with_name(f".{final.name}.new")
+    for rank in range(3):
+        write_whole(new / "checkpoint" / f"rank{rank}", f"shard {rank}")
+    run_folder.add_checkpoint(new, final)
+    return final
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: write_whole(folder / "checkpoint" / "rank1", "shard 9"), "checkpoint/rank1"),
+        (lambda folder: (folder / "checkpoint" / "rank2").unlink(), "checkpoint/rank2"),
+        (lambda folder: (folder / "more").write_text("x"), "more"),
+    ],
+)
+def test_every_file_of_a_sharded_checkpoint_is_known(tmp_path, damage, named):
+    path = sharded(tmp_path, 3)
+    assert list(manifest(tmp_path)["step-000003.ckpt"]["files"]) == [
+        f"step-000003.ckpt/checkpoint/rank{rank}" for rank in range(3)
+    ]
+    assert run_folder.resolve_checkpoint(tmp_path, "last") == path
+    damage(path)
+    with pytest.raises(UsageError) as refusal:
+        run_folder.resolve_checkpoint(tmp_path, "last")
+    assert str(refusal.value).startswith(f"{path / named}: damaged")
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+CHANGES = (
+    (os, "replace"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+    (Path, "unlink"),
+    (Path, "symlink_to"),
+    (Path, "write_text"),
+)
+
+
+def kill_at(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
+    """Let the process die just before its ``moment``-th change on disk; the list grows by each that it makes."""
+    made: list[int] = []
+    for owner, name in CHANGES:
+        original = getattr(owner, name)
+
+        def change(*arguments, original=original, **settings):
+            if len(made) == moment:
+                raise Killed
+            made.append(moment)
+            return original(*arguments, **settings)
+
+        patch.setattr(owner, name, change)
+    return made
+
+
+def save_and_rate(run: Path, sharding: bool) -> None:
+    """What happens at a checkpoint whose step is validated; the run has been here before."""
+    path = sharded(run, 30) if sharding else add(run, 30, "second")
+    run_folder.prune(run, keep=2)
+    run_folder.rate_checkpoint(path, 1.0)
+    run_folder.prune(run, keep=2)
+
+
+@pytest.mark.parametrize("sharding", [False, True])
+def test_killing_at_any_moment_leaves_a_run_that_goes_on(tmp_path, sharding):
+    """Earlier checkpoints, a best one among them, and one of the same step that is written once more."""
+    moment = 0
+    while True:
+        run = tmp_path / str(moment)
+        for step, perplexity in ((10, 2.0), (20, 3.0), (30, 4.0)):
+            run_folder.rate_checkpoint((sharded if sharding else add)(run, step), perplexity)
+        with pytest.MonkeyPatch.context() as patch:
+            made = kill_at(patch, moment)
+            try:
+                save_and_rate(run, sharding)
+                finished = True
+            except Killed:
+                finished = False
+        last = run_folder.resolve_checkpoint(run, "last")
+        assert run_folder.step_of(last) in ((20, 30) if sharding else (30,))
+        assert run_folder.resolve_checkpoint(run, "best") is not None
+        save_and_rate(run, sharding)
+        assert run_folder.resolve_checkpoint(run, "best") == run_folder.resolve_checkpoint(run, "last")
+        assert [entry["val_perplexity"] for entry in manifest(run).values()] == [3.0, 1.0]
+        if finished:
+            break
+        moment += 1
+    assert len(made) > 10

@@ -1,4 +1,7 @@
-"""``metrics.csv``: one row a step, one column a metric, and a resumed run goes on in the same file."""
+"""``metrics.csv``: one row a step, one column a metric, and a resumed run goes on in the same file.
+
+Other tables of a run, whose rows belong to steps too, are written and taken up again in the same way.
+"""
 
 import csv
 import os
@@ -9,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kvtrain.metrics import FILE_NAME, read_metrics
+from kvtrain.metrics import FILE_NAME, read_rows
 
 
 class CSVMetrics(Logger):
@@ -54,8 +57,7 @@ class CSVMetrics(Logger):
         """Add values to a step's row; the first call of a resumed run drops later rows of the old one."""
         step = step or 0
         if self._rows is None:
-            old = read_metrics(self.folder) if (self.folder / FILE_NAME).is_file() else []
-            self._rows = {int(row["step"]): {**row, "step": int(row["step"])} for row in old if row["step"] < step}
+            self._rows = {int(row["step"]): row for row in rows_before(self.folder / FILE_NAME, step)}
         row = self._rows.setdefault(step, {"step": step})
         row.update({key: float(value) for key, value in metrics.items() if key != "epoch"})
         self._unsaved += 1
@@ -67,17 +69,31 @@ class CSVMetrics(Logger):
         """Write the file; a reader never sees half of it."""
         if not self._rows or not self._unsaved:
             return
-        columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{FILE_NAME}.new"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._rows[step] for step in sorted(self._rows))
-        os.replace(temporary, self.folder / FILE_NAME)
+        write_rows(self.folder / FILE_NAME, [self._rows[step] for step in sorted(self._rows)])
         self._unsaved = 0
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()
+
+
+def rows_before(path: Path, step: int) -> list[dict[str, float]]:
+    """Rows of earlier steps than ``step``, at which a run goes on; none where there is no table yet.
+
+    Raises:
+        ValueError: The table is damaged.
+    """
+    return [row for row in read_rows(path) if row["step"] < step] if path.is_file() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write a table, one column for every key; a reader never sees half of it."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

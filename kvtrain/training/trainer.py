@@ -1,7 +1,7 @@
 """Lightning's trainer with the parts that every run of kvtrain has."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -9,12 +9,18 @@ from lightning.pytorch.loggers import Logger
 
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
+from kvtrain.training.callbacks.gradients import GradientNorm
+from kvtrain.training.callbacks.guard import NonFiniteGuard
+from kvtrain.training.callbacks.heads import HeadCompression
+from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.opening import OpeningLine
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.threads import ThreadCount
 from kvtrain.training.metrics import CSVMetrics
 
 DEFAULT_RUN = "runs/unnamed"
+# A bare `off` in a recipe is false: YAML says so.
+NonFinitePolicy = Literal["off", "skip", "stop"] | Literal[False]
 
 
 class KVTrainer(pl.Trainer):
@@ -25,28 +31,52 @@ class KVTrainer(pl.Trainer):
     Args:
         checkpoint_every: Optimiser steps between checkpoints.
         num_threads: CPU threads of torch; None leaves torch's own choice.
+        non_finite: What to do when a loss or the gradient is not finite: end the run, skip the optimiser step, or
+            look away (``off``).
+        peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
+            GPUs, and logs neither on others.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: A number is not positive.
+        ValueError: A number is not positive, or ``non_finite`` none of the three.
     """
 
-    def __init__(self, *, checkpoint_every: int = 100, num_threads: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        checkpoint_every: int = 100,
+        num_threads: int | None = None,
+        non_finite: NonFinitePolicy = "stop",
+        peak_flops: float | None = None,
+        **settings: Any,
+    ) -> None:
         if num_threads is not None:
             if num_threads < 1:
                 raise ValueError(f"trainer.num_threads must be at least 1, not {num_threads}")
             torch.set_num_threads(num_threads)
         run = Path(settings.get("default_root_dir") or DEFAULT_RUN)
         settings["default_root_dir"] = str(run)
-        settings["callbacks"] = [*_as_list(settings.get("callbacks")), *_standing(run, checkpoint_every, settings)]
+        standing = [*_observers(run, peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
+        settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
         super().__init__(**settings)
 
 
-def _standing(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list[pl.Callback]:
-    callbacks: list[pl.Callback] = [StepSeeding(), Throughput(), ThreadCount(), OpeningLine(), Preemption()]
+def _observers(run: Path, peak_flops: float | None) -> list[pl.Callback]:
+    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), HeadCompression(run), ThreadCount(), OpeningLine()]
+
+
+def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:
+    gradients = GradientNorm()
+    if non_finite is False or non_finite == "off":
+        return [gradients]
+    return [gradients, NonFiniteGuard(non_finite, gradients)]
+
+
+def _keepers(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list[pl.Callback]:
+    callbacks: list[pl.Callback] = [Preemption()]
     if settings.get("enable_progress_bar") is not False:
         callbacks.append(TokenProgress())
     if settings.get("enable_checkpointing") is not False:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the newest ones kept, ``last.ckpt`` always complete."""
+"""Checkpoints of a run: written whole or not at all, the newest and the best kept, ``last.ckpt`` always complete."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from kvtrain.run_folder import CHECKPOINTS, point_last, prune, publish, remove
+from kvtrain.run_folder import CHECKPOINTS, add_checkpoint, prune, rate_checkpoint, remove, step_path
 from kvtrain.training.metrics import CSVMetrics
 
 _KEPT = 2
+_RATED_BY = "val_perplexity"
 
 
 class RunCheckpoint(Checkpoint):
     """Saves ``checkpoints/step-XXXXXX.ckpt`` every so many optimiser steps and at the end.
 
     A checkpoint is written under a temporary name and renamed when it is complete, so that killing the
-    run at any moment leaves a run that can go on.
+    run at any moment leaves a run that can go on. ``best.ckpt`` names the one with the lowest held-out
+    perplexity, among those whose step was validated: no step is saved for it alone.
 
     Args:
         run: Run folder.
@@ -52,6 +54,14 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rate the checkpoint of the step that was validated, where there is one."""
+        perplexity = trainer.callback_metrics.get(_RATED_BY)
+        fresh = trainer.global_step == self.saved_step
+        if fresh and perplexity is not None and trainer.is_global_zero:
+            rate_checkpoint(step_path(self.run, trainer.global_step), perplexity.item())
+            prune(self.run, _KEPT)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ends between two checkpoints (``max_time``, early stopping)."""
         self.save(trainer)
@@ -61,8 +71,8 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self.saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = self.run / CHECKPOINTS
-        final, temporary = folder / f"step-{step:06d}.ckpt", folder / f".step-{step:06d}.ckpt.new"
+        folder, final = self.run / CHECKPOINTS, step_path(self.run, step)
+        temporary = folder / f".{final.name}.new"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(".*.new"):
@@ -70,8 +80,7 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.barrier("checkpoint folder")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            publish(temporary, final)
-            point_last(final)
+            add_checkpoint(temporary, final)
             prune(self.run, _KEPT)
         trainer.strategy.barrier("checkpoint")
         self.saved_step, self._metrics_behind = step, True

@@ -1,0 +1,139 @@
+"""Numbers that are not finite never reach the weights."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from kvtrain.run_folder import last_checkpoint
+from kvtrain.training.callbacks.gradients import GradientNorm
+
+_ROWS_SHOWN = 16
+logger = logging.getLogger("kvtrain")
+
+
+class NonFiniteError(ValueError):
+    """A loss or the gradient was not finite; the message says at which step and in which rows."""
+
+
+class NonFiniteGuard(pl.Callback):
+    """Drops an optimiser step, or ends the run, where a loss or the gradient is not finite, on all ranks alike.
+
+    Losses are taken before the backward pass and the gradient's norm after it; both are looked at once an
+    optimiser step, because reading every loss would stall a GPU. A dropped step leaves weights and moments as they
+    are and counts as taken. Where losses are scaled (``16-mixed``) a gradient that overflows is part of the
+    procedure, which drops the step by itself: then losses alone are looked at.
+
+    DeepSpeed keeps gradients to itself: its own check, which drops the step, is turned on, and losses that are not
+    finite make their gradients such.
+
+    Args:
+        policy: What to do.
+        gradients: Tells the norm; stands before this callback in the trainer's list.
+
+    Raises:
+        ValueError: Another policy.
+    """
+
+    def __init__(self, policy: Literal["skip", "stop"], gradients: GradientNorm) -> None:
+        if policy not in ("skip", "stop"):
+            raise ValueError(f"trainer.non_finite must be off, skip or stop, not {policy!r}")
+        self.policy, self.gradients = policy, gradients
+        self.skipped_steps = 0
+        self._losses: list[Tensor] = []  # of the optimiser window's batches
+        self._rows: list[Tensor] = []  # (B,) each
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped_steps = state_dict["skipped_steps"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            _engine(trainer).optimizer.check_grad_overflow = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember whose batch it is."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._losses, self._rows = [], []
+        self._rows.append(batch["row_ids"])
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Remember the loss, and let its gradients tell of it."""
+        value = loss.detach()
+        self._losses.append(value)
+        loss.register_hook(lambda gradient: gradient + 0 * value)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the window's losses and gradient; a step without gradients changes nothing."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return
+        norm = [] if _scales_losses(trainer) or self.gradients.norm is None else [self.gradients.norm]
+        if self._is_bad(trainer, [*self._losses, *norm]):
+            optimizer.zero_grad(set_to_none=True)
+            self._drop(trainer, trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimiser step, hear what DeepSpeed did, and log."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and self._engine_refused(trainer):
+            self._drop(trainer, trainer.global_step)
+        if self.policy == "skip":
+            pl_module.log("skipped_steps", float(self.skipped_steps))
+
+    def _engine_refused(self, trainer: pl.Trainer) -> bool:
+        dropped = not _engine(trainer).was_step_applied()
+        return dropped and (not _scales_losses(trainer) or self._is_bad(trainer, self._losses))
+
+    def _is_bad(self, trainer: pl.Trainer, values: list[Tensor]) -> bool:
+        """Whether one of some numbers is not finite on any rank."""
+        bad = ~torch.stack(values).isfinite().all()
+        return trainer.strategy.reduce(bad.float(), reduce_op="max").item() > 0
+
+    def _drop(self, trainer: pl.Trainer, step: int) -> None:
+        """Count and say it, or end the run.
+
+        Raises:
+            NonFiniteError: The policy is ``stop``.
+        """
+        what = f"step {step}: {self._blame(trainer)}; the weights are as they were before it"
+        if self.policy == "skip":
+            self.skipped_steps += 1
+            logger.warning("%s", what)
+            return
+        last = last_checkpoint(Path(trainer.default_root_dir))
+        good = f"the last good checkpoint is {last}" if last else "nothing is saved yet"
+        raise NonFiniteError(f"{what}; {good}; lower the learning rate, or go on with --trainer.non_finite skip")
+
+    def _blame(self, trainer: pl.Trainer) -> str:
+        """Rows of the batches, over all ranks, whose loss is not finite; of the whole window where all are."""
+        rows = trainer.strategy.all_gather(torch.stack(self._rows)).flatten(0, -2)  # (batches, B)
+        finite = trainer.strategy.all_gather(torch.stack(self._losses).isfinite()).flatten()
+        what = "gradient" if finite.all() else "loss"
+        guilty = sorted((rows if finite.all() else rows[~finite]).flatten().tolist())
+        more = f" and {len(guilty) - _ROWS_SHOWN} more" if len(guilty) > _ROWS_SHOWN else ""
+        return f"the {what} is not finite, from rows {', '.join(map(str, guilty[:_ROWS_SHOWN]))}{more}"
+
+
+def _engine(trainer: pl.Trainer) -> Any:
+    return trainer.model
+
+
+def _scales_losses(trainer: pl.Trainer) -> bool:
+    half = "16-true" if isinstance(trainer.strategy, DeepSpeedStrategy) else "16-mixed"
+    return trainer.precision in ("16-mixed", half)

@@ -1,0 +1,117 @@
+"""Floating-point operations of a training step, counted from the model, and what a device can do in a second.
+
+Counted are the matrix products of every ``nn.Linear``, the head among them, and of softmax attention. Norms,
+activations, the optimiser, a method's own bookkeeping and what a fused kernel computes twice are not; layers that
+run several times count once. Attention is causal: of a row's T x T products half count, and borders of packed
+documents are not looked at.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvtrain.models.attention import HostAttention
+
+_TERA = 10**12
+
+
+class TrainingFlops(NamedTuple):
+    """Operations of one token, forward and backward.
+
+    Attributes:
+        model: What training cannot do without (MFU).
+        hardware: What is done: recomputed layers and a teacher's forward pass count too (HFU).
+    """
+
+    model: int
+    hardware: int
+
+
+def training_flops(model: nn.Module, sequence_length: int, *, teacher: bool = False) -> TrainingFlops:
+    """Count what training costs for one token.
+
+    Args:
+        model: What trains, under any strategy.
+        sequence_length: Tokens a row.
+        teacher: Whether a base that costs what the model costs runs forward beside it.
+    """
+    modules = list(model.modules())
+    forward = sum(_forward(module, sequence_length) for module in modules)
+    needed = forward + sum(_backward(module, sequence_length) for module in modules)
+    recomputed = [inner for layer in modules if _is_recomputed(layer) for inner in layer.modules()]
+    again = sum(_forward(module, sequence_length) for module in recomputed)
+    return TrainingFlops(needed, needed + again + teacher * forward)
+
+
+def _forward(module: nn.Module, sequence_length: int) -> int:
+    """Of a module by itself, without its children."""
+    if isinstance(module, nn.Linear):  # the features, because under ZeRO-3 a weight's own shape is no guide
+        return 2 * module.in_features * module.out_features
+    if isinstance(module, HostAttention):  # queries with keys, weights with values; the causal half of each
+        return 2 * 2 * module.num_heads * module.head_dim * sequence_length // 2
+    return 0
+
+
+def _backward(module: nn.Module, sequence_length: int) -> int:
+    """Each factor's gradient costs what the product costs; a frozen weight has none."""
+    frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
+    return (1 if frozen else 2) * _forward(module, sequence_length)
+
+
+def _is_recomputed(layer: nn.Module) -> bool:
+    return isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+
+
+class Peak(NamedTuple):
+    """Dense FLOP/s of one device, from its maker's data sheet, without sparsity.
+
+    Attributes:
+        half: bfloat16 and float16, summed in float32.
+        tf32: float32 numbers through the tensor cores.
+        single: float32 proper.
+    """
+
+    half: float
+    tf32: float
+    single: float
+
+
+_H100_SXM = Peak(989.4 * _TERA, 494.7 * _TERA, 66.9 * _TERA)
+_A100 = Peak(312 * _TERA, 156 * _TERA, 19.5 * _TERA)
+# By the whole name: a slice, a laptop's or a trimmed version of a device carries a longer one.
+_PEAKS = {
+    "NVIDIA H200": _H100_SXM,
+    "NVIDIA H100 80GB HBM3": _H100_SXM,
+    "NVIDIA H100 NVL": Peak(835 * _TERA, 417.5 * _TERA, 60 * _TERA),
+    "NVIDIA H100 PCIe": Peak(756 * _TERA, 378 * _TERA, 51 * _TERA),
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA L40S": Peak(362 * _TERA, 183 * _TERA, 91.6 * _TERA),
+    "NVIDIA L4": Peak(121 * _TERA, 60 * _TERA, 30.3 * _TERA),
+    "NVIDIA A40": Peak(149.7 * _TERA, 74.8 * _TERA, 37.4 * _TERA),
+    "NVIDIA A10": Peak(125 * _TERA, 62.5 * _TERA, 31.2 * _TERA),
+    "NVIDIA RTX A6000": Peak(154.8 * _TERA, 77.4 * _TERA, 38.7 * _TERA),
+    "NVIDIA GeForce RTX 4090": Peak(165.2 * _TERA, 82.6 * _TERA, 82.6 * _TERA),
+    "NVIDIA GeForce RTX 3090": Peak(71 * _TERA, 35.6 * _TERA, 35.6 * _TERA),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense FLOP/s of a device in the precision that a trainer multiplies in; None where they are not known.
+
+    Args:
+        device: Where the model trains.
+        precision: Lightning's name of it, such as ``bf16-mixed``.
+    """
+    if device.type != "cuda":
+        return None
+    peak = _PEAKS.get(torch.cuda.get_device_name(device))
+    if peak is None or precision.startswith(("64", "transformer-engine")):  # 8-bit products have no agreed peak
+        return None
+    if precision.startswith(("bf16", "16")):
+        return peak.half
+    return peak.single if torch.get_float32_matmul_precision() == "highest" else peak.tf32

@@ -1,0 +1,120 @@
+"""What is kept of a run besides its last state: the best one, and a manifest that tells what was written."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from kvtrain import run_folder
+from kvtrain.cli import main
+from kvtrain.training import Phase
+
+from .small_runs import fit, refused, steps_saved
+from .tiny_runs import TinyFull, make_rows, table, train
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("shards"))
+
+
+def saved(folder, rows, steps=12, rates=(1e-2, 0.3), **settings):
+    """A checkpoint every third step, a validation every second one; from the seventh step on it unlearns."""
+    defaults = {"enable_checkpointing": True, "checkpoint_every": 3, "limit_val_batches": 1.0, "val_check_interval": 2}
+    phases = [Phase("learn", 6, rates[0]), Phase("unlearn", 6, rates[1])]
+    return train(TinyFull(phases), rows, folder, steps, **{**defaults, **settings})
+
+
+def held_out(folder):
+    """Perplexities by the number of steps behind them."""
+    logged = table(folder / "metrics.csv")
+    return {int(row["step"]) + 1: row["val_perplexity"] for row in logged if "val_perplexity" in row}
+
+
+@pytest.fixture(scope="module")
+def run(rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    saved(folder, rows)
+    return folder
+
+
+def test_the_best_step_that_was_saved_and_validated_is_kept(run):
+    perplexities = held_out(run)
+    assert sorted(perplexities) == [2, 4, 6, 8, 10, 12]
+    assert perplexities[6] < perplexities[12]
+    assert run_folder.best_checkpoint(run) == run / "checkpoints" / "step-000006.ckpt"
+    assert steps_saved(run) == [6, 9, 12]
+    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_the_manifest_tells_what_was_written(run):
+    manifest = json.loads((run / "checkpoints" / "manifest.json").read_text())
+    assert list(manifest) == [f"step-{step:06d}.ckpt" for step in (6, 9, 12)]
+    for name, entry in manifest.items():
+        content = (run / "checkpoints" / name).read_bytes()
+        assert entry["step"] == int(name[5:11])
+        assert entry["files"] == {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    perplexities = held_out(run)
+    rated = [entry["val_perplexity"] for entry in manifest.values()]
+    assert rated == [pytest.approx(perplexities[6]), None, pytest.approx(perplexities[12])]
+
+
+def test_validations_between_checkpoints_rate_none(rows, tmp_path):
+    saved(tmp_path, rows, 5)
+    assert sorted(held_out(tmp_path)) == [2, 4]
+    assert run_folder.best_checkpoint(tmp_path) is None
+    assert [entry["val_perplexity"] for entry in run_folder.read_manifest(tmp_path / "checkpoints").values()] == [
+        None
+    ] * 2
+
+
+def test_a_resumed_run_knows_what_was_best(rows, tmp_path, run):
+    saved(tmp_path, rows, 9)
+    assert run_folder.step_of(run_folder.best_checkpoint(tmp_path)) == 6
+    trainer = saved(tmp_path, rows, 12, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert run_folder.step_of(run_folder.best_checkpoint(tmp_path)) == 6
+    assert held_out(tmp_path) == held_out(run)
+    whole = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    ours = trainer.lightning_module.state_dict()
+    assert [name for name in whole if not torch.equal(ours[name], whole[name])] == []
+
+
+def test_what_another_future_left_is_not_rated_anew(rows, tmp_path):
+    """Back at step 3, with another learning rate, and step 6 validated without being saved again."""
+    saved(tmp_path, rows, 6)
+    before = run_folder.read_manifest(tmp_path / "checkpoints")["step-000006.ckpt"]
+    again = {"ckpt_path": run_folder.step_path(tmp_path, 3), "checkpoint_every": 100, "rates": (1e-4, 1e-4)}
+    saved(tmp_path, rows, 7, **again)
+    assert abs(held_out(tmp_path)[6] - before["val_perplexity"]) > 1
+    assert run_folder.read_manifest(tmp_path / "checkpoints")["step-000006.ckpt"] == before
+
+
+def test_going_on_from_the_best(recipe, capsys):
+    assert fit(recipe) == 0
+    run = recipe.parent / "run"
+    assert run_folder.step_of(run_folder.best_checkpoint(run)) == 12
+    arguments = ["validate", "--config", str(recipe), "--ckpt_path", "best"]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    figures = capsys.readouterr().out.split()
+    assert float(figures[3]) == pytest.approx(held_out(run)[12], rel=1e-4)
+    run_folder.point_best(run_folder.step_path(run, 9))
+    assert fit(recipe, "--ckpt_path", "best") == 0
+    assert "12 steps from 9 of 128 tokens" in capsys.readouterr().err
+    run_folder.remove(run / "checkpoints" / "best.ckpt")
+    assert "has no best checkpoint" in refused(capsys, *arguments)
+
+
+def test_a_flipped_byte_is_refused(recipe, capsys):
+    assert fit(recipe) == 0
+    last, other = (run_folder.step_path(recipe.parent / "run", step) for step in (12, 9))
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    capsys.readouterr()
+    for command in ("fit", "validate"):
+        answer = refused(capsys, command, "--config", str(recipe), "--ckpt_path", "last")
+        assert answer == f"{last}: damaged, it is not what manifest.json says was written; try --ckpt_path {other}"
+    assert fit(recipe, "--ckpt_path", str(other)) == 0
+    assert run_folder.resolve_checkpoint(recipe.parent / "run", "last") == last
