@@ -150,8 +150,7 @@ class KVCache(Cache):
                 "or start with model.make_cache()"
             )
         if self.budget is not None:
-            needed = self.bytes_for(tokens, batch if fresh else 0)
-            self.budget.require(needed, f"{tokens} tokens in {batch} rows")
+            self._require(self.bytes_for(tokens, batch if fresh else 0), f"{tokens} tokens in {batch} rows")
         if fresh:
             self.admit(batch)
 
@@ -167,6 +166,7 @@ class KVCache(Cache):
             Their numbers.
         """
         first = self.num_rows
+        self._require(self.bytes_for(0, count), f"{count} new rows")
         for store in self._stores:
             store.admit(count)
         return range(first, first + count)
@@ -175,6 +175,8 @@ class KVCache(Cache):
         """Keep, repeat, reorder or drop rows: the new row ``i`` is the old row ``indices[i]``, ``(B_new,)``."""
         if torch.equal(indices, torch.arange(self.num_rows, device=indices.device)):
             return
+        if self.budget is not None:
+            self._require(sum(store.bytes_to_select(indices) for store in self._stores), "repeated rows")
         for store in self._stores:
             store.select_rows(indices)
 
@@ -189,8 +191,7 @@ class KVCache(Cache):
         Raises:
             CacheFullError: The budget does not allow them; nothing has changed.
         """
-        if self.budget is not None:
-            self.budget.require(other.kv_bytes(), f"{other.num_rows} joining rows")
+        self._require(other.kv_bytes(), f"{other.num_rows} joining rows")
         for mine, theirs in zip(self._stores, other._stores, strict=True):
             mine.join(theirs)
         self.seen = max(self.seen, other.seen)
@@ -205,7 +206,9 @@ class KVCache(Cache):
         A cache of one row also counts again from there. In one of several rows the logical length stays, and the
         row's own position goes back.
         """
-        for store, state in zip(self._stores, snapshot.stores, strict=True):
+        pairs = list(zip(self._stores, snapshot.stores, strict=True))
+        self._require(sum(store.bytes_to_restore(row, state) for store, state in pairs), "a snapshot")
+        for store, state in pairs:
             store.restore_row(row, state)
         if self.num_rows == 1:
             self.seen = snapshot.seen
@@ -247,6 +250,15 @@ class KVCache(Cache):
             ValueError: Always.
         """
         _refuse("this cache cannot be cropped (assisted decoding does that); use snapshot_row and restore_row")
+
+    def _require(self, num_bytes: int, purpose: str) -> None:
+        """Ask the budget before any store changes, so that no layer is ahead of another.
+
+        Raises:
+            CacheFullError: It does not allow so many bytes more.
+        """
+        if self.budget is not None and num_bytes > 0:
+            self.budget.require(num_bytes, purpose)
 
 
 def _refuse(reason: str) -> NoReturn:

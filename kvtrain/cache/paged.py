@@ -80,12 +80,9 @@ class PagedStore(RowStore):
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
-        absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
-        absent[indices] = False
-        dropped = self.table[absent]
-        dropped, table = dropped[dropped >= 0], self.table[indices]
-        copies = (table >= 0) & _seen_before(indices)[:, None, None]
-        self.pool.require(int(copies.sum()) - dropped.numel())
+        dropped, copies = self._dropped(indices), self._copies(indices)
+        self._require(self.bytes_to_select(indices))
+        table = self.table[indices]
         self.lengths, self.table = self.lengths[indices], table
         self.pool.release(dropped)
         self._move_in(copies, self.pool.keys, self.pool.values, table[copies])
@@ -94,7 +91,8 @@ class PagedStore(RowStore):
     def join(self, other: Self) -> None:
         """See ``RowStore``."""
         before, pages = self.num_rows, other.table[other.table >= 0]
-        self.pool.require(pages.numel())
+        columns = max(self.table.shape[2], other.table.shape[2])
+        self._require(self.pool.bytes_for(pages.numel()) + self._table_bytes(before + other.num_rows, columns))
         self.admit(other.num_rows)
         self._widen(other.table.shape[2])
         self.lengths[before:] = other.lengths.to(self.lengths.device)
@@ -117,7 +115,7 @@ class PagedStore(RowStore):
     def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
         """See ``RowStore``."""
         held = self.table[row][self.table[row] >= 0]
-        self.pool.require(snapshot["keys"].shape[0] - held.numel())
+        self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(held)
         self.table[row] = -1
         self.lengths[row] = snapshot["lengths"]
@@ -134,17 +132,44 @@ class PagedStore(RowStore):
 
     def free_bytes(self) -> int:
         """Bytes of pages that no row owns at present."""
-        return self.pool.page_bytes * self.pool.free.numel()
+        return self.pool.page_bytes * len(self.pool.free)
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
-        """See ``RowStore``: every token of every head appends."""
-        needed = _pages(self.lengths + tokens, self.page_size)
-        more = int(needed.sum()) + rows * self.num_heads * -(-tokens // self.page_size)
-        columns = max(int(needed.max()) if needed.numel() else 0, -(-tokens // self.page_size), self.table.shape[2])
-        rows_after = self.num_rows + rows
-        entries = rows_after * self.num_heads * columns - self.table.numel()
-        pages = max(0, more - self.pool.num_pages)
-        return pages * self.pool.page_bytes + entries * 4 + rows * self.num_heads * 8
+        """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
+        needed = _pages(torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens, self.page_size)
+        owned = _pages(self.lengths, self.page_size)
+        columns = max(self.table.shape[2], int(needed.max()) if needed.numel() else 0)
+        fresh = int(needed.sum() - owned.sum())
+        grown = self.pool.bytes_for(fresh)
+        spare = self.pool.spare_bytes() if grown else 0
+        return grown + spare + self._table_bytes(self.num_rows + rows, columns)
+
+    def bytes_to_select(self, indices: Tensor) -> int:
+        """See ``RowStore``."""
+        fresh = int(self._copies(indices).sum()) - self._dropped(indices).numel()
+        return self.pool.bytes_for(fresh) + self._table_bytes(indices.numel(), self.table.shape[2])
+
+    def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
+        """See ``RowStore``."""
+        columns = max(self.table.shape[2], snapshot["owned"].shape[-1])
+        fresh = snapshot["keys"].shape[0] - int((self.table[row] >= 0).sum())
+        return self.pool.bytes_for(fresh) + self._table_bytes(self.num_rows, columns)
+
+    def _dropped(self, indices: Tensor) -> Tensor:
+        """Pages of the rows that ``indices`` leaves out."""
+        absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
+        absent[indices] = False
+        return self.table[absent][self.table[absent] >= 0]
+
+    def _copies(self, indices: Tensor) -> Tensor:
+        """Which places of the table after ``select_rows`` need a page of their own, ``(B_new, H, P)``."""
+        return (self.table[indices] >= 0) & _seen_before(indices)[:, None, None]
+
+    def _table_bytes(self, rows: int, columns: int) -> int:
+        """Bytes by which lengths and table grow; 0 where they shrink."""
+        entries = rows * self.num_heads * columns - self.table.numel()
+        lengths = rows * self.num_heads - self.lengths.numel()
+        return max(0, entries * self.table.element_size() + lengths * self.lengths.element_size())
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
@@ -152,11 +177,13 @@ class PagedStore(RowStore):
         owned = _pages(self.lengths, self.page_size)
         count = int((needed - owned).sum())
         if count:
+            columns = max(self.table.shape[2], int(needed.max()))
+            self._require(self.pool.bytes_for(count) + self._table_bytes(self.num_rows, columns))
+            self._widen(columns)
             pages = self.pool.take(count, self._spare(lengths, int(needed.sum())))
-            self._widen(int(needed.max()))
             column = torch.arange(self.table.shape[2], device=lengths.device)
             missing = (column < needed.unsqueeze(-1)) & (self.table < 0)
-            self.table[missing] = pages.to(self.table.dtype)
+            self.table[missing] = pages
         self.lengths = lengths
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
@@ -171,7 +198,7 @@ class PagedStore(RowStore):
         owned = int(_pages(self.lengths, self.page_size).sum())
         fresh = self.pool.take(pages.numel(), self._spare(self.lengths, owned))
         self.pool.keys[fresh], self.pool.values[fresh] = keys.to(self.pool.keys), values.to(self.pool.values)
-        self.table[places] = fresh.to(self.table.dtype)
+        self.table[places] = fresh
 
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
@@ -181,7 +208,7 @@ class PagedStore(RowStore):
             self.table = self.table[..., :columns].clone()
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
         if numbers is not None:
-            self.table = torch.where(self.table >= 0, numbers[self.table].to(self.table.dtype), self.table)
+            self.table = torch.where(self.table >= 0, numbers[self.table], self.table)
 
     def _widen(self, columns: int) -> None:
         if (more := columns - self.table.shape[2]) > 0:

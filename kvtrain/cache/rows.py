@@ -30,6 +30,8 @@ class Placement:
 class RowStore(ABC):
     """Per-row state of one layer: rows are admitted, reordered, joined, freed; nothing outlives its row.
 
+    Whatever needs more bytes than the budget allows raises ``CacheFullError`` and changes nothing.
+
     Args:
         placement: Where tensors lie.
     """
@@ -75,6 +77,23 @@ class RowStore(ABC):
     @abstractmethod
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, with ``rows`` more rows."""
+
+    @abstractmethod
+    def bytes_to_select(self, indices: Tensor) -> int:
+        """Bytes by which ``select_rows(indices)`` grows the store; 0 where it shrinks."""
+
+    def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
+        """Bytes by which ``restore_row`` grows the store."""
+        return 0
+
+    def _require(self, num_bytes: int) -> None:
+        """Ask the budget before anything changes.
+
+        Raises:
+            CacheFullError: It does not allow so many bytes more.
+        """
+        if self.placement.budget is not None and num_bytes > 0:
+            self.placement.budget.require(num_bytes, "new tokens or rows")
 
     def free_bytes(self) -> int:
         """Allocated bytes that hold nothing at present."""

@@ -53,12 +53,13 @@ class StateStore(RowStore):
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``."""
+        self._require(self.bytes_to_select(indices))
         self._state = {name: tensor[indices] for name, tensor in self._state.items()}
         self._rows = indices.numel()
 
     def join(self, other: Self) -> None:
         """See ``RowStore``."""
-        self._append({name: other[name].to(self.placement.device) for name in self.shapes}, other.num_rows)
+        self._append({name: other[name].to(held) for name, held in self._state.items()}, other.num_rows)
 
     def snapshot_row(self, row: int) -> RowSnapshot:
         """See ``RowStore``."""
@@ -77,7 +78,12 @@ class StateStore(RowStore):
         """See ``RowStore``; tokens cost nothing."""
         return rows * sum(prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
 
+    def bytes_to_select(self, indices: Tensor) -> int:
+        """See ``RowStore``."""
+        return max(0, self.bytes_for(0, indices.numel() - self._rows))
+
     def _append(self, rows: Mapping[str, Tensor], count: int) -> None:
+        self._require(self.bytes_for(0, count))
         self._state = {name: torch.cat([tensor, rows[name]]) for name, tensor in self._state.items()}
         self._rows += count
 

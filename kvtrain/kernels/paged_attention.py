@@ -80,7 +80,8 @@ def _attend_runs(
     """Some columns of the table at a time, for those heads that reach so far; arguments as above."""
     page_size = keys.shape[1]
     columns = max(1, _RUN // page_size)
-    output, lse = query.new_zeros(*query.shape[:2], values.shape[2]), _nothing(query)
+    lse = _nothing(query)
+    output = lse.new_zeros(*query.shape[:2], values.shape[2])  # wide: it is rounded once, not after every run
     for begin in range(0, table.shape[1], columns):
         left = lengths - begin * page_size
         rows = (left > 0).nonzero().squeeze(1)
@@ -89,15 +90,17 @@ def _attend_runs(
         part = _attend_blocks(query[rows], *block, left[rows].clamp(max=block[0].shape[1]), scale, backend)
         merged = merge_attention([(output[rows, None], lse[rows, None]), (part[0][:, None], part[1][:, None])])
         output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)
-    return output, lse
+    return output.to(query.dtype), lse
 
 
 def _attend_blocks(
     query: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Independent attentions: ``query (N, Q, D)`` over the first ``filled (N,)`` of ``keys (N, S, D)``."""
-    on_cpu = query.device.type == "cpu" and query.dtype != torch.float16 and keys.shape == values.shape
-    chosen = choose_backend("paged attention", backend, ["flash_cpu", "chunked"] if on_cpu else ["chunked"])
+    plain = query.device.type == "cpu" and query.dtype != torch.float16 and keys.shape == values.shape
+    # torch's kernel has no gradient of its log-sum-exp, by which parts are merged.
+    fast = ["flash_cpu"] if plain and not (torch.is_grad_enabled() and query.requires_grad) else []
+    chosen = choose_backend("paged attention", backend, [*fast, "chunked"])
     hidden = torch.arange(keys.shape[1], device=keys.device) >= filled[:, None]  # (N, S)
     query, keys, values = query.unsqueeze(1), keys.unsqueeze(1).to(query.dtype), values.unsqueeze(1).to(query.dtype)
     if chosen == "flash_cpu":

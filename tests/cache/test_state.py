@@ -1,0 +1,206 @@
+"""Constant state a row; and the machine that the rows of every store go through."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvtrain.cache.rows import Placement
+from kvtrain.cache.state import StateStore
+
+from .test_conformance import reachable_bytes
+
+MOST_ROWS = 6
+RUN = settings(max_examples=80, stateful_step_count=20, deadline=None, derandomize=True)
+
+
+class RowMachine(RuleBasedStateMachine):
+    """Rows are admitted, written, copied, joined, dropped and put back, in a store and in a list beside it.
+
+    Subclasses say what a store is, and how a row of it is written and compared with its model.
+    """
+
+    def configure(self, data):
+        """Draw what all stores of this run share."""
+
+    def make_store(self):
+        raise NotImplementedError
+
+    def empty_row(self):
+        raise NotImplementedError
+
+    def write(self, store, rows, data):
+        """Write to every row, and to its model in ``rows``."""
+        raise NotImplementedError
+
+    def check_row(self, store, row, expected):
+        raise NotImplementedError
+
+    def check(self, store, rows):
+        assert store.num_rows == len(rows)
+        assert store.num_bytes() == reachable_bytes(store, {}) == sum(tensor.nbytes for tensor in store.tensors())
+        for row, expected in enumerate(rows):
+            self.check_row(store, row, expected)
+
+    def filled(self, data, least):
+        """A store with some rows, written twice."""
+        store, rows = self.make_store(), [self.empty_row() for _ in range(data.draw(st.integers(least, 2)))]
+        store.admit(len(rows))
+        self.write(store, rows, data)
+        self.write(store, rows, data)
+        return store, rows
+
+    def take_snapshot(self, row):
+        self.snapshots.append((self.store.snapshot_row(row), copy.deepcopy(self.rows[row])))
+
+    def restore(self, store, rows, row, snapshot):
+        store.restore_row(row, snapshot[0])
+        rows[row] = copy.deepcopy(snapshot[1])
+        self.check(store, rows)
+
+    @initialize(data=st.data())
+    def start(self, data):
+        self.clock, self.snapshots = 0.0, []
+        self.configure(data)
+        self.store, self.rows = self.filled(data, 1)
+        self.take_snapshot(0)
+
+    @rule(count=st.integers(0, 2))
+    def admit(self, count):
+        count = min(count, max(0, MOST_ROWS - len(self.rows)))
+        self.store.admit(count)
+        self.rows += [self.empty_row() for _ in range(count)]
+
+    @rule(data=st.data())
+    def write_rows(self, data):
+        self.write(self.store, self.rows, data)
+
+    @rule(data=st.data())
+    def select_rows(self, data):
+        last = len(self.rows) - 1
+        indices = data.draw(st.lists(st.integers(0, last), max_size=4)) if self.rows else []
+        self.store.select_rows(torch.tensor(indices, dtype=torch.long))
+        self.rows = [copy.deepcopy(self.rows[index]) for index in indices]
+
+    @precondition(lambda self: len(self.rows) < MOST_ROWS)
+    @rule(data=st.data())
+    def join(self, data):
+        store, rows = self.filled(data, 0)
+        self.store.join(store)
+        self.rows += copy.deepcopy(rows)
+        self.check(store, rows)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def take_writes_back(self, data):
+        row = data.draw(st.integers(0, len(self.rows) - 1))
+        self.take_snapshot(row)
+        self.write(self.store, self.rows, data)
+        self.restore(self.store, self.rows, row, self.snapshots[-1])
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), elsewhere=st.booleans())
+    def restore_row(self, data, elsewhere):
+        """Also into a row that never was this one, and into another store."""
+        store, rows = self.filled(data, 1) if elsewhere else (self.store, self.rows)
+        self.restore(store, rows, data.draw(st.integers(0, len(rows) - 1)), data.draw(st.sampled_from(self.snapshots)))
+
+    @rule(data=st.data())
+    def reset(self, data):
+        self.store.reset()
+        assert self.store.num_rows == self.store.num_bytes() == 0
+        self.store.admit(2)
+        self.rows = [self.empty_row() for _ in range(2)]
+        self.write(self.store, self.rows, data)
+
+    @invariant()
+    def agrees(self):
+        self.check(self.store, self.rows)
+
+
+SHAPES = {"sums": ((2, 3), torch.float64), "count": ((), torch.long)}
+
+
+class StateMachine(RowMachine):
+    """A row is a number a tensor: ``fill`` spreads it over the state."""
+
+    def make_store(self):
+        return StateStore(SHAPES, Placement())
+
+    def empty_row(self):
+        return dict.fromkeys(SHAPES, 0.0)
+
+    def write(self, store, rows, data):
+        name, part = data.draw(st.sampled_from(sorted(SHAPES))), data.draw(st.booleans())
+        shape, dtype = SHAPES[name]
+        value = torch.zeros(len(rows) + part, *shape, dtype=dtype)
+        for row, expected in enumerate(rows):
+            self.clock += 1.0
+            expected[name] = self.clock
+            value[row] = fill(name, self.clock)
+        store[name] = value[: len(rows)]
+
+    def check_row(self, store, row, expected):
+        for name, number in expected.items():
+            assert store[name].dtype == SHAPES[name][1]
+            assert torch.equal(store[name][row], fill(name, number))
+
+
+def fill(name, number):
+    """State in which every element differs; zeros for a new row."""
+    shape, dtype = SHAPES[name]
+    steps = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=dtype).reshape(shape)
+    return (number * steps).to(dtype)
+
+
+StateMachine.TestCase.settings = RUN
+TestStateStore = StateMachine.TestCase
+
+
+def make_store(rows):
+    store = StateStore(SHAPES, Placement())
+    store.admit(rows)
+    return store
+
+
+def test_bytes_are_announced_to_the_byte():
+    store = make_store(2)
+    assert store.num_bytes() == 2 * (6 * 8 + 8)
+    assert store.bytes_for(1000) == 0
+    promised, before = store.bytes_for(7, rows=3), store.num_bytes()
+    store.admit(3)
+    assert store.num_bytes() - before == promised == 3 * (6 * 8 + 8)
+    assert store.free_bytes() == 0
+
+
+def test_what_is_kept_carries_no_gradient_and_no_larger_tensor():
+    store = make_store(2)
+    whole = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    store["sums"] = whole[1:].mT
+    assert torch.equal(store["sums"], whole[1:].mT)
+    assert not store["sums"].requires_grad
+    assert store.num_bytes() == 2 * (6 * 8 + 8)
+
+
+def test_dtypes_are_those_of_the_shapes():
+    """Also where the rows come from a store of another precision."""
+    store, other = make_store(1), StateStore({**SHAPES, "sums": ((2, 3), torch.float32)}, Placement())
+    store["sums"] = torch.full((1, 2, 3), 0.5, dtype=torch.bfloat16)
+    assert store["sums"].dtype == torch.float64 and store["sums"].eq(0.5).all()
+    other.admit(1)
+    other["sums"] = store["sums"] * 3
+    other.join(store)
+    assert other["sums"].dtype == torch.float32 and other["sums"].flatten(1).mean(1).tolist() == [1.5, 0.5]
+    store.restore_row(0, other.snapshot_row(0))
+    assert store["sums"].dtype == torch.float64 and store["sums"].eq(1.5).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (1, 3, 2), (1, 6), (2, 3)])
+def test_a_wrong_shape_is_refused(shape):
+    store = make_store(1)
+    with pytest.raises(ValueError, match=r"state 'sums' is \(1, 2, 3\), not"):
+        store["sums"] = torch.zeros(shape)
+    assert store["sums"].eq(0).all()

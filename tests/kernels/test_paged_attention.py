@@ -1,0 +1,228 @@
+"""Attention over pages against attention over a dense copy of them."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.paged_attention import paged_attention
+
+from .tensor_sizes import TensorSizes
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=120, database=None)
+BACKENDS = ["flash_cpu", "chunked"]
+GARBAGE = 1e6  # in free pages and unused slots
+
+
+@dataclass
+class Pages:
+    """Keys and values of ragged length, dense and on shuffled pages.
+
+    Attributes:
+        query: ``(B, G * H_kv, n, D)``.
+        key: Dense, ``(B, H_kv, T, D)``; garbage where a head has no slot.
+        value: ``(B, H_kv, T, D_v)``.
+        lengths: ``(B, H_kv)``.
+        keys: ``(pages, page_size, D)``.
+        values: ``(pages, page_size, D_v)``.
+        table: ``(B, H_kv, P)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+
+    def run(self, backend: str = "auto", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        query, keys, values = (tensor.to(dtype) for tensor in (self.query, self.keys, self.values))
+        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, backend=backend)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        absent = torch.arange(self.key.shape[2]) >= self.lengths.unsqueeze(-1)
+        bias = torch.zeros(absent.shape, dtype=self.query.dtype).masked_fill(absent, float("-inf"))
+        options = {"key_bias": bias, "causal": False, "scale": 0.4, "backend": "reference"}
+        return attention(self.query, self.key, self.value, **options)
+
+
+def make_pages(
+    lengths: list[list[int]],
+    *,
+    page_size: int,
+    groups: int = 2,
+    num_queries: int = 1,
+    dim: int = 4,
+    value_dim: int | None = None,
+    free: int = 2,
+    seed: int = 0,
+) -> Pages:
+    """Random float64; ``free`` pages have no owner."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    counts = torch.tensor(lengths)
+    needed = -(-counts // page_size)
+    columns = int(needed.max())
+    owned = torch.arange(columns) < needed.unsqueeze(-1)
+    table = torch.full(owned.shape, -1, dtype=torch.int)
+    table[owned] = torch.randperm(int(owned.sum()) + free, generator=random)[: int(owned.sum())].int()
+    present = (torch.arange(columns * page_size) < counts.unsqueeze(-1)).unsqueeze(-1)
+    dense, paged = [], []
+    for channels in (dim, value_dim or dim):
+        dense.append(torch.where(present, normal(*counts.shape, columns * page_size, channels), GARBAGE))
+        paged.append(torch.full((int(owned.sum()) + free, page_size, channels), GARBAGE, dtype=torch.float64))
+        paged[-1][table[owned]] = dense[-1].unflatten(2, (columns, page_size))[owned]
+    query = normal(counts.shape[0], groups * counts.shape[1], num_queries, dim)
+    return Pages(query, *dense, counts, *paged, table)
+
+
+def assert_close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@st.composite
+def pages(draw: st.DrawFn) -> Pages:
+    rows, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    counts = st.lists(st.integers(0, 40), min_size=heads, max_size=heads)
+    return make_pages(
+        draw(st.lists(counts, min_size=rows, max_size=rows)),
+        page_size=draw(st.integers(1, 16)),
+        groups=draw(st.integers(1, 3)),
+        num_queries=draw(st.integers(1, 9)),
+        free=draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@PROPERTY
+@given(pages(), st.sampled_from(BACKENDS))
+def test_it_is_attention_over_what_the_pages_hold(case: Pages, backend: str):
+    """Ragged and empty heads; few queries (every page in place) and many (runs of pages); garbage elsewhere."""
+    assert_close(case.run(backend), case.dense(), 1e-12)
+
+
+@PROPERTY
+@given(pages(), st.sampled_from(BACKENDS))
+def test_float32(case: Pages, backend: str):
+    output, lse = case.run(backend, torch.float32)
+    assert output.dtype == lse.dtype == torch.float32
+    assert_close((output, lse), case.dense(), 1e-5)
+
+
+LONG = [[1300, 511], [0, 513], [1024, 1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [16, 48, 700])
+@pytest.mark.parametrize("num_queries", [1, 360])
+def test_more_slots_than_one_run_copies(backend: str, page_size: int, num_queries: int):
+    """512 slots of a head, or one page, are copied at a time; heads that end earlier are left out."""
+    case = make_pages(LONG, page_size=page_size, num_queries=num_queries)
+    assert_close(case.run(backend), case.dense(), 1e-12)
+    assert_close(case.run(backend, torch.float32), case.dense(), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_bf16_stays_near_the_exact_result(backend: str, num_queries: int):
+    """Also over twenty runs: what is merged is not rounded on the way."""
+    case = make_pages([[10000, 40], [3, 0]], page_size=32, num_queries=num_queries, dim=16)
+    case.query, case.key, case.value, case.keys, case.values = (
+        tensor.bfloat16().double() for tensor in (case.query, case.key, case.value, case.keys, case.values)
+    )
+    output, lse = case.run(backend, torch.bfloat16)
+    assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    expected = case.dense()
+    assert_close((output, lse), expected, 2e-2)
+    long, exact = output[0, :2].double(), expected[0][0, :2]
+    assert (long - exact).norm() < 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("free", [0, 2])
+def test_where_nothing_is_visible(backend: str, num_queries: int, free: int):
+    """Zeros and ``-inf``: heads without pages, pages without slots, tables without columns, pools without pages."""
+    case = make_pages([[0, 5], [0, 0]], page_size=4, num_queries=num_queries, free=free)
+    hidden = make_pages([[3, 5], [1, 4]], page_size=4, num_queries=num_queries, free=free)
+    hidden.lengths = torch.zeros_like(hidden.lengths)
+    empty = make_pages([[0, 0], [0, 0]], page_size=4, num_queries=num_queries, free=free)
+    assert empty.table.shape[2] == 0 and empty.keys.shape[0] == free
+    for output, lse in (
+        [part[:, :2] for part in case.run(backend)],
+        [part[1] for part in case.run(backend)],
+        hidden.run(backend),
+        empty.run(backend),
+    ):
+        assert output.eq(0).all() and lse.eq(float("-inf")).all()
+
+
+@PROPERTY
+@given(pages(), st.data(), st.sampled_from(BACKENDS))
+def test_a_prefix_of_each_head_and_the_rest_make_the_whole(case: Pages, data: st.DataObject, backend: str):
+    """``lengths`` may be fewer than there are slots; disjoint parts merge by their log-sum-exp."""
+    whole = case.dense()
+    total = case.lengths
+    cuts = [data.draw(st.integers(0, length)) for length in total.flatten().tolist()]
+    case.lengths = torch.tensor(cuts).view_as(total)
+    first = case.run(backend)
+    assert_close(first, case.dense(), 1e-12)
+    index = torch.arange(case.key.shape[2])
+    rest = (index >= case.lengths.unsqueeze(-1)) & (index < total.unsqueeze(-1))
+    bias = torch.zeros(rest.shape, dtype=torch.float64).masked_fill(~rest, float("-inf"))
+    second = attention(case.query, case.key, case.value, key_bias=bias, causal=False, scale=0.4)
+    assert_close(merge_attention([first, second]), whole, 1e-12)
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_values_of_another_width(num_queries: int):
+    case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries, value_dim=3)
+    assert_close(case.run(), case.dense(), 1e-12)
+    with pytest.raises(ValueError, match="paged attention: backend 'flash_cpu' cannot run this call"):
+        case.run("flash_cpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+@pytest.mark.parametrize("num_queries", [2, 9])
+def test_queries_receive_gradients(backend: str, num_queries: int):
+    """Also past empty heads and free pages, and after the pages were written again."""
+    case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries)
+    weight, gradients = torch.randn(case.query.shape, dtype=torch.float64), []
+    case.query.requires_grad_()
+    for run in (lambda: case.run(backend), case.dense):
+        output, lse = run()
+        loss = (output * weight).sum() + lse.masked_fill(lse == float("-inf"), 0.0).sin().sum()
+        pages, case.keys, case.values = (case.keys, case.values), case.keys.clone(), case.values.clone()
+        for tensor in pages:
+            tensor.add_(1.0)
+        gradients += torch.autograd.grad(loss, case.query)
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-10)
+    with pytest.raises(ValueError, match="'flash_cpu' cannot run this call"):  # its log-sum-exp has no derivative
+        case.run("flash_cpu")
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_no_dense_copy_is_made(num_queries: int):
+    """One long head among eight: the pages as they lie, or 512 slots a head, are the largest tensors."""
+    case = make_pages([[2500, 5, 5, 5], [5] * 4], page_size=16, groups=1, num_queries=num_queries, dim=64, free=0)
+    with TensorSizes() as sizes:
+        case.run(dtype=torch.float64)
+    most = case.keys.numel() if num_queries == 1 else 8 * 512 * 64
+    assert max(sizes) <= most < case.key.numel() / 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", ""])
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_unknown_backends_are_refused(backend: str, num_queries: int):
+    case = make_pages([[9, 0]], page_size=4, num_queries=num_queries)
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call; use 'auto' or one of flash_cpu"):
+        case.run(backend)
