@@ -125,7 +125,11 @@ def _recipes(arguments: list[str]) -> None:
 def _estimate_arguments(parser: Parser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.epilog = "Any setting of the recipe can be changed as with kvtrain fit: --data.batch_size 4."
+    parser.epilog = (
+        "Any setting of the recipe can be changed as with kvtrain fit: --data.batch_size 4. Memory is that of tensors. "
+        "In main memory glibc holds on to freed ones, up to half as much again, unless MALLOC_MMAP_THRESHOLD_=65536 "
+        "is in the environment, which slows training."
+    )
 
 
 def _estimate(arguments: list[str]) -> None:
@@ -270,7 +274,8 @@ def _eval(arguments: list[str]) -> None:
 
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
-    parser.add_argument("--output", metavar="DIR", help="where the pictures go (the run folder)")
+    parser.add_argument("--output", metavar="DIR", help="where the pictures go (RUN/report)")
+    parser.epilog = "Where RUN holds an eval.json of kvtrain eval --json, losses and slots by position are drawn too."
 
 
 def _report(arguments: list[str]) -> None:
@@ -294,7 +299,7 @@ COMMANDS = {
     "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),
     "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),
     "eval": Command("Measure a model: a table, and JSON", _eval, _eval_arguments),
-    "report": Command("Draw a run: loss, compression, held-out figures", _report, _report_arguments),
+    "report": Command("Draw a run: loss, compression, layers and heads", _report, _report_arguments),
 }
 
 

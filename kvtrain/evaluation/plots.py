@@ -1,9 +1,15 @@
-"""Figures of a training run. Each function takes the run's metrics and returns a figure that nobody has saved yet."""
+"""Figures of a training run. Each function takes the run's numbers and returns a figure that nobody has saved yet."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 Rows = Sequence[dict[str, float]]
@@ -14,6 +20,11 @@ BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
 _SIZE = (7.2, 4.2)  # inches
 _WINDOWS = 20  # a smoothed curve averages over the twentieth part of its points
 _FEW = 60  # up to so many held-out points each gets a marker
+# Even in lightness and distinct to the colour-blind.
+_COLOURS = matplotlib.colormaps["viridis"]
+_COMPRESSIONS = (1, 1.25, 1.5, 2, 3, 4, 8, 16)  # marked on the scale of the map of heads
+_MANY = 16  # more heads than that leave no room for a number in every cell, nor for a mark at each
+_CELL_HEIGHT, _MARGIN = 0.22, 1.3  # inches
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,21 @@ class Curve:
         window = max(1, len(self.values) // _WINDOWS)
         tails = (self.values[max(0, end - window) : end] for end in range(1, len(self.values) + 1))
         return Curve(self.steps, [sum(tail) / len(tail) for tail in tails])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Predictions made after nearly as many tokens.
+
+    Attributes:
+        position: Tokens read.
+        loss: Mean, nats.
+        kept: Slots kept of them, mean over layers and heads; None where no text is so long.
+    """
+
+    position: int
+    loss: float
+    kept: float | None
 
 
 def loss_figure(rows: Rows) -> Figure:
@@ -105,12 +131,139 @@ def learning_rate_figure(rows: Rows) -> Figure | None:
     return figure
 
 
-def _canvas(title: str, quantity: str) -> tuple[Figure, Axes]:
-    """An empty figure over optimiser steps."""
+def head_figure(heads: Rows) -> Figure | None:
+    """How much each layer and key-value head merges, at the last validation; None where none was written.
+
+    Args:
+        heads: Rows of ``head_compression.csv``.
+    """
+    if not heads:
+        return None
+    step = max(row["step"] for row in heads)
+    merged = _head_map([row for row in heads if row["step"] == step])
+    layers, columns = merged.shape
+    height = max(_SIZE[1] - 1, _CELL_HEIGHT * layers + _MARGIN)
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(f"Compression of every head, step {step:,.0f}", loc="left", fontsize=13, fontweight="bold")
+    image = axes.imshow(merged, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("key-value head", fontsize=11)
+    axes.set_ylabel("layer", fontsize=11)
+    axes.set_xticks(_marks(range(columns)))
+    axes.set_yticks(_marks(range(layers)))
+    axes.spines[:].set_visible(False)
+    if columns <= _MANY:
+        _write_numbers(axes, merged)
+    bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=6 * height)
+    bar.set_ticks([1 - 1 / tokens for tokens in _COMPRESSIONS], labels=[f"{tokens:g}" for tokens in _COMPRESSIONS])
+    bar.set_label("tokens per slot", fontsize=11)
+    bar.ax.secondary_yaxis("left").set_ylabel("merged fraction", fontsize=11)
+    return figure
+
+
+def layer_figure(heads: Rows) -> Figure | None:
+    """Tokens per slot of every layer, and of all, over the validations; None where none was written.
+
+    Args:
+        heads: Rows of ``head_compression.csv``.
+    """
+    if not heads:
+        return None
+    layers = sorted({int(row["layer"]) for row in heads})
+    figure, axes = _canvas("Compression of every layer", "tokens per slot")
+    shades = _COLOURS(np.linspace(0, 0.92, len(layers)))  # the lightest yellow is lost on white
+    for layer, shade in zip(layers, shades, strict=True):
+        curve = _mean_compression([row for row in heads if row["layer"] == layer])
+        axes.plot(curve.steps, curve.values, color=shade, marker=_marker(curve), markersize=4, label=f"layer {layer}")
+    everywhere = _mean_compression(heads)
+    axes.plot(everywhere.steps, everywhere.values, "k--", linewidth=2, marker=_marker(everywhere), label="all layers")
+    axes.legend(handles=[axes.lines[-1]], frameon=False)
+    if len(layers) > 1:
+        edges = [layer - 0.5 for layer in (*layers, layers[-1] + 1)]
+        norm = BoundaryNorm(edges, len(layers))
+        bar = figure.colorbar(ScalarMappable(norm, ListedColormap(shades)), ax=axes, ticks=_marks(layers))
+        bar.set_label("layer", fontsize=11)
+        bar.ax.minorticks_off()
+    return figure
+
+
+def perplexity_figure(buckets: Sequence[Bucket]) -> Figure | None:
+    """Perplexity of predictions by the tokens read before them; None where it was not measured.
+
+    Args:
+        buckets: ``by_position`` of ``kvtrain eval --json``.
+    """
+    if not buckets:
+        return None
+    figure, axes = _canvas("Perplexity by position", "perplexity", "tokens read")
+    with np.errstate(over="ignore"):
+        values = np.exp([bucket.loss for bucket in buckets])
+    axes.plot([bucket.position for bucket in buckets], values, color=BLUE, linewidth=2, marker="o", markersize=4)
+    axes.set_xlim(left=0)
+    return figure
+
+
+def slots_figure(buckets: Sequence[Bucket]) -> Figure | None:
+    """Slots kept of the tokens read, beside a cache that keeps all; None where they were not counted.
+
+    Args:
+        buckets: ``by_position`` of ``kvtrain eval --json``.
+    """
+    counted = [(bucket.position, bucket.kept) for bucket in buckets if bucket.kept is not None]
+    if not counted:
+        return None
+    positions, kept = zip(*counted, strict=True)
+    figure, axes = _canvas("Slots kept by position", "slots, mean of a head", "tokens read")
+    axes.plot([0, *positions], [0, *positions], color=GREY, linewidth=1.5, linestyle="--", label="every token kept")
+    axes.plot([0, *positions], [0, *kept], color=BLUE, linewidth=2, marker="o", markersize=4, label="kept")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def tokens_per_slot(merged_fraction: float) -> float:
+    """Tokens that share a slot where this fraction of them merges."""
+    return 1 / (1 - merged_fraction) if merged_fraction < 1 else math.inf
+
+
+def _head_map(heads: Rows) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Merged fractions ``(layers, heads)`` of one step; NaN, which stays white, where a layer was not written."""
+    shape = (int(max(row["layer"] for row in heads)) + 1, int(max(row["head"] for row in heads)) + 1)
+    merged = np.full(shape, np.nan)
+    for row in heads:
+        merged[int(row["layer"]), int(row["head"])] = row["merged_fraction"]
+    return merged
+
+
+def _marks(numbers: Sequence[int]) -> Sequence[int]:
+    """As many of these numbers as an axis has room for, evenly spaced."""
+    return numbers[:: -(-len(numbers) // _MANY)]
+
+
+def _write_numbers(axes: Axes, merged: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
+    """Tokens per slot into every cell."""
+    for (layer, head), fraction in np.ndenumerate(merged):
+        if not math.isnan(fraction):
+            colour = "white" if fraction < 0.6 else "black"
+            tokens = tokens_per_slot(fraction)
+            number = f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"
+            axes.text(head, layer, number, color=colour, fontsize=8, ha="center", va="center")
+
+
+def _mean_compression(heads: Rows) -> Curve:
+    """Tokens per slot at every step, from the mean of the fractions: heads have the same number of tokens."""
+    steps = sorted({row["step"] for row in heads})
+    fractions = ([row["merged_fraction"] for row in heads if row["step"] == step] for step in steps)
+    return Curve(steps, [tokens_per_slot(statistics.fmean(part)) for part in fractions])
+
+
+def _canvas(title: str, quantity: str, over: str = "optimiser step") -> tuple[Figure, Axes]:
+    """An empty figure."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    axes.set_xlabel("optimiser step", fontsize=11)
+    axes.set_xlabel(over, fontsize=11)
     axes.set_ylabel(quantity, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -118,8 +271,12 @@ def _canvas(title: str, quantity: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _marker(curve: Curve) -> str:
+    return "o" if len(curve.values) <= _FEW else ""
+
+
 def _points(axes: Axes, curve: Curve, label: str) -> None:
     """Draw what is measured now and then as points on a thin line."""
     if curve:
-        marker = "o" if len(curve.values) <= _FEW else ""
+        marker = _marker(curve)
         axes.plot(curve.steps, curve.values, color=VERMILLION, linewidth=1.2, marker=marker, markersize=5, label=label)

@@ -4,15 +4,20 @@ import base64
 import csv
 import html
 import io
+import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from kvtrain.evaluation.plots import Curve, Rows, compression_figure, learning_rate_figure, loss_figure
-from kvtrain.metrics import FILE_NAME, read_metrics
+from kvtrain.evaluation import plots
+from kvtrain.evaluation.plots import Bucket, Curve, Rows
+from kvtrain.metrics import FILE_NAME, HEADS_FILE_NAME, read_metrics, read_rows
 
 FOLDER = "report"
+EVALUATION = "eval.json"
 PAGE = "report.html"
 _DPI = 150
 
@@ -44,20 +49,21 @@ img {{ width: 100%; margin-bottom: 1.5rem; }}
 
 
 def report_run(run: Path, output: Path | None = None) -> list[Path]:
-    """Draw a run's metrics and write ``report.html``, one page that needs no other file.
+    """Draw a run's metrics, its heads and its evaluation, and write ``report.html``, one page that needs no other file.
 
     Args:
-        run: Run folder of ``kvtrain fit``, finished or not.
+        run: Run folder of ``kvtrain fit``, finished or not; ``eval.json`` of ``kvtrain eval --json`` may lie in it.
         output: Where the files go; ``RUN/report`` where absent.
 
     Returns:
         The files written: one PNG a figure, then the page.
 
     Raises:
-        ValueError: The run has no metrics, or they are damaged.
+        ValueError: The run has no metrics, or one of the files is damaged.
     """
     rows = load_rows(run)
-    pictures = {name: png(figure) for name, figure in figures(rows).items()}
+    drawn = figures(rows, load_heads(run), load_positions(run))
+    pictures = {name: png(figure) for name, figure in drawn.items()}
     page = render(run.resolve().name, facts(rows), pictures)
     folder = output or run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,16 +94,68 @@ def load_rows(run: Path) -> Rows:
     return rows
 
 
-def figures(rows: Rows) -> dict[str, Figure]:
-    """Every figure that these metrics allow, by the name of its file.
+def load_heads(run: Path) -> Rows:
+    """Rows of a run's ``head_compression.csv``; none where nothing was compressed or validated.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path, columns = run / HEADS_FILE_NAME, {"step", "layer", "head", "merged_fraction"}
+    if not path.is_file():
+        return []
+    try:
+        rows = read_rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if any(columns - set(row) for row in rows):
+        raise ValueError(f"{path}: damaged (a row without {', '.join(sorted(columns))})")
+    return rows
+
+
+def load_positions(run: Path) -> list[Bucket]:
+    """Losses by position of a run's ``eval.json``; none where there is no such file, or it says nothing of them.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = run / EVALUATION
+    if not path.is_file():
+        return []
+    try:
+        tasks: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        entries = [entry for task in tasks for entry in task.get("by_position", [])]
+        return [_bucket(entry) for entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not what kvtrain eval --json writes ({error})") from error
+
+
+def _bucket(entry: dict[str, Any]) -> Bucket:
+    kept = entry["kept"]
+    return Bucket(int(entry["position"]), float(entry["loss"]), None if kept is None else float(kept))
+
+
+def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = ()) -> dict[str, Figure]:
+    """Every figure that these numbers allow, by the name of its file.
 
     Args:
         rows: Rows of ``metrics.csv``.
+        heads: Rows of ``head_compression.csv``.
+        positions: From ``eval.json``.
     """
     drawn = {
-        "loss": loss_figure(rows),
-        "compression": compression_figure(rows),
-        "learning_rate": learning_rate_figure(rows),
+        "loss": plots.loss_figure(rows),
+        "compression": plots.compression_figure(rows),
+        "layer_compression": plots.layer_figure(heads),
+        "head_compression": plots.head_figure(heads),
+        "perplexity_by_position": plots.perplexity_figure(positions),
+        "slots_by_position": plots.slots_figure(positions),
+        "learning_rate": plots.learning_rate_figure(rows),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -146,7 +204,7 @@ def render(run_name: str, found: dict[str, str], pictures: dict[str, bytes]) -> 
     """
     lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in found.items()]
     images = [
-        f'<img alt="{html.escape(name.replace("_", " "))} over the run"'
+        f'<img alt="{html.escape(name.replace("_", " "))}"'
         f' src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in pictures.items()
     ]

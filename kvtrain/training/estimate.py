@@ -1,5 +1,6 @@
 """What a recipe will cost, worked out without allocating a weight."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,27 +8,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvtrain.models.full import Full
+from kvtrain.cache.base import KVCache
+from kvtrain.cache.rows import Placement
 from kvtrain.models.host import retrofit
-from kvtrain.models.method import Method
+from kvtrain.models.method import Method, key_value_shape
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.rehearsal import base_config, full_precision_name, rehearse
 
-KV_BYTES = 2  # caches are served in half precision
-_MOMENTS = 2  # AdamW keeps two for each trained value
-# Bytes of a stored weight and of a computed activation, by Lightning's names of precisions.
-_PRECISIONS = {
-    "16-mixed": (4, 2),
-    "bf16-mixed": (4, 2),
-    "16-true": (2, 2),
-    "bf16-true": (2, 2),
-    "64-true": (8, 8),
-}
-_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one device holds while it trains, and what serving holds for each token.
+    """What one device holds while it trains, and what serving holds for a row.
 
     Attributes:
         model: Class of the host and the method in it.
@@ -35,14 +28,18 @@ class Estimate:
         trainable: Those that train.
         parameter_bytes: Weights as they are stored.
         gradient_bytes: Gradients of the trained ones.
-        optimizer_bytes: AdamW's two moments.
-        activation_bytes: Approximate, kept for the backward pass of one batch.
-        checkpointed_activation_bytes: Approximate, with ``activation_checkpointing``.
-        kv_bytes_before: Of one token in the host's cache, in half precision.
-        kv_bytes_after: With the method's compression; None where the method's settings alone do not tell.
+        optimizer_bytes: AdamW's state.
+        teacher_bytes: The second model of a distillation.
+        activation_bytes: What one batch's forward pass keeps for its backward pass.
+        temporary_bytes: What else exists when most is held, such as a chunk of logits.
+        peak_bytes: The sum of the six, in tensors; what allocators waste comes on top.
+        kv_bytes_before: A row of ``sequence_length`` tokens in the base's own cache, in half precision.
+        kv_bytes_after: The same row in the method's cache, pages and open segments included, where it compresses as
+            much as it aims at.
         batch_size: Rows a device.
         sequence_length: Tokens a row.
         precision: Of the trainer.
+        activation_checkpointing: Whether layers are recomputed.
     """
 
     model: str
@@ -51,20 +48,31 @@ class Estimate:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    teacher_bytes: int
     activation_bytes: int
-    checkpointed_activation_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
     kv_bytes_before: int
-    kv_bytes_after: float | None
+    kv_bytes_after: int
     batch_size: int
     sequence_length: int
     precision: str
+    activation_checkpointing: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return asdict(self)
 
 
-def estimate(module: TrainingModule, *, batch_size: int, sequence_length: int, precision: str | None) -> Estimate:
+def estimate(
+    module: TrainingModule,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    precision: str | int | None,
+    accelerator: str = "auto",
+    accumulate: int = 1,
+) -> Estimate:
     """Work out the cost of a training module without replicas or shards.
 
     Args:
@@ -72,32 +80,41 @@ def estimate(module: TrainingModule, *, batch_size: int, sequence_length: int, p
         batch_size: Rows a device.
         sequence_length: Tokens a row.
         precision: Lightning's name of it; None is ``32-true``.
+        accelerator: Lightning's name of it.
+        accumulate: Batches whose gradients are summed.
 
     Raises:
-        ValueError: The host's configuration cannot be had, or the method refuses it.
+        ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    config, name = module.host_config(), _ALIASES.get(str(precision), str(precision or "32-true"))
-    stored, computed = bytes_of_precision(name)
+    config, name = module.host_config(), full_precision_name(precision)
     model = meta_model(config, module.method)
     total, trainable = count_parameters(model)
-    whole, checkpointed = (
-        activation_bytes(config, batch_size, sequence_length, computed, checkpointing=flag) for flag in (False, True)
+    memory = rehearse(
+        module,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        precision=name,
+        accumulates=accumulate > 1,
+        on_cpu=accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()),
     )
-    before = kv_bytes_per_token(config)
+    lasting = memory.parameters + memory.gradients + memory.optimizer + memory.teacher + memory.activations
     return Estimate(
         model=f"{type(model).__name__} with {type(module.method).__name__}",
         parameters=total,
         trainable=trainable,
-        parameter_bytes=total * stored,
-        gradient_bytes=trainable * stored,
-        optimizer_bytes=_MOMENTS * trainable * stored,
-        activation_bytes=whole,
-        checkpointed_activation_bytes=checkpointed,
-        kv_bytes_before=before,
-        kv_bytes_after=compressed_kv_bytes(before, module.method),
+        parameter_bytes=memory.parameters,
+        gradient_bytes=memory.gradients,
+        optimizer_bytes=memory.optimizer,
+        teacher_bytes=memory.teacher,
+        activation_bytes=memory.activations,
+        temporary_bytes=memory.peak - lasting,
+        peak_bytes=memory.peak,
+        kv_bytes_before=sequence_length * kv_bytes_per_token(base_config(module)),
+        kv_bytes_after=cache_bytes(config, module.method, sequence_length),
         batch_size=batch_size,
         sequence_length=sequence_length,
         precision=name,
+        activation_checkpointing=module.activation_checkpointing,
     )
 
 
@@ -113,58 +130,31 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
-def bytes_of_precision(precision: str) -> tuple[int, int]:
-    """Bytes of a stored weight and of an activation."""
-    return _PRECISIONS.get(precision, (4, 4))
-
-
-def head_size(config: PreTrainedConfig) -> int:
-    """Numbers in one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, element_bytes: int = KV_BYTES) -> int:
+def kv_bytes_per_token(config: PreTrainedConfig) -> int:
     """Bytes that a full cache holds for one token: keys and values of every layer and key-value head."""
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * element_bytes)
+    heads, head_dim = key_value_shape(config)
+    return 2 * int(config.num_hidden_layers) * heads * head_dim * KV_DTYPE.itemsize
 
 
-def compressed_kv_bytes(before: int, method: Method) -> float | None:
-    """Bytes per token with the method; None where its settings alone do not say."""
-    if isinstance(method, Full):
-        return float(before)
-    compression = getattr(method, "compression", None)
-    return before / compression if compression else None
-
-
-def activation_bytes(
-    config: PreTrainedConfig, batch_size: int, sequence_length: int, element_bytes: int, *, checkpointing: bool
-) -> int:
-    """Roughly what the forward pass keeps for the backward pass; logits are never materialised.
-
-    A layer keeps its input, both normalised inputs and the middle of the residual (hidden each), queries and
-    attention output (heads), keys and values (key-value heads), and four gated-MLP intermediates.
+def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
+    """Bytes that a row takes in a method's cache, every head taken to keep the same share of its tokens.
 
     Args:
         config: The host.
-        batch_size: Rows.
-        sequence_length: Tokens a row.
-        element_bytes: Of one activation.
-        checkpointing: Whether layers are recomputed: then each keeps its input, and one at a time the rest.
+        method: Its ``compression``, where it has one, says how many tokens share a slot.
+        tokens: Of the row.
     """
-    hidden, size = config.hidden_size, head_size(config)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    layer = 4 * hidden + 2 * (heads + groups) * size + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept = layers * hidden + layer if checkpointing else layers * layer
-    return int((kept + 2 * hidden) * batch_size * sequence_length * element_bytes)
+    placement = Placement(KV_DTYPE)
+    cache = KVCache([method.cache_layer(index, config, placement) for index in range(config.num_hidden_layers)])
+    return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)
 
 
 def table_rows(figures: Estimate) -> list[tuple[str, str]]:
     """The lines that ``kvtrain estimate`` prints."""
-    after = figures.kv_bytes_after
-    served = "decided by training" if after is None else f"{after:,.0f} B ({figures.kv_bytes_before / after:.3g}x less)"
-    shape = f"{figures.batch_size} x {figures.sequence_length:,} tokens"
-    fixed = figures.parameter_bytes + figures.gradient_bytes + figures.optimizer_bytes
+    checkpointed = ", checkpointed" if figures.activation_checkpointing else ""
+    shape = f"{figures.batch_size} x {figures.sequence_length:,} tokens{checkpointed}"
+    teacher = [("teacher", readable(figures.teacher_bytes))] if figures.teacher_bytes else []
+    less = f", {figures.kv_bytes_before / figures.kv_bytes_after:.2f}x less"
     return [
         ("model", figures.model),
         ("parameters", f"{figures.parameters:,}"),
@@ -172,12 +162,17 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
         (f"weights ({figures.precision})", readable(figures.parameter_bytes)),
         ("gradients", readable(figures.gradient_bytes)),
         ("optimizer (AdamW)", readable(figures.optimizer_bytes)),
-        ("weights + gradients + optimizer", readable(fixed)),
-        (f"activations, approximate ({shape})", readable(figures.activation_bytes)),
-        ("activations, approximate, checkpointed", readable(figures.checkpointed_activation_bytes)),
-        ("KV bytes per token, before", f"{figures.kv_bytes_before:,} B"),
-        ("KV bytes per token, after", served),
+        *teacher,
+        (f"activations ({shape})", readable(figures.activation_bytes)),
+        ("temporary tensors", readable(figures.temporary_bytes)),
+        ("peak, all tensors", readable(figures.peak_bytes)),
+        (f"KV cache of {figures.sequence_length:,} tokens, before", _served(figures, figures.kv_bytes_before)),
+        (f"KV cache of {figures.sequence_length:,} tokens, after", _served(figures, figures.kv_bytes_after, less)),
     ]
+
+
+def _served(figures: Estimate, kv_bytes: int, remark: str = "") -> str:
+    return f"{readable(kv_bytes)} ({kv_bytes / figures.sequence_length:,.0f} B a token{remark})"
 
 
 def readable(size: float) -> str:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.cache.budget import ByteBudget, CacheFullError
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.pool import PagePool
@@ -26,9 +27,13 @@ def make_pool(budget=None):
     return PagePool(PAGE_SIZE, DIM, VALUE_DIM, Placement(torch.float64, budget=budget))
 
 
+def empty_store(budget=None):
+    return PagedStore(HEADS, DIM, PAGE_SIZE, Placement(torch.float64, budget=budget), VALUE_DIM)
+
+
 def make_store(budget=None, counts=((9, 2), (5, 0))):
     """Two rows of six pages."""
-    store = PagedStore(HEADS, DIM, PAGE_SIZE, Placement(torch.float64, budget=budget), VALUE_DIM)
+    store = empty_store(budget)
     store.admit(len(counts))
     append(store, counts)
     return store
@@ -118,10 +123,8 @@ def test_two_stores_share_a_budget_and_a_forgotten_one_leaves_it():
     assert budget.used == first.num_bytes() + second.num_bytes() and budget.left == ROOMY - budget.used
     budget.limit = budget.used + 5 * PAGE_BYTES
     before = state(second)
-    message = (
-        f"may take {6 * PAGE_BYTES + 6 * 2 * HEADS * 4:,} bytes more, but {budget.used:,} of a budget of {budget.limit:,} are in use: "
-        "free rows, feed fewer tokens at a time, or raise the budget"
-    )
+    needed = 6 * PAGE_BYTES + 2 * HEADS * 6 * 4  # and as many columns of the table
+    message = f"may take {needed:,} bytes more, but {budget.used:,} of a budget of {budget.limit:,} are in use: free"
     with pytest.raises(CacheFullError, match=message):
         append(second, [(24, 0), (0, 0)])
     assert same(before, state(second)) and isinstance(CacheFullError(), ValueError)
@@ -215,3 +218,46 @@ def test_what_was_announced_fits_all_stores_of_a_cache(counts, tokens, more):
     for store in layers:
         append(store, [(tokens, tokens)])
     assert budget.left >= 0
+
+
+class PagesAlone(KVCacheLayer):
+    """A layer that keeps pages and nothing else."""
+
+    def kv_tokens(self):
+        return self.stores[0].lengths
+
+
+def make_cache(budget=None, lengths=((90, 70), (66, 95), (80, 81))):
+    """Two rows, each of ``lengths`` in three layers that differ."""
+    cache = KVCache([PagesAlone(empty_store(budget)) for _ in lengths], budget)
+    cache.admit(2)
+    for layer, heads in zip(cache.layers, lengths, strict=True):
+        append(layer.stores[0], [heads, heads[::-1]])
+    return cache
+
+
+ROWS = {
+    "join": lambda cache: cache.join(make_cache(lengths=[(3, 200), (120, 4), (5, 5)])),
+    "select": lambda cache: cache.select_rows(torch.tensor([0, 1, 1, 0])),
+    "restore": lambda cache: cache.restore_row(1, make_cache(lengths=[(99, 99), (80, 200), (130, 80)]).snapshot_row(0)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_change_in_every_layer_of_a_cache_or_in_none(name):
+    """No layer may take spare pages that a later one needs."""
+    roomy = make_cache()
+    before = roomy.kv_bytes()
+    ROWS[name](roomy)
+    for left in range(0, roomy.kv_bytes() - before + 500, 50):
+        budget = ByteBudget(ROOMY)
+        cache = make_cache(budget)
+        budget.limit = budget.used + left
+        stores = [cache.layers[index].stores[0] for index in range(3)]
+        states = [state(store) for store in stores]
+        try:
+            ROWS[name](cache)
+            assert torch.equal(cache.kv_tokens(), roomy.kv_tokens())
+        except CacheFullError:
+            assert all(same(old, state(store)) for old, store in zip(states, stores, strict=True))
+        assert budget.left >= 0

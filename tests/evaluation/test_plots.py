@@ -2,10 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from kvtrain.evaluation.plots import Curve, compression_figure, learning_rate_figure, loss_figure
+from kvtrain.evaluation.plots import (
+    Bucket,
+    Curve,
+    compression_figure,
+    head_figure,
+    layer_figure,
+    learning_rate_figure,
+    loss_figure,
+    perplexity_figure,
+    slots_figure,
+    tokens_per_slot,
+)
 
 
 def line(figure: Figure, label: str) -> tuple[list[float], list[float]]:
@@ -98,3 +110,82 @@ def test_the_learning_rate_figure_starts_at_zero():
     assert (list(drawn.get_xdata()), list(drawn.get_ydata())) == ([9, 19], [1e-3, 5e-4])
     assert figure.axes[0].get_ylim()[0] == 0
     assert learning_rate_figure([{"step": 0, "loss": 1.0}]) is None
+
+
+def head_rows(step, fractions):
+    """Rows of ``head_compression.csv`` from a nested list, layer by layer."""
+    return [
+        {"step": step, "layer": layer, "head": head, "merged_fraction": fraction}
+        for layer, heads in enumerate(fractions)
+        for head, fraction in enumerate(heads)
+    ]
+
+
+def test_the_map_of_heads_draws_the_last_validation():
+    fractions = [[0.0, 0.5, 0.75], [0.9, 1.0, 0.96]]
+    figure = head_figure(head_rows(79, fractions) + head_rows(39, [[0.1, 0.1, 0.1]] * 2))
+    assert figure is not None
+    axes, scale = figure.axes[:2]
+    (image,) = axes.images
+    np.testing.assert_array_equal(image.get_array(), fractions)
+    assert image.get_clim() == (0, 1)
+    written = {(text.get_position()): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "1.0", (1, 0): "2.0", (2, 0): "4.0", (0, 1): "10", (1, 1): "inf", (2, 1): "25"}
+    assert axes.get_title("left") == "Compression of every head, step 79"
+    marks = dict(zip(scale.get_yticks(), [text.get_text() for text in scale.get_yticklabels()], strict=True))
+    assert (marks[0.5], marks[0.75]) == ("2", "4")
+
+
+def test_a_layer_that_decides_nothing_stays_empty():
+    figure = head_figure([{"step": 1, "layer": 2, "head": 0, "merged_fraction": 0.5}])
+    assert figure is not None
+    assert np.ma.getmaskarray(figure.axes[0].images[0].get_array()).tolist() == [[True], [True], [False]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2.0"]
+
+
+@pytest.mark.parametrize(("layers", "heads", "marks"), [(6, 8, 8), (8, 32, 16), (40, 40, 14)])
+def test_large_maps_are_marked_sparsely(layers, heads, marks):
+    figure = head_figure(head_rows(0, np.full((layers, heads), 0.5).tolist()))
+    assert figure is not None
+    assert len(figure.axes[0].get_xticks()) == marks
+    assert len(figure.axes[0].texts) == (layers * heads if heads <= 16 else 0)
+
+
+def test_every_layer_has_a_curve_of_the_mean_over_its_heads():
+    rows = head_rows(39, [[0.0, 0.5], [0.5, 0.5]]) + head_rows(79, [[0.25, 0.75], [0.6, 0.9]])
+    figure = layer_figure(rows)
+    assert figure is not None
+    assert line(figure, "layer 0") == ([39, 79], pytest.approx([1 / 0.75, 2.0]))
+    assert line(figure, "layer 1") == ([39, 79], pytest.approx([2.0, 4.0]))
+    assert line(figure, "all layers") == ([39, 79], pytest.approx([1 / 0.625, 1 / 0.375]))
+    shades = [drawn.get_color() for drawn in figure.axes[0].lines]
+    assert not np.allclose(shades[0], shades[1])
+    assert [int(mark) for mark in figure.axes[1].get_yticks()] == [0, 1]
+
+
+def test_a_run_without_heads_has_no_figures_of_them():
+    assert head_figure([]) is None
+    assert layer_figure([]) is None
+
+
+def test_tokens_per_slot():
+    assert [tokens_per_slot(fraction) for fraction in (0.0, 0.75, 1.0)] == [1.0, 4.0, math.inf]
+
+
+def test_perplexity_is_drawn_at_the_tokens_read():
+    figure = perplexity_figure([Bucket(64, math.log(8.0), 30.0), Bucket(128, math.log(5.0), None)])
+    assert figure is not None
+    (drawn,) = figure.axes[0].lines
+    assert list(drawn.get_xdata()) == [64, 128]
+    assert list(drawn.get_ydata()) == pytest.approx([8.0, 5.0])
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("tokens read", "perplexity")
+    assert perplexity_figure([Bucket(64, 1e4, None)]) is not None  # a model that has diverged
+    assert perplexity_figure([]) is None
+
+
+def test_slots_are_drawn_beside_those_of_a_full_cache():
+    figure = slots_figure([Bucket(64, 2.0, 30.0), Bucket(128, 2.0, 55.5), Bucket(192, 2.0, None)])
+    assert figure is not None
+    assert line(figure, "kept") == ([0, 64, 128], [0, 30.0, 55.5])
+    assert line(figure, "every token kept") == ([0, 64, 128], [0, 64, 128])
+    assert slots_figure([Bucket(64, 2.0, None)]) is None

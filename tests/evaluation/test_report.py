@@ -1,17 +1,27 @@
 """A run folder becomes pictures and one page; a damaged one becomes one line."""
 
 import base64
+import json
 import re
 
 import pytest
 
-from kvtrain.evaluation.report import facts, figures, load_rows, report_run
+from kvtrain.evaluation.plots import Bucket
+from kvtrain.evaluation.report import facts, figures, load_heads, load_positions, load_rows, report_run
 
 METRICS = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
 0,4.0,0.001,900,1.0,1.0,,
 1,3.0,0.001,1000,1.5,2.0,2.5,12.182
 2,2.0,0.0005,1100,1.9,2.0,,
 """
+HEADS = """step,layer,head,merged_fraction
+1,0,0,0.5
+1,0,1,0.25
+"""
+EVALUATION = [
+    {"task": "other", "model": "m"},
+    {"task": "perplexity", "model": "m", "by_position": [{"position": 64, "loss": 2.0, "targets": 9, "kept": 32.5}]},
+]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -32,6 +42,56 @@ def test_a_report_is_three_pictures_and_a_page(run):
         "report/report.html",
     ]
     assert all(path.read_bytes().startswith(PNG) for path in written[:3])
+
+
+def test_heads_and_positions_are_drawn_where_there_are_files_of_them(run):
+    (run / "head_compression.csv").write_text(HEADS)
+    (run / "eval.json").write_text(json.dumps(EVALUATION))
+    assert [path.stem for path in report_run(run)] == [
+        "loss",
+        "compression",
+        "layer_compression",
+        "head_compression",
+        "perplexity_by_position",
+        "slots_by_position",
+        "learning_rate",
+        "report",
+    ]
+    text = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<img alt="[a-z ]+" src="data:image/png;base64,', text)) == 7
+
+
+def test_what_the_files_beside_the_metrics_say(run):
+    assert (load_heads(run), load_positions(run)) == ([], [])
+    (run / "head_compression.csv").write_text(HEADS)
+    (run / "eval.json").write_text(json.dumps(EVALUATION))
+    assert load_heads(run)[1] == {"step": 1, "layer": 0, "head": 1, "merged_fraction": 0.25}
+    assert load_positions(run) == [Bucket(64, 2.0, 32.5)]
+    (run / "eval.json").write_text(json.dumps(EVALUATION[:1]))
+    assert load_positions(run) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("head_compression.csv", b"step,layer,head\n1,0,0\n"),
+        ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,half\n"),
+        ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,\n"),
+        ("head_compression.csv", b"step,layer\n0,\xff\xfe\n"),
+        ("eval.json", b"{"),
+        ("eval.json", b"\xff"),
+        ("eval.json", b"[1]"),
+        ("eval.json", b'[{"by_position": [{"position": 64}]}]'),
+        ("eval.json", b'[{"by_position": [{"position": "far", "loss": 1.0, "kept": null}]}]'),
+    ],
+)
+def test_damaged_files_beside_the_metrics_are_one_line(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged|not what kvtrain eval") as caught:
+        report_run(run)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(run / name) in str(caught.value)
+    assert not (run / "report").exists()
 
 
 def test_the_page_stands_alone_and_holds_the_same_pictures(run):

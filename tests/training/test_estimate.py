@@ -1,21 +1,19 @@
-"""The sums behind ``kvtrain estimate``, against numbers worked out by hand and against a built model."""
+"""The sums behind ``kvtrain estimate``, against numbers worked out by hand, built models and real caches."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import kvtrain
 from kvtrain.cli import main
 from kvtrain.models.dmc import DMC
 from kvtrain.models.full import Full
-from kvtrain.training import PretrainModule
+from kvtrain.training import PretrainModule, RetrofitModule
 from kvtrain.training.estimate import (
-    activation_bytes,
-    bytes_of_precision,
-    compressed_kv_bytes,
+    cache_bytes,
     count_parameters,
     estimate,
     kv_bytes_per_token,
@@ -24,6 +22,7 @@ from kvtrain.training.estimate import (
     table_rows,
 )
 from kvtrain.training.schedules import Phase
+from tests.hosts import make_host, random_ids
 
 SIZES = {
     "vocab_size": 50,
@@ -34,6 +33,14 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
+PHASES = [Phase("a", 3, 1e-3)]
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A folder with a configuration and nothing else."""
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "host")
+    return str(tmp_path / "host")
 
 
 def hand_count(tied: bool) -> int:
@@ -59,47 +66,83 @@ def test_frozen_parameters_do_not_train():
 
 
 def test_kv_bytes_of_a_token():
+    assert kv_bytes_per_token(LlamaConfig(**SIZES)) == 2 * 3 * 2 * 8 * 2
+
+
+def real_cache_bytes(method, tokens):
+    """What a served model's cache has allocated after one row, and the bytes of a page for every head."""
+    model = kvtrain.retrofit(make_host(layers=3, dtype=torch.bfloat16), method)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(random_ids(1, tokens), past_key_values=cache)
+    pages = [layer.pages for layer in cache.layers]
+    return cache.kv_bytes(), sum(store.num_heads * store.pool.page_bytes for store in pages)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 500])
+def test_a_full_cache_is_foretold_exactly(tokens):
+    config = make_host(layers=3).config
+    assert cache_bytes(config, Full(), tokens) == real_cache_bytes(Full(), tokens)[0]
+
+
+@pytest.mark.parametrize("tokens", [200, 777])
+@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize("compression", [1.7, 4.0])
+def test_a_compressed_cache_is_foretold_to_a_page_a_head(tokens, page_size, compression):
+    method = DMC(compression=compression, page_size=page_size, decisions="random")
+    measured, page = real_cache_bytes(method, tokens)
+    assert abs(cache_bytes(make_host(layers=3).config, method, tokens) - measured) <= page
+
+
+def test_open_segments_count():
+    """Of one row: window - 1 unrotated keys and values in bfloat16 with float32 importances, in 3 layers of 2 heads."""
     config = LlamaConfig(**SIZES)
-    assert kv_bytes_per_token(config) == 2 * 3 * 2 * 8 * 2
-    assert kv_bytes_per_token(config, element_bytes=4) == 2 * 3 * 2 * 8 * 4
-    assert compressed_kv_bytes(192, Full()) == 192
-    assert compressed_kv_bytes(192, SimpleNamespace(compression=8.0)) == 24
-    assert compressed_kv_bytes(192, SimpleNamespace()) is None
+    short, long = (cache_bytes(config, DMC(window=window), 100) for window in (1, 12))
+    assert long - short == 3 * 2 * 11 * (2 * 8 * 2 + 4)
 
 
-def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
-    config = LlamaConfig(**SIZES)
-    one = activation_bytes(config, 1, 10, 2, checkpointing=False)
-    assert one == (3 * (4 * 16 + 2 * 6 * 8 + 4 * 24) + 2 * 16) * 10 * 2
-    assert activation_bytes(config, 3, 20, 4, checkpointing=False) == one * 12
-    checkpointed = activation_bytes(config, 1, 10, 2, checkpointing=True)
-    assert checkpointed == (3 * 16 + (4 * 16 + 2 * 6 * 8 + 4 * 24) + 2 * 16) * 10 * 2
-    assert checkpointed < one
-
-
-@pytest.mark.parametrize(
-    ("precision", "sizes"),
-    [("bf16-mixed", (4, 2)), ("bf16-true", (2, 2)), ("32-true", (4, 4)), ("64-true", (8, 8)), ("unheard-of", (4, 4))],
-)
-def test_bytes_of_a_precision(precision, sizes):
-    assert bytes_of_precision(precision) == sizes
-
-
-@pytest.mark.parametrize(("precision", "weight"), [("bf16", 4), ("bf16-true", 2), (None, 4), (16, 4)])
-def test_an_estimate_adds_up(tmp_path, precision, weight):
-    LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    module = PretrainModule(str(tmp_path), phases=[Phase("a", 3, 1e-3)])
+@pytest.mark.parametrize(("precision", "weight"), [("bf16", 4), ("bf16-true", 2), (None, 4), (16, 4), ("64-true", 8)])
+def test_an_estimate_adds_up(host, precision, weight):
+    module = PretrainModule(host, phases=PHASES)
     module.method = DMC(compression=4.0)
-    figures = estimate(module, batch_size=2, sequence_length=10, precision=precision)
+    figures = estimate(module, batch_size=2, sequence_length=10, precision=precision, accelerator="cpu")
     count = hand_count(tied=False)
     assert figures.model == "KVLlamaForCausalLM with DMC"
     assert figures.parameters == figures.trainable == count
     assert figures.parameter_bytes == figures.gradient_bytes == count * weight
-    assert figures.optimizer_bytes == 2 * count * weight
-    assert (figures.kv_bytes_before, figures.kv_bytes_after) == (192, 48)
+    assert figures.optimizer_bytes == 2 * count * weight + 4 * (2 + 1 + 3 * 9)  # a counter for every parameter
+    parts = ("parameter", "gradient", "optimizer", "teacher", "activation", "temporary")
+    assert figures.peak_bytes == sum(getattr(figures, f"{part}_bytes") for part in parts)
+    assert figures.teacher_bytes == 0 < figures.temporary_bytes
+    assert figures.kv_bytes_before == 10 * 192
+    assert not hasattr(module, "model")
+
+
+def test_an_estimate_reads_well(host):
+    module = RetrofitModule(
+        host, DMC(page_size=4, window=1), distill=True, phases=PHASES, activation_checkpointing=True
+    )
+    figures = estimate(module, batch_size=2, sequence_length=1000, precision="bf16-mixed")
     rows = dict(table_rows(figures))
-    assert rows["KV bytes per token, after"] == "48 B (4x less)"
-    assert rows["parameters"] == f"{count:,}"
+    assert rows["parameters"] == f"{hand_count(tied=False):,}"
+    assert rows["KV cache of 1,000 tokens, before"] == "187.5 KiB (192 B a token)"
+    assert figures.kv_bytes_after == 3 * 2 * (63 * (4 * 2 * 8 * 2 + 4) + 8) + 8  # 63 pages, their table, counters
+    assert rows["KV cache of 1,000 tokens, after"] == "48.8 KiB (50 B a token, 3.84x less)"
+    assert rows["activations (2 x 1,000 tokens, checkpointed)"] == readable(figures.activation_bytes)
+    assert rows["teacher"] == readable(figures.teacher_bytes)
+
+
+def test_converted_heads_count_after_and_not_before(host):
+    module = RetrofitModule(host, num_key_value_heads=1, distill=True, phases=PHASES)
+    figures = estimate(module, batch_size=1, sequence_length=32, precision=None)
+    assert figures.kv_bytes_before == 32 * 192
+    assert figures.kv_bytes_after == 3 * (32 * 2 * 8 * 2 + 4 + 8) + 8  # a page, its number, a length; a row's position
+    assert hand_count(tied=False) - figures.parameters == 3 * 2 * 16 * 8
+
+
+def test_an_unknown_precision_is_refused(host):
+    with pytest.raises(ValueError, match=r"precision 'fp4'; there are 16-mixed, .*64-true"):
+        estimate(PretrainModule(host, phases=PHASES), batch_size=1, sequence_length=8, precision="fp4")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +158,8 @@ def test_the_command_prints_json_and_a_table(capsys, monkeypatch):
     assert main([*recipe, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["batch_size"], figures["sequence_length"], figures["precision"]) == (3, 1024, "bf16-mixed")
-    assert figures["kv_bytes_before"] == 2 * 6 * 8 * 32 * 2
+    assert figures["kv_bytes_before"] == 1024 * 2 * 6 * 8 * 32 * 2
     assert main(recipe) == 0
-    assert f"{figures['parameters']:,}" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert f"{figures['parameters']:,}" in captured.out
+    assert "runs on" not in captured.err

@@ -18,6 +18,7 @@ from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
+from kvtrain.losses.compression import free_to_merge
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
@@ -174,7 +175,8 @@ class DMCAttention(HostAttention):
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
         logits, importance = self._borrow(query, key, positions, step)
-        never = _segment_starts(logits, documents)
+        one_document = torch.ones_like(logits[:, 0], dtype=torch.long)
+        never = ~free_to_merge(one_document if documents is None else documents)[:, None]
         decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
         angles = _without_borrowed_channel(angles)
@@ -255,21 +257,3 @@ def _without_borrowed_channel(angles: Angles) -> Angles:
 def _next_token(values: Tensor) -> Tensor:
     """What the following token says of each token ``(B, H, T)``; the last hears nothing (P4)."""
     return torch.nn.functional.pad(values[..., 1:], (0, 1))
-
-
-def _segment_starts(logits: Tensor, documents: Tensor | None) -> Tensor:
-    """Tokens that must append: the first of a document, padding, and what follows padding.
-
-    Args:
-        logits: ``(B, H_kv, T)``.
-        documents: ``(B, T)``, 0 for padding; None is one document.
-
-    Returns:
-        ``(B, H_kv, T)``.
-    """
-    starts = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    if documents is not None:
-        starts[..., 1:] = (documents[:, 1:] != documents[:, :-1])[:, None]
-        starts |= (documents == 0)[:, None]
-    starts[..., 0] = True
-    return starts

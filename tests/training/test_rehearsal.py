@@ -1,0 +1,145 @@
+"""A rehearsed step costs what a real one costs: tensor for tensor, and in the memory of a real process."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kvtrain.models.dmc import DMC
+from kvtrain.training import DMCModule, Phase, RetrofitModule, rehearsal
+from kvtrain.training.estimate import estimate
+from kvtrain.training.rehearsal import MemoryMeter, rehearse
+from tests.training.memory_worker import STATUS, build_module
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VOCAB, LAYERS, ROWS, LENGTH = 30, 2, 2, 64
+PHASES = [Phase("zero_out", 2, 1e-3), Phase("retrofit", 3, 1e-3)]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """A folder with a configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("host")
+    LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=LAYERS, **SIZES).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_meter_counts_storages_from_birth_to_death():
+    with MemoryMeter() as meter:
+        first = torch.zeros(100)
+        view = first.view(10, 10)[2:]
+        view.add_(1)
+        assert (meter.live, meter.peak) == (400, 400)
+        second = torch.cat([first, first])
+        assert (meter.live, meter.peak) == (1200, 1200)
+        del first, second
+        assert meter.live == 400  # the view holds it
+        del view
+        assert (meter.live, meter.peak) == (0, 1200)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_fake_tensors_cost_what_real_ones_cost(host, monkeypatch, precision, checkpointing):
+    """Every byte of every figure: the same step once without and once with values."""
+    module = DMCModule(host, DMC(), distill=True, phases=PHASES, activation_checkpointing=checkpointing)
+    settings = {"batch_size": ROWS, "sequence_length": LENGTH, "precision": precision}
+    fake = rehearse(module, **settings)
+    monkeypatch.setattr(rehearsal, "_without_values", contextlib.nullcontext)
+    assert fake == rehearse(module, **settings)
+    assert fake.activations > 10_000
+
+
+def test_a_teacher_is_a_second_base(host):
+    module = RetrofitModule(host, num_key_value_heads=1, distill=True, phases=PHASES)
+    memory = rehearse(module, batch_size=ROWS, sequence_length=LENGTH, precision="bf16-true")
+    converted = LAYERS * 2 * 32 * 8
+    angles = 2 * (8 // 2) * 4
+    assert memory.teacher == 2 * memory.parameters + 4 * converted + angles  # in float32, whatever the student is
+    assert rehearse(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=8).teacher == 0
+
+
+def test_what_the_device_and_accumulation_change(host):
+    module = RetrofitModule(host, phases=PHASES, activation_checkpointing=True)
+    settings = {"batch_size": ROWS, "sequence_length": LENGTH}
+    plain, summed = rehearse(module, **settings), rehearse(module, **settings, accumulates=True)
+    assert 0 < summed.peak - plain.peak <= plain.gradients  # the backward pass finds gradients in place
+
+    module = RetrofitModule(host, phases=PHASES)
+    plain, elsewhere = rehearse(module, **settings), rehearse(module, **settings, on_cpu=False)
+    assert plain.activations - elsewhere.activations == LAYERS * ROWS * LENGTH * LENGTH * 4  # masks of packed rows
+
+
+def test_an_optimiser_that_updates_all_at_a_time_may_be_the_peak(host):
+    memory = rehearse(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=2, on_cpu=False)
+    held = memory.parameters + memory.gradients + memory.optimizer
+    angles, undecayed = 2 * (8 // 2) * 4, 4 * (VOCAB * 32 + (2 * LAYERS + 1) * 32)
+    assert memory.peak == held + angles + memory.parameters - undecayed  # a root for every decayed parameter
+
+
+def measure(folder, case):
+    """Bytes that a real training takes, in a process whose allocator keeps nothing that is freed."""
+    shape = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    for name, sizes in (
+        ("small", {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}),
+        ("large", {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256}),
+    ):
+        AutoModelForCausalLM.from_config(LlamaConfig(**shape, **sizes)).save_pretrained(folder / name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.training.memory_worker"]
+    command += [str(folder / "small"), str(folder / "large"), json.dumps(case)]
+    result = subprocess.run(command, capture_output=True, check=False, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])
+
+
+CASES = [
+    pytest.param(method, precision, checkpointing, id=f"{method}-{precision}{'-checkpointed' if checkpointing else ''}")
+    for method in ("full", "dmc")
+    for precision in ("32-true", "bf16-mixed")
+    for checkpointing in (False, True)
+]
+
+
+def check_against_a_process(folder, method, precision, checkpointing, rows, accumulate=1):
+    settings = {"method": method, "distill": method == "dmc", "activation_checkpointing": checkpointing}
+    shape = {"rows": rows, "length": 512, "precision": precision, "accumulate": accumulate}
+    measured = measure(folder, {**settings, **shape})
+    assert measured > 200 * 2**20  # tensors dominate
+    figures = estimate(
+        build_module(str(folder / "large"), **settings),
+        batch_size=rows,
+        sequence_length=512,
+        precision=precision,
+        accelerator="cpu",
+        accumulate=accumulate,
+    )
+    assert figures.peak_bytes == pytest.approx(measured, rel=0.15)
+
+
+linux = pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux' account of a process's memory")
+
+
+@linux
+def test_a_training_takes_the_memory_that_was_foretold(tmp_path):
+    check_against_a_process(tmp_path, "dmc", "bf16-mixed", False, rows=8)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "precision", "checkpointing"), CASES)
+def test_trainings_take_the_memory_that_was_foretold(tmp_path, method, precision, checkpointing):
+    check_against_a_process(tmp_path, method, precision, checkpointing, rows=28 if checkpointing else 12)
+
+
+@linux
+@pytest.mark.slow
+def test_accumulated_gradients_take_the_memory_that_was_foretold(tmp_path):
+    check_against_a_process(tmp_path, "full", "32-true", True, rows=28, accumulate=2)
