@@ -45,6 +45,7 @@ class TrainingModule(pl.LightningModule):
         self.schedule = Schedule(phases)
         self.weight_decay, self.betas, self.seed = weight_decay, betas, seed
         self.activation_checkpointing = activation_checkpointing
+        self._last_step: int | None = None  # of this process' training
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
@@ -63,8 +64,14 @@ class TrainingModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable()
 
     def place(self) -> Place:
-        """Where the current optimiser step lies."""
-        return self.schedule.place(self.global_step)
+        """Where the current optimiser step lies; while validating, the one whose batches the model saw last.
+
+        A phase opens with its first batch: until then the model is still that of the phase before.
+        """
+        return self.schedule.place(self._seen_step() if self.trainer.validating else self.global_step)
+
+    def _seen_step(self) -> int:
+        return max(0, self.global_step - 1) if self._last_step is None else self._last_step
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """What the model is told beyond the tokens; subclasses add to it."""
@@ -128,6 +135,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Open a phase at its first optimiser step."""
+        self._last_step = self.global_step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if first and self.schedule.is_boundary(self.global_step):
             self.begin_phase(self.place().phase)

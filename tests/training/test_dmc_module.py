@@ -49,6 +49,8 @@ class RowsData(pl.LightningDataModule):
 
         return PackedLoader(self.rows, self.batch_size, seed=0, window=self.trainer.accumulate_grad_batches)
 
+    val_dataloader = train_dataloader
+
 
 def train(module, rows, folder, steps, batch_size=4, accumulate=1, **settings):
     trainer = pl.Trainer(
@@ -60,6 +62,7 @@ def train(module, rows, folder, steps, batch_size=4, accumulate=1, **settings):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        num_sanity_val_steps=0,
         **settings,
     )
     trainer.fit(module, RowsData(rows, batch_size))
@@ -197,3 +200,24 @@ def test_distillation_learns_from_the_untouched_base(base, rows, tmp_path):
     assert sum(history[:5]) > 5e-4 and sum(history[-5:]) < 0.7 * sum(history[:5])
     assert not [name for name in module.state_dict() if "teacher" in name]
     assert len(trainer.optimizers[0].param_groups) == 2
+
+
+def test_validation_measures_the_model_that_is(base, rows, tmp_path):
+    """A phase opens with its first batch: looking before that must not speak of the next phase."""
+    seen = []
+
+    class Watched(DMCModule):
+        def on_validation_epoch_start(self):
+            super().on_validation_epoch_start()
+            zeroed = all(
+                bool((parameter[rows] == 0).all())
+                for layer in self.model.model.layers
+                for parameter, rows in layer.self_attn.borrowed_rows()
+            )
+            seen.append((self.place().phase.name, zeroed))
+
+    module = Watched(base, DMC(), phases=phases(2, 2, 0))
+    look = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    train(module, rows, tmp_path, 4, accumulate=2, **look)
+    assert seen[:4] == [("zero_out", False)] * 4
+    assert [name for name, _ in seen[4:]] == ["retrofit"] * 4 and seen[4][1]
