@@ -191,8 +191,9 @@ class KVCache(Cache):
         Raises:
             CacheFullError: The budget does not allow them; nothing has changed.
         """
-        self._require(other.kv_bytes(), f"{other.num_rows} joining rows")
-        for mine, theirs in zip(self._stores, other._stores, strict=True):
+        pairs = list(zip(self._stores, other._stores, strict=True))
+        self._require(sum(mine.bytes_to_join(theirs) for mine, theirs in pairs), f"{other.num_rows} joining rows")
+        for mine, theirs in pairs:
             mine.join(theirs)
         self.seen = max(self.seen, other.seen)
 

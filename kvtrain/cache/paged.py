@@ -91,8 +91,7 @@ class PagedStore(RowStore):
     def join(self, other: Self) -> None:
         """See ``RowStore``."""
         before, pages = self.num_rows, other.table[other.table >= 0]
-        columns = max(self.table.shape[2], other.table.shape[2])
-        self._require(self.pool.bytes_for(pages.numel()) + self._table_bytes(before + other.num_rows, columns))
+        self._require(self.bytes_to_join(other))
         self.admit(other.num_rows)
         self._widen(other.table.shape[2])
         self.lengths[before:] = other.lengths.to(self.lengths.device)
@@ -149,6 +148,12 @@ class PagedStore(RowStore):
         fresh = int(self._copies(indices).sum()) - self._dropped(indices).numel()
         return self.pool.bytes_for(fresh) + self._table_bytes(indices.numel(), self.table.shape[2])
 
+    def bytes_to_join(self, other: Self) -> int:
+        """See ``RowStore``."""
+        columns = max(self.table.shape[2], other.table.shape[2])
+        fresh = int((other.table >= 0).sum())
+        return self.pool.bytes_for(fresh) + self._table_bytes(self.num_rows + other.num_rows, columns)
+
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
         """See ``RowStore``."""
         columns = max(self.table.shape[2], snapshot["owned"].shape[-1])
@@ -195,8 +200,7 @@ class PagedStore(RowStore):
         if not pages.numel():
             return
         keys, values = keys[pages], values[pages]
-        owned = int(_pages(self.lengths, self.page_size).sum())
-        fresh = self.pool.take(pages.numel(), self._spare(self.lengths, owned))
+        fresh = self.pool.take(pages.numel(), spare=0)  # no more than was announced, for the sake of other layers
         self.pool.keys[fresh], self.pool.values[fresh] = keys.to(self.pool.keys), values.to(self.pool.values)
         self.table[places] = fresh
 

@@ -82,6 +82,10 @@ class RowStore(ABC):
     def bytes_to_select(self, indices: Tensor) -> int:
         """Bytes by which ``select_rows(indices)`` grows the store; 0 where it shrinks."""
 
+    @abstractmethod
+    def bytes_to_join(self, other: Self) -> int:
+        """Bytes by which ``join(other)`` grows the store."""
+
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
         """Bytes by which ``restore_row`` grows the store."""
         return 0

@@ -82,6 +82,10 @@ class StateStore(RowStore):
         """See ``RowStore``."""
         return max(0, self.bytes_for(0, indices.numel() - self._rows))
 
+    def bytes_to_join(self, other: Self) -> int:
+        """See ``RowStore``."""
+        return self.bytes_for(0, other.num_rows)
+
     def _append(self, rows: Mapping[str, Tensor], count: int) -> None:
         self._require(self.bytes_for(0, count))
         self._state = {name: torch.cat([tensor, rows[name]]) for name, tensor in self._state.items()}

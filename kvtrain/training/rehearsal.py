@@ -199,6 +199,7 @@ def _twin(module: TrainingModule) -> Any:
     # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
     twin.trainer = SimpleNamespace(
         global_step=0,
+        validating=False,
         max_steps=module.schedule.total_steps,
         accumulate_grad_batches=1,
         world_size=1,

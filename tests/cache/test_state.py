@@ -106,7 +106,10 @@ class RowMachine(RuleBasedStateMachine):
     def restore_row(self, data, elsewhere):
         """Also into a row that never was this one, and into another store."""
         store, rows = self.filled(data, 1) if elsewhere else (self.store, self.rows)
-        self.restore(store, rows, data.draw(st.integers(0, len(rows) - 1)), data.draw(st.sampled_from(self.snapshots)))
+        row, snapshot = data.draw(st.integers(0, len(rows) - 1)), data.draw(st.sampled_from(self.snapshots))
+        if not elsewhere:
+            self.take_snapshot(row)  # of what is about to go
+        self.restore(store, rows, row, snapshot)
 
     @rule(data=st.data())
     def reset(self, data):
