@@ -164,7 +164,13 @@ class KVCache(Cache):
 
         Returns:
             Their numbers.
+
+        Raises:
+            ValueError: ``count`` is negative.
+            CacheFullError: The budget does not allow them.
         """
+        if count < 0:
+            raise ValueError(f"cannot admit {count} rows; free_rows and select_rows drop some")
         first = self.num_rows
         self._require(self.bytes_for(0, count), f"{count} new rows")
         for store in self._stores:
@@ -172,7 +178,13 @@ class KVCache(Cache):
         return range(first, first + count)
 
     def select_rows(self, indices: Tensor) -> None:
-        """Keep, repeat, reorder or drop rows: the new row ``i`` is the old row ``indices[i]``, ``(B_new,)``."""
+        """Keep, repeat, reorder or drop rows: the new row ``i`` is the old row ``indices[i]``, ``(B_new,)``.
+
+        Raises:
+            ValueError: There is no such row.
+            CacheFullError: The budget does not allow the repeated ones; nothing has changed.
+        """
+        self._check_rows(indices.tolist())
         if torch.equal(indices, torch.arange(self.num_rows, device=indices.device)):
             return
         if self.budget is not None:
@@ -181,7 +193,12 @@ class KVCache(Cache):
             store.select_rows(indices)
 
     def free_rows(self, rows: Sequence[int]) -> None:
-        """Drop rows and give their memory back; later rows move up."""
+        """Drop rows and give their memory back; later rows move up.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        self._check_rows(rows)
         kept = [row for row in range(self.num_rows) if row not in set(rows)]
         self.select_rows(torch.tensor(kept, dtype=torch.long, device=self.tokens.device))
 
@@ -189,8 +206,11 @@ class KVCache(Cache):
         """Copy the rows of another cache of the same model to the end, as they stand.
 
         Raises:
+            ValueError: The other cache is this one.
             CacheFullError: The budget does not allow them; nothing has changed.
         """
+        if other is self:
+            raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
         pairs = list(zip(self._stores, other._stores, strict=True))
         self._require(sum(mine.bytes_to_join(theirs) for mine, theirs in pairs), f"{other.num_rows} joining rows")
         for mine, theirs in pairs:
@@ -198,7 +218,12 @@ class KVCache(Cache):
         self.seen = max(self.seen, other.seen)
 
     def snapshot_row(self, row: int) -> CacheSnapshot:
-        """A copy of one row, to go back to."""
+        """A copy of one row, to go back to.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        self._check_rows([row])
         return CacheSnapshot([store.snapshot_row(row) for store in self._stores], self.seen)
 
     def restore_row(self, row: int, snapshot: CacheSnapshot) -> None:
@@ -206,7 +231,12 @@ class KVCache(Cache):
 
         A cache of one row also counts again from there. In one of several rows the logical length stays, and the
         row's own position goes back.
+
+        Raises:
+            ValueError: There is no such row.
+            CacheFullError: The budget does not allow it; nothing has changed.
         """
+        self._check_rows([row])
         pairs = list(zip(self._stores, snapshot.stores, strict=True))
         self._require(sum(store.bytes_to_restore(row, state) for store, state in pairs), "a snapshot")
         for store, state in pairs:
@@ -251,6 +281,10 @@ class KVCache(Cache):
             ValueError: Always.
         """
         _refuse("this cache cannot be cropped (assisted decoding does that); use snapshot_row and restore_row")
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        if absent := [row for row in rows if not 0 <= row < self.num_rows]:
+            raise ValueError(f"there is no row {absent[0]}; this cache has {self.num_rows}, counted from 0")
 
     def _require(self, num_bytes: int, purpose: str) -> None:
         """Ask the budget before any store changes, so that no layer is ahead of another.

@@ -33,6 +33,10 @@ class ByteBudget:
         self.limit = limit
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
 
+    def __deepcopy__(self, _: dict[int, object]) -> "ByteBudget":
+        """A copied cache shares the budget."""
+        return self
+
     def register(self, holder: Holder) -> None:
         """Count a store's bytes."""
         self._holders.add(holder)

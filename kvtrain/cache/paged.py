@@ -60,6 +60,8 @@ class PagedStore(RowStore):
         Raises:
             CacheFullError: The byte budget does not allow the pages; nothing was written.
         """
+        if not keep.numel():
+            return
         self._reserve(torch.maximum(self.lengths, torch.where(keep, slots + 1, 0).amax(-1)))
         row, head, entry = keep.nonzero(as_tuple=True)
         slot = slots[row, head, entry]
@@ -80,18 +82,20 @@ class PagedStore(RowStore):
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
-        dropped, copies = self._dropped(indices), self._copies(indices)
         self._require(self.bytes_to_select(indices))
-        table = self.table[indices]
+        absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
+        absent[indices] = False
+        dropped, table = self.table[absent], self.table[indices]
+        copies = (table >= 0) & _seen_before(indices)[:, None, None]
         self.lengths, self.table = self.lengths[indices], table
-        self.pool.release(dropped)
+        self.pool.release(dropped[dropped >= 0])
         self._move_in(copies, self.pool.keys, self.pool.values, table[copies])
         self._trim()
 
     def join(self, other: Self) -> None:
         """See ``RowStore``."""
-        before, pages = self.num_rows, other.table[other.table >= 0]
         self._require(self.bytes_to_join(other))
+        before, pages = self.num_rows, other.table[other.table >= 0]
         self.admit(other.num_rows)
         self._widen(other.table.shape[2])
         self.lengths[before:] = other.lengths.to(self.lengths.device)
@@ -113,9 +117,8 @@ class PagedStore(RowStore):
 
     def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
         """See ``RowStore``."""
-        held = self.table[row][self.table[row] >= 0]
         self._require(self.bytes_to_restore(row, snapshot))
-        self.pool.release(held)
+        self.pool.release(self.table[row][self.table[row] >= 0])
         self.table[row] = -1
         self.lengths[row] = snapshot["lengths"]
         self._widen(snapshot["owned"].shape[-1])
@@ -135,46 +138,31 @@ class PagedStore(RowStore):
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        needed = _pages(torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens, self.page_size)
-        owned = _pages(self.lengths, self.page_size)
-        columns = max(self.table.shape[2], int(needed.max()) if needed.numel() else 0)
-        fresh = int(needed.sum() - owned.sum())
-        grown = self.pool.bytes_for(fresh)
-        spare = self.pool.spare_bytes() if grown else 0
-        return grown + spare + self._table_bytes(self.num_rows + rows, columns)
+        lengths = torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens
+        grows = int(_pages(lengths, self.page_size).sum()) > self.pool.num_pages
+        return self._bytes_to_hold(lengths) + (self.pool.spare_bytes() if grows else 0)
 
     def bytes_to_select(self, indices: Tensor) -> int:
         """See ``RowStore``."""
-        fresh = int(self._copies(indices).sum()) - self._dropped(indices).numel()
-        return self.pool.bytes_for(fresh) + self._table_bytes(indices.numel(), self.table.shape[2])
+        return self._bytes_to_hold(self.lengths[indices])
 
     def bytes_to_join(self, other: Self) -> int:
         """See ``RowStore``."""
-        columns = max(self.table.shape[2], other.table.shape[2])
-        fresh = int((other.table >= 0).sum())
-        return self.pool.bytes_for(fresh) + self._table_bytes(self.num_rows + other.num_rows, columns)
+        return self._bytes_to_hold(torch.cat([self.lengths, other.lengths.to(self.lengths.device)]))
 
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
         """See ``RowStore``."""
-        columns = max(self.table.shape[2], snapshot["owned"].shape[-1])
-        fresh = snapshot["keys"].shape[0] - int((self.table[row] >= 0).sum())
-        return self.pool.bytes_for(fresh) + self._table_bytes(self.num_rows, columns)
+        lengths = self.lengths.clone()
+        lengths[row] = snapshot["lengths"]
+        return self._bytes_to_hold(lengths)
 
-    def _dropped(self, indices: Tensor) -> Tensor:
-        """Pages of the rows that ``indices`` leaves out."""
-        absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
-        absent[indices] = False
-        return self.table[absent][self.table[absent] >= 0]
-
-    def _copies(self, indices: Tensor) -> Tensor:
-        """Which places of the table after ``select_rows`` need a page of their own, ``(B_new, H, P)``."""
-        return (self.table[indices] >= 0) & _seen_before(indices)[:, None, None]
-
-    def _table_bytes(self, rows: int, columns: int) -> int:
-        """Bytes by which lengths and table grow; 0 where they shrink."""
-        entries = rows * self.num_heads * columns - self.table.numel()
-        lengths = rows * self.num_heads - self.lengths.numel()
-        return max(0, entries * self.table.element_size() + lengths * self.lengths.element_size())
+    def _bytes_to_hold(self, lengths: Tensor) -> int:
+        """Bytes of pages and table for ``lengths (B, H)`` slots besides those that are here; 0 where they shrink."""
+        needed = _pages(lengths, self.page_size)
+        columns = int(needed.max()) if needed.numel() else 0
+        table = lengths.numel() * (columns * self.table.element_size() + lengths.element_size())
+        more_pages = max(0, int(needed.sum()) - self.pool.num_pages)
+        return more_pages * self.pool.page_bytes + max(0, table - self.table.nbytes - self.lengths.nbytes)
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
@@ -182,9 +170,8 @@ class PagedStore(RowStore):
         owned = _pages(self.lengths, self.page_size)
         count = int((needed - owned).sum())
         if count:
-            columns = max(self.table.shape[2], int(needed.max()))
-            self._require(self.pool.bytes_for(count) + self._table_bytes(self.num_rows, columns))
-            self._widen(columns)
+            self._require(self._bytes_to_hold(lengths))
+            self._widen(int(needed.max()))
             pages = self.pool.take(count, self._spare(lengths, int(needed.sum())))
             column = torch.arange(self.table.shape[2], device=lengths.device)
             missing = (column < needed.unsqueeze(-1)) & (self.table < 0)
@@ -200,7 +187,7 @@ class PagedStore(RowStore):
         if not pages.numel():
             return
         keys, values = keys[pages], values[pages]
-        fresh = self.pool.take(pages.numel(), spare=0)  # no more than was announced, for the sake of other layers
+        fresh = self.pool.take(pages.numel(), spare=0)  # a later layer may need what the budget has left
         self.pool.keys[fresh], self.pool.values[fresh] = keys.to(self.pool.keys), values.to(self.pool.values)
         self.table[places] = fresh
 

@@ -48,10 +48,6 @@ class PagePool:
         pages, self.free = self.free[:count], self.free[count:]
         return torch.tensor(pages, dtype=torch.int, device=self.keys.device)
 
-    def bytes_for(self, count: int) -> int:
-        """Bytes by which the pool must grow for ``count`` pages more."""
-        return max(0, count - len(self.free)) * self.page_bytes
-
     def spare_bytes(self) -> int:
         """Bytes of spare pages that it may take besides, when it grows."""
         return self.num_pages // _GROWTH * self.page_bytes

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class RowStore(ABC):
         self.placement = placement
         if placement.budget is not None:
             placement.budget.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy counts with the budget, too."""
+        self.__dict__.update(state)
+        if self.placement.budget is not None:
+            self.placement.budget.register(self)
 
     @property
     @abstractmethod

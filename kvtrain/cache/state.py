@@ -30,7 +30,7 @@ class StateStore(RowStore):
         return self._state[name]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        """Replace a tensor; ``value`` is detached, and copied if it is part of something larger.
+        """Replace a tensor; ``value`` is the store's from now on, detached, and copied if part of something larger.
 
         Raises:
             ValueError: The shape is not that of the state.

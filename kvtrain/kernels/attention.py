@@ -59,11 +59,7 @@ def attention(
     Raises:
         ValueError: Head counts or visibility do not fit, or the backend cannot run this call.
     """
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"{query.shape[1]} query heads cannot share {key.shape[1]} key-value heads; "
-            "the first must be a multiple of the second"
-        )
+    check_groups(query.shape[1], key.shape[1])
     visibility = Visibility(causal, diagonal, window, sink, query_documents, key_documents)
     visibility.validate()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -78,6 +74,19 @@ def attention(
         else:
             output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output
+
+
+def check_groups(num_heads: int, num_key_value_heads: int) -> None:
+    """Refuse head counts that do not group.
+
+    Raises:
+        ValueError: The first is no multiple of the second.
+    """
+    if num_heads % num_key_value_heads:
+        raise ValueError(
+            f"{num_heads} query heads cannot share {num_key_value_heads} key-value heads; "
+            "the first must be a multiple of the second"
+        )
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

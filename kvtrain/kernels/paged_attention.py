@@ -10,7 +10,7 @@ No gradient flows into pages: a cache holds constants.
 import torch
 from torch import Tensor
 
-from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.visibility import finite, log_sum_exp
 
@@ -42,8 +42,14 @@ def paged_attention(
 
     Returns:
         Output ``(B, H, n, D_v)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where nothing is visible.
+
+    Raises:
+        ValueError: Head counts do not fit, or the backend cannot run this call.
     """
     batch, heads, num_queries, dim = query.shape
+    check_groups(heads, table.shape[1])
+    if not query.numel():
+        return query.new_zeros(batch, heads, num_queries, values.shape[2]), _nothing(query)
     if torch.is_grad_enabled() and query.requires_grad:  # the pages are written again before a backward pass comes
         keys, values = keys.clone(), values.clone()
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
@@ -115,6 +121,6 @@ def _attend_blocks(
 
 
 def _nothing(query: Tensor) -> Tensor:
-    """The log-sum-exp of queries ``(R, Q, D)`` that see no key."""
+    """The log-sum-exp of queries ``(..., D)`` that see no key."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.full(query.shape[:2], float("-inf"), dtype=wide, device=query.device)
+    return torch.full(query.shape[:-1], float("-inf"), dtype=wide, device=query.device)

@@ -1,5 +1,6 @@
 """What every cache must do, whatever it keeps: one suite over all methods."""
 
+import copy
 import gc
 import weakref
 from functools import cache as remember
@@ -369,6 +370,29 @@ def test_refusals_name_the_remedy(model):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
     with pytest.raises(ValueError, match="positive"):
         model.make_cache(0)
+    with pytest.raises(ValueError, match="join itself"):
+        cache.join(cache)
+    with pytest.raises(ValueError, match="cannot admit -1"):
+        cache.admit(-1)
+    for ask in (
+        cache.snapshot_row,
+        lambda row: cache.free_rows([row]),
+        lambda row: cache.select_rows(torch.tensor([row])),
+    ):
+        for row in (-1, 2):
+            with pytest.raises(ValueError, match=f"no row {row}; this cache has 2"):
+                ask(row)
+
+
+def test_a_copy_is_a_cache_of_its_own_under_the_same_budget(model, method):
+    ids, expected = streams(method)
+    budget = ByteBudget(10**9)
+    cache = model.make_cache(budget)
+    model(ids[:2, :20], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    assert budget.used == cache.kv_bytes() + copied.kv_bytes() == 2 * cache.kv_bytes()
+    for half in (cache, copied):
+        close(model(ids[:2, 20:30], past_key_values=half).logits, expected[:2, 20:30])
 
 
 def test_no_gradient_flows_into_a_cache(model):

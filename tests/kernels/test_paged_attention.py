@@ -225,3 +225,14 @@ def test_unknown_backends_are_refused(backend: str, num_queries: int):
     case = make_pages([[9, 0]], page_size=4, num_queries=num_queries)
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call; use 'auto' or one of flash_cpu"):
         case.run(backend)
+
+
+def test_no_queries_no_rows_and_heads_that_do_not_group():
+    pages, scale = torch.zeros(2, 4, 8), 1.0
+    table, lengths = torch.zeros(1, 2, 1, dtype=torch.int), torch.ones(1, 2, dtype=torch.long)
+    output, lse = paged_attention(torch.zeros(1, 4, 0, 8), pages, pages, table, lengths, scale)
+    assert output.shape == (1, 4, 0, 8) and lse.shape == (1, 4, 0)
+    output, lse = paged_attention(torch.zeros(0, 4, 1, 8), pages, pages, table[:0], lengths[:0], scale)
+    assert output.shape == (0, 4, 1, 8) and lse.shape == (0, 4, 1)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2"):
+        paged_attention(torch.zeros(1, 3, 2, 8), pages, pages, table, lengths, scale)
