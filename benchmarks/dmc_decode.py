@@ -80,9 +80,7 @@ def main() -> None:
     fresh = prefill(dmc, dmc.make_cache(), ids)
     freed = churn(dmc, caches["DMC"], ids)
     second = decode({"fresh": (dmc, fresh), "reused": (dmc, caches["DMC"])})
-    print(
-        f"after {freed:,} pages were freed and reused: {second['fresh'] / second['reused']:.2f} of a fresh speed"
-    )
+    print(f"after {freed:,} pages were freed and reused: {second['fresh'] / second['reused']:.2f} of a fresh speed")
 
 
 if __name__ == "__main__":
