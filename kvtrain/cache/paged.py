@@ -179,8 +179,10 @@ class PagedStore(RowStore):
         self.lengths = lengths
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
-        """Free pages that the bound on memory leaves room for."""
-        return int(lengths.sum()) // self.page_size + lengths.numel() - owned
+        """Free pages that the bound on memory leaves room for, lengths and table counted."""
+        tables = self.lengths.nbytes + self.table.nbytes
+        spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
+        return max(0, spare - -(-tables // self.pool.page_bytes))
 
     def _move_in(self, places: Tensor, keys: Tensor, values: Tensor, pages: Tensor) -> None:
         """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""

@@ -96,19 +96,14 @@ def test_pages_begin_as_zeros_and_memory_is_never_read_as_found(monkeypatch):
 
 
 def test_spare_pages_never_use_up_the_budget():
-    """One for every sixteen, but not where the limit forbids them."""
+    """One for every sixteen, but not where the limit forbids them, and no more than the caller allows."""
     budget = ByteBudget(ROOMY)
-    store = make_store(budget, [(64 * PAGE_SIZE, 0)])
-    append(store, [(1, 1)])
-    assert store.pool.num_pages == 64 + 2 and store.free_bytes() == 0
-    store = make_store(budget, [(64 * PAGE_SIZE, 0)] * 2)
-    append(store, [(1, 0), (1, 0)])
-    assert store.free_bytes() == 2 * PAGE_BYTES
-    tight = make_store(budget, [(64 * PAGE_SIZE, 0)] * 2)
-    budget.limit = budget.used + 3 * PAGE_BYTES + 2 * HEADS * 4  # and a wider table
-    append(tight, [(1, 0), (1, 0)])
-    assert tight.free_bytes() == PAGE_BYTES
-    check_pages(tight)
+    for wanted, limit, spare in ((10, None, 4), (3, None, 3), (10, 3, 2), (10, 1, 0)):
+        pool = PagePool(PAGE_SIZE, DIM, VALUE_DIM, Placement(budget=budget))
+        pool.take(64, 0)
+        budget.limit = ROOMY if limit is None else budget.used + limit * pool.page_bytes
+        pool.take(1, wanted)
+        assert len(pool.free) == spare and pool.num_pages == 65 + spare
 
 
 @pytest.mark.parametrize("limit", [0, -1])
