@@ -14,7 +14,7 @@ from kvtrain.cache.pool import PagePool
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement
 
-from .test_paged import append, check_pages
+from .test_paged import append
 from .test_state import RUN
 
 HEADS, DIM, VALUE_DIM, PAGE_SIZE = 2, 3, 2, 4
