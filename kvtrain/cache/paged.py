@@ -1,5 +1,6 @@
 """Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -17,10 +18,10 @@ class PagedStore(RowStore):
 
     Args:
         num_heads: Key-value heads, H.
-        head_dim: Channels of a key, D.
+        dims: Channels of everything that a slot holds, by name: ``{"keys": D, "values": D_v}``, or those of several
+            layers whose heads have the same length.
         page_size: Slots in a page.
         placement: Where tensors lie.
-        value_dim: Channels of a value; ``head_dim`` where absent.
 
     Raises:
         ValueError: ``page_size`` is below 1.
@@ -29,17 +30,16 @@ class PagedStore(RowStore):
     def __init__(
         self,
         num_heads: int,
-        head_dim: int,
+        dims: Mapping[str, int],
         page_size: int = 32,
         placement: Placement | None = None,
-        value_dim: int | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
         super().__init__(placement or Placement())
         device = self.placement.device
         self.num_heads, self.page_size = num_heads, page_size
-        self.pool = PagePool(page_size, head_dim, value_dim or head_dim, self.placement)
+        self.pool = PagePool(page_size, dims, self.placement)
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
         self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
 
@@ -48,12 +48,11 @@ class PagedStore(RowStore):
         """See ``RowStore``."""
         return self.lengths.shape[0]
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor, keep: Tensor) -> None:
+    def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor) -> None:
         """Put entries into slots, taking pages as they are needed.
 
         Args:
-            keys: ``(B, H, n, D)``.
-            values: ``(B, H, n, D_v)``.
+            entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
             keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ.
 
@@ -66,14 +65,15 @@ class PagedStore(RowStore):
         row, head, entry = keep.nonzero(as_tuple=True)
         slot = slots[row, head, entry]
         page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
-        self.pool.keys[page, place] = keys.detach()[row, head, entry].to(self.pool.keys.dtype)
-        self.pool.values[page, place] = values.detach()[row, head, entry].to(self.pool.values.dtype)
+        for name, states in entries.items():
+            held = self.pool.slots[name]
+            held[page, place] = states.detach()[row, head, entry].to(held.dtype)
 
-    def gather_row(self, row: int, head: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys ``(length, D)`` and values of one head."""
+    def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
+        """Copies of the slots ``(length, channels)`` of one head, by name."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
         pages = pages[pages >= 0]
-        return self.pool.keys[pages].flatten(0, 1)[:length], self.pool.values[pages].flatten(0, 1)[:length]
+        return {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
 
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
@@ -89,7 +89,7 @@ class PagedStore(RowStore):
         copies = (table >= 0) & _seen_before(indices)[:, None, None]
         self.lengths, self.table = self.lengths[indices], table
         self.pool.release(dropped[dropped >= 0])
-        self._move_in(copies, self.pool.keys, self.pool.values, table[copies])
+        self._move_in(copies, self.pool.slots, table[copies])
         self._trim()
 
     def join(self, other: Self) -> None:
@@ -102,18 +102,14 @@ class PagedStore(RowStore):
         owned = torch.nn.functional.pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
         arriving[before:] = owned.to(self.table.device)
-        self._move_in(arriving, other.pool.keys, other.pool.values, pages)
+        self._move_in(arriving, other.pool.slots, pages)
 
     def snapshot_row(self, row: int) -> RowSnapshot:
         """See ``RowStore``."""
         owned = self.table[row] >= 0
         pages = self.table[row][owned]
-        return {
-            "keys": self.pool.keys[pages],
-            "values": self.pool.values[pages],
-            "lengths": self.lengths[row].clone(),
-            "owned": owned,
-        }
+        copies = {name: slots[pages] for name, slots in self.pool.slots.items()}
+        return {**copies, "lengths": self.lengths[row].clone(), "owned": owned}
 
     def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
         """See ``RowStore``."""
@@ -124,8 +120,8 @@ class PagedStore(RowStore):
         self._widen(snapshot["owned"].shape[-1])
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
         arriving[row, :, : snapshot["owned"].shape[-1]] = snapshot["owned"]
-        pages = torch.arange(snapshot["keys"].shape[0], device=self.table.device)
-        self._move_in(arriving, snapshot["keys"], snapshot["values"], pages)
+        pages = torch.arange(int(snapshot["owned"].sum()), device=self.table.device)
+        self._move_in(arriving, snapshot, pages)
         self._trim()
 
     def tensors(self) -> list[Tensor]:
@@ -184,13 +180,13 @@ class PagedStore(RowStore):
         spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
         return max(0, spare - -(-tables // self.pool.page_bytes))
 
-    def _move_in(self, places: Tensor, keys: Tensor, values: Tensor, pages: Tensor) -> None:
+    def _move_in(self, places: Tensor, source: Mapping[str, Tensor], pages: Tensor) -> None:
         """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""
         if not pages.numel():
             return
-        keys, values = keys[pages], values[pages]
         fresh = self.pool.take(pages.numel(), spare=0)  # a later layer may need what the budget has left
-        self.pool.keys[fresh], self.pool.values[fresh] = keys.to(self.pool.keys), values.to(self.pool.values)
+        for name, slots in self.pool.slots.items():
+            slots[fresh] = source[name][pages].to(slots)
         self.table[places] = fresh
 
     def _trim(self) -> None:

@@ -1,5 +1,7 @@
 """Pages of keys and values: taken, released, reused, and given back."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,31 +11,26 @@ _GROWTH = 16  # a pool that must grow asks for one spare page for every 16 it ho
 
 
 class PagePool:
-    """Equal pages in two tensors, and a list of those that nobody owns.
+    """Equal pages, and a list of those that nobody owns.
 
     Args:
         page_size: Slots in a page.
-        key_dim: Channels of a key, D.
-        value_dim: Channels of a value, D_v.
+        dims: Channels of everything that a slot holds, by name: ``{"keys": D, "values": D_v}``.
         placement: Where pages lie.
+
+    Attributes:
+        slots: ``(pages, page_size, channels)`` by name; a page has the same number in all of them.
     """
 
-    def __init__(self, page_size: int, key_dim: int, value_dim: int, placement: Placement) -> None:
-        self.budget = placement.budget
-        self.keys = torch.zeros(0, page_size, key_dim, dtype=placement.dtype, device=placement.device)
-        self.values = torch.zeros(0, page_size, value_dim, dtype=placement.dtype, device=placement.device)
+    def __init__(self, page_size: int, dims: Mapping[str, int], placement: Placement) -> None:
+        self.budget, self.page_size, self.device = placement.budget, page_size, placement.device
+        self.slots = {
+            name: torch.zeros(0, page_size, dim, dtype=placement.dtype, device=placement.device)
+            for name, dim in dims.items()
+        }
+        self.page_bytes = page_size * sum(dims.values()) * placement.dtype.itemsize
         self.free: list[int] = []  # the first one goes first
-
-    @property
-    def num_pages(self) -> int:
-        """Pages, owned or free."""
-        return self.keys.shape[0]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        slots = self.keys.shape[1]
-        return slots * (self.keys.shape[2] + self.values.shape[2]) * self.keys.element_size()
+        self.num_pages = 0  # owned or free
 
     def take(self, count: int, spare: int) -> Tensor:
         """Numbers of ``count`` free pages, int32; the caller has made sure that the budget allows them.
@@ -46,7 +43,7 @@ class PagePool:
         if missing > 0:
             self._grow(missing, spare)
         pages, self.free = self.free[:count], self.free[count:]
-        return torch.tensor(pages, dtype=torch.int, device=self.keys.device)
+        return torch.tensor(pages, dtype=torch.int, device=self.device)
 
     def spare_bytes(self) -> int:
         """Bytes of spare pages that it may take besides, when it grows."""
@@ -66,20 +63,22 @@ class PagePool:
         if surplus <= 0:
             return None
         size = self.num_pages - surplus
-        is_free = torch.zeros(self.num_pages, dtype=torch.bool, device=self.keys.device)
+        is_free = torch.zeros(self.num_pages, dtype=torch.bool, device=self.device)
         is_free[self.free] = True
-        numbers = torch.arange(self.num_pages, dtype=torch.int, device=self.keys.device)
+        numbers = torch.arange(self.num_pages, dtype=torch.int, device=self.device)
         moving, holes = numbers[size:][~is_free[size:]], numbers[:size][is_free[:size]]
         target = holes[: moving.numel()]
         numbers[moving] = target
-        self.keys[target], self.values[target] = self.keys[moving], self.values[moving]
-        self.keys, self.values = self.keys[:size].clone(), self.values[:size].clone()
+        for name, slots in self.slots.items():
+            slots[target] = slots[moving]
+            self.slots[name] = slots[:size].clone()
+        self.num_pages = size
         self.free = holes[moving.numel() :].tolist()
         return numbers
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the pool holds."""
-        return [self.keys, self.values]
+        return list(self.slots.values())
 
     def _grow(self, count: int, spare: int) -> None:
         spare = min(spare, self.spare_bytes() // self.page_bytes)
@@ -87,6 +86,7 @@ class PagePool:
             spare = min(spare, self.budget.left // self.page_bytes - count)
         size, count = self.num_pages, count + max(0, spare)
         # Zeros, not whatever memory held: an unused slot gets weight 0, and 0 * NaN is NaN.
-        self.keys = torch.cat([self.keys, self.keys.new_zeros(count, *self.keys.shape[1:])])
-        self.values = torch.cat([self.values, self.values.new_zeros(count, *self.values.shape[1:])])
+        for name, slots in self.slots.items():
+            self.slots[name] = torch.cat([slots, slots.new_zeros(count, *slots.shape[1:])])
+        self.num_pages += count
         self.free += range(size, size + count)

@@ -62,8 +62,8 @@ class HostAttention(nn.Module):
 
     def attend_pages(self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Let every query ``(B, H, n, D)`` see the first ``lengths (B, H_kv)`` slots of its head, all by default."""
-        lengths = pages.lengths if lengths is None else lengths
-        return paged_attention(query, pages.pool.keys, pages.pool.values, pages.table, lengths, self.scaling)
+        lengths, slots = pages.lengths if lengths is None else lengths, pages.pool.slots
+        return paged_attention(query, slots["keys"], slots["values"], pages.table, lengths, self.scaling)
 
     def project_out(self, output: Tensor) -> Tensor:
         """``(B, H, T, D)`` to ``(B, T, hidden)``."""

@@ -11,6 +11,7 @@ from kvtrain.cache.rows import Placement
 from .test_state import RUN, RowMachine
 
 HEADS, DIM, VALUE_DIM = 2, 3, 2
+DIMS = {"keys": DIM, "values": VALUE_DIM}
 DOUBLE = Placement(torch.float64)
 
 
@@ -21,7 +22,7 @@ class PagedMachine(RowMachine):
         self.page_size = data.draw(st.integers(1, 5))
 
     def make_store(self):
-        return PagedStore(HEADS, DIM, self.page_size, DOUBLE, VALUE_DIM)
+        return PagedStore(HEADS, DIMS, self.page_size, DOUBLE)
 
     def empty_row(self):
         return [[] for _ in range(HEADS)]
@@ -40,14 +41,15 @@ class PagedMachine(RowMachine):
             for head, held in enumerate(heads):
                 new = numbers[row, head][keep[row, head]].tolist()
                 held[int(slots[row, head]) :] = new or held[int(slots[row, head]) :]
-        store.write(*entries(numbers), slots.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+        store.write(entries(numbers), slots.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
 
     def check_row(self, store, row, expected):
         assert store.lengths[row].tolist() == [len(held) for held in expected]
         for head, held in enumerate(expected):
-            keys, values = entries(torch.tensor(held, dtype=torch.float64))
+            expected_slots = entries(torch.tensor(held, dtype=torch.float64))
             found = store.gather_row(row, head)
-            assert torch.equal(found[0], keys) and torch.equal(found[1], values)
+            assert found.keys() == expected_slots.keys()
+            assert all(torch.equal(found[name], slots) for name, slots in expected_slots.items())
 
     def check(self, store, rows):
         super().check(store, rows)
@@ -57,7 +59,7 @@ class PagedMachine(RowMachine):
 def entries(numbers):
     """Keys ``(..., n, D)`` and values of which no two numbers are alike."""
     keys = numbers[..., None] + torch.arange(DIM, dtype=torch.float64) / DIM
-    return keys, -keys[..., :VALUE_DIM]
+    return {"keys": keys, "values": -keys[..., :VALUE_DIM]}
 
 
 def check_pages(store):
@@ -69,7 +71,7 @@ def check_pages(store):
     assert store.table.shape[2] == (int(needed.max()) if needed.numel() else 0)
     assert pool.num_pages <= int(store.lengths.sum()) // store.page_size + store.num_rows * HEADS
     assert store.free_bytes() == len(pool.free) * pool.page_bytes
-    assert pool.keys.isfinite().all() and pool.values.isfinite().all()
+    assert all(slots.isfinite().all() for slots in pool.tensors())
 
 
 PagedMachine.TestCase.settings = RUN
@@ -80,13 +82,14 @@ def append(store, counts):
     """Ones for the next ``counts (B, H)`` slots of every head."""
     counts = torch.as_tensor(counts)
     keep = torch.arange(max(1, int(counts.max()))) < counts.unsqueeze(-1)
-    keys, values = entries(torch.ones(keep.shape, dtype=torch.float64))
-    store.write(keys, values, store.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+    store.write(
+        entries(torch.ones(keep.shape, dtype=torch.float64)), store.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep
+    )
 
 
 def grown(page_size, steps):
     """A store of two rows with a history of appends."""
-    store = PagedStore(HEADS, DIM, page_size, DOUBLE, VALUE_DIM)
+    store = PagedStore(HEADS, DIMS, page_size, DOUBLE)
     store.admit(2)
     for counts in steps:
         append(store, counts)
@@ -123,7 +126,11 @@ def test_the_announcement_is_what_a_store_that_keeps_everything_takes(page_size,
 def test_bytes_by_hand():
     store = grown(16, [[[40, 40], [40, 5]]])
     pages = 3 + 3 + 3 + 1
-    assert store.pool.keys.shape == (pages, 16, DIM) and store.pool.values.shape == (pages, 16, VALUE_DIM)
+    assert store.pool.slots["keys"].shape == (pages, 16, DIM) and store.pool.slots["values"].shape == (
+        pages,
+        16,
+        VALUE_DIM,
+    )
     assert store.free_bytes() == 0
     assert store.num_bytes() == pages * 16 * (DIM + VALUE_DIM) * 8 + 4 * (8 + 3 * 4)
     assert store.bytes_for(8) == 0
@@ -142,25 +149,41 @@ def test_dropped_rows_give_pages_and_columns_back():
 
 
 def test_gradients_and_precision_stay_outside():
-    store = PagedStore(1, DIM, 4, Placement(torch.bfloat16))
+    store = PagedStore(1, {"keys": DIM, "values": DIM}, 4, Placement(torch.bfloat16))
     store.admit(1)
     keys = torch.full((1, 1, 2, DIM), 1 + 2**-9, requires_grad=True)
-    store.write(keys, keys * 2, torch.tensor([[[0, 1]]]), torch.tensor([[[True, True]]]))
+    store.write({"keys": keys, "values": keys * 2}, torch.tensor([[[0, 1]]]), torch.tensor([[[True, True]]]))
     found = store.gather_row(0, 0)
-    assert found[0].dtype == torch.bfloat16 and found[0].eq(1).all() and found[1].eq(2).all()
+    assert found["keys"].dtype == torch.bfloat16 and found["keys"].eq(1).all() and found["values"].eq(2).all()
     assert not any(tensor.requires_grad for tensor in store.tensors())
 
 
 def test_rows_join_from_another_precision():
-    store, other = PagedStore(HEADS, DIM, 4, Placement(torch.float32), VALUE_DIM), grown(4, [[[3, 0], [6, 2]]])
+    store, other = PagedStore(HEADS, DIMS, 4, Placement(torch.float32)), grown(4, [[[3, 0], [6, 2]]])
     store.join(other)
-    assert store.pool.keys.dtype == store.pool.values.dtype == torch.float32
+    assert store.pool.slots["keys"].dtype == store.pool.slots["values"].dtype == torch.float32
     for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        for mine, theirs in zip(store.gather_row(row, head), other.gather_row(row, head), strict=True):
-            assert torch.equal(mine, theirs.float())
+        theirs = other.gather_row(row, head)
+        assert all(torch.equal(mine, theirs[name].float()) for name, mine in store.gather_row(row, head).items())
+
+
+def test_one_page_holds_several_layers():
+    """What is not named in a write stays as it is, and everything moves together."""
+    dims = {"keys.0": 3, "values.0": 2, "keys.4": 3}
+    store = PagedStore(1, dims, 2, DOUBLE)
+    store.admit(2)
+    keep, slots = torch.ones(2, 1, 3, dtype=torch.bool), torch.arange(3).expand(2, 1, 3)
+    for number, (name, dim) in enumerate(dims.items(), 1):
+        store.write({name: torch.full((2, 1, 3, dim), float(number))}, slots, keep)
+    assert store.lengths.tolist() == [[3], [3]] and store.pool.page_bytes == 2 * 8 * 8
+    store.select_rows(torch.tensor([1, 1, 1]))
+    for row in range(3):
+        found = store.gather_row(row, 0)
+        assert all(found[name].eq(number).all() for number, name in enumerate(dims, 1))
+    check_pages(store)
 
 
 @pytest.mark.parametrize("page_size", [0, -4])
 def test_page_size_is_validated(page_size):
     with pytest.raises(ValueError, match=f"page_size must be at least 1, not {page_size}"):
-        PagedStore(HEADS, DIM, page_size)
+        PagedStore(HEADS, DIMS, page_size)

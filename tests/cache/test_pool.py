@@ -18,17 +18,18 @@ from .test_paged import append
 from .test_state import RUN
 
 HEADS, DIM, VALUE_DIM, PAGE_SIZE = 2, 3, 2, 4
+DIMS = {"keys": DIM, "values": VALUE_DIM}
 PAGE_BYTES = PAGE_SIZE * (DIM + VALUE_DIM) * 8
 ROOMY = 10**6
 WINDOW_BYTES = 7 * HEADS * (DIM + VALUE_DIM) * 8 + 8
 
 
 def make_pool(budget=None):
-    return PagePool(PAGE_SIZE, DIM, VALUE_DIM, Placement(torch.float64, budget=budget))
+    return PagePool(PAGE_SIZE, DIMS, Placement(torch.float64, budget=budget))
 
 
 def empty_store(budget=None):
-    return PagedStore(HEADS, DIM, PAGE_SIZE, Placement(torch.float64, budget=budget), VALUE_DIM)
+    return PagedStore(HEADS, DIMS, PAGE_SIZE, Placement(torch.float64, budget=budget))
 
 
 def make_store(budget=None, counts=((9, 2), (5, 0))):
@@ -60,7 +61,7 @@ def test_pages_keep_their_contents_and_have_one_owner(steps):
             grown = max(0, count - free)
             assert size + grown <= pool.num_pages <= size + grown + min(spare, size // 16) * (grown > 0)
             new = torch.arange(clock, clock + count, dtype=torch.float64)
-            pool.keys[fresh], pool.values[fresh] = new[:, None, None], -new[:, None, None]
+            pool.slots["keys"][fresh], pool.slots["values"][fresh] = new[:, None, None], -new[:, None, None]
             owned, marks, clock = torch.cat([owned, fresh]), torch.cat([marks, new]), clock + count
         elif action == "release":
             pool.release(owned[:count])
@@ -70,9 +71,9 @@ def test_pages_keep_their_contents_and_have_one_owner(steps):
             assert len(pool.free) <= spare or numbers is None
             owned = owned if numbers is None else numbers[owned]
         assert sorted([*owned.tolist(), *pool.free]) == list(range(pool.num_pages))
-        assert pool.keys[owned].flatten(1).eq(marks[:, None]).all()
-        assert pool.values[owned].flatten(1).eq(-marks[:, None]).all()
-        assert pool.keys.isfinite().all() and pool.values.isfinite().all()
+        assert pool.slots["keys"][owned].flatten(1).eq(marks[:, None]).all()
+        assert pool.slots["values"][owned].flatten(1).eq(-marks[:, None]).all()
+        assert all(slots.isfinite().all() for slots in pool.tensors())
 
 
 def test_shrink_leaves_the_spare_and_moves_no_page_without_need():
@@ -92,14 +93,14 @@ def test_pages_begin_as_zeros_and_memory_is_never_read_as_found(monkeypatch):
     pool = make_pool()
     pool.take(40, 0)
     pool.take(1, 9)
-    assert pool.num_pages == 43 and pool.keys.eq(0).all() and pool.values.eq(0).all()
+    assert pool.num_pages == 43 and pool.slots["keys"].eq(0).all() and pool.slots["values"].eq(0).all()
 
 
 def test_spare_pages_never_use_up_the_budget():
     """One for every sixteen, but not where the limit forbids them, and no more than the caller allows."""
     budget = ByteBudget(ROOMY)
     for wanted, limit, spare in ((10, None, 4), (3, None, 3), (10, 3, 2), (10, 1, 0)):
-        pool = PagePool(PAGE_SIZE, DIM, VALUE_DIM, Placement(budget=budget))
+        pool = PagePool(PAGE_SIZE, DIMS, Placement(budget=budget))
         pool.take(64, 0)
         budget.limit = ROOMY if limit is None else budget.used + limit * pool.page_bytes
         pool.take(1, wanted)

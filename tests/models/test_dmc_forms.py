@@ -124,7 +124,7 @@ def test_everything_merges_into_one_slot():
     # The segment keeps eleven tokens for the next mean, the slot holds twelve: their spans overlap.
     assert segment.shape[2] == 11 and bool((weights > 0).all())
     slot = torch.stack(
-        [torch.stack([layer.pages.gather_row(row, head)[1][0] for head in range(2)]) for row in range(2)]
+        [torch.stack([layer.pages.gather_row(row, head)["values"][0] for head in range(2)]) for row in range(2)]
     )
     low, high = values.amin(2), values.amax(2)
     inside = (slot >= low - (high - low)) & (slot <= high + (high - low))
@@ -205,7 +205,7 @@ def test_long_segments_do_not_drift():
     with torch.no_grad():
         _, streamed = run_chunks(model, ids, [500] * 6)
         _, fresh = run_chunks(model, ids[:, -12:], [12])
-    values = (cache.layers[0].pages.gather_row(0, 1)[1] for cache in (streamed, fresh))
+    values = (cache.layers[0].pages.gather_row(0, 1)["values"] for cache in (streamed, fresh))
     torch.testing.assert_close(*values, atol=1e-12, rtol=0)
 
 

@@ -27,7 +27,7 @@ class DMCCacheLayer(KVCacheLayer):
 
     def __init__(self, num_heads: int, head_dim: int, placement: Placement, window: int, page_size: int) -> None:
         self.window = window
-        self.pages = PagedStore(num_heads, head_dim, page_size, placement)
+        self.pages = PagedStore(num_heads, {"keys": head_dim, "values": head_dim}, page_size, placement)
         shape = (num_heads, window - 1)
         wide = torch.promote_types(placement.dtype, torch.float32)
         # Unrotated keys and values side by side; importances are 0 where there is no token.
@@ -93,7 +93,7 @@ class DMCCacheLayer(KVCacheLayer):
         real = valid[:, None].expand(merge.shape)
         slots = self.pages.lengths.unsqueeze(-1) - 1 + (real & (merge == 0)).cumsum(-1)
         absorbed = torch.nn.functional.pad(merge[..., 1:], (0, 1)) > 0
-        self.pages.write(keys, values, slots, real & ~absorbed)
+        self.pages.write({"keys": keys, "values": values}, slots, real & ~absorbed)
 
 
 def _mean(inputs: Tensor, importance: Tensor) -> Tensor:

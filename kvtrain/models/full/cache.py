@@ -18,7 +18,7 @@ class FullCacheLayer(KVCacheLayer):
     """
 
     def __init__(self, num_heads: int, head_dim: int, placement: Placement, page_size: int = 32) -> None:
-        self.pages = PagedStore(num_heads, head_dim, page_size, placement)
+        self.pages = PagedStore(num_heads, {"keys": head_dim, "values": head_dim}, page_size, placement)
         super().__init__(self.pages)
 
     def kv_tokens(self) -> Tensor:
@@ -28,4 +28,4 @@ class FullCacheLayer(KVCacheLayer):
     def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Keep the keys and values ``(B, H, n, D)`` of real tokens, ``valid (B, n)``."""
         keep = valid[:, None].expand(keys.shape[:3])
-        self.pages.write(keys, values, self.pages.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+        self.pages.write({"keys": keys, "values": values}, self.pages.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
