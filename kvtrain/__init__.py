@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from kvtrain.models.full import Full
     from kvtrain.models.gqa import convert_gqa
     from kvtrain.models.host import retrofit
+    from kvtrain.models.lckv import LCKV
 
 __version__ = "0.1.0"
-__all__ = ["DMC", "Full", "__version__", "convert_gqa", "load", "retrofit"]
+__all__ = ["DMC", "LCKV", "Full", "__version__", "convert_gqa", "load", "retrofit"]
 
 register()
 

@@ -1,15 +1,32 @@
 """One line a method: a model whose cache the conformance suite puts through its paces."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 import kvtrain
 from tests.hosts import dmc_at_rate, random_ids
 
-Retrofit = Callable[[PreTrainedModel], PreTrainedModel]
 
-CACHES: dict[str, Retrofit] = {
-    "full": lambda host: kvtrain.retrofit(host, kvtrain.Full()),
-    "dmc": lambda host: dmc_at_rate(host, 0.6, random_ids(2, 40, seed=7), page_size=4, window=5),
+class Entry(NamedTuple):
+    """A way to retrofit a host of so many layers."""
+
+    retrofit: Callable[[PreTrainedModel], PreTrainedModel]
+    layers: int = 2
+
+
+def lckv(kv_map: str, **settings: object) -> Entry:
+    """As many passes as tokens: then the parallel form is exact, and so are blocks."""
+    method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
+    return Entry(lambda host: kvtrain.retrofit(host, method), layers=len(kv_map.split("_")))
+
+
+# By method's name, or by one that begins with it.
+CACHES: dict[str, Entry] = {
+    "full": Entry(lambda host: kvtrain.retrofit(host, kvtrain.Full())),
+    "dmc": Entry(lambda host: dmc_at_rate(host, 0.6, random_ids(2, 40, seed=7), page_size=4, window=5)),
+    "lckv": lckv("0_2_2_2"),
+    "lckv_sliding": lckv("0s_2s_2s_3", sliding_window=7),
+    "lckv_fused": lckv("0_1_1", value_map="first", residual=True),
 }

@@ -69,6 +69,18 @@ class PagedStore(RowStore):
             held = self.pool.slots[name]
             held[page, place] = states.detach()[row, head, entry].to(held.dtype)
 
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
+        beyond = torch.arange(self.table.shape[2], device=lengths.device) >= _pages(lengths, self.page_size)[..., None]
+        self.pool.release(self.table[beyond & (self.table >= 0)])
+        self.table, self.lengths = self.table.masked_fill(beyond, -1), lengths
+        self._trim()
+
+    def gather(self, name: str, slots: Tensor) -> Tensor:
+        """Copies ``(B, H, n, channels)`` of the slots ``(B, n)`` of every head; they must be owned."""
+        columns = (slots // self.page_size)[:, None].expand(-1, self.num_heads, -1)
+        return self.pool.slots[name][self.table.gather(2, columns), (slots % self.page_size)[:, None]]
+
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
         """Copies of the slots ``(length, channels)`` of one head, by name."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
@@ -134,9 +146,13 @@ class PagedStore(RowStore):
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        lengths = torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens
+        lengths = self._longest(tokens, rows)
         grows = int(_pages(lengths, self.page_size).sum()) > self.pool.num_pages
         return self._bytes_to_hold(lengths) + (self.pool.spare_bytes() if grows else 0)
+
+    def _longest(self, tokens: int, rows: int) -> Tensor:
+        """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
+        return torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens
 
     def bytes_to_select(self, indices: Tensor) -> int:
         """See ``RowStore``."""

@@ -64,7 +64,7 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
     with torch.device("meta"):
         model = retrofitted_class(host_config)(config)
-    model.load_state_dict(host.state_dict(keep_vars=True), assign=True)
+    model.load_state_dict(method.adapt_state(host.state_dict(keep_vars=True), host_config), assign=True)
     buffers = dict(host.named_buffers())
     for name, module in model.named_modules():
         for key in module._non_persistent_buffers_set:
@@ -133,7 +133,7 @@ def _operate(model: PreTrainedModel, method: Method) -> None:
         if not set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS}:
             raise ValueError(f"layer {index} has an attention of unknown parts: {', '.join(sorted(children))}")
         layer.self_attn = method.attention(layer.self_attn, index)
-    decoder.layers = method.stack(decoder.layers)
+    decoder.layers = method.stack(decoder.layers, decoder.rotary_emb)
 
 
 if TYPE_CHECKING:
@@ -164,18 +164,21 @@ class KVTrainMixin(_Host):
         self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.model.register_forward_hook(self._leave, with_kwargs=True)
 
-    def make_cache(self, budget: ByteBudget | int | None = None) -> KVCache:
+    def make_cache(self, budget: ByteBudget | int | None = None, **options: Any) -> KVCache:
         """An empty cache of the kind that this model's attention reads.
 
         Args:
             budget: Bytes that it may take, or a ``ByteBudget`` that several caches share. What may not fit is
                 refused before a forward pass begins.
+            **options: The method's own, such as the ``sink`` and ``recent`` of LCKV's cache for endless generation.
+
+        Raises:
+            ValueError: The method has no such option.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
-        host_config, layers = self.config.host_config, []
-        for index, layer in enumerate(self.model.layers):
-            placement = Placement(self.dtype, layer.self_attn.o_proj.weight.device, budget)
-            layers.append(self.method.cache_layer(index, host_config, placement))
+        devices = [layer.self_attn.o_proj.weight.device for layer in self.model.layers]
+        placements = [Placement(self.dtype, device, budget) for device in devices]
+        layers = self.method.cache_layers(self.config.host_config, placements, **options)
         return KVCache(layers, budget)
 
     def gradient_checkpointing_enable(
@@ -224,7 +227,8 @@ class KVTrainMixin(_Host):
             skip_logits: Do not build logits where there are labels; on while training.
             teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
             distillation: How to; by its divergence alone where absent.
-            **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own.
+            **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own; with a
+                cache, ``prefill=True``: even a single token a row is part of a prompt, cut anywhere.
 
         Raises:
             ValueError: A foreign cache, a cache together with training or packed documents, or one with other rows.
@@ -280,6 +284,9 @@ class KVTrainMixin(_Host):
         kwargs = named_arguments(args, kwargs)
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("attention weights are never materialised here; set output_attentions=False")
+        wants_layers = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        if wants_layers and not self.method.runs_layers_once(self.config.host_config):
+            raise ValueError("layers that iterate have no single hidden state; set output_hidden_states=False")
         cache, documents = kwargs.get("past_key_values"), kwargs.get("document_ids")
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = self.config.host_config.use_cache and not self.training
@@ -297,6 +304,13 @@ class KVTrainMixin(_Host):
         """After the decoder has run."""
         cache = kwargs["past_key_values"]
         return output if cache is None else leave_cache(output, cache, kwargs["new_tokens"])
+
+    def _prefill(  # type: ignore[override]
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """A prompt's last chunk may be one token: say that it is no decoding yet."""
+        model_kwargs = {**model_kwargs, "prefill": True}
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any

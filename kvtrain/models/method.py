@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from kvtrain.cache.base import KVCacheLayer
@@ -32,13 +32,43 @@ class Method(ABC):
     def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
         """The module that takes the place of a host's attention, with the host's parameter names."""
 
-    @abstractmethod
     def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "KVCacheLayer":
         """An empty cache for one layer, whose tensors lie where ``placement`` says."""
+        raise NotImplementedError(f"{type(self).__name__} builds its cache layers together")
 
-    def stack(self, layers: "nn.ModuleList") -> "nn.ModuleList":
-        """Take the place of the host's list of layers; most methods leave it alone."""
+    def cache_layers(
+        self, host_config: "PreTrainedConfig", placements: "list[Placement]", **options: Any
+    ) -> "list[KVCacheLayer]":
+        """An empty cache layer for every layer; methods whose layers share something build them together.
+
+        Args:
+            host_config: The host's configuration.
+            placements: Where the tensors of each layer lie.
+            **options: Of ``make_cache``, for methods that have some.
+
+        Raises:
+            ValueError: An option that the method does not have.
+        """
+        if options:
+            raise ValueError(f"caches of method {self.name!r} have no option {next(iter(options))!r}; leave it out")
+        return [self.cache_layer(index, host_config, placement) for index, placement in enumerate(placements)]
+
+    def stack(self, layers: "nn.ModuleList", rotary: "nn.Module") -> "nn.ModuleList":
+        """Take the place of the host's list of layers; most methods leave it alone.
+
+        Args:
+            layers: The host's, with their attention replaced.
+            rotary: The host's rotary embedding, for methods that need angles of their own.
+        """
         return layers
+
+    def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
+        """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
+        return True
+
+    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
+        """A host's weights by name as the retrofitted model wants them; most methods keep all."""
+        return state
 
     def deploy(self, model: "PreTrainedModel") -> None:
         """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.

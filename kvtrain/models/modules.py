@@ -72,8 +72,17 @@ class RotaryEmbedding(nn.Module):
         compute = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
         self.inv_freq.copy_(compute(self.config)[0])
 
+    def _exact_frequencies(self) -> Tensor:
+        """``(head_dim / 2,)`` in float64; the host's buffer is rounded to float32."""
+        head_dim = 2 * self.inv_freq.numel()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=self.inv_freq.device) / head_dim
+        return torch.pow(self.config.rope_parameters["rope_theta"], -exponents)
+
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``(B, T, head_dim)`` in at least float32."""
-        cos, sin = rotary_angles(self.inv_freq, position_ids, hidden_states.dtype)
+        frequencies = self.inv_freq
+        if hidden_states.dtype == torch.float64 and self.rope_type == "default":
+            frequencies = self._exact_frequencies()
+        cos, sin = rotary_angles(frequencies, position_ids, hidden_states.dtype)
         return cos * self.attention_scaling, sin * self.attention_scaling

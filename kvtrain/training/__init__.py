@@ -2,8 +2,17 @@
 
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.dmc import DMCModule
+from kvtrain.training.lckv import LCKVModule, LCKVPretrainModule
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase
 
-__all__ = ["DMCModule", "Phase", "PretrainModule", "RetrofitModule", "TrainingModule"]
+__all__ = [
+    "DMCModule",
+    "LCKVModule",
+    "LCKVPretrainModule",
+    "Phase",
+    "PretrainModule",
+    "RetrofitModule",
+    "TrainingModule",
+]

@@ -144,8 +144,7 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
         method: Its ``compression``, where it has one, says how many tokens share a slot.
         tokens: Of the row.
     """
-    placement = Placement(KV_DTYPE)
-    cache = KVCache([method.cache_layer(index, config, placement) for index in range(config.num_hidden_layers)])
+    cache = KVCache(method.cache_layers(config, [Placement(KV_DTYPE)] * config.num_hidden_layers))
     return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)
 
 

@@ -1,4 +1,4 @@
-"""Training a plain host from nothing: how the packaged base model was made."""
+"""Training a host from nothing, with any method in it: how the packaged base model was made."""
 
 from typing import Any
 
@@ -7,22 +7,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
+from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
 from kvtrain.training.base import TrainingModule
 
 
 class PretrainModule(TrainingModule):
-    """Pretrains a host with ordinary attention.
+    """Pretrains a host.
 
     Args:
         model_config: HF configuration file of the host, such as ``configs/models/tiny_llama.json``.
+        method: The method in it; ``Full``, ordinary attention, where absent.
         **training: See ``TrainingModule``.
     """
 
-    def __init__(self, model_config: str, **training: Any) -> None:
+    def __init__(self, model_config: str, method: Method | None = None, **training: Any) -> None:
         super().__init__(**training)
         self.model_config = model_config
-        self.method = Full()
+        self.method = method or Full()
 
     def host_config(self) -> PreTrainedConfig:
         """Configuration of the host.

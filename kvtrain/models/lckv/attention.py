@@ -1,0 +1,167 @@
+"""Attention that may read another layer's keys and values, in training and in serving."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.rope import apply_rotary
+from kvtrain.kernels.visibility import Diagonal
+from kvtrain.models.attention import HostAttention
+
+if TYPE_CHECKING:
+    from kvtrain.models.lckv.config import LCKV
+    from kvtrain.models.lckv.reading import Reader
+
+Angles = tuple[Tensor, Tensor]
+# Of the new tokens, keys rotated: (B, H_kv, T, D) each; None of what a layer does not own.
+KeyValue = tuple[Tensor | None, Tensor | None]
+
+# Factor on the weights of a residual mix, which so learn at this multiple of the learning rate (YOCO++ code: 35).
+RESIDUAL_SCALE = 35.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of one layer is told.
+
+    Everything that it reads comes in here, and nothing is remembered: a layer that runs many times, or again under
+    activation checkpointing, sees what it saw the first time.
+
+    Attributes:
+        key: ``(B, H_kv, T, D)`` of the layer that it reads; None where that is itself, or nothing is there yet.
+        value: Likewise.
+        own: Whether an owner sees the keys and values that it makes in this call.
+        first: Keys and values of layer 0, for a residual mix.
+        documents: ``(B, T)`` documents, or real tokens, of the input.
+        key_value_only: Stop once keys and values are made.
+        reader: Of the cache, while serving.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    own: bool = True
+    first: KeyValue | None = None
+    documents: Tensor | None = None
+    key_value_only: bool = False
+    reader: "Reader | None" = None
+
+
+class SharedAttention(HostAttention):
+    """A host's attention without the projections that nobody needs.
+
+    Args:
+        host_attention: The module to replace.
+        layer_idx: Its layer.
+        settings: The method.
+    """
+
+    key_mix: nn.Parameter  # of owners with a residual
+    value_mix: nn.Parameter
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: "LCKV") -> None:
+        super().__init__(host_attention, layer_idx)
+        config: Any = host_attention.config
+        keys, values = settings.maps(config.num_hidden_layers)
+        self.key_layer, self.value_layer = keys.sources[layer_idx], values.sources[layer_idx]
+        self.owns_key, self.owns_value = layer_idx in keys.owners, layer_idx in values.owners
+        self.cyclic = keys.is_cyclic(layer_idx)
+        self.diagonal: Diagonal = "closed" if self.cyclic or settings.mask_all_diagonals else "plain"
+        self.window = settings.sliding_window if keys.sliding[layer_idx] else None
+        for name in absent_parts(layer_idx, settings, config.num_hidden_layers):
+            if hasattr(self, name):
+                delattr(self, name)
+        for name in residual_parts(layer_idx, settings, config.num_hidden_layers):
+            self.register_parameter(name, nn.Parameter(no_residual().to(self.q_proj.weight)))
+
+    def key_value(self, hidden: Tensor, angles: Angles, first: KeyValue | None) -> KeyValue:
+        """Keys and values that this layer owns, of ``hidden (B, T, hidden)``; keys are rotated."""
+        key = value = None
+        if self.owns_key:
+            key = self.split_heads(self.k_proj(hidden))
+            if hasattr(self, "k_norm"):
+                key = self._norm_heads(self.k_norm, key)
+            key = apply_rotary(key, *angles)
+        if self.owns_value:
+            value = self.split_heads(self.v_proj(hidden))
+        if first is not None and hasattr(self, "key_mix"):
+            key = _mix(self.key_mix, first[0], key)
+        if first is not None and hasattr(self, "value_mix"):
+            value = _mix(self.value_mix, first[1], value)
+        return key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Angles,
+        call: Call | None = None,
+        made: dict[str, KeyValue] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend to what the call says.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            position_embeddings: Cosines and sines ``(B, T, D)``.
+            call: What to read.
+            made: Receives ``key_value`` under that name.
+        """
+        assert call is not None and made is not None
+        made["key_value"] = own_key, own_value = self.key_value(hidden_states, position_embeddings, call.first)
+        key = own_key if call.own and self.key_layer == self.layer_idx else call.key
+        value = own_value if call.own and self.value_layer == self.layer_idx else call.value
+        if call.reader is None and (key is None or value is None):
+            return self._nothing(hidden_states), None
+        query = self.split_heads(self.q_proj(hidden_states))
+        if hasattr(self, "q_norm"):
+            query = self._norm_heads(self.q_norm, query)
+        query = apply_rotary(query, *position_embeddings)
+        if call.reader is not None:
+            output = call.reader.attend(self, query, key, value, made["key_value"])
+        else:
+            assert key is not None and value is not None
+            output, _lse = attention(
+                query,
+                key,
+                value,
+                diagonal=self.diagonal,
+                window=self.window,
+                query_documents=call.documents,
+                key_documents=call.documents,
+                scale=self.scaling,
+            )
+        return self.project_out(output), None
+
+    def _nothing(self, hidden: Tensor) -> Tensor:
+        """Output ``(B, T, hidden)`` of attention to no keys: zeros, projected."""
+        bias = self.o_proj.bias
+        return torch.zeros_like(hidden) if bias is None else torch.zeros_like(hidden) + bias
+
+
+def absent_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:
+    """Names of the host attention's parts that a layer has no use for."""
+    keys, values = settings.maps(depth)
+    absent = [] if layer_idx in keys.owners else ["k_proj", "k_norm"]
+    return absent if layer_idx in values.owners else [*absent, "v_proj"]
+
+
+def residual_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:
+    """Names of the weights ``(2,)`` by which a layer mixes the first layer's states into its own."""
+    keys, values = settings.maps(depth)
+    if not settings.residual or layer_idx == 0:
+        return []
+    return ["key_mix"] * (layer_idx in keys.owners) + ["value_mix"] * (layer_idx in values.owners)
+
+
+def no_residual() -> Tensor:
+    """Weights ``(2,)`` of a mix that is the layer's own state."""
+    return torch.tensor([0.0, 1 / RESIDUAL_SCALE])
+
+
+def _mix(weights: Tensor, first: Tensor | None, own: Tensor | None) -> Tensor:
+    """Section 3 of YOCO++: a share of the first layer's states and one of the layer's own."""
+    assert first is not None and own is not None
+    share: Tensor = weights.to(own.dtype) * RESIDUAL_SCALE
+    return share[0] * first + share[1] * own

@@ -1,0 +1,183 @@
+"""The serving cache: one memory for every layer that owns keys and values, none for the others.
+
+Owners that see everything share one paged store, since their rows have the same length: one table, and a tensor of
+keys and one of values an owner. Owners with a window have a ring each. Cyclic stages remember the inputs of a block
+that a prompt was cut in, until the next tokens come.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.paged import PagedStore
+from kvtrain.cache.ring import RingStore
+from kvtrain.cache.rows import Placement, RowStore
+from kvtrain.models.method import key_value_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from kvtrain.models.lckv.config import LCKV
+
+
+class PendingInputs(PagedStore):
+    """Inputs of a cyclic stage for the tokens of an unfinished block: one page a row, given back when it ends.
+
+    Args:
+        hidden_size: Channels.
+        block: Tokens of a block.
+        placement: Where tensors lie.
+    """
+
+    def __init__(self, hidden_size: int, block: int, placement: Placement) -> None:
+        super().__init__(1, {"inputs": hidden_size}, block, placement)
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens that each row remembers, ``(B,)``."""
+        return self.lengths[:, 0]
+
+    def inputs(self) -> Tensor:
+        """``(B, n, hidden)`` of the longest row's n; a row's entries stand at the end."""
+        longest = int(self.counts.max()) if self.num_rows else 0
+        slots = torch.arange(longest, device=self.table.device) - (longest - self.counts[:, None])  # (B, n)
+        held = self.pool.slots["inputs"]
+        if not longest:
+            return held.new_zeros(self.num_rows, 0, held.shape[2])
+        return held[self.table[:, 0, :1].clamp(min=0), slots.clamp(min=0)]
+
+    def replace(self, inputs: Tensor, counts: Tensor, rows: Tensor) -> None:
+        """Keep the last ``counts (B,)`` of ``inputs (B, n, hidden)`` in the rows ``(B,)`` marked, and nothing older."""
+        self.truncate(self.lengths.masked_fill(rows[:, None], 0))
+        keep = torch.arange(inputs.shape[1], device=rows.device) >= inputs.shape[1] - counts[:, None]
+        keep = (keep & rows[:, None]).unsqueeze(1)  # (B, 1, n)
+        self.write({"inputs": inputs.unsqueeze(1)}, keep.cumsum(-1) - 1, keep)
+
+    def _longest(self, tokens: int, rows: int) -> Tensor:
+        return super()._longest(tokens, rows).clamp(max=self.page_size)
+
+
+@dataclass(frozen=True)
+class EndlessWindow:
+    """A cache of constant size: the first tokens of a row and its latest ones (StreamingLLM, arXiv 2309.17453).
+
+    Attributes:
+        sink: First tokens.
+        recent: Latest tokens, the current one included.
+    """
+
+    sink: int
+    recent: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit; while they do, nothing differs from an unlimited cache."""
+        return self.sink + self.recent
+
+
+class LCKVCacheLayer(KVCacheLayer):
+    """What one layer keeps: a part of the paged store, a ring, pending inputs, or nothing.
+
+    Args:
+        stores: Those that this layer accounts for; the paged store belongs to its first owner.
+        rows: Any store of the cache, to count rows by.
+        num_heads: Key-value heads.
+        pages: The paged store, where this layer owns a part of it.
+        ring: Its ring, where it has one.
+        pending: Pending inputs of the cyclic stage that begins here.
+        endless: What the rings of an endless cache keep.
+    """
+
+    def __init__(
+        self,
+        stores: list[RowStore],
+        rows: RowStore,
+        num_heads: int,
+        pages: PagedStore | None,
+        ring: RingStore | None,
+        pending: PendingInputs | None,
+        endless: EndlessWindow | None,
+    ) -> None:
+        super().__init__(*stores)
+        self.rows, self.num_heads = rows, num_heads
+        self.pages, self.ring, self.pending, self.endless = pages, ring, pending, endless
+
+    def kv_tokens(self) -> Tensor:
+        """See ``KVCacheLayer``; 0 for a layer that reads another's."""
+        if self.pages is not None:
+            return self.pages.lengths
+        if self.ring is not None:
+            kept = self.ring["tokens"].clamp(max=self.ring.sink + self.ring.recent)
+            return kept[:, None].expand(-1, self.num_heads)
+        device = self.rows.placement.device
+        return torch.zeros(self.rows.num_rows, self.num_heads, dtype=torch.long, device=device)
+
+
+def build_layers(
+    settings: "LCKV",
+    host_config: "PreTrainedConfig",
+    placements: list[Placement],
+    sink: int | None = None,
+    recent: int | None = None,
+) -> list[KVCacheLayer]:
+    """Empty cache layers of a model.
+
+    Args:
+        settings: The method.
+        host_config: The host's configuration.
+        placements: Where the tensors of each layer lie.
+        sink: First tokens that an endless cache keeps.
+        recent: Latest tokens that it keeps; None for a cache without end.
+
+    Raises:
+        ValueError: Layers lie on several devices, or ``sink`` comes without ``recent``.
+    """
+    if len({str(placement.device) for placement in placements}) > 1:
+        raise ValueError("layers that share keys and values must lie on one device; load the model without device_map")
+    if recent is None and sink is not None:
+        raise ValueError("an endless cache needs recent=, the number of latest tokens to keep, beside sink=")
+    endless = None if recent is None else EndlessWindow(sink or 0, recent)
+    keys, values = settings.maps(len(placements))
+    heads, head_dim = key_value_shape(host_config)
+    paged = {
+        f"{name}.{owner}": head_dim
+        for name, kv_map in (("keys", keys), ("values", values))
+        for owner in kv_map.owners
+        if endless is None and not kv_map.sliding[owner]
+    }
+    pages = PagedStore(heads, paged, settings.page_size, placements[0]) if paged else None
+    pending = _pending(settings, host_config, placements[0])
+    rings: dict[int, RingStore] = {}
+    for owner in {*keys.owners, *values.owners}:
+        if endless is not None:
+            rings[owner] = RingStore(heads, head_dim, endless.recent, endless.sink, placements[0])
+        elif keys.sliding[owner]:
+            iterates = any(stage.cyclic and stage.first <= owner <= stage.last for stage in keys.stages())
+            # A block that is read again must still find what came before it.
+            slots = settings.sliding_window + (settings.prefill_block if iterates else 0)
+            rings[owner] = RingStore(heads, head_dim, slots, placement=placements[0])
+    rows: RowStore = pages if pages is not None else next(iter(rings.values()))
+    layers: list[KVCacheLayer] = []
+    accounted: set[int] = set()
+    for index in range(len(placements)):
+        part = pages if any(f"{name}.{index}" in paged for name in ("keys", "values")) else None
+        mine = [store for store in (part, rings.get(index), pending.get(index)) if store is not None]
+        stores: list[RowStore] = [store for store in mine if id(store) not in accounted]
+        accounted |= {id(store) for store in stores}
+        layers.append(LCKVCacheLayer(stores, rows, heads, part, rings.get(index), pending.get(index), endless))
+    return layers
+
+
+def _pending(settings: "LCKV", host_config: "PreTrainedConfig", placement: Placement) -> dict[int, PendingInputs]:
+    """A store for every cyclic stage, by its first layer; none where blocks come out exact however they are cut."""
+    if settings.passes >= settings.prefill_block and settings.prefill_tolerance is None:
+        return {}
+    stages = settings.maps(host_config.num_hidden_layers)[0].stages()
+    return {
+        stage.first: PendingInputs(host_config.hidden_size, settings.prefill_block, placement)
+        for stage in stages
+        if stage.cyclic
+    }

@@ -1,0 +1,139 @@
+"""Settings of cross-layer sharing: LCKV (Wu and Tu 2024, arXiv 2405.10637) and its kin (2410.14442)."""
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from kvtrain.models.lckv.kv_map import KVMap, parse_map, values_map
+from kvtrain.models.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+    from kvtrain.cache.base import KVCacheLayer
+    from kvtrain.cache.rows import Placement
+
+
+@dataclass(frozen=True)
+class LCKV(Method):
+    """Let layers read the keys and values of other layers; those that nobody reads are never computed.
+
+    Args:
+        kv_map: Whose keys and values each layer reads: a preset for any depth or a map such as ``"0_4_4_4_4_5"``;
+            ``kv_map.parse_map`` has the grammar. ``"lckv-w2"``: one layer of its own at each end, the rest reads the
+            top one of the rest.
+        forward_passes: Passes without gradient over layers that read from above, m (paper and code: 7).
+        backward_passes: Passes with gradient after them, b (paper and code: 2); more are less stable.
+        mask_all_diagonals: No token sees itself in any layer, instead of in those that read from above alone. The
+            published checkpoints were trained so.
+        stale_target: Within a pass, the layers that read a cyclic stage's keys and values see those of the pass
+            before, the owner itself included (the code published first). Needs ``mask_all_diagonals``; the fixed
+            point is the same.
+        sliding_window: Latest tokens that a layer marked ``s`` sees, its own included.
+        value_map: Whose values, where they differ from the keys' (FusedKV, arXiv 2512.03870): a map, or ``"first"``
+            for the values of layer 0. None: values follow keys.
+        residual: Add a learned share of the first layer's keys and values to those of every owner above it
+            (YOCO++, arXiv 2604.13556); four numbers a layer, at first without effect.
+        init: Keys and values of an owner start from its own projections (``"copy"``) or from the mean over its
+            readers (``"mean"``; the authors recommend it in most cases, heads are not aligned).
+        prefill_block: Tokens that iterate together while a prompt is read, counted from each row's own start. Up to
+            ``forward_passes + backward_passes`` the result is exact, that of token-by-token decoding.
+        prefill_tolerance: Iterate every token until its keys and values, and those of the tokens before it, change by
+            less than this share of the largest, instead of for a fixed number of passes.
+        page_size: Slots in a page of the serving cache.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "lckv"
+
+    kv_map: str = "lckv-w2"
+    forward_passes: int = 7
+    backward_passes: int = 2
+    mask_all_diagonals: bool = False
+    stale_target: bool = False
+    sliding_window: int = 4096
+    value_map: str | None = None
+    residual: bool = False
+    init: Literal["copy", "mean"] = "copy"
+    prefill_block: int = 64
+    prefill_tolerance: float | None = None
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.forward_passes < 0:
+            raise ValueError(f"forward_passes must not be negative, not {self.forward_passes}")
+        for name in ("backward_passes", "sliding_window", "prefill_block", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.stale_target and not self.mask_all_diagonals:
+            raise ValueError("stale_target needs mask_all_diagonals=True: a token's own keys would come a pass late")
+        if self.init not in ("copy", "mean"):
+            raise ValueError(f"init must be 'copy' or 'mean', not {self.init!r}")
+        if self.prefill_tolerance is not None and self.prefill_tolerance <= 0:
+            raise ValueError(f"prefill_tolerance must be above 0, not {self.prefill_tolerance}; None for fixed passes")
+
+    @property
+    def passes(self) -> int:
+        """Passes over a cyclic stage in all, m + b."""
+        return self.forward_passes + self.backward_passes
+
+    def maps(self, depth: int) -> tuple[KVMap, KVMap]:
+        """Maps of keys and of values for so many layers.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        return _maps(self.kv_map, self.value_map, depth)
+
+    def validate(self, host_config: "PreTrainedConfig") -> None:
+        """See ``Method.validate``."""
+        keys, _ = self.maps(host_config.num_hidden_layers)
+        for stage in keys.stages():
+            for layer in range(stage.first, stage.last + 1) if stage.cyclic else ():
+                if keys.sources[layer] < stage.first and keys.sliding[layer]:
+                    raise ValueError(
+                        f"kv_map {self.kv_map!r}: layer {layer} iterates and reads the sliding layer "
+                        f"{keys.sources[layer]} below; drop the 's' of both, or let it read a layer from "
+                        f"{stage.first} to {stage.last}"
+                    )
+        if self.residual and (keys.sources[0] != 0 or any(stage.cyclic for stage in keys.stages())):
+            raise ValueError("residual needs a kv_map that reads from below alone, such as 'pizza-bottom'; turn it off")
+
+    def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
+        """See ``Method.runs_layers_once``."""
+        return not any(stage.cyclic for stage in self.maps(host_config.num_hidden_layers)[0].stages())
+
+    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
+        """See ``Method.attention``."""
+        from kvtrain.models.lckv.attention import SharedAttention
+
+        return SharedAttention(host_attention, layer_idx, self)
+
+    def stack(self, layers: "nn.ModuleList", rotary: "nn.Module") -> "nn.ModuleList":
+        """See ``Method.stack``."""
+        from kvtrain.models.lckv.stack import SharingStack
+
+        return SharingStack(layers, rotary, self)
+
+    def cache_layers(
+        self, host_config: "PreTrainedConfig", placements: "list[Placement]", **options: Any
+    ) -> "list[KVCacheLayer]":
+        """See ``Method.cache_layers``; ``sink`` and ``recent`` make a cache for endless generation."""
+        from kvtrain.models.lckv.cache import build_layers
+
+        return build_layers(self, host_config, placements, **options)
+
+    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
+        """See ``Method.adapt_state``."""
+        from kvtrain.models.lckv.convert import adapt_state
+
+        return adapt_state(self, state, host_config.num_hidden_layers)
+
+
+@functools.cache
+def _maps(kv_map: str, value_map: str | None, depth: int) -> tuple[KVMap, KVMap]:
+    keys = parse_map(kv_map, depth)
+    return keys, values_map(value_map, keys)

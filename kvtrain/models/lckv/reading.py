@@ -1,0 +1,216 @@
+"""How a layer reads a cache while new tokens go in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.ring import RingStore
+from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.lckv.attention import Angles, KeyValue, SharedAttention
+from kvtrain.models.lckv.cache import EndlessWindow, LCKVCacheLayer
+
+# Keys (B, H_kv, S, D), values, and the position (B, S) of the token in each slot, -1 where there is none.
+RingContent = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is stored of the tokens before the new ones, and where the new ones go.
+
+    Attributes:
+        layers: Of the cache.
+        past: ``(B,)`` tokens of each row before the new ones.
+        valid: ``(B, n)`` real ones among the new tokens; in every row the padding stands before them.
+        write: ``(B, n)`` which of them are stored; None in a pass whose results do not count.
+        angles: Cosines and sines ``(B, n, D)`` of the new tokens.
+        slot_angles: Those of an endless cache's slots ``(1, capacity, D)``.
+        rings: Content of the rings before this forward pass, by owner, where new tokens may have overwritten some.
+    """
+
+    layers: list[LCKVCacheLayer]
+    past: Tensor
+    valid: Tensor
+    write: Tensor | None
+    angles: Angles
+    slot_angles: Angles | None = None
+    rings: dict[int, RingContent] | None = None
+
+    def attend(
+        self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, made: KeyValue
+    ) -> Tensor:
+        """Store what a layer has made, and attend.
+
+        Args:
+            module: The layer's attention.
+            query: ``(B, H, n, D)``, rotated.
+            key: ``(B, H_kv, n, D)`` of the new tokens in the layer that it reads; None: they are not there yet.
+            value: Likewise.
+            made: What the layer owns of the new tokens.
+
+        Returns:
+            ``(B, H, n, D)``; zeros where a token sees nothing.
+        """
+        new = None if key is None or value is None else (key, value)
+        if self.write is not None:
+            self._store(module.layer_idx, made, self.write)
+        layer = self.layers[module.key_layer]
+        one = query.shape[2] == 1 and (new is None or module.diagonal == "closed" or self.write is not None)
+        seen = self.past + (self.valid[:, -1] if one and new is not None and module.diagonal != "closed" else 0)
+        if layer.pages is not None:
+            return self._attend_pages(module, query, None if one else new, seen)
+        if layer.endless is not None:
+            return self._attend_endless(module, query, None if one else new, seen, layer.endless)
+        if one:
+            return self._attend_ring(module, query, seen)
+        return self._attend_window(module, query, new)
+
+    def _store(self, owner: int, made: KeyValue, write: Tensor) -> None:
+        key, value = made
+        layer = self.layers[owner]
+        if layer.ring is not None and (key is not None or value is not None):
+            some = key if key is not None else value
+            assert some is not None
+            # A layer that owns one of the two still has a ring of both.
+            key = torch.zeros_like(some) if key is None else key
+            value = torch.zeros_like(some) if value is None else value
+            layer.ring.write(_turn_back(key, self.angles) if layer.endless is not None else key, value, write)
+        elif layer.pages is not None:
+            states = {f"keys.{owner}": key, f"values.{owner}": value}
+            keep = write[:, None].expand(-1, layer.num_heads, -1)
+            positions = self.past[:, None] + self.valid.cumsum(-1) - 1
+            slots = positions[:, None].expand(keep.shape)
+            layer.pages.write({name: state for name, state in states.items() if state is not None}, slots, keep)
+
+    def _attend_pages(
+        self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor] | None, seen: Tensor
+    ) -> Tensor:
+        """The first ``seen (B,)`` slots, and the new tokens beside them where they are given."""
+        pages = self.layers[module.key_layer].pages
+        assert pages is not None
+        parts = []
+        if new is not None:
+            documents = self.valid.long()
+            parts.append(
+                attention(
+                    query,
+                    *new,
+                    diagonal=module.diagonal,
+                    query_documents=documents,
+                    key_documents=documents,
+                    scale=module.scaling,
+                )
+            )
+        if pages.table.shape[2]:
+            keys = pages.pool.slots[f"keys.{module.key_layer}"]
+            values = pages.pool.slots[f"values.{module.value_layer}"]
+            lengths = seen[:, None].expand(-1, pages.num_heads)
+            parts.append(paged_attention(query, keys, values, pages.table, lengths, module.scaling))
+        return _merge(parts, query)
+
+    def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor) -> Tensor:
+        """One new token a row over the ring, where it lies."""
+        keys, values, positions = self._ring(module)
+        assert module.window is not None
+        lowest = self.past - module.window + 1
+        hidden = (positions < lowest[:, None].clamp(min=0)) | (positions >= seen[:, None])
+        return _attend_slots(module, query, keys, values, hidden)[0]
+
+    def _attend_window(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Many new tokens, each over a window of its own: what is held in order, then the new ones."""
+        keys, values, positions = self._ring(module)
+        positions = positions.masked_fill(positions >= self.past[:, None], -1)  # those are read again
+        order = positions.argsort(1)
+        keys, values = _take_slots(keys, order), _take_slots(values, order)
+        visible = self.valid if new is not None else torch.zeros_like(self.valid)
+        unseen = query.new_zeros(*keys.shape[:2], self.valid.shape[1], keys.shape[3])
+        key, value = (unseen, unseen) if new is None else new
+        # Padding between what is held and what is new would count as part of the window: it goes first.
+        held = positions.gather(1, order) >= 0
+        order = torch.cat([held, self.valid], 1).to(torch.int8).argsort(dim=1, stable=True)
+        keys, values = (_take_slots(torch.cat(pair, 2), order) for pair in ((keys, key), (values, value)))
+        return attention(
+            query,
+            keys,
+            values,
+            diagonal=module.diagonal,
+            window=module.window,
+            query_documents=self.valid.long(),
+            key_documents=torch.cat([held, visible], 1).gather(1, order).long(),
+            scale=module.scaling,
+        )[0]
+
+    def _attend_endless(
+        self,
+        module: SharedAttention,
+        query: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        seen: Tensor,
+        endless: EndlessWindow,
+    ) -> Tensor:
+        """Sinks and latest tokens, as if they stood side by side: positions count what is there."""
+        keys, values, positions = self._ring(module)
+        assert self.slot_angles is not None
+        gone = (self.past + 1 - endless.capacity).clamp(min=0)[:, None]  # (B, 1) tokens between sinks and window
+        places = torch.where(positions < endless.sink, positions, positions - gone)
+        hidden = (places < 0) | (positions >= seen[:, None]) | ((places < endless.sink) & (positions >= endless.sink))
+        angles = tuple(angle[0][places.clamp(0, endless.capacity - 1)] for angle in self.slot_angles)
+        parts = [_attend_slots(module, query, apply_rotary(keys, *angles), values, hidden)]
+        if new is not None:  # nothing has been dropped yet
+            documents = self.valid.long()
+            parts.append(
+                attention(
+                    query,
+                    *new,
+                    diagonal=module.diagonal,
+                    query_documents=documents,
+                    key_documents=documents,
+                    scale=module.scaling,
+                )
+            )
+        return _merge(parts, query)
+
+    def _ring(self, module: SharedAttention) -> RingContent:
+        """Keys of one owner, values of another, and where they stand."""
+        if self.rings is not None:
+            keys, _, positions = self.rings[module.key_layer]
+            return keys, self.rings[module.value_layer][1], positions
+        key_ring, value_ring = self.layers[module.key_layer].ring, self.layers[module.value_layer].ring
+        assert isinstance(key_ring, RingStore) and isinstance(value_ring, RingStore)
+        keys, _, positions = key_ring.gather()
+        values = value_ring["values"]
+        if torch.is_grad_enabled():  # slots are written again before a backward pass comes
+            keys, values = keys.clone(), values.clone()
+        return keys, values, positions
+
+
+def _attend_slots(
+    module: SharedAttention, query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All queries over the slots that are not ``hidden (B, S)``."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    bias = torch.zeros(hidden.shape, dtype=wide, device=query.device).masked_fill_(hidden, float("-inf"))
+    bias = bias[:, None].expand(-1, keys.shape[1], -1)
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
+    return attention(query, keys, values, key_bias=bias, causal=False, scale=module.scaling)
+
+
+def _merge(parts: list[tuple[Tensor, Tensor]], query: Tensor) -> Tensor:
+    if not parts:
+        return torch.zeros_like(query)
+    return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+
+
+def _turn_back(key: Tensor, angles: Angles) -> Tensor:
+    """Keys ``(B, H, n, D)`` as they were before they were rotated (and scaled, under YaRN)."""
+    cos, sin = angles
+    squared = (cos * cos + sin * sin).unsqueeze(1)
+    return (apply_rotary(key, cos, -sin) / squared).to(key.dtype)
+
+
+def _take_slots(tensor: Tensor, order: Tensor) -> Tensor:
+    """``(B, H, S, D)`` in the order ``(B, S)``."""
+    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)

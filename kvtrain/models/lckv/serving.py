@@ -1,0 +1,283 @@
+"""The serving form of a sharing stack, defined once: how new tokens go through the layers over a cache.
+
+Layers that read from below run once. A cyclic stage takes one new token a row in one pass, which is exact. A prompt
+it reads in blocks of ``prefill_block`` tokens, counted from each row's own start, every one iterated over the exact
+keys and values of what came before it. Where a prompt was cut inside a block, the block is read again as a whole:
+what comes out depends neither on the chunks in which it was sent nor on the rows beside it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from kvtrain.cache.base import KVCache
+from kvtrain.models.lckv.attention import Angles
+from kvtrain.models.lckv.cache import LCKVCacheLayer
+from kvtrain.models.lckv.kv_map import Stage
+from kvtrain.models.lckv.reading import Reader, RingContent
+
+if TYPE_CHECKING:
+    from kvtrain.models.lckv.stack import Shared, SharingStack
+
+
+def serve(
+    stack: "SharingStack",
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    cache: KVCache,
+    valid: Tensor,
+    prefill: bool | None,
+) -> Tensor:
+    """All layers over new tokens, which enter the cache.
+
+    Args:
+        stack: The layers.
+        hidden: ``(B, n, hidden)`` inputs of the lowest one.
+        arguments: Of a host's layer.
+        cache: The model's.
+        valid: ``(B, n)`` real tokens; in every row the padding stands before them.
+        prefill: One token a row, too, is part of a prompt.
+
+    Returns:
+        ``(B, n, hidden)``.
+    """
+    layers = cast("list[LCKVCacheLayer]", cache.layers)
+    endless, tokens = layers[0].endless, cache.tokens
+    if endless is None or hidden.shape[1] == 1:
+        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, prefill)
+    if int((tokens + valid.sum(1)).max()) <= endless.capacity:
+        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, prefill)
+    outputs = []
+    for index in range(hidden.shape[1]):  # every token drops another one
+        now = slice(index, index + 1)
+        outputs.append(_serve_chunk(stack, hidden[:, now], arguments, layers, tokens, valid[:, now], False))
+        tokens = tokens + valid[:, index]
+    return torch.cat(outputs, 1)
+
+
+def _serve_chunk(
+    stack: "SharingStack",
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    layers: list[LCKVCacheLayer],
+    tokens: Tensor,
+    valid: Tensor,
+    prefill: bool | None,
+) -> Tensor:
+    positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+    arguments, slot_angles = _placed(stack, hidden, arguments, layers, positions)
+    decodes = hidden.shape[1] == 1 and not prefill
+    rings = None if hidden.shape[1] == 1 else _ring_contents(layers)
+    reader = Reader(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
+    shared: Shared = {}
+    for stage in stack.plan:
+        if stage.cyclic and not decodes:
+            prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, bool(prefill))
+            hidden = _read_prompt(stack, stage, prompt, shared, arguments, reader)
+            continue
+        pending = layers[stage.first].pending
+        if stage.cyclic and pending is not None and bool((pending.counts > 0).any()):
+            pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
+        hidden = stack.once(stage, hidden, shared, arguments, None, reader=reader)
+    return hidden
+
+
+def _placed(
+    stack: "SharingStack",
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    layers: list[LCKVCacheLayer],
+    positions: Tensor,
+) -> tuple[dict[str, Any], Angles | None]:
+    """Arguments with the angles of these positions ``(B, n)``; an endless cache's end where its slots do."""
+    endless, slot_angles = layers[0].endless, None
+    if endless is not None:
+        positions = positions.clamp(max=endless.capacity - 1)
+        slots = torch.arange(endless.capacity, device=hidden.device)[None]
+        slot_angles = stack.angles(hidden, slots)
+    return {**arguments, "position_ids": positions, "position_embeddings": stack.angles(hidden, positions)}, slot_angles
+
+
+def _ring_contents(layers: list[LCKVCacheLayer]) -> dict[int, RingContent]:
+    """Copies of what the rings hold, by owner."""
+    contents = {}
+    for owner, layer in enumerate(layers):
+        if layer.ring is not None:
+            keys, values, positions = layer.ring.gather()
+            contents[owner] = (keys.clone(), values.clone(), positions)
+    return contents
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What each row has to read: the tokens of its unfinished block, and its new ones behind them.
+
+    Attributes:
+        inputs: ``(B, S, hidden)``; a row's tokens stand at the end.
+        start: ``(B,)`` position of the first one.
+        counts: ``(B,)`` how many there are.
+        goes_on: ``(B,)`` rows whose last block may go on; the others decode a single token.
+        tokens: ``(B,)`` position of the first new one.
+        length: New columns, n.
+    """
+
+    inputs: Tensor
+    start: Tensor
+    counts: Tensor
+    goes_on: Tensor
+    tokens: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, layer: LCKVCacheLayer, hidden: Tensor, tokens: Tensor, valid: Tensor, prefill: bool) -> "_Prompt":
+        """Put what is pending before the new tokens of rows that read a prompt."""
+        new = valid.sum(1)
+        goes_on = (new > 0) if prefill else (new > 1)
+        pending = layer.pending
+        if pending is None:
+            return cls(hidden, tokens, new, goes_on, tokens, hidden.shape[1])
+        remembered = torch.where(goes_on, pending.counts, 0)
+        held = pending.inputs().to(hidden.dtype)
+        real = torch.arange(held.shape[1], device=hidden.device) >= held.shape[1] - remembered[:, None]
+        order = torch.cat([real, valid], 1).to(torch.int8).argsort(dim=1, stable=True)
+        inputs = _take(torch.cat([held, hidden], 1), order)
+        return cls(inputs, tokens - remembered, remembered + new, goes_on, tokens, hidden.shape[1])
+
+    def positions(self) -> Tensor:
+        """``(B, S)``, below the row's start where there is no token."""
+        size = self.inputs.shape[1]
+        column = torch.arange(size, device=self.start.device)
+        return self.start[:, None] + column - (size - self.counts)[:, None]
+
+
+def _read_prompt(
+    stack: "SharingStack",
+    stage: Stage,
+    prompt: _Prompt,
+    shared: "Shared",
+    arguments: dict[str, Any],
+    reader: Reader,
+) -> Tensor:
+    """A cyclic stage, block by block; ``shared`` gains the new tokens' keys and values of its owners."""
+    block, positions = stack.settings.prefill_block, prompt.positions()
+    real = positions >= prompt.start[:, None]
+    number = positions // block - (prompt.start // block)[:, None]
+    number = number.masked_fill(~real, -1)  # of each token's block, from the row's first
+    outputs = torch.zeros_like(prompt.inputs)
+    made: Shared = {}
+    for step in range(int(number.max()) + 1):
+        columns, inside = _columns(number == step)
+        where = positions.gather(1, columns)
+        past = prompt.start + ((number < step) & real).sum(1)
+        write = inside & (where >= prompt.tokens[:, None])
+        angles = stack.angles(prompt.inputs, where.clamp(min=0))
+        view = Reader(reader.layers, past, inside, None, angles, reader.slot_angles)
+        given = {**arguments, "position_ids": where.clamp(min=0), "position_embeddings": angles}
+        below = _from_below(stack, stage, reader.layers, where)
+        hidden, block_made = _iterate(stack, stage, _take(prompt.inputs, columns), below, given, view, write)
+        row, entry = inside.nonzero(as_tuple=True)
+        outputs[row, columns[row, entry]] = hidden[row, entry]
+        _collect(made, block_made, positions.shape[1], (row, entry, columns[row, entry]))
+    _remember(reader.layers[stage.first], prompt, block)
+    for owner, states in made.items():
+        key, value = (None if state is None else state[:, :, -prompt.length :] for state in states)
+        shared[owner] = (key, value)
+    return outputs[:, -prompt.length :]
+
+
+def _columns(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``(B, W)`` of the tokens marked in ``(B, S)``, a run at the end of every row, and which of them count."""
+    size = inside.shape[1]
+    column = torch.arange(1, size + 1, device=inside.device)
+    end = (inside * column).amax(1, keepdim=True)
+    width = int(inside.sum(1).max())
+    columns = end - width + torch.arange(width, device=inside.device)
+    count = inside.sum(1, keepdim=True)
+    return columns.clamp(min=0), torch.arange(width, device=inside.device) >= width - count
+
+
+def _iterate(
+    stack: "SharingStack",
+    stage: Stage,
+    inputs: Tensor,
+    below: "Shared",
+    arguments: dict[str, Any],
+    view: Reader,
+    write: Tensor,
+) -> tuple[Tensor, "Shared"]:
+    """One block ``(B, W, hidden)``: passes until its keys and values stand, then the one that is stored."""
+    settings, shared = stack.settings, dict(below)
+    most = inputs.shape[1] if settings.prefill_tolerance is not None else min(settings.passes, inputs.shape[1])
+    done = ~view.valid  # padding
+    for _ in range(most - 1):
+        before = {owner: shared.get(owner) for owner in stack.targets(stage)}
+        stack.refine(stage, inputs, shared, arguments, None, reader=view)
+        if settings.prefill_tolerance is not None:
+            done = _settle(before, shared, done, settings.prefill_tolerance)
+            if bool(done.all()):
+                break
+    final = Reader(view.layers, view.past, view.valid, write, view.angles, view.slot_angles)
+    hidden = stack.once(stage, inputs, shared, arguments, None, reader=final)
+    return hidden, {owner: states for owner, states in shared.items() if owner not in below}
+
+
+def _settle(before: "dict[int, Any]", shared: "Shared", done: Tensor, tolerance: float) -> Tensor:
+    """Tokens ``(B, W)`` whose keys and values have come to rest, and so have those of all tokens before them.
+
+    They keep what they have, so that a token never depends on what follows it. Those of ``done`` came to rest before.
+    """
+    rests = torch.ones_like(done)
+    for owner, old in before.items():
+        if old is None:
+            return done
+        states: list[Tensor] = []
+        for was, new in zip(old, shared[owner], strict=True):
+            assert new is not None
+            now = torch.where(done[:, None, :, None], was, new)
+            states.append(now)
+            size = now.abs().amax((1, 3)).cummax(1).values  # (B, W)
+            rests &= (now - was).abs().amax((1, 3)) <= tolerance * size
+        shared[owner] = (states[0], states[1])
+    return done | (rests | done).cumprod(1).bool()
+
+
+def _from_below(stack: "SharingStack", stage: Stage, layers: list[LCKVCacheLayer], positions: Tensor) -> "Shared":
+    """Keys and values at ``positions (B, W)`` of owners under a stage that its layers read."""
+    sources = {stack.keys.sources[index] for index in range(stage.first, stage.last + 1)}
+    below: Shared = {}
+    for owner in (source for source in sources if source < stage.first):
+        pages = layers[owner].pages
+        assert pages is not None
+        keys, values = (pages.gather(f"{name}.{owner}", positions.clamp(min=0)) for name in ("keys", "values"))
+        below[owner] = (keys, values)
+    return below
+
+
+def _collect(made: "Shared", block_made: "Shared", size: int, places: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Put a block's keys and values where its tokens stand in the prompt."""
+    row, entry, column = places
+    for owner, states in block_made.items():
+        if owner not in made:
+            made[owner] = cast(
+                "tuple[Tensor | None, Tensor | None]",
+                tuple(None if s is None else s.new_zeros(*s.shape[:2], size, s.shape[3]) for s in states),
+            )
+        for whole, part in zip(made[owner], states, strict=True):
+            if whole is not None and part is not None:
+                whole[row, :, column] = part[row, :, entry]
+
+
+def _remember(layer: LCKVCacheLayer, prompt: _Prompt, block: int) -> None:
+    """Keep the inputs of every prompt's unfinished block."""
+    if layer.pending is None:
+        return
+    new = prompt.counts - (prompt.tokens - prompt.start)
+    unfinished = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
+    layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, unfinished, 0), new > 0)
+
+
+def _take(tensor: Tensor, order: Tensor) -> Tensor:
+    """``(B, S, hidden)`` in the order ``(B, W)``."""
+    return tensor.gather(1, order.unsqueeze(-1).expand(-1, -1, tensor.shape[2]))

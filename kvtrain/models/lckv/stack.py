@@ -1,0 +1,173 @@
+"""The order in which layers run: once, or again and again where they read from above (section 2.2; appendix A)."""
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtrain.models.attention import parallel_documents
+from kvtrain.models.lckv.attention import Call, KeyValue
+from kvtrain.models.lckv.kv_map import Stage
+
+if TYPE_CHECKING:
+    from kvtrain.models.lckv.config import LCKV
+
+Shared = dict[int, KeyValue]  # keys and values of the new tokens, by owner
+
+_NOTHING: KeyValue = (None, None)
+
+
+class SharingLayer(nn.Module):
+    """What a decoder layer learns: it hands out the keys and values that it makes, and may make nothing else.
+
+    Mixed in before the host's class, whose parameters, names and forward pass stay. Keys and values go in and out
+    as arguments and results, so that checkpointing and sharding see a layer like any other.
+    """
+
+    self_attn: Any
+    input_layernorm: nn.Module  # of hosts that normalise before attention
+
+    def forward(self, hidden_states: Tensor, *, call: Call, **kwargs: Any) -> tuple[Tensor | None, KeyValue]:
+        """The host layer's output, and what the layer owns; the output is None where only that is wanted."""
+        if call.key_value_only:
+            normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
+            return None, self.self_attn.key_value(normed, kwargs["position_embeddings"], call.first)
+        made: dict[str, KeyValue] = {}
+        output = super().forward(hidden_states, call=call, made=made, **kwargs)
+        return output, made["key_value"]
+
+
+@functools.cache
+def _sharing_class(host_class: Any) -> type[nn.Module]:
+    return type(f"Sharing{host_class.__name__}", (SharingLayer, host_class), {})
+
+
+def sharing_layer(layer: nn.Module) -> nn.Module:
+    """A layer with the parameters of ``layer`` that hands out keys and values."""
+    host_class: Any = type(layer)
+    sharing = _sharing_class(host_class)
+    adopted = sharing.__new__(sharing)
+    adopted.__setstate__(vars(layer).copy())
+    return adopted
+
+
+class SharingStack(nn.ModuleList):
+    """A host's list of layers, run by a map.
+
+    The host runs ``for layer in layers[:n]``; the slice has one entry, and that runs everything.
+
+    Args:
+        layers: The host's layers, with their attention replaced.
+        rotary: The host's rotary embedding, for positions besides those of the input.
+        settings: The method.
+    """
+
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module, settings: "LCKV") -> None:
+        super().__init__(sharing_layer(layer) for layer in layers)
+        self.settings = settings
+        self.keys, self.values = settings.maps(len(layers))
+        self.plan = self.keys.stages()
+        self._rotary = (rotary,)  # in a tuple: it is the decoder's, not a second submodule
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return [self.run] if isinstance(index, slice) else super().__getitem__(index)
+
+    def angles(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(B, T, D)`` of positions ``(B, T)``."""
+        angles: tuple[Tensor, Tensor] = self._rotary[0](hidden, positions)
+        return angles
+
+    def run(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """All layers over ``(B, T, hidden)``; arguments are those of a host's layer and what serving adds."""
+        cache, new_tokens = kwargs.pop("past_key_values", None), kwargs.pop("new_tokens", None)
+        prefill = kwargs.pop("prefill", None)
+        documents = parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
+        if cache is not None:
+            from kvtrain.models.lckv.serving import serve
+
+            return serve(self, hidden_states, kwargs, cache, new_tokens.valid, prefill)
+        shared: Shared = {}
+        for stage in self.plan:
+            if stage.cyclic:
+                hidden_states = self._iterate(stage, hidden_states, shared, kwargs, documents)
+            else:
+                hidden_states = self.once(stage, hidden_states, shared, kwargs, documents)
+        return hidden_states
+
+    def _iterate(
+        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Tensor | None
+    ) -> Tensor:
+        """A cyclic stage from no keys and values: passes without gradient, with, and the last one's output.
+
+        A pass makes one more token exact, so passes beyond the length change nothing and are left out.
+        """
+        passes = min(self.settings.passes, hidden.shape[1])
+        for index in range(passes - 1):
+            graded = index >= passes - self.settings.backward_passes
+            with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
+                self.refine(stage, hidden, shared, kwargs, documents)
+        before = dict(shared)
+        hidden = self.once(stage, hidden, shared, kwargs, documents)
+        if self.settings.stale_target:
+            shared.update({owner: before.get(owner, _NOTHING) for owner in self.targets(stage)})
+        return hidden
+
+    def refine(
+        self,
+        stage: Stage,
+        hidden: Tensor,
+        shared: Shared,
+        kwargs: dict[str, Any],
+        documents: Tensor | None,
+        **more: Any,
+    ) -> None:
+        """A pass whose output nobody needs: the last layer makes its keys and values and stops."""
+        below = range(stage.first, stage.last)
+        hidden = self._pass(below, hidden, shared, kwargs, documents=documents, **more)
+        self._pass([stage.last], hidden, shared, kwargs, documents=documents, key_value_only=True, **more)
+
+    def once(
+        self,
+        stage: Stage,
+        hidden: Tensor,
+        shared: Shared,
+        kwargs: dict[str, Any],
+        documents: Tensor | None,
+        **more: Any,
+    ) -> Tensor:
+        """A pass through all layers of a stage."""
+        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, documents=documents, **more)
+
+    def _pass(
+        self, layers: Iterable[int], hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any
+    ) -> Tensor:
+        """Layers in order; ``shared`` gains what they make.
+
+        A layer that reads from above finds there what the pass before has left.
+        """
+        before = dict(shared) if self.settings.stale_target else shared
+        for layer_idx in layers:
+            key_layer, value_layer = self.keys.sources[layer_idx], self.values.sources[layer_idx]
+            stale = self.settings.stale_target and self._is_target(key_layer)
+            source = before if stale else shared
+            key, value = source.get(key_layer, _NOTHING)[0], source.get(value_layer, _NOTHING)[1]
+            if not stale and key_layer == layer_idx:
+                key = None
+            if not stale and value_layer == layer_idx:
+                value = None
+            first = shared.get(0) if self.settings.residual else None
+            told = Call(key, value, own=not stale, first=first, **call)
+            output, made = self._modules[str(layer_idx)](hidden, call=told, **kwargs)
+            hidden = hidden if output is None else output
+            if made[0] is not None or made[1] is not None:
+                shared[layer_idx] = made
+        return hidden
+
+    def targets(self, stage: Stage) -> list[int]:
+        """Owners in a cyclic stage that layers below them read."""
+        return [owner for owner in self.keys.owners if stage.first <= owner <= stage.last and self._is_target(owner)]
+
+    def _is_target(self, owner: int) -> bool:
+        return min(self.keys.readers(owner)) < owner
