@@ -1,18 +1,25 @@
-"""One training step of DMC against the same step of its plain host, on the packaged model.
+"""One training step of DMC against the same step of its plain host, on the packaged model: time and memory.
 
-Forward, backward, no optimiser; bfloat16 autocast, 4 rows of 1,024 tokens; the median of the timed steps.
+Forward, backward, no optimiser; bfloat16 autocast, 4 rows of 1,024 tokens. Time is the median of the timed steps;
+memory is what resident memory grows by at most in one step, gradients included, in a fresh process each (Linux).
 
     python benchmarks/dmc_train.py
+    python benchmarks/dmc_train.py --peak dmc    # bytes of one method's step alone
 """
 
+import argparse
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from dmc_memory import resident_bytes
 
 import kvtrain
 from kvtrain.assets import resolve
@@ -20,22 +27,24 @@ from kvtrain.losses.compression import compression_hinge, merged_fraction
 from kvtrain.models.dmc.attention import DMCStep
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
+from kvtrain.training.callbacks.memory import peak_resident_bytes
 
 ROWS, LENGTH, WARM_UP, STEPS = 4, 1024, 2, 7
+METHODS: dict[str, Method] = {"host": kvtrain.Full(), "dmc": kvtrain.DMC(init_bias=0.0)}
 
 
-def make_step(method: Method) -> Callable[[], None]:
+def make_step(method: Method, rows: int = ROWS, length: int = LENGTH) -> Callable[[], None]:
     """A function that runs one forward and backward pass of a fresh model."""
     host = transformers.AutoModelForCausalLM.from_pretrained(resolve("kvtrain:tiny"), dtype=torch.float32)
     model = retrofit(host, method).train()
-    ids = torch.randint(2, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     documents = torch.ones_like(ids)
 
     def step() -> None:
         ledger: dict[int, torch.Tensor] = {}
         extra: dict[str, Any] = {}
         if isinstance(method, kvtrain.DMC):
-            extra = {"ledger": ledger, "dmc_step": DMCStep(None, 0, 0, torch.arange(ROWS))}
+            extra = {"ledger": ledger, "dmc_step": DMCStep(None, 0, 0, torch.arange(rows))}
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False, document_ids=documents, **extra).loss
             if ledger:
@@ -56,12 +65,39 @@ def median_seconds(step: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
+def peak_bytes(method: Method) -> int:
+    """What this process grows by at most in the first whole step; a small one has loaded what loads once."""
+    make_step(method, rows=2, length=64)()
+    step = make_step(method)
+    before = resident_bytes()
+    step()
+    return peak_resident_bytes() - before
+
+
+def peak_of(name: str) -> int:
+    """``peak_bytes`` of a method in a process of its own."""
+    # Tensors come from the system and go back to it, so that what is freed does not count on.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    command = [sys.executable, __file__, "--peak", name]
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return int(printed.split()[-1])
+
+
 def main() -> None:
-    """Print both times and their ratio."""
-    host, dmc = (median_seconds(make_step(method)) for method in (kvtrain.Full(), kvtrain.DMC(init_bias=0.0)))
+    """Print times, memory and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peak", choices=METHODS, help="print the bytes that one method's step takes, and no more")
+    asked = parser.parse_args().peak
+    if asked:
+        print(peak_bytes(METHODS[asked]))
+        return
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    host, dmc = (median_seconds(make_step(method)) for method in METHODS.values())
     print(f"host {host:.3f} s ({ROWS * LENGTH / host:,.0f} tok/s), DMC {dmc:.3f} s ({ROWS * LENGTH / dmc:,.0f} tok/s)")
-    print(f"ratio DMC / host: {dmc / host:.2f}")
+    print(f"time, DMC / host: {dmc / host:.2f}")
+    host, dmc = (peak_of(name) for name in METHODS)
+    print(f"host {host / 2**20:,.0f} MiB, DMC {dmc / 2**20:,.0f} MiB")
+    print(f"memory, DMC / host: {dmc / host:.2f}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _FEW = 60  # up to so many held-out points each gets a marker
 _COLOURS = matplotlib.colormaps["viridis"]
 _COMPRESSIONS = (1, 1.25, 1.5, 2, 3, 4, 8, 16)  # marked on the scale of the map of heads
 _MANY = 16  # more heads than that leave no room for a number in every cell, nor for a mark at each
+_DIRECTIONS = ((VERMILLION, "from above: trained by iteration"), (GREY, "from below"))
 _CELL_HEIGHT, _MARGIN = 0.22, 1.3  # inches
 
 
@@ -187,6 +188,47 @@ def layer_figure(heads: Rows) -> Figure | None:
     return figure
 
 
+def map_figure(kv_map: Rows) -> Figure | None:
+    """Whose keys and values each layer reads; None where every layer reads its own.
+
+    Args:
+        kv_map: Rows of ``kv_map.csv``, one a layer.
+    """
+    sources = [(int(row["layer"]), int(row["key_layer"]), int(row["value_layer"])) for row in kv_map]
+    if all(layer == key == value for layer, key, value in sources):
+        return None
+    figure = Figure(figsize=(_SIZE[0], max(_SIZE[1], _CELL_HEIGHT * len(sources) + _MARGIN)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title("Whose keys and values each layer reads", loc="left", fontsize=13, fontweight="bold")
+    for layer, key, value in sources:
+        for source, style in {(key, "-"), (value, "-" if value == key else ":")}:
+            if source != layer:
+                _arc(axes, layer, source, style)
+    owners = sorted({source for _, *both in sources for source in both})
+    axes.plot([0] * len(sources), range(len(sources)), "o", color="white", markeredgecolor=GREY, markersize=8)
+    axes.plot([0] * len(owners), owners, "s", color=BLUE, markersize=9)
+    for row in kv_map:
+        axes.text(0.08, row["layer"], _role(row, owners), va="center", fontsize=9)
+    axes.set_xlim(-1.05, 1.05)
+    axes.set_ylim(-0.8, len(sources) - 0.2)
+    axes.set_ylabel("layer", fontsize=11)
+    axes.set_yticks(range(len(sources)))
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    above, below = (axes.plot([], [], color=colour, label=label)[0] for colour, label in _DIRECTIONS)
+    figure.legend(handles=[above, below], frameon=False, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _role(row: dict[str, float], owners: Sequence[int]) -> str:
+    """What a layer does, in words."""
+    if row["key_layer"] != row["value_layer"]:
+        role = f"reads keys of layer {row['key_layer']:.0f}, values of layer {row['value_layer']:.0f}"
+    else:
+        role = "owns keys and values" if row["layer"] in owners else f"reads layer {row['key_layer']:.0f}"
+    return role + (", in a window" if row["sliding"] else "")
+
+
 def perplexity_figure(buckets: Sequence[Bucket]) -> Figure | None:
     """Perplexity of predictions by the tokens read before them; None where it was not measured.
 
@@ -234,6 +276,15 @@ def _head_map(heads: Rows) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     for row in heads:
         merged[int(row["layer"]), int(row["head"])] = row["merged_fraction"]
     return merged
+
+
+def _arc(axes: Axes, reader: int, owner: int, style: str) -> None:
+    """A curve from a layer to the one that it reads, on the left."""
+    angles = np.linspace(np.pi / 2, 3 * np.pi / 2, 40)
+    middle, reach = (reader + owner) / 2, abs(reader - owner) / 2
+    width = 0.15 + 0.8 * (1 - math.exp(-reach / 4))
+    colour = _DIRECTIONS[0 if owner > reader else 1][0]
+    axes.plot(width * np.cos(angles), middle + reach * np.sin(angles), style, color=colour, linewidth=1.3, zorder=0)
 
 
 def _marks(numbers: Sequence[int]) -> Sequence[int]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kvtrain.evaluation import plots
 from kvtrain.evaluation.plots import Bucket, Curve, Rows
-from kvtrain.metrics import FILE_NAME, HEADS_FILE_NAME, read_metrics, read_rows
+from kvtrain.metrics import FILE_NAME, HEADS_FILE_NAME, MAP_FILE_NAME, read_metrics, read_rows
 
 FOLDER = "report"
 EVALUATION = "eval.json"
@@ -62,7 +62,7 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
         ValueError: The run has no metrics, or one of the files is damaged.
     """
     rows = load_rows(run)
-    drawn = figures(rows, load_heads(run), load_positions(run))
+    drawn = figures(rows, load_heads(run), load_positions(run), load_map(run))
     pictures = {name: png(figure) for name, figure in drawn.items()}
     page = render(run.resolve().name, facts(rows), pictures)
     folder = output or run / FOLDER
@@ -103,7 +103,30 @@ def load_heads(run: Path) -> Rows:
     Raises:
         ValueError: The file is damaged.
     """
-    path, columns = run / HEADS_FILE_NAME, {"step", "layer", "head", "merged_fraction"}
+    return _load_table(run / HEADS_FILE_NAME, {"step", "layer", "head", "merged_fraction"})
+
+
+def load_map(run: Path) -> Rows:
+    """Rows of a run's ``kv_map.csv``; none where every layer reads its own keys and values.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    rows = _load_table(run / MAP_FILE_NAME, {"layer", "key_layer", "value_layer", "sliding"})
+    if [row["layer"] for row in rows] != list(range(len(rows))):
+        raise ValueError(f"{run / MAP_FILE_NAME}: damaged (layers are not counted from 0)")
+    return rows
+
+
+def _load_table(path: Path, columns: set[str]) -> Rows:
+    """Rows of a file that may be missing.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     if not path.is_file():
         return []
     try:
@@ -140,16 +163,18 @@ def _bucket(entry: dict[str, Any]) -> Bucket:
     return Bucket(int(entry["position"]), float(entry["loss"]), None if kept is None else float(kept))
 
 
-def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = ()) -> dict[str, Figure]:
+def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_map: Rows = ()) -> dict[str, Figure]:
     """Every figure that these numbers allow, by the name of its file.
 
     Args:
         rows: Rows of ``metrics.csv``.
         heads: Rows of ``head_compression.csv``.
         positions: From ``eval.json``.
+        kv_map: Rows of ``kv_map.csv``.
     """
     drawn = {
         "loss": plots.loss_figure(rows),
+        "kv_map": plots.map_figure(kv_map),
         "compression": plots.compression_figure(rows),
         "layer_compression": plots.layer_figure(heads),
         "head_compression": plots.head_figure(heads),
@@ -177,6 +202,7 @@ def facts(rows: Rows) -> dict[str, str]:
         "Compression reached": _last(rows, "compression", ".2f"),
         "Compression aimed at": _last(rows, "compression_target", ".2f"),
         "Held-out compression at the end": _last(rows, "val_compression", ".2f"),
+        "Held-out loss, serving minus training form": _last(rows, "val_serving_gap", "+.5f"),
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -66,6 +66,10 @@ class Method(ABC):
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
         return True
 
+    def training_cost(self, host_config: "PreTrainedConfig") -> float:
+        """Layers that a training step runs, backward ones counted as two, as a multiple of the plain host's."""
+        return 1.0
+
     def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
         """A host's weights by name as the retrofitted model wants them; most methods keep all."""
         return state

@@ -33,6 +33,7 @@ class Estimate:
         activation_bytes: What one batch's forward pass keeps for its backward pass.
         temporary_bytes: What else exists when most is held, such as a chunk of logits.
         peak_bytes: The sum of the six, in tensors; what allocators waste comes on top.
+        training_cost: Layers that a step runs, as a multiple of the plain host's; the bytes above know of it.
         kv_bytes_before: A row of ``sequence_length`` tokens in the base's own cache, in half precision.
         kv_bytes_after: The same row in the method's cache, pages and open segments included, where it compresses as
             much as it aims at.
@@ -52,6 +53,7 @@ class Estimate:
     activation_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    training_cost: float
     kv_bytes_before: int
     kv_bytes_after: int
     batch_size: int
@@ -109,6 +111,7 @@ def estimate(
         activation_bytes=memory.activations,
         temporary_bytes=memory.peak - lasting,
         peak_bytes=memory.peak,
+        training_cost=module.method.training_cost(config),
         kv_bytes_before=sequence_length * kv_bytes_per_token(base_config(module)),
         kv_bytes_after=cache_bytes(config, module.method, sequence_length),
         batch_size=batch_size,
@@ -153,6 +156,7 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
     checkpointed = ", checkpointed" if figures.activation_checkpointing else ""
     shape = f"{figures.batch_size} x {figures.sequence_length:,} tokens{checkpointed}"
     teacher = [("teacher", readable(figures.teacher_bytes))] if figures.teacher_bytes else []
+    cost = [("layers run in a step", f"{figures.training_cost:.2f}x")] if figures.training_cost != 1 else []
     less = f", {figures.kv_bytes_before / figures.kv_bytes_after:.2f}x less"
     return [
         ("model", figures.model),
@@ -165,6 +169,7 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
         (f"activations ({shape})", readable(figures.activation_bytes)),
         ("temporary tensors", readable(figures.temporary_bytes)),
         ("peak, all tensors", readable(figures.peak_bytes)),
+        *cost,
         (f"KV cache of {figures.sequence_length:,} tokens, before", _served(figures, figures.kv_bytes_before)),
         (f"KV cache of {figures.sequence_length:,} tokens, after", _served(figures, figures.kv_bytes_after, less)),
     ]

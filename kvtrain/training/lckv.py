@@ -1,5 +1,6 @@
 """Training with shared keys and values: as for any model, and a look at how far serving is from what trains."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,20 +8,36 @@ from torch import Tensor
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.metrics import MAP_FILE_NAME
 from kvtrain.models.lckv import LCKV
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.metrics import write_rows
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
 
 
-class _ServingGap(TrainingModule):
-    """Logs ``val_serving_gap``: by how much the held-out loss in the serving form is above that in the training form.
+class _SharingModule(TrainingModule):
+    """What training with a map adds: the map in the run folder, for reports, and a look at the serving form.
+
+    Logs ``val_serving_gap``: by how much the held-out loss in the serving form is above that in the training form.
 
     With a finite number of passes the two differ: training iterates over whole rows, serving block by block with
     exact keys and values behind it. The first validation batch is read both ways, each row as one document.
     """
 
     method: LCKV
+
+    def setup(self, stage: str) -> None:
+        """Write ``kv_map.csv``: whose keys and values each layer reads."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.is_global_zero:
+            keys, values = self.method.maps(self.host_config().num_hidden_layers)
+            columns = zip(keys.sources, values.sources, keys.sliding, strict=True)
+            rows: list[dict[str, float]] = [
+                {"layer": layer, "key_layer": key, "value_layer": value, "sliding": int(sliding)}
+                for layer, (key, value, sliding) in enumerate(columns)
+            ]
+            write_rows(Path(self.trainer.default_root_dir) / MAP_FILE_NAME, rows)
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
@@ -56,7 +73,7 @@ def serving_gap(model: Any, input_ids: Tensor, valid: Tensor) -> Tensor:
     return gap
 
 
-class LCKVModule(_ServingGap, RetrofitModule):
+class LCKVModule(_SharingModule, RetrofitModule):
     """Puts a map into a pretrained host and trains on.
 
     Args:
@@ -69,7 +86,7 @@ class LCKVModule(_ServingGap, RetrofitModule):
         super().__init__(base=base, method=method or LCKV(), **training)
 
 
-class LCKVPretrainModule(_ServingGap, PretrainModule):
+class LCKVPretrainModule(_SharingModule, PretrainModule):
     """Trains a host with a map from nothing, as the paper does.
 
     Args:

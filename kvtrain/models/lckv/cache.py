@@ -133,7 +133,8 @@ def build_layers(
         recent: Latest tokens that it keeps; None for a cache without end.
 
     Raises:
-        ValueError: Layers lie on several devices, or ``sink`` comes without ``recent``.
+        ValueError: Layers lie on several devices, ``sink`` comes without ``recent``, or an endless cache would show
+            layers with a sliding window more than that.
     """
     if len({str(placement.device) for placement in placements}) > 1:
         raise ValueError("layers that share keys and values must lie on one device; load the model without device_map")
@@ -141,6 +142,11 @@ def build_layers(
         raise ValueError("an endless cache needs recent=, the number of latest tokens to keep, beside sink=")
     endless = None if recent is None else EndlessWindow(sink or 0, recent)
     keys, values = settings.maps(len(placements))
+    if endless is not None and any(keys.sliding) and settings.sliding_window < endless.capacity:
+        raise ValueError(
+            f"layers marked 's' see {settings.sliding_window} tokens and this endless cache keeps {endless.capacity}; "
+            "let sink + recent be no more than sliding_window"
+        )
     heads, head_dim = key_value_shape(host_config)
     paged = {
         f"{name}.{owner}": head_dim

@@ -102,6 +102,16 @@ class LCKV(Method):
         if self.residual and (keys.sources[0] != 0 or any(stage.cyclic for stage in keys.stages())):
             raise ValueError("residual needs a kv_map that reads from below alone, such as 'pizza-bottom'; turn it off")
 
+    def training_cost(self, host_config: "PreTrainedConfig") -> float:
+        """See ``Method.training_cost``."""
+        depth = int(host_config.num_hidden_layers)
+        forward = backward = depth
+        for stage in self.maps(depth)[0].stages():
+            if stage.cyclic:  # whose last layer does next to nothing in any pass but the last
+                forward += (self.passes - 1) * (stage.last - stage.first)
+                backward += (self.backward_passes - 1) * (stage.last - stage.first)
+        return (forward + 2 * backward) / (3 * depth)
+
     def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
         """See ``Method.runs_layers_once``."""
         return not any(stage.cyclic for stage in self.maps(host_config.num_hidden_layers)[0].stages())
@@ -124,6 +134,8 @@ class LCKV(Method):
         """See ``Method.cache_layers``; ``sink`` and ``recent`` make a cache for endless generation."""
         from kvtrain.models.lckv.cache import build_layers
 
+        if unknown := sorted(set(options) - {"sink", "recent"}):
+            raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
         return build_layers(self, host_config, placements, **options)
 
     def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":

@@ -123,14 +123,14 @@ class Reader:
         keys, values, positions = self._ring(module)
         positions = positions.masked_fill(positions >= self.past[:, None], -1)  # those are read again
         order = positions.argsort(1)
-        keys, values = _take_slots(keys, order), _take_slots(values, order)
+        keys, values = take_slots(keys, order), take_slots(values, order)
         visible = self.valid if new is not None else torch.zeros_like(self.valid)
         unseen = query.new_zeros(*keys.shape[:2], self.valid.shape[1], keys.shape[3])
         key, value = (unseen, unseen) if new is None else new
         # Padding between what is held and what is new would count as part of the window: it goes first.
         held = positions.gather(1, order) >= 0
         order = torch.cat([held, self.valid], 1).to(torch.int8).argsort(dim=1, stable=True)
-        keys, values = (_take_slots(torch.cat(pair, 2), order) for pair in ((keys, key), (values, value)))
+        keys, values = (take_slots(torch.cat(pair, 2), order) for pair in ((keys, key), (values, value)))
         return attention(
             query,
             keys,
@@ -210,7 +210,7 @@ def _turn_back(key: Tensor, angles: Angles) -> Tensor:
     return (apply_rotary(key, cos, -sin) / squared).to(key.dtype)
 
 
-def _take_slots(tensor: Tensor, order: Tensor) -> Tensor:
+def take_slots(tensor: Tensor, order: Tensor) -> Tensor:
     """``(B, H, S, D)`` in the order ``(B, S)``."""
     index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kvtrain.cache.base import KVCache
+from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.kv_map import Stage
-from kvtrain.models.lckv.reading import Reader, RingContent
+from kvtrain.models.lckv.reading import Reader, RingContent, take_slots
 
 if TYPE_CHECKING:
     from kvtrain.models.lckv.stack import Shared, SharingStack
@@ -45,9 +46,7 @@ def serve(
     """
     layers = cast("list[LCKVCacheLayer]", cache.layers)
     endless, tokens = layers[0].endless, cache.tokens
-    if endless is None or hidden.shape[1] == 1:
-        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, prefill)
-    if int((tokens + valid.sum(1)).max()) <= endless.capacity:
+    if endless is None or int((tokens + valid.sum(1)).max()) <= endless.capacity:
         return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, prefill)
     outputs = []
     for index in range(hidden.shape[1]):  # every token drops another one
@@ -248,7 +247,12 @@ def _from_below(stack: "SharingStack", stage: Stage, layers: list[LCKVCacheLayer
     sources = {stack.keys.sources[index] for index in range(stage.first, stage.last + 1)}
     below: Shared = {}
     for owner in (source for source in sources if source < stage.first):
-        pages = layers[owner].pages
+        pages, ring = layers[owner].pages, layers[owner].ring
+        if pages is None and ring is not None:  # endless and not yet full: token p lies in slot p, its key not rotated
+            slots = positions.clamp(0, ring.sink + ring.recent - 1)
+            keys, values = (take_slots(ring[name], slots) for name in ("keys", "values"))
+            below[owner] = (apply_rotary(keys, *stack.angles(keys, slots)), values)
+            continue
         assert pages is not None
         keys, values = (pages.gather(f"{name}.{owner}", positions.clamp(min=0)) for name in ("keys", "values"))
         below[owner] = (keys, values)
