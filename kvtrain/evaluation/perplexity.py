@@ -79,7 +79,8 @@ def perplexity(
             A document's first window scores all. None leaves no overlap.
         limit: Windows to read; None reads all.
         chunk: Tokens fed at a time; 1 decodes. None feeds a position bucket (a sixteenth of a window), and more
-            than that is never fed at once. The figures do not depend on it.
+            than that is never fed at once. The figures do not depend on it, but where layers iterate decoding
+            is exact and reading a prompt is not quite.
 
     Raises:
         ValueError: The corpus cannot be read or holds no text, or a length is out of range.
@@ -156,7 +157,8 @@ def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_T
     for bucket, begin, end in tally.spans(ids.shape[1]):
         for first in range(begin, end, chunk):
             columns = slice(first, min(first + chunk, end))
-            decoded = model.get_decoder()(ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache)
+            told = {"attention_mask": mask[:, columns], "past_key_values": cache, "prefill": chunk > 1}
+            decoded = model.get_decoder()(ids[:, columns], **told)
             hidden, wanted = decoded.last_hidden_state.flatten(0, 1), targets[:, columns].flatten()
             tally.losses[bucket] += linear_token_losses(hidden, head, wanted).double().sum().item()
             tally.targets[bucket] += int((wanted != IGNORE_INDEX).sum())
