@@ -34,14 +34,17 @@ def export_run(
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
 
     Raises:
-        ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
+        ValueError: No checkpoint, one without export data, one whose model cannot be served yet, an existing output, or
+            no token to push with.
     """
     checkpoint = read_checkpoint(checkpoint_path(run))
+    settings = json.loads(checkpoint[CHECKPOINT_KEY])
+    if reason := settings.get("unfinished"):
+        raise ValueError(f"{run}: this checkpoint cannot be served: {reason}")
     model = rebuild_model(checkpoint)
     if isinstance(model.config, KVTrainConfig):
         model.config.method.deploy(model)
     torch.nn.Module.to(model, dtype=_dtype(dtype))
-    settings = json.loads(checkpoint[CHECKPOINT_KEY])
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if settings["tokenizer"]:

@@ -159,7 +159,12 @@ class TrainingModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer_name", None)
         config = self.model.config.to_json_string(use_diff=False)
-        checkpoint[CHECKPOINT_KEY] = json.dumps({"config": json.loads(config), "tokenizer": tokenizer})
+        settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.unfinished()}
+        checkpoint[CHECKPOINT_KEY] = json.dumps(settings)
+
+    def unfinished(self) -> str | None:
+        """Why the model cannot be served as it is, with the remedy; None where it can."""
+        return None
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a learning rate that is a function of the step."""

@@ -83,6 +83,12 @@ class DMCModule(RetrofitModule):
             return None
         return merged_fraction(ledger.values(), free_to_merge(batch["document_ids"]))
 
+    def unfinished(self) -> str | None:
+        """The borrowed channel decides nothing until zero-out has ended."""
+        if self.schedule.place(self._seen_step()).phase.name != ZERO_OUT:
+            return None
+        return "it lies in the zero_out phase, before decisions exist; train on into the next phase"
+
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
         super().on_validation_epoch_start()

@@ -6,6 +6,7 @@ import torch
 
 from kvtrain.data.packing import PackedRows
 from kvtrain.data.shards import ShardWriter, TokenShards
+from kvtrain.export.hf import export_run
 from kvtrain.models.dmc import DMC
 from kvtrain.training import DMCModule, Phase, RetrofitModule
 from tests.hosts import VOCAB, make_host
@@ -121,6 +122,19 @@ def test_boundary_clears_rows_and_moments(base, rows, tmp_path):
     assert [seen[step][1] for step in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert seen[3][0] > 0 and seen[4][0] == 0.0 and seen[5][0] > 0
     assert seen[8][0] > 0
+
+
+@pytest.mark.parametrize(("steps", "served"), [(3, False), (4, False), (5, True)])
+def test_a_checkpoint_inside_zero_out_is_not_exported(base, rows, tmp_path, steps, served):
+    """Its borrowed channel holds the host's numbers still, which serving would take for decisions."""
+    module = DMCModule(base, DMC(compression=2.0), phases=phases(4, 4, 2), seed=3)
+    trainer = train(module, rows, tmp_path, steps)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    if served:
+        assert (export_run(tmp_path / "last.ckpt", tmp_path / "out") / "config.json").is_file()
+    else:
+        with pytest.raises(ValueError, match="zero_out phase, before decisions exist; train on"):
+            export_run(tmp_path / "last.ckpt", tmp_path / "out")
 
 
 def test_a_recipe_without_zero_out_starts_from_zero_rows(base, rows, tmp_path):
