@@ -7,13 +7,11 @@ again, so that pages are freed and reused, and the same decoding is timed once m
     python benchmarks/dmc_decode.py
 """
 
-import platform
-import statistics
-import time
 from typing import Any
 
 import torch
 import transformers
+from turns import decoding, decoding_lines, machine, median_seconds
 
 import kvtrain
 from kvtrain.assets import resolve
@@ -30,15 +28,8 @@ def prefill(model: Any, cache: Any, ids: torch.Tensor) -> Any:
 
 def decode(contenders: dict[str, tuple[Any, Any]]) -> dict[str, float]:
     """Median seconds of a step of each model with its cache, which grows by the steps."""
-    token = torch.full((ROWS, 1), 7)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in range(WARM_UP + STEPS):
-        for name, (model, cache) in contenders.items():
-            began = time.perf_counter()
-            model(token, past_key_values=cache, use_cache=True)
-            if step >= WARM_UP:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+    calls = {name: decoding(model, cache, ROWS) for name, (model, cache) in contenders.items()}
+    return median_seconds(calls, WARM_UP, STEPS)
 
 
 def churn(model: Any, cache: Any, ids: torch.Tensor) -> int:
@@ -50,13 +41,6 @@ def churn(model: Any, cache: Any, ids: torch.Tensor) -> int:
         cache.free_rows([leaving])
         cache.join(prefill(model, model.make_cache(), ids[leaving : leaving + 1]))
     return freed
-
-
-def report(times: dict[str, float], caches: dict[str, Any]) -> None:
-    """One line a cache."""
-    for name, seconds in times.items():
-        size = f", {caches[name].kv_bytes() / 2**20:.1f} MiB" if hasattr(caches[name], "kv_bytes") else ""
-        print(f"  {name:12} {1e3 * seconds:6.1f} ms a step, {ROWS / seconds:6.0f} tok/s{size}")
 
 
 @torch.no_grad()
@@ -72,10 +56,9 @@ def main() -> None:
         "DMC": (dmc, prefill(dmc, dmc.make_cache(), ids)),
     }
     caches = {name: cache for name, (_, cache) in contenders.items()}
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
-    print(f"{ROWS} rows of {LENGTH:,} tokens, {COMPRESSION} tokens a slot")
+    print(f"{machine()}; {ROWS} rows of {LENGTH:,} tokens, {COMPRESSION} tokens a slot")
     first = decode(contenders)
-    report(first, caches)
+    print(decoding_lines(first, caches, ROWS))
     print(f"ratio tokens/s DMC / DynamicCache: {first['DynamicCache'] / first['DMC']:.2f}")
     fresh = prefill(dmc, dmc.make_cache(), ids)
     freed = churn(dmc, caches["DMC"], ids)

@@ -9,17 +9,15 @@ memory is what resident memory grows by at most in one step, gradients included,
 
 import argparse
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from dmc_memory import resident_bytes
+from turns import machine, median_seconds
 
 import kvtrain
 from kvtrain.assets import resolve
@@ -54,17 +52,6 @@ def make_step(method: Method, rows: int = ROWS, length: int = LENGTH) -> Callabl
     return step
 
 
-def median_seconds(step: Callable[[], None]) -> float:
-    """Median time of a step after warm-up."""
-    times = []
-    for number in range(WARM_UP + STEPS):
-        began = time.perf_counter()
-        step()
-        if number >= WARM_UP:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def peak_bytes(method: Method) -> int:
     """What this process grows by at most in the first whole step; a small one has loaded what loads once."""
     make_step(method, rows=2, length=64)()
@@ -91,8 +78,9 @@ def main() -> None:
     if asked:
         print(peak_bytes(METHODS[asked]))
         return
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    host, dmc = (median_seconds(make_step(method)) for method in METHODS.values())
+    print(machine())
+    times = median_seconds({name: make_step(method) for name, method in METHODS.items()}, WARM_UP, STEPS)
+    host, dmc = times["host"], times["dmc"]
     print(f"host {host:.3f} s ({ROWS * LENGTH / host:,.0f} tok/s), DMC {dmc:.3f} s ({ROWS * LENGTH / dmc:,.0f} tok/s)")
     print(f"time, DMC / host: {dmc / host:.2f}")
     host, dmc = (peak_of(name) for name in METHODS)

@@ -7,13 +7,11 @@ turns step by step; figures are medians. Then rows of one prompt join until the 
     python benchmarks/lckv_decode.py
 """
 
-import platform
-import statistics
-import time
 from typing import Any
 
 import torch
 import transformers
+from turns import decoding, decoding_lines, machine, median_seconds
 
 import kvtrain
 from kvtrain.cache.budget import CacheFullError
@@ -34,19 +32,6 @@ def make_host() -> Any:
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
-
-
-def decode(contenders: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Median seconds of a step of each model with its cache, which grows by the steps."""
-    token = torch.full((ROWS, 1), 7)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in range(WARM_UP + STEPS):
-        for name, (model, cache) in contenders.items():
-            began = time.perf_counter()
-            model(token, past_key_values=cache, use_cache=True)
-            if step >= WARM_UP:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def read(model: Any, cache: Any, ids: torch.Tensor) -> Any:
@@ -80,13 +65,11 @@ def main() -> None:
         for _ in range(ROWS):
             cache.join(prompts[model])
         contenders[name] = (model, cache)
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
-    print(f"{LAYERS} layers, {ROWS} rows of {LENGTH:,} tokens")
-    times = decode(contenders)
-    for name, seconds in times.items():
-        cache = contenders[name][1]
-        size = f", {cache.kv_bytes() / 2**20:.1f} MiB" if hasattr(cache, "kv_bytes") else ""
-        print(f"  {name:12} {1e3 * seconds:6.1f} ms a step, {ROWS / seconds:6.0f} tok/s{size}")
+    caches = {name: cache for name, (_, cache) in contenders.items()}
+    print(f"{machine()}; {LAYERS} layers, {ROWS} rows of {LENGTH:,} tokens")
+    calls = {name: decoding(model, cache, ROWS) for name, (model, cache) in contenders.items()}
+    times = median_seconds(calls, WARM_UP, STEPS)
+    print(decoding_lines(times, caches, ROWS))
     print(f"ratio tokens/s LCKV / DynamicCache: {times['DynamicCache'] / times['LCKV']:.2f}")
     dynamic = BUDGET // (LENGTH * 2 * LAYERS * 256 * 4)
     fit = {name: rows_that_fit(model, prompts[model]) for name, model in (("Full", full), ("LCKV", lckv))}

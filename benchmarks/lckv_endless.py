@@ -10,10 +10,10 @@ cache's bytes over time.
 
 import argparse
 import math
-import platform
 import time
 
 import torch
+from turns import machine
 
 from kvtrain.data.corpus import read_corpus
 from kvtrain.inference.load import open_model
@@ -41,8 +41,7 @@ def main() -> None:
             sizes.append(cache.kv_bytes())
     seconds = time.perf_counter() - began
     first, last = (math.exp(sum(part) / len(part)) for part in (losses[: END - 1], losses[-(END - 1) :]))
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
-    print(f"{len(stream):,} tokens, sink {SINK}, recent {RECENT}, {len(stream) / seconds:,.0f} tok/s")
+    print(f"{machine()}; {len(stream):,} tokens, sink {SINK}, recent {RECENT}, {len(stream) / seconds:,.0f} tok/s")
     print(f"perplexity of the first {END:,} tokens {first:.2f}, ", end="")
     print(f"of the same text at the end {last:.2f}: {last / first:.3f}")
     print(f"bytes once full, half-way and at the end: {', '.join(f'{size:,}' for size in sizes)}")

@@ -9,15 +9,14 @@ The contenders take turns, so that a busy machine slows them alike; figures are 
 """
 
 import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from turns import machine, median_seconds
 
 import kvtrain
 from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum
@@ -82,19 +81,11 @@ def plain_loss(model: Any, ids: Tensor) -> Tensor:
     return linear_cross_entropy_sum(states, model.lm_head.weight, ids[:, 1:].flatten()) / ids[:, 1:].numel()
 
 
-def alternate(contenders: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a step, and the loss, of each."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    losses: dict[str, float] = {}
-    for step in range(WARM_UP + STEPS):
-        for name, loss_of in contenders.items():
-            began = time.perf_counter()
-            loss = loss_of()
-            loss.backward()
-            if step >= WARM_UP:
-                times[name].append(time.perf_counter() - began)
-            losses[name] = loss.item()
-    return {name: statistics.median(seconds) for name, seconds in times.items()}, losses
+def step(loss_of: Callable[[], Tensor]) -> float:
+    """Forward and backward; returns the loss."""
+    loss = loss_of()
+    loss.backward()
+    return loss.item()
 
 
 def main() -> None:
@@ -108,19 +99,16 @@ def main() -> None:
     lckv = kvtrain.retrofit(host, kvtrain.LCKV(kv_map="lckv-w2")).train()
     full = kvtrain.retrofit(host, kvtrain.Full()).train()
     ids = torch.randint(2, 4096, (asked.rows, LENGTH), generator=torch.Generator().manual_seed(0))
-    times, losses = alternate(
-        {
-            "host": lambda: full(ids, labels=ids).loss,
-            "plain plan": lambda: plain_loss(lckv, ids),
-            "LCKV": lambda: lckv(ids, labels=ids).loss,
-        }
-    )
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; ", end="")
-    print(f"width {asked.width}, {asked.layers} layers, {asked.rows} rows of {LENGTH:,} tokens, float32")
+    losses: dict[str, Callable[[], Tensor]] = {
+        "host": lambda: full(ids, labels=ids).loss,
+        "plain plan": lambda: plain_loss(lckv, ids),
+        "LCKV": lambda: lckv(ids, labels=ids).loss,
+    }
+    times = median_seconds({name: partial(step, loss_of) for name, loss_of in losses.items()}, WARM_UP, STEPS)
+    print(f"{machine()}; width {asked.width}, {asked.layers} layers, {asked.rows} rows of {LENGTH:,} tokens, float32")
     for name, seconds in times.items():
-        print(
-            f"  {name:12} {seconds:6.3f} s a step, {asked.rows * LENGTH / seconds:7,.0f} tok/s, loss {losses[name]:.6f}"
-        )
+        speed, loss = asked.rows * LENGTH / seconds, losses[name]().item()
+        print(f"  {name:12} {seconds:6.3f} s a step, {speed:7,.0f} tok/s, loss {loss:.6f}")
     print(f"ratio LCKV / plain plan: {times['LCKV'] / times['plain plan']:.2f}")
     print(f"ratio LCKV / host: {times['LCKV'] / times['host']:.2f}")
 

@@ -1,0 +1,41 @@
+"""Timing side by side: contenders take turns, so that a busy machine slows them alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def median_seconds(contenders: Mapping[str, Callable[[], Any]], warm_up: int, steps: int) -> dict[str, float]:
+    """Median seconds of a call of each contender, after some that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for step in range(warm_up + steps):
+        for name, call in contenders.items():
+            began = time.perf_counter()
+            call()
+            if step >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def decoding(model: Any, cache: Any, rows: int) -> Callable[[], Any]:
+    """A call that feeds one token a row; the cache grows by it."""
+    token = torch.full((rows, 1), 7)
+    return lambda: model(token, past_key_values=cache, use_cache=True)
+
+
+def decoding_lines(times: Mapping[str, float], caches: Mapping[str, Any], rows: int) -> str:
+    """A line a contender: time, speed and, where the cache knows them, bytes."""
+    lines = []
+    for name, seconds in times.items():
+        size = f", {caches[name].kv_bytes() / 2**20:.1f} MiB" if hasattr(caches[name], "kv_bytes") else ""
+        lines.append(f"  {name:12} {1e3 * seconds:6.1f} ms a step, {rows / seconds:6.0f} tok/s{size}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the figures were measured on, in a few words."""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
