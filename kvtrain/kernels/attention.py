@@ -5,7 +5,9 @@ gradients, a diagonal that is open (exempt from the bias) or closed (a token nev
 windows with sinks, documents, and a log-sum-exp by which disjoint key sets are merged.
 
 Backends: ``chunked`` runs any call anywhere (``attention_chunked.py``), ``flash_cpu`` is torch's
-flash kernel for the CPU (``attention_cpu.py``), ``reference`` is the dense definition below.
+flash kernel for the CPU (``attention_cpu.py``), ``flash`` is the flash-attn library
+(``attention_flash.py``) and ``flex`` torch's FlexAttention (``attention_flex.py``), both on CUDA,
+``reference`` is the dense definition below.
 Shapes: B rows, H query heads, H_kv key-value heads, T_q queries, T_k keys, D channels.
 """
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from kvtrain.kernels.attention_chunked import ChunkedAttention
 from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run
+from kvtrain.kernels.attention_flash import flash_attend, flash_can_run
+from kvtrain.kernels.attention_flex import flex_attend, flex_can_run
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend
 from kvtrain.kernels.visibility import Diagonal, Visibility, finite, log_sum_exp, visible_pairs
 
@@ -50,7 +54,8 @@ def attention(
         key_documents: ``(B, T_k)``; the same tensor where queries and keys are the same tokens.
         scale: Factor on the scores, ``D ** -0.5`` by default.
         chunk_size: Queries per chunk of the chunked backend.
-        backend: ``"auto"``, ``"flash_cpu"``, ``"chunked"`` or ``"reference"`` (dense, for tests).
+        backend: ``"auto"``, the first of these that can run the call: ``"flash_cpu"``, ``"flash"``, ``"flex"``,
+            ``"chunked"``; or one of them by name, or ``"reference"`` (dense, for tests).
 
     Returns:
         Output ``(B, H, T_q, D_v)`` in the query's dtype and log-sum-exp ``(B, H, T_q)`` in at least
@@ -63,14 +68,23 @@ def attention(
     visibility = Visibility(causal, diagonal, window, sink, query_documents, key_documents)
     visibility.validate()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    fast = ["flash_cpu"] if flash_cpu_can_run(query, key, value, key_bias, visibility) else []
-    chosen = choose_backend("attention", backend, [*fast, "chunked", "reference"])
+    fast = {
+        "flash_cpu": flash_cpu_can_run(query, key, value, key_bias, visibility),
+        "flash": flash_can_run(query, key, value, key_bias, visibility),
+        "flex": flex_can_run(query, key, value),
+    }
+    available = [name for name, can_run in fast.items() if can_run]
+    chosen = choose_backend("attention", backend, [*available, "chunked", "reference"])
     output: tuple[Tensor, Tensor]
     with autocast_off(query):
         if chosen == "reference":
             output = attention_reference(query, key, value, key_bias, visibility, scale)
         elif chosen == "flash_cpu":
             output = FlashAttentionCPU.apply(query, key, value, key_bias, visibility, scale)  # type: ignore[no-untyped-call]
+        elif chosen == "flash":
+            output = flash_attend(query, key, value, visibility, scale)
+        elif chosen == "flex":
+            output = flex_attend(query, key, value, key_bias, visibility, scale)
         else:
             output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.liger import LigerLinearCrossEntropy, takes_liger
 from kvtrain.kernels.linear_loss import linear_loss_sum, matmul_dtype
 
 IGNORE_INDEX = -100
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024) -> Tensor:
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024, backend: str = "auto"
+) -> Tensor:
     """Summed next-token loss of ``softmax(hidden @ weight.T)``, differentiable in both factors.
 
     The gradients are computed in the forward pass, chunk by chunk, because the loss is a scalar.
@@ -18,13 +21,21 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *,
         hidden: ``(N, D)``.
         weight: ``(V, D)``, the rows of the language-model head.
         targets: ``(N,)`` token ids; ``-100`` counts nothing.
-        chunk_size: Tokens whose logits exist at one time.
+        chunk_size: Tokens whose logits exist at one time; Liger chooses by itself.
+        backend: ``"auto"``, ``"liger"`` or ``"torch"``.
 
     Raises:
-        ValueError: There is not one target for each row of ``hidden``.
+        ValueError: There is not one target for each row of ``hidden``, or the backend cannot run this call.
     """
     _check_rows(hidden, targets)
-    return linear_loss_sum(hidden, weight, CrossEntropy(targets), chunk_size=chunk_size)
+    dtype = matmul_dtype(hidden)
+    if not takes_liger("cross-entropy", backend, hidden, weight):
+        return linear_loss_sum(hidden, weight, CrossEntropy(targets), chunk_size=chunk_size)
+    _check_range(targets, weight.shape[0])
+    if not torch.is_grad_enabled():  # an autograd function sees only what its inputs require
+        hidden, weight = hidden.detach(), weight.detach()
+    loss: Tensor = LigerLinearCrossEntropy.apply(hidden, weight, targets, dtype, IGNORE_INDEX)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
@@ -53,6 +64,19 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chun
 def _check_rows(hidden: Tensor, targets: Tensor) -> None:
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} must be (N, D) and (N,)")
+
+
+def _check_range(targets: Tensor, vocabulary: int) -> None:
+    """Liger's kernel would write out of bounds where torch stops.
+
+    Raises:
+        ValueError: A target is no token.
+    """
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORE_INDEX)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"targets must be {IGNORE_INDEX} or from 0 to {vocabulary - 1}; found {targets[wrong][0].item()}"
+        )
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 import contextlib
 import functools
 import logging
+import os
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("kvtrain")
+
+# Names of backends, with commas between them, that "auto" passes over: a way round one that fails on some machine.
+AVOID = "KVTRAIN_AVOID"
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -41,6 +45,8 @@ def log_backend(operation: str, backend: str) -> None:
 def choose_backend(operation: str, requested: str, available: list[str]) -> str:
     """Resolve ``"auto"`` to the first available backend; refuse an explicit one that is not there.
 
+    ``KVTRAIN_AVOID=flex,liger`` in the environment lets ``"auto"`` pass over backends, so long as another is left.
+
     Args:
         operation: Name for messages, such as ``"attention"``.
         requested: ``"auto"`` or the name of a backend.
@@ -53,6 +59,8 @@ def choose_backend(operation: str, requested: str, available: list[str]) -> str:
         raise ValueError(
             f"{operation}: backend {requested!r} cannot run this call; use 'auto' or one of {', '.join(available)}"
         )
-    backend = available[0] if requested == "auto" else requested
+    avoided = os.environ.get(AVOID, "").split(",")
+    wanted = [name for name in available if name not in avoided] or available
+    backend = wanted[0] if requested == "auto" else requested
     log_backend(operation, backend)
     return backend

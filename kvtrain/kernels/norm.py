@@ -4,16 +4,23 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.liger import LigerRMSNorm, takes_liger
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:
     """``weight * hidden / rms(hidden)`` over the last axis, in the dtype of ``hidden``.
 
     Args:
         hidden: ``(..., D)``.
         weight: ``(D,)``.
         epsilon: Added to the mean square.
+        backend: ``"auto"``, ``"liger"`` or ``"torch"``.
+
+    Raises:
+        ValueError: The backend cannot run this call.
     """
+    if takes_liger("norm", backend, hidden, weight):
+        normed: Tensor = LigerRMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
+        return normed
     wide = at_least_float32(hidden)
-    normed = torch.nn.functional.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon)
-    return normed.to(hidden.dtype)
+    return torch.nn.functional.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon).to(hidden.dtype)

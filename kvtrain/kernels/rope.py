@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.liger import LigerRotary, takes_liger
 
 
 def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -20,8 +21,28 @@ def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torc
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``(B, H, T, D)`` by angles ``(B, T, D)``; computed wide, returned in the dtype of ``heads``."""
+def apply_rotary(
+    heads: Tensor, cos: Tensor, sin: Tensor, *, halves_repeat: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Rotate ``(B, H, T, D)`` by angles ``(B, T, D)``; computed wide, returned in the dtype of ``heads``.
+
+    Args:
+        heads: ``(B, H, T, D)``.
+        cos: ``(B, T, D)``.
+        sin: ``(B, T, D)``.
+        halves_repeat: The second half of the angles repeats the first, as ``rotary_angles`` makes them and DMC does
+            not leave them; then the first half alone is read, which Liger's kernel always does.
+        backend: ``"auto"``, ``"liger"`` or ``"torch"``.
+
+    Raises:
+        ValueError: The backend cannot run this call; Liger needs ``halves_repeat``.
+    """
+    fits = halves_repeat and cos.dtype == sin.dtype == torch.float32 and not (cos.requires_grad or sin.requires_grad)
+    if takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
+        rotated: Tensor = LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
+        return rotated
+    if halves_repeat:
+        cos, sin = (torch.cat([angles.chunk(2, -1)[0]] * 2, -1) for angles in (cos, sin))
     wide = at_least_float32(heads)
     first, second = wide.chunk(2, -1)
     turned = torch.cat([-second, first], -1)

@@ -167,3 +167,10 @@ def test_the_backend_rule(caplog: pytest.LogCaptureFixture):
     ]
     with pytest.raises(ValueError, match=r"washing: backend 'turbo' .* use 'auto' or one of fast, slow"):
         choose_backend("washing", "turbo", ["fast", "slow"])
+
+
+def test_backends_can_be_avoided(monkeypatch):
+    monkeypatch.setenv("KVTRAIN_AVOID", "fast,flex")
+    assert choose_backend("washing", "auto", ["fast", "slow"]) == "slow"
+    assert choose_backend("washing", "fast", ["fast", "slow"]) == "fast"
+    assert choose_backend("washing", "auto", ["fast"]) == "fast"

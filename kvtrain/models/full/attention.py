@@ -39,7 +39,7 @@ class FullAttention(HostAttention):
             self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
         )
         value = self.split_heads(self.v_proj(hidden_states))
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query, key = (apply_rotary(heads, *position_embeddings, halves_repeat=True) for heads in (query, key))
         if past_key_values is None:
             documents = parallel_documents(document_ids, attention_mask)
             output, _lse = attention(

@@ -1,0 +1,146 @@
+"""Every attention backend of the GPU against the dense definition in float64 on the CPU, forward and backward."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kvtrain.kernels.attention import attention
+from tests.kernels.attention_cases import Case, make_case
+
+pytestmark = pytest.mark.gpu
+
+INF = float("inf")
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "closed": {"diagonal": "closed"},
+    "window": {"window": 70},
+    "closed, window": {"diagonal": "closed", "window": 3},
+    "both ways": {"causal": False},
+    "open, bias": {"diagonal": "open", "bias": "finite"},
+    "open, hiding bias, documents": {"diagonal": "open", "bias": "hiding", "documents": "shared"},
+    "bias": {"bias": "finite"},
+    "sink": {"window": 40, "sink": 3},
+    "documents": {"documents": "shared"},
+    "closed, foreign documents": {"diagonal": "closed", "documents": "foreign"},
+    "both ways, hiding bias": {"causal": False, "bias": "hiding"},
+    "blind": {"diagonal": "closed", "window": 1},
+}
+KNOWN_TO_FLASH = ("plain", "closed", "window", "closed, window", "both ways")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def backends_for(mask: str, dtype: torch.dtype) -> list[str]:
+    flash = mask in KNOWN_TO_FLASH and dtype != torch.float32
+    return ["chunked", "flex", *(["flash"] if flash else [])]
+
+
+def combinations() -> list[Any]:
+    return [
+        pytest.param(backend, mask, dtype, id=f"{backend}-{mask}-{dtype}")
+        for dtype in TOLERANCES
+        for mask in MASKS
+        for backend in backends_for(mask, dtype)
+    ]
+
+
+def run(case: Case, backend: str, *, use_lse: bool = True, checkpointed: bool = False) -> dict[str, torch.Tensor]:
+    """``Case.run`` on the GPU."""
+    leaves = {name: tensor.cuda().requires_grad_() for name, tensor in case.tensors.items()}
+    options = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in case.options.items()}
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        return attention(**leaves, **options, backend=backend)
+
+    output, lse = checkpoint(call, use_reentrant=False) if checkpointed else call()
+    generator = torch.Generator().manual_seed(case.seed)
+    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).cuda()).sum()
+    weights = torch.randn(lse.shape, generator=generator, dtype=torch.float64).cuda()
+    if use_lse:
+        loss = loss + (lse.masked_fill(lse == -INF, 0.0) * weights).sum()
+    loss.backward()
+    grads = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    found = {"output": output.detach(), "lse": lse.detach(), **grads}
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def exactly(case: Case, *, use_lse: bool = True) -> dict[str, torch.Tensor]:
+    wide = Case({name: tensor.double() for name, tensor in case.tensors.items()}, case.options, case.seed)
+    return wide.run("reference", use_lse=use_lse)
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Every tensor is there, of its dtype, infinite where it must be, and near in norm."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == (torch.float32 if name == "lse" else dtype), name
+        seen = tensor.isfinite()
+        assert torch.equal(found[name].isfinite(), seen), name
+        assert name != "lse" or found[name][~seen].eq(-INF).all()
+        error = (found[name].double() - tensor)[seen].norm()
+        tolerance = 1e-4 if name == "lse" else TOLERANCES[dtype]
+        assert error <= tolerance * tensor[seen].norm() + 1e-6, (name, error.item())
+
+
+def skip_without(backend: str) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn", reason="needs flash-attn")
+
+
+@pytest.mark.parametrize(("backend", "mask", "dtype"), combinations())
+def test_a_backend_is_the_definition(backend: str, mask: str, dtype: torch.dtype):
+    """A first length, and an odd one for which what was compiled serves any length."""
+    skip_without(backend)
+    for seed, length in enumerate((257, 389)):
+        case = make_case(seed, num_queries=length, dim=64, dtype=dtype, **MASKS[mask])
+        assert_near(run(case, backend), exactly(case), dtype)
+    assert_near(run(case, backend, use_lse=False), exactly(case, use_lse=False), dtype)
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+@pytest.mark.parametrize("shape", [{"groups": 1}, {"groups": 4, "kv_heads": 1}, {"batch": 1}, {"dim": 80}], ids=str)
+def test_shapes(backend: str, shape: dict[str, int]):
+    skip_without(backend)
+    case = make_case(3, num_queries=301, dtype=torch.bfloat16, **{"dim": 64, **shape})
+    assert_near(run(case, backend), exactly(case), torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+def test_under_checkpointing(backend: str):
+    skip_without(backend)
+    case = make_case(4, num_queries=200, dim=64, dtype=torch.bfloat16, diagonal="closed")
+    assert_near(run(case, backend, checkpointed=True), exactly(case), torch.bfloat16)
+
+
+def test_a_mask_of_inference_serves_training():
+    case = make_case(5, num_queries=256, dim=64, dtype=torch.bfloat16, window=100)
+    with torch.inference_mode():
+        attention(**{name: tensor.cuda() for name, tensor in case.tensors.items()}, window=100, backend="flex")
+    assert_near(run(case, "flex"), exactly(case), torch.bfloat16)
+
+
+def test_more_keys_than_queries_on_flash():
+    skip_without("flash")
+    case = make_case(6, num_queries=70, num_keys=201, dim=64, dtype=torch.bfloat16, window=33)
+    assert_near(run(case, "flash"), exactly(case), torch.bfloat16)
+
+
+def test_memory_does_not_grow_with_the_square():
+    """Forward and backward over 8,192 tokens hold less than one matrix of scores."""
+    length, heads = 8192, 4
+    case = make_case(7, batch=1, num_queries=length, dim=64, dtype=torch.bfloat16, bias="finite", diagonal="open")
+    leaves = [tensor.cuda().requires_grad_() for tensor in case.tensors.values()]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output, lse = attention(*leaves[:3], key_bias=leaves[3], diagonal="open", backend="flex")
+    (output.float().sum() + lse.sum()).backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * length * length * 2

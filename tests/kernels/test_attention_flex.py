@@ -1,0 +1,199 @@
+"""FlexAttention, traced as for the GPU and run without Triton, and the blocks that its mask is made of."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
+
+from kvtrain.kernels import attention_flex
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.visibility import Visibility, visible_pairs
+
+from .attention_cases import assert_same, make_case
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=600, database=None)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def _traced() -> Iterator[None]:
+    """Dynamo and AOTAutograd as on the GPU, the dense form of the operator instead of its Triton kernels."""
+    torch.compiler.reset()
+    compiled = torch.compile(torch_flex.flex_attention, fullgraph=True, backend="aot_eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_flex, "_compiled", lambda: compiled)
+        patch.setattr(attention_flex, "_on_gpu", lambda tensor: True)
+        patch.setattr(attention_flex, "_DTYPES", (torch.float64,))
+        patch.setattr(torch_flex, "_validate_device", lambda *_: None)  # it refuses gradients on the CPU
+        yield
+    torch.compiler.reset()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "open": {"bias": "finite", "diagonal": "open"},
+    "open, hiding, documents": {"bias": "hiding", "diagonal": "open", "documents": "shared"},
+    "closed, documents": {"diagonal": "closed", "documents": "shared"},
+    "window and sink": {"window": 40, "sink": 3},
+    "all of it": {"bias": "finite", "diagonal": "open", "window": 140, "sink": 2, "documents": "foreign"},
+    "both ways": {"causal": False},
+    "both ways, hiding, documents": {"causal": False, "bias": "hiding", "documents": "foreign"},
+    "blind": {"diagonal": "closed", "window": 1},
+    "one row, ungrouped": {"batch": 1, "groups": 1, "bias": "finite", "diagonal": "open", "scale": 0.7},
+}
+
+
+@pytest.mark.usefixtures("_traced")
+@pytest.mark.parametrize("name", CASES)
+def test_flex_is_the_definition(name: str):
+    """Outputs and gradients, at a first length and at another, which torch traces for any length."""
+    for seed, length in enumerate((131, 257, 300)):
+        case = make_case(seed, num_queries=length, dim=16, **CASES[name])
+        for use_lse in (True, False):
+            assert_same(case.run("flex", use_lse=use_lse), case.run("reference", use_lse=use_lse), 1e-10)
+
+
+@pytest.mark.usefixtures("_traced")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_queries": 127},
+        {"num_queries": 129, "num_keys": 130},
+        {"dim": 15},
+        {"value_dim": 15},
+        {"dtype": torch.bfloat16},
+        {"batch": 0},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_know_is_refused(options: dict[str, Any]):
+    case = make_case(1, **{"num_queries": 130, "dim": 16, **options})
+    with pytest.raises(ValueError, match="attention: backend 'flex' cannot run this call; use 'auto' or one of"):
+        attention(**case.tensors, **case.options, backend="flex")
+
+
+def test_the_cpu_has_no_flex():
+    case = make_case(2, num_queries=130, dim=16, dtype=torch.float32)
+    with pytest.raises(ValueError, match="backend 'flex' cannot run this call; use 'auto' or one of"):
+        attention(**case.tensors, backend="flex")
+
+
+class DropsGradient(torch.autograd.Function):
+    """What FlexAttention did to captured views."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+def test_a_lost_gradient_is_an_error():
+    bias = torch.ones(3, requires_grad=True)
+    captured = attention_flex._Captured.apply(bias.view(3))
+    assert not captured._is_view() and captured.data_ptr() != bias.data_ptr()
+    with pytest.raises(RuntimeError, match="FlexAttention lost the gradient of the key bias; use backend='chunked'"):
+        DropsGradient.apply(captured).backward()
+
+
+def test_a_mask_of_inference_serves_training():
+    attention_flex._positional.cache_clear()
+    with torch.inference_mode():
+        mask = attention_flex.block_mask(Visibility(window=7), 300, CPU)
+    assert mask is attention_flex.block_mask(Visibility(window=7), 300, CPU)
+    assert mask is not None and not mask.kv_indices.is_inference() and not mask.q_indices.is_inference()
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[Visibility, int, int]:
+    """A mask, a length and a size of blocks; ids of documents in any order."""
+    length, block = draw(st.integers(1, 23)), draw(st.integers(1, 6))
+    causal = draw(st.booleans())
+    window = draw(st.none() | st.integers(1, 9)) if causal else None
+    documents: list[torch.Tensor | None] = [None, None]
+    if draw(st.booleans()):
+        ids = st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=2, max_size=2)
+        documents = [torch.tensor(draw(ids)), torch.tensor(draw(ids))]
+        if draw(st.booleans()):
+            documents = [ids.sort(-1).values for ids in documents if ids is not None]
+    diagonal = draw(st.sampled_from(["plain", "open", "closed"])) if causal else "plain"
+    return Visibility(causal, diagonal, window, draw(st.integers(0, 4)), *documents), length, block
+
+
+def dense(visibility: Visibility, length: int) -> torch.Tensor:
+    """``(B or 1, T, T)``."""
+    positions = torch.arange(length)
+    visible = visible_pairs(positions[:, None], positions, visibility)[None]
+    if visibility.query_documents is None or visibility.key_documents is None:
+        return visible
+    return visible & (visibility.query_documents[:, :, None] == visibility.key_documents[:, None])
+
+
+@PROPERTY
+@given(masks())
+def test_blocks_say_what_their_pairs_say(drawn: tuple[Visibility, int, int]):
+    """No visible pair is skipped and no hidden one goes unmasked; by positions alone, nothing is run in vain."""
+    visibility, length, block = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_flex, "_BLOCK", block)
+        some, every = attention_flex._block_visibility(visibility, length, CPU)
+    pairs = dense(visibility, length)
+    for row, row_start in enumerate(range(0, length, block)):
+        for column, column_start in enumerate(range(0, length, block)):
+            inside = pairs[:, row_start : row_start + block, column_start : column_start + block].flatten(1)
+            whole = inside.shape[1] == block * block
+            assert (some[:, row, column] | ~inside.any(1)).all()
+            assert (~every[:, row, column] | (inside.all(1) & whole)).all()
+            if visibility.query_documents is None and not (visibility.diagonal == "closed" and visibility.window == 1):
+                assert torch.equal(some[:, row, column], inside.any(1))
+                assert visibility.sink or torch.equal(every[:, row, column], inside.all(1) & whole)
+
+
+@pytest.mark.parametrize(
+    "visibility",
+    [
+        Visibility(),
+        Visibility(diagonal="closed"),
+        Visibility(window=300),
+        Visibility(window=310, sink=200),
+        Visibility(False, "plain", None, 0, *[torch.arange(700)[None] // 256] * 2),
+        Visibility(True, "open", None, 0, *[torch.arange(1400).view(2, 700) // 300] * 2),
+    ],
+    ids=["causal", "closed", "window", "sink", "documents", "rows"],
+)
+def test_the_mask_is_the_one_that_torch_finds_pair_by_pair(visibility: Visibility):
+    mask = attention_flex.block_mask(visibility, 700, CPU)
+    rows = None if visibility.query_documents is None else len(visibility.query_documents)
+    expected = torch_flex.create_block_mask(attention_flex._mask_mod(visibility), rows, None, 700, 700, device="cpu")
+    assert mask is not None and mask.shape == expected.shape
+    kinds = [(f"{full}{side}_num_blocks", f"{full}{side}_indices") for full in ("", "full_") for side in ("kv", "q")]
+    for counts, indices in kinds:
+        assert torch.equal(getattr(mask, counts), getattr(expected, counts)), counts
+        listed = torch.arange(6) < getattr(mask, counts)[..., None]
+        assert torch.equal(getattr(mask, indices)[listed], getattr(expected, indices)[listed]), indices
+    assert mask.full_kv_num_blocks.sum() > 0
+
+
+def test_seeing_everything_needs_no_mask():
+    assert attention_flex.block_mask(Visibility(causal=False), 300, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("able", "taken"),
+    [({"flash", "flex"}, ["flash"]), ({"flash"}, ["flash"]), ({"flex"}, ["flex"]), (set(), [])],
+    ids=["both", "flash", "flex", "neither"],
+)
+def test_auto_prefers_flash_to_flex_to_chunks(monkeypatch: pytest.MonkeyPatch, able: set[str], taken: list[str]):
+    calls: list[str] = []
+    monkeypatch.setattr("kvtrain.kernels.attention.flash_cpu_can_run", lambda *_: False)
+    for name in ("flash", "flex"):
+        monkeypatch.setattr(f"kvtrain.kernels.attention.{name}_can_run", lambda *_, n=name: n in able)
+        monkeypatch.setattr(f"kvtrain.kernels.attention.{name}_attend", lambda *_, n=name: calls.append(n))
+    attention(**make_case(3).tensors)
+    assert calls == taken
