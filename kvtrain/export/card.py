@@ -1,10 +1,12 @@
 """The model card: what this is, how to open it, what was measured."""
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.config import KVTrainConfig
 
@@ -31,15 +33,31 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         "",
         f"Host: {host}, {model.num_parameters():,} parameters. Key-value cache: {method}.",
         "",
-        *_usage(retrofitted, host),
+        *_usage(retrofitted),
+        *_host_class(model),
         *_settings(model),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _usage(retrofitted: bool, host: str) -> list[str]:
+def lacking_parameters(model: PreTrainedModel, host_config: PreTrainedConfig) -> list[str]:
+    """Parameters of the plain host that a retrofitted model does without.
+
+    Args:
+        model: The retrofitted model.
+        host_config: Its host's configuration.
+    """
+    # A copy: building a model writes the choice of its attention into the configuration.
+    config = type(host_config).from_dict(host_config.to_dict())
+    with torch.device("meta"):
+        host = AutoModelForCausalLM.from_config(config)
+    present = {name for name, _ in model.named_parameters()}
+    return [name for name, _ in host.named_parameters() if name not in present]
+
+
+def _usage(retrofitted: bool) -> list[str]:
     load = "import kvtrain  # registers the model class\n" if retrofitted else ""
-    lines = [
+    return [
         "```python",
         f"{load}from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -50,14 +68,29 @@ def _usage(retrofitted: bool, host: str) -> list[str]:
         "```",
         "",
     ]
-    if retrofitted:
-        lines += [
-            "`generate` builds the matching cache by itself. Without `import kvtrain` the `Auto*` classes refuse",
-            f"this folder. Opening it with the host's own class ({host}) by name cannot be refused: it runs the",
-            "trained weights with an ordinary, uncompressed cache, which is not the model that was trained.",
-            "",
-        ]
-    return lines
+
+
+def _host_class(model: PreTrainedModel) -> list[str]:
+    """What comes of opening the folder without kvtrain."""
+    config = model.config
+    if not isinstance(config, KVTrainConfig):
+        return []
+    if lacking := lacking_parameters(model, config.host_config):
+        outcome = (
+            f"{len(lacking)} of the host's parameters are not in this folder, because the method does without them. "
+            "What transformers opens then is random in these places, and no trained model."
+        )
+    else:
+        outcome = (
+            "it runs the trained weights that it knows with an ordinary, uncompressed cache, which is not the model "
+            "that was trained."
+        )
+    paragraph = (
+        "`generate` builds the matching cache by itself. Without `import kvtrain` the `Auto*` classes refuse this "
+        f"folder. Opening it with the host's own class ({config.host_config.model_type}) by name cannot be refused: "
+        f"{outcome}"
+    )
+    return [*textwrap.wrap(paragraph, 110, break_on_hyphens=False), ""]
 
 
 def _settings(model: PreTrainedModel) -> list[str]:

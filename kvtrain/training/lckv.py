@@ -30,6 +30,7 @@ class _SharingModule(TrainingModule):
     def setup(self, stage: str) -> None:
         """Write ``kv_map.csv``: whose keys and values each layer reads."""
         super().setup(stage)
+        self._check_passes()
         if stage == "fit" and self.trainer.is_global_zero:
             keys, values = self.method.maps(self.host_config().num_hidden_layers)
             columns = zip(keys.sources, values.sources, keys.sliding, strict=True)
@@ -44,17 +45,35 @@ class _SharingModule(TrainingModule):
         super().on_validation_epoch_start()
         self._gap: Tensor | None = None
 
+    def _check_passes(self) -> None:
+        """Refuse passes in which some weights would never learn.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        method, iterates = self.method, not self.method.runs_layers_once(self.host_config())
+        if iterates and method.backward_passes == 1 and (method.stale_target or method.passes == 1):
+            raise ValueError("with backward_passes=1 some projections get no gradient here; set backward_passes to 2")
+
+    def _compares_forms(self) -> bool:
+        """Whether serving differs from training, and ranks that share weights would run the same layers."""
+        same_layers = self.method.prefill_tolerance is None or self.trainer.world_size == 1
+        return same_layers and not self.method.runs_layers_once(self.host_config())
+
     def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
         """Read the first batch in both forms."""
         super().observe_validation(batch, arguments)
-        if self._gap is None and not self.method.runs_layers_once(self.host_config()):
-            self._gap = serving_gap(self.model, batch["input_ids"], batch["document_ids"] > 0)
+        if self._gap is None and self._compares_forms():
+            valid = batch["document_ids"] > 0
+            gap, targets = serving_gap(self.model, batch["input_ids"], valid), valid[:, 1:].sum()
+            self._gap = torch.stack([gap * targets, targets.float()])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the gap with the perplexity."""
+        """Log the gap over all ranks with the perplexity."""
         super().on_validation_epoch_end()
         if self._gap is not None:
-            self.log("val_serving_gap", self._gap, sync_dist=True)
+            total, targets = self.trainer.strategy.reduce(self._gap, reduce_op="sum")
+            self.log("val_serving_gap", total / targets)
 
 
 def serving_gap(model: Any, input_ids: Tensor, valid: Tensor) -> Tensor:
@@ -63,10 +82,11 @@ def serving_gap(model: Any, input_ids: Tensor, valid: Tensor) -> Tensor:
     Args:
         model: A retrofitted model in evaluation mode.
         input_ids: ``(B, T)``, every row one document.
-        valid: ``(B, T)`` real tokens.
+        valid: ``(B, T)`` real tokens, behind which padding may stand; where there are none, the gap is 0.
     """
     labels = input_ids.masked_fill(~valid, IGNORE_INDEX)
-    told = {"labels": labels, "attention_mask": valid.long(), "skip_logits": True}
+    # Padding is read with the rest, which it cannot change: ranks that share parameters must run the same blocks.
+    told = {"labels": labels, "num_items": valid[:, 1:].sum().clamp(min=1), "skip_logits": True}
     with torch.no_grad():
         served, trained = (model(input_ids, use_cache=use_cache, **told).loss.float() for use_cache in (True, False))
     gap: Tensor = served - trained

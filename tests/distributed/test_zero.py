@@ -1,16 +1,12 @@
 """ZeRO-2 and ZeRO-3, in one process and in two, end where plain Lightning in one process ends."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 
-from .runs import LEARNING_RATE, ROOT, dmc_run, make_host, sgd_step
+from .launch import launch
+from .runs import LEARNING_RATE, assert_same_run, dmc_run, lckv_run, make_host, sgd_step
 
 CLIP = 0.5  # between a quarter of the gradient's norm and the whole, so that dividing it twice would show
 
@@ -29,6 +25,7 @@ def plain(tmp_path_factory):
         "free": sgd_step(folder, 0, 1, None, None),
         "clipped": sgd_step(folder, 0, 1, None, CLIP),
         "dmc": dmc_run(folder, 0, 1, None, enable_checkpointing=False),
+        "lckv": lckv_run(folder, 0, 1, None),
     }
 
 
@@ -39,28 +36,8 @@ def zero(request, tmp_path_factory):
     """The same runs under DeepSpeed, in processes of their own."""
     stage, world_size = request.param
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.distributed.worker", str(stage), str(world_size), str(folder), str(CLIP)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"log{rank}").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        codes = [process.wait(timeout=1000) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0] * world_size, (folder / "log0").read_text()[-3000:]
-    return {"folder": folder, **torch.load(folder / "results.pt", weights_only=False)}
+    results = launch("tests.distributed.worker", world_size, folder, stage, CLIP, DS_ACCELERATOR="cpu")
+    return {"folder": folder, **results}
 
 
 def moved(weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,6 +62,10 @@ def test_the_clip_is_active_and_would_show_a_quarter(plain):
 def test_three_phases_end_with_the_same_weights(plain, zero):
     for name, expected in plain["dmc"]["weights"].items():
         torch.testing.assert_close(zero["dmc"]["weights"][name], expected, atol=1e-5, rtol=0)
+
+
+def test_layers_that_run_many_times_end_with_the_same_weights(plain, zero):
+    assert_same_run(zero["lckv"], plain["lckv"])
 
 
 @pytest.mark.parametrize("run", ["dmc", "half"])

@@ -1,4 +1,4 @@
-"""One rank of the runs under DeepSpeed: ``python -m tests.distributed.worker STAGE WORLD_SIZE FOLDER CLIP``."""
+"""One rank of the runs under DeepSpeed: ``python -m tests.distributed.worker WORLD_SIZE FOLDER STAGE CLIP``."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from kvtrain.mistakes import UsageError
 from kvtrain.training.parameters import zero_rows
-from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, sgd_step, trainer
+from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, lckv_run, sgd_step, trainer
 
 
 def refusal(folder: Path, world_size: int, stage: int) -> str:
@@ -31,7 +31,7 @@ def sharded_rows(world_size: int) -> torch.Tensor:
     return matrix.full_tensor().detach()
 
 
-def main(stage: int, world_size: int, folder: Path, clip: float) -> None:
+def main(world_size: int, folder: Path, stage: int, clip: float) -> None:
     """Run everything, so that the imports are paid once, and leave the results of rank 0."""
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
@@ -42,6 +42,7 @@ def main(stage: int, world_size: int, folder: Path, clip: float) -> None:
         "dmc": dmc_run(folder / "dmc", *place),
         # Qwen2 has biases; keys' are no match for a comparison of weights, their gradients being mere rounding.
         "half": dmc_run(folder / "half", *place, "qwen2", precision="bf16-mixed", enable_checkpointing=False),
+        "lckv": lckv_run(folder / "lckv", *place),
         "refusal": refusal(folder / "dmc", world_size, stage),
         "sharded": sharded_rows(world_size),
     }
@@ -51,4 +52,4 @@ def main(stage: int, world_size: int, folder: Path, clip: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

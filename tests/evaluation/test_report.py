@@ -78,6 +78,8 @@ def test_what_the_files_beside_the_metrics_say(run):
         ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,half\n"),
         ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,\n"),
         ("head_compression.csv", b"step,layer\n0,\xff\xfe\n"),
+        ("kv_map.csv", b"layer,key_layer,value_layer\n0,0,0\n"),
+        ("kv_map.csv", b"layer,key_layer,value_layer,sliding\n1,0,0,0\n"),
         ("eval.json", b"{"),
         ("eval.json", b"\xff"),
         ("eval.json", b"[1]"),

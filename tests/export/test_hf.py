@@ -4,16 +4,35 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 import kvtrain
 from kvtrain.export.hf import export_run
 from kvtrain.models.config import CHECKPOINT_KEY
 from tests.hosts import make_host, random_ids
 
+# Of four layers: one that iterates and owns nothing; and maps that read from below, keys and values apart or mixed.
+METHODS = [
+    kvtrain.DMC(compression=3.0, window=7),
+    kvtrain.LCKV(kv_map="0_2_2_3", forward_passes=2, prefill_block=8),
+    kvtrain.LCKV(kv_map="0_1_1_1", value_map="first", residual=True),
+    kvtrain.LCKV(kv_map="plain", init="mean"),
+    kvtrain.Full(),
+]
+
+
+def name_of(method):
+    return f"{method.name}-{method.kv_map}" if method.name == "lckv" else method.name
+
+
+def card_of(folder):
+    """The model card, its line breaks gone."""
+    return " ".join((folder / "README.md").read_text().split())
+
 
 def write_run(folder, method, tokenizer=None, **host):
     """A run folder with a checkpoint such as training writes."""
+    host = {"layers": 4} | host
     model = kvtrain.retrofit(make_host("qwen3", dtype=torch.float32, **host), method)
     settings = {"config": json.loads(model.config.to_json_string(use_diff=False)), "tokenizer": tokenizer}
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -22,11 +41,12 @@ def write_run(folder, method, tokenizer=None, **host):
     return model
 
 
-@pytest.mark.parametrize("method", [kvtrain.DMC(compression=3.0, window=7), kvtrain.Full()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_what_comes_out_computes_what_went_in(tmp_path, method):
     trained, ids = write_run(tmp_path / "run", method, tie_word_embeddings=True), random_ids(2, 20)
     folder = export_run(tmp_path / "run", tmp_path / "out", dtype="float32")
     opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert opened.num_parameters() == trained.num_parameters()
     with torch.no_grad():
         torch.testing.assert_close(opened(ids).logits, trained(ids).logits, atol=1e-5, rtol=1e-4)
     if method.name == "full":
@@ -41,11 +61,25 @@ def test_what_comes_out_computes_what_went_in(tmp_path, method):
 def test_card_and_tokenizer(tmp_path):
     write_run(tmp_path / "my-run", kvtrain.DMC(compression=3.0), "kvtrain:tiny")
     folder = export_run(tmp_path / "my-run", tmp_path / "out")
-    card = (folder / "README.md").read_text()
+    card = card_of(folder)
     for part in ("# my-run", "library_name: kvtrain", "import kvtrain", '"compression": 3.0', "uncompressed cache"):
         assert part in card, part
     assert (folder / "tokenizer.json").is_file()
     assert not list(folder.glob("*.bin")) and list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("method", METHODS[:-1], ids=name_of)
+def test_the_card_says_what_the_hosts_own_class_makes_of_the_folder(tmp_path, method):
+    """The trained weights, where they are all there; else a host that is partly random."""
+    trained = write_run(tmp_path / "run", method, tie_word_embeddings=True)
+    folder = export_run(tmp_path / "run", tmp_path / "out", dtype="float32")
+    host, found = Qwen3ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    missing, card = found["missing_keys"], card_of(folder)
+    assert ("it runs the trained weights that it knows" in card) == (not missing)
+    assert (f": {len(missing)} of the host's parameters are not in this folder" in card) == bool(missing)
+    weights = dict(trained.named_parameters())
+    for name, parameter in host.named_parameters():
+        assert name in missing or torch.equal(parameter, weights[name]), name
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):

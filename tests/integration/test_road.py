@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +19,52 @@ from kvtrain.metrics import read_metrics
 from tests.hosts import make_host
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 20
-# Phase boundaries at 6 and 14, checkpoints at 3, 6, 9 ...: a checkpoint lies exactly on a boundary.
-PHASES = (
-    "[{name: zero_out, steps: 6, learning_rate: 1.0e-3}, {name: retrofit, steps: 8, learning_rate: 2.0e-3}, "
-    "{name: finetune, steps: 6, learning_rate: 1.0e-3, final_learning_rate: 1.0e-4}]"
-)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    make_host("llama", dtype=torch.float32, vocab_size=4096, tie_word_embeddings=True).save_pretrained(folder)
+@dataclass(frozen=True)
+class Road:
+    """How one architecture trains, is killed and goes on.
+
+    Attributes:
+        recipe: Under ``recipes/tiny``.
+        phases: Their steps, by name. Checkpoints come every third step, so that one lies exactly on a boundary.
+        kills: After these steps the run is killed.
+        layers: Of the host.
+        settings: Of the method.
+    """
+
+    recipe: str
+    phases: dict[str, int]
+    kills: tuple[int, ...]
+    layers: int = 2
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(self.phases.values())
+
+
+# Columns of the metrics that time has no part in.
+COMPARED = {"loss", "gradient_norm", "val_loss", "val_compression", "val_serving_gap"}
+
+# One line an architecture.
+ROADS = {
+    "dmc": Road("dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
+    "lckv": Road("lckv", {"train": 3, "settle": 7}, (3,), 4, {"kv_map": "0_2_2_3", "forward_passes": 2}),
+}
+
+
+@pytest.fixture(params=list(ROADS))
+def road(request):
+    return ROADS[request.param]
+
+
+@pytest.fixture
+def base(road, tmp_path):
+    folder = tmp_path / "base"
+    host = make_host("llama", dtype=torch.float32, layers=road.layers, vocab_size=4096, tie_word_embeddings=True)
+    host.save_pretrained(folder)
     load_tokenizer("kvtrain:tiny").save_pretrained(folder)
     return folder
 
@@ -36,33 +73,49 @@ def command(*arguments):
     return [sys.executable, "-m", "kvtrain_cli", *map(str, arguments)]
 
 
-def fit_command(base, run, *extra):
+def fit_command(road, base, run, resume=False):
+    phases = [
+        {"name": name, "steps": steps, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
+        for name, steps in road.phases.items()
+    ]
     settings = {
         "trainer.default_root_dir": run,
-        "trainer.max_steps": STEPS,
+        "trainer.max_steps": road.steps,
         "trainer.checkpoint_every": 3,
         "trainer.log_every_n_steps": 1,
         "trainer.val_check_interval": 10,
         "trainer.accumulate_grad_batches": 2,
         "trainer.num_threads": 1,
         "model.init_args.base": base,
-        "model.init_args.phases": PHASES,
-        "model.init_args.method.init_bias": 2.0,
+        "model.init_args.phases": json.dumps(phases),
         "data.sequence_length": 128,
         "data.batch_size": 4,
         "data.validation_rows": 4,
-    }
+    } | {f"model.init_args.method.{name}": value for name, value in road.settings.items()}
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return command("fit", "--config", ROOT / "recipes/tiny/dmc.yaml", *options, *extra)
+    resuming = ["--ckpt_path", "last"] if resume else []
+    return command("fit", "--config", ROOT / f"recipes/tiny/{road.recipe}.yaml", *options, *resuming)
 
 
 def run(arguments, **settings):
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True, **settings)
 
 
-def weights(run_folder):
+@contextmanager
+def beside(arguments, log):
+    """Run a command next to what the block does; at its end the command must have succeeded."""
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield
+        assert process.wait(timeout=280) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+
+
+def weights(run_folder, steps):
     checkpoint = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == STEPS
+    assert checkpoint["global_step"] == steps
     return checkpoint["state_dict"]
 
 
@@ -80,21 +133,22 @@ def kill_after(arguments, run_folder, step):
     assert process.wait() == -signal.SIGKILL
 
 
-def test_the_road(base, tmp_path):
+def test_the_road(road, base, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(fit_command(base, whole))
-    kill_after(fit_command(base, killed), killed, 6)
-    kill_after(fit_command(base, killed, "--ckpt_path", "last"), killed, 12)
-    run(fit_command(base, killed, "--ckpt_path", "last"))
-    expected, resumed = weights(whole), weights(killed)
+    with beside(fit_command(road, base, whole), tmp_path / "whole.log"):
+        for number, step in enumerate(road.kills):
+            kill_after(fit_command(road, base, killed, resume=number > 0), killed, step)
+        run(fit_command(road, base, killed, resume=True))
+    expected, resumed = weights(whole, road.steps), weights(killed, road.steps)
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
     # A kill between a checkpoint and its step's row of metrics loses that row, and nothing else.
     rows = [{int(row["step"]): row for row in read_metrics(path)} for path in (whole, killed)]
-    assert len(rows[0]) == STEPS and len(rows[1]) >= STEPS - 2
+    assert len(rows[0]) == road.steps and len(rows[1]) >= road.steps - len(road.kills)
     for step, row in rows[1].items():
-        assert row["loss"] == rows[0][step]["loss"]
+        for name in COMPARED & row.keys():
+            assert row[name] == rows[0][step][name], (step, name)
 
     exported = tmp_path / "exported"
     run(command("export", killed, exported))

@@ -83,7 +83,7 @@ class SharedAttention(HostAttention):
             key = self.split_heads(self.k_proj(hidden))
             if hasattr(self, "k_norm"):
                 key = self._norm_heads(self.k_norm, key)
-            key = apply_rotary(key, *angles)
+            key = apply_rotary(key, *angles, halves_repeat=True)
         if self.owns_value:
             value = self.split_heads(self.v_proj(hidden))
         if first is not None and hasattr(self, "key_mix"):
@@ -117,7 +117,7 @@ class SharedAttention(HostAttention):
         query = self.split_heads(self.q_proj(hidden_states))
         if hasattr(self, "q_norm"):
             query = self._norm_heads(self.q_norm, query)
-        query = apply_rotary(query, *position_embeddings)
+        query = apply_rotary(query, *position_embeddings, halves_repeat=True)
         if call.reader is not None:
             output = call.reader.attend(self, query, key, value, made["key_value"])
         else:
@@ -157,7 +157,7 @@ def residual_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:
 
 def no_residual() -> Tensor:
     """Weights ``(2,)`` of a mix that is the layer's own state."""
-    return torch.tensor([0.0, 1 / RESIDUAL_SCALE])
+    return torch.tensor([0.0, 1 / RESIDUAL_SCALE], dtype=torch.float64)
 
 
 def _mix(weights: Tensor, first: Tensor | None, own: Tensor | None) -> Tensor:

@@ -53,12 +53,14 @@ class Reader:
         Returns:
             ``(B, H, n, D)``; zeros where a token sees nothing.
         """
-        new = None if key is None or value is None else (key, value)
+        # Under autocast what is held, and read again, is wider than what a layer makes.
+        new = None if key is None or value is None else (key.to(query.dtype), value.to(query.dtype))
         if self.write is not None:
             self._store(module.layer_idx, made, self.write)
         layer = self.layers[module.key_layer]
-        one = query.shape[2] == 1 and (new is None or module.diagonal == "closed" or self.write is not None)
-        seen = self.past + (self.valid[:, -1] if one and new is not None and module.diagonal != "closed" else 0)
+        one = query.shape[2] == 1  # which has been stored by now, if its layer's keys and values are there at all
+        itself = one and new is not None and module.diagonal != "closed"
+        seen = self.past + (self.valid[:, -1] if itself else 0)
         if layer.pages is not None:
             return self._attend_pages(module, query, None if one else new, seen)
         if layer.endless is not None:
@@ -92,23 +94,20 @@ class Reader:
         assert pages is not None
         parts = []
         if new is not None:
-            documents = self.valid.long()
-            parts.append(
-                attention(
-                    query,
-                    *new,
-                    diagonal=module.diagonal,
-                    query_documents=documents,
-                    key_documents=documents,
-                    scale=module.scaling,
-                )
-            )
+            parts.append(self._attend_new(module, query, new))
         if pages.table.shape[2]:
             keys = pages.pool.slots[f"keys.{module.key_layer}"]
             values = pages.pool.slots[f"values.{module.value_layer}"]
             lengths = seen[:, None].expand(-1, pages.num_heads)
             parts.append(paged_attention(query, keys, values, pages.table, lengths, module.scaling))
         return _merge(parts, query)
+
+    def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The new tokens over themselves."""
+        documents, scale = self.valid.long(), module.scaling
+        return attention(
+            query, *new, diagonal=module.diagonal, query_documents=documents, key_documents=documents, scale=scale
+        )
 
     def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor) -> Tensor:
         """One new token a row over the ring, where it lies."""
@@ -159,17 +158,7 @@ class Reader:
         angles = tuple(angle[0][places.clamp(0, endless.capacity - 1)] for angle in self.slot_angles)
         parts = [_attend_slots(module, query, apply_rotary(keys, *angles), values, hidden)]
         if new is not None:  # nothing has been dropped yet
-            documents = self.valid.long()
-            parts.append(
-                attention(
-                    query,
-                    *new,
-                    diagonal=module.diagonal,
-                    query_documents=documents,
-                    key_documents=documents,
-                    scale=module.scaling,
-                )
-            )
+            parts.append(self._attend_new(module, query, new))
         return _merge(parts, query)
 
     def _ring(self, module: SharedAttention) -> RingContent:

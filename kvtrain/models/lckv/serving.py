@@ -45,15 +45,21 @@ def serve(
         ``(B, n, hidden)``.
     """
     layers = cast("list[LCKVCacheLayer]", cache.layers)
-    endless, tokens = layers[0].endless, cache.tokens
-    if endless is None or int((tokens + valid.sum(1)).max()) <= endless.capacity:
-        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, prefill)
-    outputs = []
-    for index in range(hidden.shape[1]):  # every token drops another one
+    endless, tokens, new = layers[0].endless, cache.tokens, valid.sum(1)
+    reads = (new > 0) if prefill else (new > 1)
+    if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
+        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, reads)
+    fits = valid & (tokens[:, None] + valid.cumsum(1) <= endless.capacity)
+    order = fits.to(torch.int8).argsort(dim=1, stable=True)
+    chunk = _serve_chunk(stack, _take(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
+    outputs, tokens = _take(chunk, order.argsort(1)), tokens + fits.sum(1)
+    over = valid & ~fits
+    for index in over.any(0).nonzero().flatten().tolist():  # every token drops another one
         now = slice(index, index + 1)
-        outputs.append(_serve_chunk(stack, hidden[:, now], arguments, layers, tokens, valid[:, now], False))
-        tokens = tokens + valid[:, index]
-    return torch.cat(outputs, 1)
+        output = _serve_chunk(stack, hidden[:, now], arguments, layers, tokens, over[:, now], torch.zeros_like(reads))
+        outputs[:, now] = torch.where(over[:, now, None], output, outputs[:, now])
+        tokens = tokens + over[:, index]
+    return outputs
 
 
 def _serve_chunk(
@@ -63,17 +69,18 @@ def _serve_chunk(
     layers: list[LCKVCacheLayer],
     tokens: Tensor,
     valid: Tensor,
-    prefill: bool | None,
+    reads: Tensor,
 ) -> Tensor:
+    """As ``serve``; ``reads (B,)`` are the rows whose new tokens are part of a prompt."""
     positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     arguments, slot_angles = _placed(stack, hidden, arguments, layers, positions)
-    decodes = hidden.shape[1] == 1 and not prefill
+    decodes = hidden.shape[1] == 1 and not bool(reads.any())
     rings = None if hidden.shape[1] == 1 else _ring_contents(layers)
     reader = Reader(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
     shared: Shared = {}
     for stage in stack.plan:
         if stage.cyclic and not decodes:
-            prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, bool(prefill))
+            prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, reads)
             hidden = _read_prompt(stack, stage, prompt, shared, arguments, reader)
             continue
         pending = layers[stage.first].pending
@@ -130,10 +137,9 @@ class _Prompt:
     length: int
 
     @classmethod
-    def of(cls, layer: LCKVCacheLayer, hidden: Tensor, tokens: Tensor, valid: Tensor, prefill: bool) -> "_Prompt":
+    def of(cls, layer: LCKVCacheLayer, hidden: Tensor, tokens: Tensor, valid: Tensor, goes_on: Tensor) -> "_Prompt":
         """Put what is pending before the new tokens of rows that read a prompt."""
         new = valid.sum(1)
-        goes_on = (new > 0) if prefill else (new > 1)
         pending = layer.pending
         if pending is None:
             return cls(hidden, tokens, new, goes_on, tokens, hidden.shape[1])

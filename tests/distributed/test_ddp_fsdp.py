@@ -1,0 +1,30 @@
+"""Layers that run again and again in two processes, replicated (DDP) or sharded (FSDP2), learn as in one."""
+
+import pytest
+import torch
+
+from .launch import launch
+from .plain_worker import CASES, gradients
+from .runs import assert_same_run, lckv_run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch("tests.distributed.plain_worker", 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_ddp_ends_with_the_same_weights(ranks, tmp_path):
+    assert_same_run(ranks["ddp"], lckv_run(tmp_path, 0, 1, None))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_fsdp2_has_the_same_loss_and_gradients(ranks, case):
+    loss, expected = gradients(CASES[case])
+    found_loss, found = ranks["fsdp2"][case]
+    torch.testing.assert_close(found_loss, loss, atol=1e-12, rtol=0)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=0)
