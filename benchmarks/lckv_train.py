@@ -22,18 +22,18 @@ import kvtrain
 from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum
 from kvtrain.kernels.rope import apply_rotary
 
-LENGTH, WARM_UP, STEPS = 1024, 1, 5
+LENGTH, VOCABULARY, WARM_UP, STEPS = 1024, 4096, 1, 5
 
 
 def make_host(width: int, layers: int) -> Any:
-    """A Llama with random weights."""
+    """A Llama with random weights, in the proportions of the authors' small model (768 wide, 12 layers, 12/6 heads)."""
     config = transformers.LlamaConfig(
         hidden_size=width,
-        intermediate_size=round(width * 8 / 3 / 16) * 16,
+        intermediate_size=width * 8 // 3,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -56,9 +56,8 @@ def plain_loss(model: Any, ids: Tensor) -> Tensor:
         if given is None:
             key = apply_rotary(attention.split_heads(attention.k_proj(normed)), *angles)
             given = key, attention.split_heads(attention.v_proj(normed))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, *given, attn_mask=mask, scale=attention.scaling
-        )
+        key, value = (state.repeat_interleave(attention.num_groups, 1) for state in given)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         hidden = hidden + attention.project_out(output)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), given
 
@@ -93,12 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1)
     asked = parser.parse_args()
     host = make_host(asked.width, asked.layers)
     lckv = kvtrain.retrofit(host, kvtrain.LCKV(kv_map="lckv-w2")).train()
     full = kvtrain.retrofit(host, kvtrain.Full()).train()
-    ids = torch.randint(2, 4096, (asked.rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, VOCABULARY, (asked.rows, LENGTH), generator=torch.Generator().manual_seed(0))
     losses: dict[str, Callable[[], Tensor]] = {
         "host": lambda: full(ids, labels=ids).loss,
         "plain plan": lambda: plain_loss(lckv, ids),

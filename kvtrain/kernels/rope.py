@@ -41,8 +41,6 @@ def apply_rotary(
     if takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
         rotated: Tensor = LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
-    if halves_repeat:
-        cos, sin = (torch.cat([angles.chunk(2, -1)[0]] * 2, -1) for angles in (cos, sin))
     wide = at_least_float32(heads)
     first, second = wide.chunk(2, -1)
     turned = torch.cat([-second, first], -1)
