@@ -1,6 +1,7 @@
 """A run folder becomes a Hugging Face folder: safetensors, configuration, tokenizer, model card."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from kvtrain.run_folder import last_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
 
+logger = logging.getLogger("kvtrain")
+
 
 def export_run(
     run: Path, output: Path, push_to: str | None = None, private: bool = False, dtype: str = "bfloat16"
@@ -34,13 +37,12 @@ def export_run(
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
 
     Raises:
-        ValueError: No checkpoint, one without export data, one whose model cannot be served yet, an existing output, or
-            no token to push with.
+        ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
     """
     checkpoint = read_checkpoint(checkpoint_path(run))
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
     if reason := settings.get("unfinished"):
-        raise ValueError(f"{run}: this checkpoint cannot be served: {reason}")
+        logger.warning("%s: not for use yet: %s", run, reason)
     model = rebuild_model(checkpoint)
     if isinstance(model.config, KVTrainConfig):
         model.config.method.deploy(model)

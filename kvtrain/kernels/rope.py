@@ -31,7 +31,7 @@ def apply_rotary(
         cos: ``(B, T, D)``.
         sin: ``(B, T, D)``.
         halves_repeat: The second half of the angles repeats the first, as ``rotary_angles`` makes them and DMC does
-            not leave them; then the first half alone is read, which Liger's kernel always does.
+            not leave them; Liger's kernel reads the first half alone, and needs this promise.
         backend: ``"auto"``, ``"liger"`` or ``"torch"``.
 
     Raises:

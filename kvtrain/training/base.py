@@ -163,7 +163,7 @@ class TrainingModule(pl.LightningModule):
         checkpoint[CHECKPOINT_KEY] = json.dumps(settings)
 
     def unfinished(self) -> str | None:
-        """Why the model cannot be served as it is, with the remedy; None where it can."""
+        """Why the model is not one to serve yet, with the remedy; None where it is."""
         return None
 
     def configure_optimizers(self) -> Any:

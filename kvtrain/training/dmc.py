@@ -87,7 +87,7 @@ class DMCModule(RetrofitModule):
         """The borrowed channel decides nothing until zero-out has ended."""
         if self.schedule.place(self._seen_step()).phase.name != ZERO_OUT:
             return None
-        return "it lies in the zero_out phase, before decisions exist; train on into the next phase"
+        return "the run is in its zero_out phase, whose channel decides nothing yet; train on into the next phase"
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""

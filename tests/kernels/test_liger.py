@@ -120,15 +120,3 @@ def test_what_the_kernels_do_not_know_runs_on_torch(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="backend 'liger' cannot run this call"):
         wrong(backend="liger")
     assert wrong().shape == wrong(backend="torch").shape
-
-
-def test_a_false_promise_about_angles_shows_everywhere():
-    """Torch, too, reads the first half alone where it is told that the second repeats it, and both where it is not."""
-    heads = torch.randn(1, 2, 3, 4, dtype=torch.float64)
-    cos, sin = rotary_angles(torch.tensor([1.0, 0.3]), torch.arange(3)[None], torch.float64)
-    assert torch.equal(apply_rotary(heads, cos, sin, halves_repeat=True), apply_rotary(heads, cos, sin))
-    cleared = cos.clone()
-    cleared[..., -1] = 0
-    plain, promised = (apply_rotary(heads, cleared, sin, halves_repeat=promise) for promise in (False, True))
-    assert torch.equal(promised, apply_rotary(heads, cos, sin))
-    assert not torch.allclose(plain[..., -1], promised[..., -1])
