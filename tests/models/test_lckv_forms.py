@@ -283,7 +283,7 @@ def test_the_plan_spares_what_changes_no_bit(kv_map, passes, monkeypatch):
             for owner in stack.targets(stage):
                 shared[owner] = (torch.zeros(2, 2, 7, 8).double(), torch.zeros(2, 2, 7, 8).double())
             for _ in range(passes):
-                output = stack.once(stage, hidden, shared, kwargs, documents)
+                output = stack.once(stage, hidden, shared, kwargs, documents=documents)
             return output
 
         monkeypatch.setattr(SharingStack, "_iterate", everything)

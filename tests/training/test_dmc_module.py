@@ -4,12 +4,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from kvtrain.data.packing import PackedRows
-from kvtrain.data.shards import ShardWriter, TokenShards
 from kvtrain.export.hf import export_run
 from kvtrain.models.dmc import DMC
 from kvtrain.training import DMCModule, Phase, RetrofitModule
-from tests.hosts import VOCAB, make_host
+from tests.hosts import make_host
+
+from .tiny_runs import make_rows
 
 
 def phases(zero_out=10, retrofit=20, finetune=5):
@@ -28,14 +28,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Ragged packed rows: documents of random lengths."""
-    folder = tmp_path_factory.mktemp("shards")
-    writer = ShardWriter(folder, VOCAB)
-    generator = torch.Generator().manual_seed(0)
-    for number in range(60):
-        length = int(torch.randint(2, 40, (), generator=generator))
-        writer.add(torch.randint(3, VOCAB, (length,), generator=generator).tolist(), length, f"document {number}")
-    writer.finish("none")
-    return PackedRows(TokenShards(folder), 32)
+    return make_rows(tmp_path_factory.mktemp("shards"))
 
 
 class RowsData(pl.LightningDataModule):

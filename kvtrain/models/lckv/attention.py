@@ -31,7 +31,8 @@ class Call:
     activation checkpointing, sees what it saw the first time.
 
     Attributes:
-        key: ``(B, H_kv, T, D)`` of the layer that it reads; None where that is itself, or nothing is there yet.
+        key: ``(B, H_kv, T, D)`` of the layer that it reads, where that is another one or ``own`` is False; None where
+            nothing is there yet.
         value: Likewise.
         own: Whether an owner sees the keys and values that it makes in this call.
         first: Keys and values of layer 0, for a residual mix.

@@ -15,6 +15,7 @@ from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement, RowStore
+from kvtrain.models.lckv.kv_map import KVMap
 from kvtrain.models.method import key_value_shape
 
 if TYPE_CHECKING:
@@ -156,25 +157,32 @@ def build_layers(
     }
     pages = PagedStore(heads, paged, settings.page_size, placements[0]) if paged else None
     pending = _pending(settings, host_config, placements[0])
-    rings: dict[int, RingStore] = {}
-    for owner in {*keys.owners, *values.owners}:
-        if endless is not None:
-            rings[owner] = RingStore(heads, head_dim, endless.recent, endless.sink, placements[0])
-        elif keys.sliding[owner]:
-            iterates = any(stage.cyclic and stage.first <= owner <= stage.last for stage in keys.stages())
-            # A block that is read again must still find what came before it.
-            slots = settings.sliding_window + (settings.prefill_block if iterates else 0)
-            rings[owner] = RingStore(heads, head_dim, slots, placement=placements[0])
+    rings = {
+        owner: RingStore(heads, head_dim, *_ring_slots(settings, keys, owner, endless), placement=placements[0])
+        for owner in {*keys.owners, *values.owners}
+        if endless is not None or keys.sliding[owner]
+    }
     rows: RowStore = pages if pages is not None else next(iter(rings.values()))
     layers: list[KVCacheLayer] = []
-    accounted: set[int] = set()
+    uncounted = pages
     for index in range(len(placements)):
         part = pages if any(f"{name}.{index}" in paged for name in ("keys", "values")) else None
-        mine = [store for store in (part, rings.get(index), pending.get(index)) if store is not None]
-        stores: list[RowStore] = [store for store in mine if id(store) not in accounted]
-        accounted |= {id(store) for store in stores}
-        layers.append(LCKVCacheLayer(stores, rows, heads, part, rings.get(index), pending.get(index), endless))
+        ring, inputs = rings.get(index), pending.get(index)
+        stores: list[RowStore] = [
+            store for store in (uncounted if part is not None else None, ring, inputs) if store is not None
+        ]
+        uncounted = None if part is not None else uncounted
+        layers.append(LCKVCacheLayer(stores, rows, heads, part, ring, inputs, endless))
     return layers
+
+
+def _ring_slots(settings: "LCKV", keys: KVMap, owner: int, endless: EndlessWindow | None) -> tuple[int, int]:
+    """Latest and first tokens that an owner's ring keeps."""
+    if endless is not None:
+        return endless.recent, endless.sink
+    iterates = any(stage.cyclic and stage.first <= owner <= stage.last for stage in keys.stages())
+    # A block that is read again must still find what came before it.
+    return settings.sliding_window + (settings.prefill_block if iterates else 0), 0
 
 
 def _pending(settings: "LCKV", host_config: "PreTrainedConfig", placement: Placement) -> dict[int, PendingInputs]:

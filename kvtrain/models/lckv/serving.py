@@ -6,7 +6,7 @@ keys and values of what came before it. Where a prompt was cut inside a block, t
 what comes out depends neither on the chunks in which it was sent nor on the rows beside it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -86,7 +86,7 @@ def _serve_chunk(
         pending = layers[stage.first].pending
         if stage.cyclic and pending is not None and bool((pending.counts > 0).any()):
             pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
-        hidden = stack.once(stage, hidden, shared, arguments, None, reader=reader)
+        hidden = stack.once(stage, hidden, shared, arguments, reader=reader)
     return hidden
 
 
@@ -178,7 +178,7 @@ def _read_prompt(
         past = prompt.start + ((number < step) & real).sum(1)
         write = inside & (where >= prompt.tokens[:, None])
         angles = stack.angles(prompt.inputs, where.clamp(min=0))
-        view = Reader(reader.layers, past, inside, None, angles, reader.slot_angles)
+        view = replace(reader, past=past, valid=inside, write=None, angles=angles, rings=None)
         given = {**arguments, "position_ids": where.clamp(min=0), "position_embeddings": angles}
         below = _from_below(stack, stage, reader.layers, where)
         hidden, block_made = _iterate(stack, stage, _take(prompt.inputs, columns), below, given, view, write)
@@ -218,13 +218,12 @@ def _iterate(
     done = ~view.valid  # padding
     for _ in range(most - 1):
         before = {owner: shared.get(owner) for owner in stack.targets(stage)}
-        stack.refine(stage, inputs, shared, arguments, None, reader=view)
+        stack.refine(stage, inputs, shared, arguments, reader=view)
         if settings.prefill_tolerance is not None:
             done = _settle(before, shared, done, settings.prefill_tolerance)
             if bool(done.all()):
                 break
-    final = Reader(view.layers, view.past, view.valid, write, view.angles, view.slot_angles)
-    hidden = stack.once(stage, inputs, shared, arguments, None, reader=final)
+    hidden = stack.once(stage, inputs, shared, arguments, reader=replace(view, write=write))
     return hidden, {owner: states for owner, states in shared.items() if owner not in below}
 
 
@@ -254,13 +253,13 @@ def _from_below(stack: "SharingStack", stage: Stage, layers: list[LCKVCacheLayer
     below: Shared = {}
     for owner in (source for source in sources if source < stage.first):
         pages, ring = layers[owner].pages, layers[owner].ring
-        if pages is None and ring is not None:  # endless and not yet full: token p lies in slot p, its key not rotated
+        if pages is not None:
+            keys, values = (pages.gather(f"{name}.{owner}", positions.clamp(min=0)) for name in ("keys", "values"))
+        else:  # endless and not yet full: token p lies in slot p, its key not rotated
+            assert ring is not None
             slots = positions.clamp(0, ring.sink + ring.recent - 1)
             keys, values = (take_slots(ring[name], slots) for name in ("keys", "values"))
-            below[owner] = (apply_rotary(keys, *stack.angles(keys, slots)), values)
-            continue
-        assert pages is not None
-        keys, values = (pages.gather(f"{name}.{owner}", positions.clamp(min=0)) for name in ("keys", "values"))
+            keys = apply_rotary(keys, *stack.angles(keys, slots))
         below[owner] = (keys, values)
     return below
 

@@ -93,7 +93,7 @@ class SharingStack(nn.ModuleList):
             if stage.cyclic:
                 hidden_states = self._iterate(stage, hidden_states, shared, kwargs, documents)
             else:
-                hidden_states = self.once(stage, hidden_states, shared, kwargs, documents)
+                hidden_states = self.once(stage, hidden_states, shared, kwargs, documents=documents)
         return hidden_states
 
     def _iterate(
@@ -107,38 +107,21 @@ class SharingStack(nn.ModuleList):
         for index in range(passes - 1):
             graded = index >= passes - self.settings.backward_passes
             with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-                self.refine(stage, hidden, shared, kwargs, documents)
+                self.refine(stage, hidden, shared, kwargs, documents=documents)
         before = dict(shared)
-        hidden = self.once(stage, hidden, shared, kwargs, documents)
+        hidden = self.once(stage, hidden, shared, kwargs, documents=documents)
         if self.settings.stale_target:
             shared.update({owner: before.get(owner, _NOTHING) for owner in self.targets(stage)})
         return hidden
 
-    def refine(
-        self,
-        stage: Stage,
-        hidden: Tensor,
-        shared: Shared,
-        kwargs: dict[str, Any],
-        documents: Tensor | None,
-        **more: Any,
-    ) -> None:
+    def refine(self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any) -> None:
         """A pass whose output nobody needs: the last layer makes its keys and values and stops."""
-        below = range(stage.first, stage.last)
-        hidden = self._pass(below, hidden, shared, kwargs, documents=documents, **more)
-        self._pass([stage.last], hidden, shared, kwargs, documents=documents, key_value_only=True, **more)
+        hidden = self._pass(range(stage.first, stage.last), hidden, shared, kwargs, **call)
+        self._pass([stage.last], hidden, shared, kwargs, key_value_only=True, **call)
 
-    def once(
-        self,
-        stage: Stage,
-        hidden: Tensor,
-        shared: Shared,
-        kwargs: dict[str, Any],
-        documents: Tensor | None,
-        **more: Any,
-    ) -> Tensor:
-        """A pass through all layers of a stage."""
-        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, documents=documents, **more)
+    def once(self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any) -> Tensor:
+        """A pass through all layers of a stage; ``call`` is what every ``Call`` says besides."""
+        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, **call)
 
     def _pass(
         self, layers: Iterable[int], hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any
@@ -153,10 +136,6 @@ class SharingStack(nn.ModuleList):
             stale = self.settings.stale_target and self._is_target(key_layer)
             source = before if stale else shared
             key, value = source.get(key_layer, _NOTHING)[0], source.get(value_layer, _NOTHING)[1]
-            if not stale and key_layer == layer_idx:
-                key = None
-            if not stale and value_layer == layer_idx:
-                value = None
             first = shared.get(0) if self.settings.residual else None
             told = Call(key, value, own=not stale, first=first, **call)
             output, made = self._modules[str(layer_idx)](hidden, call=told, **kwargs)
