@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from kvtrain.assets import HELDOUT
 from kvtrain.data.hub import HUB_PREFIX, first_line, hub_rows
+from kvtrain.data.passkey import passkey_texts
 from kvtrain.data.shards import MANIFEST
 
 STDLIB = "stdlib"
 HELDOUT_NAME = "heldout"
+PASSKEY = "passkey"
 
 # Tests repeat themselves, character tables are no text, and build records differ from machine to machine.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "ensurepip"}
@@ -33,8 +35,9 @@ def read_corpus(corpus: str, *, text_column: str = "text", split: str = "train")
     Args:
         corpus: A ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them (searched recursively, in
             name order), ``hf:org/name`` or ``hf:org/name:config`` for a Hub dataset, ``stdlib`` for the
-            source of the running interpreter's standard library less its held-out modules, or
-            ``heldout`` for the text that the package holds out.
+            source of the running interpreter's standard library less its held-out modules,
+            ``heldout`` for the text that the package holds out, or ``passkey`` for the passkey task without a
+            haystack, to train tokenizers with.
         text_column: Field that holds the text, for everything but ``.txt``.
         split: Split of a Hub dataset.
 
@@ -45,6 +48,8 @@ def read_corpus(corpus: str, *, text_column: str = "text", split: str = "train")
         yield from stdlib_documents(heldout=False)
     elif corpus == HELDOUT_NAME:
         yield from _read_file(HELDOUT, text_column)
+    elif corpus == PASSKEY:
+        yield from (Document(text, f"passkey {number}") for number, text in enumerate(passkey_texts(), 1))
     elif corpus.startswith(HUB_PREFIX):
         yield from _read_hub(corpus.removeprefix(HUB_PREFIX), text_column, split)
     else:
@@ -69,7 +74,7 @@ def corpus_files(corpus: str) -> list[Path]:
     if not root.is_file():
         raise ValueError(
             f"{corpus}: no such file or folder; a corpus is a path, '{HUB_PREFIX}org/name', "
-            f"'{STDLIB}' or '{HELDOUT_NAME}'"
+            f"'{STDLIB}', '{HELDOUT_NAME}' or '{PASSKEY}'"
         )
     if root.suffix.lower() not in _READERS:
         kind = f"{root.suffix!r} files" if root.suffix else "a file without an extension"

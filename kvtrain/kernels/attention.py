@@ -32,6 +32,7 @@ def attention(
     diagonal: Diagonal = "plain",
     window: int | None = None,
     sink: int = 0,
+    sinks: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
     scale: float | None = None,
@@ -50,6 +51,7 @@ def attention(
             ``"closed"``: a token never sees its own key (LCKV).
         window: Number of latest keys that are visible, the token's own included.
         sink: First keys that stay visible beyond the window.
+        sinks: ``(B, T_k)``, keys that stay visible beyond the window, where they are not the first of each row.
         query_documents: ``(B, T_q)`` integer ids; a query sees keys of its own document alone.
         key_documents: ``(B, T_k)``; the same tensor where queries and keys are the same tokens.
         scale: Factor on the scores, ``D ** -0.5`` by default.
@@ -65,7 +67,7 @@ def attention(
         ValueError: Head counts or visibility do not fit, or the backend cannot run this call.
     """
     check_groups(query.shape[1], key.shape[1])
-    visibility = Visibility(causal, diagonal, window, sink, query_documents, key_documents)
+    visibility = Visibility(causal, diagonal, window, sink, query_documents, key_documents, sinks)
     visibility.validate()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     fast = {
@@ -138,11 +140,11 @@ def attention_reference(
         bias = key_bias.repeat_interleave(groups, 1).unsqueeze(-2)
         exempt = (rows == columns) & (visibility.diagonal == "open")
         scores = torch.where(exempt, scores, scores + bias)
-    visible = visible_pairs(rows, columns, visibility)
+    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
+    visible = visible_pairs(rows, columns, visibility, sinks)
     if visibility.query_documents is not None and visibility.key_documents is not None:
-        same = visibility.query_documents[:, :, None] == visibility.key_documents[:, None, :]
-        visible = visible & same[:, None]
-    scores = scores.masked_fill(~visible, float("-inf"))
+        visible = visible & (visibility.query_documents[:, :, None] == visibility.key_documents[:, None, :])
+    scores = scores.masked_fill(~(visible if visible.dim() == 2 else visible[:, None]), float("-inf"))
     lse = log_sum_exp(scores, -1)
     weights = torch.exp(scores - finite(lse).unsqueeze(-1))
     return (weights @ at_least_float32(value)).to(query.dtype), lse

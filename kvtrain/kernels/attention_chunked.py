@@ -55,19 +55,32 @@ class _Problem:
         ]
 
     def _chunk(self, start: int, stop: int) -> _Chunk:
-        causal, _, window, sink = self.visibility[:4]
+        causal, window = self.visibility.causal, self.visibility.window
         key_start, key_stop = 0, self.num_keys
         if causal:
             key_stop = max(0, stop + self.offset)
         if causal and window is not None:
             key_start = max(0, start + self.offset - window + 1)
-        if sink > 0 and key_start > 0:
-            if key_start <= sink:
-                key_start = 0
-            else:
-                ranges = [torch.arange(sink), torch.arange(key_start, key_stop)]
-                return _Chunk(start, stop, torch.cat(ranges).to(self.device), 0, 0)
-        return _Chunk(start, stop, None, key_start, key_stop)
+        sinks = self._sinks_before(key_start, start, stop)
+        if sinks is None:
+            return _Chunk(start, stop, None, key_start, key_stop)
+        if len(sinks) == key_start:
+            return _Chunk(start, stop, None, 0, key_stop)
+        run = torch.arange(key_start, key_stop, device=self.device)
+        return _Chunk(start, stop, torch.cat([sinks, run]), 0, 0)
+
+    def _sinks_before(self, key_start: int, start: int, stop: int) -> Tensor | None:
+        """Keys before ``key_start`` that the window does not hide from the queries of a chunk, or None."""
+        sinks = self.visibility.sinks
+        if sinks is None:
+            count = min(self.visibility.sink, key_start)
+            return torch.arange(count, device=self.device) if count else None
+        columns = sinks[:, :key_start].any(0).nonzero().squeeze(1)
+        query_documents, key_documents = self.visibility.query_documents, self.visibility.key_documents
+        if query_documents is not None and key_documents is not None:
+            shared = query_documents[:, start:stop, None] == key_documents[:, None, columns]  # (B, c, sinks)
+            columns = columns[(shared.any(1) & sinks[:, columns]).any(0)]
+        return columns if columns.numel() else None
 
     def fold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
         """Query-shaped ``(B, H, T, D)`` to this chunk's ``(B, H_kv, G * c, D)``."""
@@ -100,11 +113,12 @@ class _Problem:
         if not self.visibility.causal and query_documents is None:
             return None
         rows, columns = self.positions(chunk)
-        hidden = ~visible_pairs(rows, columns, self.visibility)[None, None, None]
-        if query_documents is None or key_documents is None:
-            return hidden
-        documents = query_documents[:, chunk.start : chunk.stop, None]
-        return hidden | (documents != chunk.keys(key_documents, 1)[:, None, :])[:, None, None]
+        sinks = None if self.visibility.sinks is None else chunk.keys(self.visibility.sinks, 1)[:, None]
+        hidden = ~visible_pairs(rows, columns, self.visibility, sinks)
+        if query_documents is not None and key_documents is not None:
+            documents = query_documents[:, chunk.start : chunk.stop, None]
+            hidden = hidden | (documents != chunk.keys(key_documents, 1)[:, None])
+        return (hidden if hidden.dim() == 3 else hidden[None])[:, None, None]
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, chunk: _Chunk) -> Tensor:
         """Masked, biased scores ``(B, H_kv, G, c, k)`` in at least float32."""

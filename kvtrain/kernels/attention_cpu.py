@@ -49,11 +49,12 @@ def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:
     if documents is None and visibility.window is None:
         return None
     positions = torch.arange(query.shape[-2])
-    visible = visible_pairs(positions[:, None], positions, visibility)[None]
+    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
+    visible = visible_pairs(positions[:, None], positions, visibility, sinks)
     if documents is not None:
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-    return mask.unsqueeze(1)
+    return (mask if mask.dim() == 3 else mask[None]).unsqueeze(1)
 
 
 class FlashAttentionCPU(torch.autograd.Function):

@@ -33,7 +33,7 @@ def flash_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | 
         and key.numel() > 0
         and key_bias is None
         and visibility.query_documents is None
-        and (visibility.window is None or visibility.sink == 0)
+        and (visibility.window is None or (visibility.sink == 0 and visibility.sinks is None))
         and _shows_keys(visibility, query.shape[-2], key.shape[-2])
     )
 

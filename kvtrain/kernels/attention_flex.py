@@ -102,10 +102,10 @@ def _score_mod(bias: Tensor, exempt_diagonal: bool) -> Callable[..., Tensor]:
 
 def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
     """Which pairs are visible, element by element."""
-    query_documents, key_documents = visibility.query_documents, visibility.key_documents
+    query_documents, key_documents, sinks = visibility.query_documents, visibility.key_documents, visibility.sinks
 
     def visible(batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        pair = visible_pairs(row, column, visibility)
+        pair = visible_pairs(row, column, visibility, None if sinks is None else sinks[batch, column])
         if query_documents is None or key_documents is None:
             return pair
         return pair & (query_documents[batch, row] == key_documents[batch, column])
@@ -115,7 +115,7 @@ def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
 
 def block_mask(visibility: Visibility, length: int, device: torch.device) -> "BlockMask | None":
     """What FlexAttention wants to know of a mask over ``length`` tokens; None where everything is visible."""
-    if visibility.query_documents is not None:
+    if visibility.query_documents is not None or (visibility.sinks is not None and visibility.window is not None):
         return _build(visibility, length, device)
     return _positional(visibility, length, device) if visibility.causal else None
 
@@ -155,8 +155,12 @@ def _block_visibility(visibility: Visibility, length: int, device: torch.device)
     some, every = _corners(first, last, visibility), _corners(last, first, visibility)
     whole = first + _BLOCK <= length
     every = every & whole[:, None] & whole
+    some, every = some[None], every[None]
+    if visibility.sinks is not None and visibility.window is not None:
+        held = _in_blocks(visibility.sinks).any(-1)[:, None]  # (B, 1, n), masked element by element
+        some = some | (held & _corners(first, last, visibility._replace(window=None)))
     if visibility.query_documents is None or visibility.key_documents is None:
-        return some[None], every[None]
+        return some, every.expand_as(some)
     query_low, query_high = _document_range(visibility.query_documents)
     key_low, key_high = _document_range(visibility.key_documents)
     overlap = (query_low[:, :, None] <= key_high[:, None]) & (key_low[:, None] <= query_high[:, :, None])
@@ -176,7 +180,12 @@ def _corners(near: Tensor, far: Tensor, visibility: Visibility) -> Tensor:
 
 def _document_range(documents: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest id of each block, ``(B, n)``."""
-    length = documents.shape[1]
-    places = torch.arange(-(-length // _BLOCK) * _BLOCK, device=documents.device).clamp(max=length - 1)
-    low, high = documents[:, places].unflatten(1, (-1, _BLOCK)).aminmax(dim=-1)
+    low, high = _in_blocks(documents).aminmax(dim=-1)
     return low, high
+
+
+def _in_blocks(tokens: Tensor) -> Tensor:
+    """``(B, T)`` to ``(B, n, 128)``, the last token repeated."""
+    length = tokens.shape[1]
+    places = torch.arange(-(-length // _BLOCK) * _BLOCK, device=tokens.device).clamp(max=length - 1)
+    return tokens[:, places].unflatten(1, (-1, _BLOCK))

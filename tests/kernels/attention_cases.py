@@ -60,10 +60,12 @@ def make_case(
     value_dim: int | None = None,
     bias: str = "none",
     documents: str = "none",
+    sinks: bool = False,
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Case:
-    """Normal tensors; ``bias`` is none, finite or hiding (a third is -inf), ``documents`` none, shared or foreign."""
+    """Normal tensors; ``bias`` is none, finite or hiding (a third is -inf), ``documents`` none, shared or foreign,
+    ``sinks`` a mask of random keys."""
     generator = torch.Generator().manual_seed(seed)
     num_keys = num_queries if num_keys is None else num_keys
 
@@ -87,6 +89,8 @@ def make_case(
         options["query_documents"] = options["key_documents"] = ids(num_queries)
     elif documents == "foreign":
         options["query_documents"], options["key_documents"] = ids(num_queries), ids(num_keys)
+    if sinks:
+        options["sinks"] = torch.rand((batch, num_keys), generator=generator) < 1 / 4
     return Case(tensors, options, seed)
 
 
@@ -98,6 +102,7 @@ def cases(draw: st.DrawFn, *, square: bool) -> Case:
     biases = ["none", "finite", "hiding"] if not square or diagonal == "open" else ["none"]
     window = draw(st.none() | st.integers(1, 9)) if causal else None
     num_queries = draw(st.integers(2 if square else 1, 17))
+    sinks = draw(st.booleans()) if window else False
     return make_case(
         draw(st.integers(0, 10**6)),
         batch=draw(st.integers(1, 2)),
@@ -112,6 +117,7 @@ def cases(draw: st.DrawFn, *, square: bool) -> Case:
         causal=causal,
         diagonal=diagonal,
         window=window,
-        sink=draw(st.integers(0, 4)) if window else 0,
+        sink=draw(st.integers(0, 4)) if window and not sinks else 0,
+        sinks=sinks,
         scale=draw(st.sampled_from([None, 0.7])),
     )

@@ -123,13 +123,20 @@ def masks(draw: st.DrawFn) -> tuple[Visibility, int, int]:
         if draw(st.booleans()):
             documents = [ids.sort(-1).values for ids in documents if ids is not None]
     diagonal = draw(st.sampled_from(["plain", "open", "closed"])) if causal else "plain"
-    return Visibility(causal, diagonal, window, draw(st.integers(0, 4)), *documents), length, block
+    sinks = None
+    if window is not None and draw(st.booleans()):
+        flags = st.lists(st.booleans(), min_size=length, max_size=length)
+        sinks = torch.tensor(draw(st.lists(flags, min_size=2, max_size=2)))
+    sink = draw(st.integers(0, 4)) if sinks is None else 0
+    return Visibility(causal, diagonal, window, sink, *documents, sinks), length, block
 
 
 def dense(visibility: Visibility, length: int) -> torch.Tensor:
     """``(B or 1, T, T)``."""
     positions = torch.arange(length)
-    visible = visible_pairs(positions[:, None], positions, visibility)[None]
+    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
+    visible = visible_pairs(positions[:, None], positions, visibility, sinks)
+    visible = visible if visible.dim() == 3 else visible[None]
     if visibility.query_documents is None or visibility.key_documents is None:
         return visible
     return visible & (visibility.query_documents[:, :, None] == visibility.key_documents[:, None])
@@ -150,7 +157,8 @@ def test_blocks_say_what_their_pairs_say(drawn: tuple[Visibility, int, int]):
             whole = inside.shape[1] == block * block
             assert (some[:, row, column] | ~inside.any(1)).all()
             assert (~every[:, row, column] | (inside.all(1) & whole)).all()
-            if visibility.query_documents is None and not (visibility.diagonal == "closed" and visibility.window == 1):
+            one = visibility.diagonal == "closed" and visibility.window == 1
+            if visibility.query_documents is None and visibility.sinks is None and not one:
                 assert torch.equal(some[:, row, column], inside.any(1))
                 assert visibility.sink or torch.equal(every[:, row, column], inside.all(1) & whole)
 
@@ -164,8 +172,9 @@ def test_blocks_say_what_their_pairs_say(drawn: tuple[Visibility, int, int]):
         Visibility(window=310, sink=200),
         Visibility(False, "plain", None, 0, *[torch.arange(700)[None] // 256] * 2),
         Visibility(True, "open", None, 0, *[torch.arange(1400).view(2, 700) // 300] * 2),
+        Visibility(window=310, sinks=torch.arange(700)[None] % 300 < 20),
     ],
-    ids=["causal", "closed", "window", "sink", "documents", "rows"],
+    ids=["causal", "closed", "window", "sink", "documents", "rows", "sinks"],
 )
 def test_the_mask_is_the_one_that_torch_finds_pair_by_pair(visibility: Visibility):
     mask = attention_flex.block_mask(visibility, 700, CPU)

@@ -1,0 +1,213 @@
+"""Batches of tasks that need a long memory: passkeys in a haystack, and runs to be copied."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtrain.data.module import PackedDataModule
+from kvtrain.data.packing import IGNORE_INDEX, Batch
+from kvtrain.data.passkey import Ids, PasskeyTask, PasskeyWriter, copy_sample
+from kvtrain.data.shards import TokenShards
+from kvtrain.data.tokenizer import load_tokenizer
+
+_MULTIPLE = 16  # lengths are multiples of it
+_VALIDATION_ROWS = 64
+
+
+class RecallDataModule(PackedDataModule):
+    """Passkey samples over a corpus as haystack, with copying mixed in where asked for.
+
+    Every batch has one length, and as many rows as keep its tokens at ``batch_size * sequence_length`` or just below.
+    A sample depends on the seed, the batch's number and the row alone.
+
+    Args:
+        tokenizer: Folder, Hub id or ``kvtrain:copy``.
+        corpus: Text of the haystacks, as for ``PackedDataModule``.
+        validation_corpus: Held-out text, likewise.
+        task: The passkeys.
+        shortest: Tokens of the shortest samples; lengths are uniform from here to ``sequence_length``. None: all
+            samples have ``sequence_length``.
+        growth_batches: Batches over which the longest length grows from ``shortest``, by equal factors; 0: none.
+        copy_share: Share of samples that are runs to be copied, instead of passkeys; samples too short for a passkey
+            are runs in any case, where the share is above 0.
+        **packed: See ``PackedDataModule``.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "kvtrain:copy",
+        corpus: str | list[str] = "stdlib",
+        validation_corpus: str | list[str] = "heldout",
+        task: PasskeyTask | None = None,
+        shortest: int | None = None,
+        growth_batches: int = 0,
+        copy_share: float = 0.0,
+        **packed: Any,
+    ) -> None:
+        super().__init__(tokenizer, corpus, validation_corpus, **packed)
+        self.task = task or PasskeyTask()
+        self.shortest = self.sequence_length if shortest is None else shortest
+        self.growth_batches, self.copy_share = growth_batches, copy_share
+        if not _MULTIPLE <= self.shortest <= self.sequence_length:
+            raise ValueError(
+                f"shortest must be from {_MULTIPLE} to sequence_length ({self.sequence_length}), not {self.shortest}"
+            )
+        if not 0.0 <= copy_share <= 1.0:
+            raise ValueError(f"copy_share is a share, from 0 to 1, not {copy_share}")
+        if growth_batches < 0:
+            raise ValueError(f"growth_batches must not be negative, not {growth_batches}")
+
+    def train_dataloader(self) -> "RecallLoader":  # type: ignore[override]
+        """Batches without end, with ``num_items``."""
+        trainer = self.trainer
+        assert trainer is not None
+        return RecallLoader(
+            self,
+            self.shards(self.corpora),
+            window=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> "RecallLoader":  # type: ignore[override]
+        """The same passkey samples of full length every time."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rows = self.validation_rows or _VALIDATION_ROWS
+        return RecallLoader(
+            self, self.shards(self.validation_corpora), rank=rank, world_size=world_size, validation_rows=rows
+        )
+
+    def shards(self, corpora: list[str]) -> TokenShards:
+        """Tokens of some corpora, tokenised first if need be."""
+        return self.rows(corpora).shards
+
+
+class RecallLoader:
+    """Batches of one rank; its place is a number, so that resuming is exact.
+
+    Args:
+        data: Settings of the samples.
+        shards: The haystack.
+        window: Batches per optimiser step; ``num_items`` counts the targets of all of them, over all ranks.
+        rank: This rank.
+        world_size: Number of ranks.
+        validation_rows: Serve so many passkey samples of full length, once, in place of endless mixtures.
+
+    Raises:
+        ValueError: A sample cannot hold what the task asks for.
+    """
+
+    def __init__(
+        self,
+        data: RecallDataModule,
+        shards: TokenShards,
+        *,
+        window: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        validation_rows: int | None = None,
+    ) -> None:
+        assert data.tokenizer_name is not None
+        tokenizer = load_tokenizer(data.tokenizer_name)
+        self.data, self.shards, self.validation_rows = data, shards, validation_rows
+        self.window, self.rank, self.world_size = window, rank, world_size
+        self.writer = PasskeyWriter(tokenizer, data.task)
+        special = set(tokenizer.all_special_ids)
+        self.vocabulary = np.asarray([token for token in range(len(tokenizer)) if token not in special])
+        self.cursor = 0
+        self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
+        if not data.copy_share:
+            self._passkey(np.random.default_rng(0), data.shortest)  # complain before the training begins
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.validation_rows is not None:
+            yield from self._validation(self.validation_rows)
+            return
+        while True:
+            number = self.cursor
+            self.cursor += 1
+            batch = self._batch(number, self.rank)
+            first = number - number % self.window
+            places = [(n, rank) for n in range(first, first + self.window) for rank in range(self.world_size)]
+            others = [self._batch(*place) for place in places if place != (number, self.rank)]
+            batch["num_items"] = torch.stack([_targets(one) for one in (batch, *others)]).sum()
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from; Lightning stores it in every checkpoint."""
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly there."""
+        self.cursor = state["cursor"]
+
+    def length(self, number: int) -> int:
+        """Tokens of the samples of a batch."""
+        shortest, longest = self.data.shortest, self.data.sequence_length
+        if number < self.data.growth_batches:
+            longest = round(shortest * (longest / shortest) ** (number / self.data.growth_batches))
+        drawn = int(np.random.default_rng([self.data.seed, number]).integers(shortest, longest + 1))
+        return max(_MULTIPLE, drawn - drawn % _MULTIPLE)
+
+    def _batch(self, number: int, rank: int) -> Batch:
+        length = self.length(number)
+        rows = max(1, self.data.batch_size * self.data.sequence_length // length)
+        first = rank * rows
+        samples = [
+            self._mixed(np.random.default_rng([self.data.seed, number, row]), length)
+            for row in range(first, first + rows)
+        ]
+        return _collate(samples, first_row=(number * self.world_size + rank) * self.data.batch_size)
+
+    def _validation(self, rows: int) -> Iterator[Batch]:
+        """Rows in turn over the ranks; a rank past the end gets a row without targets."""
+        size, length = self.data.batch_size, self.data.sequence_length
+        for first in range(0, rows, size * self.world_size):
+            mine = range(first + self.rank * size, min(rows, first + (self.rank + 1) * size))
+            samples = [self._passkey(np.random.default_rng([0, row]), length) for row in mine]
+            yield _collate(samples or [_nothing(length)], first_row=first + self.rank * size)
+
+    def _mixed(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
+        if rng.random() >= self.data.copy_share:
+            try:
+                return self._passkey(rng, length)
+            except ValueError:
+                if not self.data.copy_share:
+                    raise
+        return copy_sample(rng, self._haystack(rng, length), length, self.vocabulary)
+
+    def _passkey(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
+        return self.writer.sample(rng, self._haystack(rng, length), length)[:2]
+
+    def _haystack(self, rng: np.random.Generator, length: int) -> Ids:
+        """A run of text from anywhere."""
+        tokens = self.shards.tokens[int(rng.choice(len(self._sizes), p=self._sizes / self._sizes.sum()))]
+        begin = int(rng.integers(max(1, tokens.size - length)))
+        return np.asarray(tokens[begin : begin + length], dtype=np.int64)
+
+
+def _targets(batch: Batch) -> torch.Tensor:
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+
+def _nothing(length: int) -> tuple[Ids, Ids]:
+    return np.zeros(length, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64)
+
+
+def _collate(samples: list[tuple[Ids, Ids]], first_row: int) -> Batch:
+    """Samples of one length, each a document of its own."""
+    input_ids = torch.from_numpy(np.stack([ids for ids, _ in samples]))
+    rows, length = input_ids.shape
+    return {
+        "input_ids": input_ids,
+        "labels": torch.from_numpy(np.stack([labels for _, labels in samples])),
+        "document_ids": torch.ones_like(input_ids),
+        "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
+        "row_ids": torch.arange(first_row, first_row + rows),
+    }
