@@ -14,8 +14,8 @@ Shapes: B rows, H query heads, H_kv key-value heads, T_q queries, T_k keys, D ch
 import torch
 from torch import Tensor
 
-from kvtrain.kernels.attention_chunked import ChunkedAttention
-from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run
+from kvtrain.kernels.attention_chunked import CHUNK, CHUNK_IN_WINDOW, ChunkedAttention
+from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run, is_narrow
 from kvtrain.kernels.attention_flash import flash_attend, flash_can_run
 from kvtrain.kernels.attention_flex import flex_attend, flex_can_run
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend
@@ -36,7 +36,7 @@ def attention(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
     scale: float | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend, and return the log-sum-exp with the output; both are differentiable.
@@ -55,9 +55,9 @@ def attention(
         query_documents: ``(B, T_q)`` integer ids; a query sees keys of its own document alone.
         key_documents: ``(B, T_k)``; the same tensor where queries and keys are the same tokens.
         scale: Factor on the scores, ``D ** -0.5`` by default.
-        chunk_size: Queries per chunk of the chunked backend.
-        backend: ``"auto"``, the first of these that can run the call: ``"flash_cpu"``, ``"flash"``, ``"flex"``,
-            ``"chunked"``; or one of them by name, or ``"reference"`` (dense, for tests).
+        chunk_size: Queries per chunk of the chunked backend; fewer in a window than without one where absent.
+        backend: ``"auto"``, the first of these that can run the call: ``"flash_cpu"`` (not in a narrow window),
+            ``"flash"``, ``"flex"``, ``"chunked"``; or one of them by name, or ``"reference"`` (dense, for tests).
 
     Returns:
         Output ``(B, H, T_q, D_v)`` in the query's dtype and log-sum-exp ``(B, H, T_q)`` in at least
@@ -75,8 +75,10 @@ def attention(
         "flash": flash_can_run(query, key, value, key_bias, visibility),
         "flex": flex_can_run(query, key, value),
     }
-    available = [name for name, can_run in fast.items() if can_run]
-    chosen = choose_backend("attention", backend, [*available, "chunked", "reference"])
+    available = [*(name for name, can_run in fast.items() if can_run), "chunked", "reference"]
+    if is_narrow(visibility, query.shape[-2]):
+        available.sort(key="flash_cpu".__eq__)  # to the end
+    chosen = choose_backend("attention", backend, available)
     output: tuple[Tensor, Tensor]
     with autocast_off(query):
         if chosen == "reference":
@@ -88,6 +90,7 @@ def attention(
         elif chosen == "flex":
             output = flex_attend(query, key, value, key_bias, visibility, scale)
         else:
+            chunk_size = chunk_size or (CHUNK if window is None else CHUNK_IN_WINDOW)
             output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output
 

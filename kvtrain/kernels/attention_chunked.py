@@ -15,6 +15,10 @@ from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 
+# Queries at a time; with a window a chunk wastes what its first query sees and its last does not.
+CHUNK, CHUNK_IN_WINDOW = 256, 64
+
+
 class _Chunk(NamedTuple):
     """A run of queries and the keys that any of them may see."""
 
@@ -179,7 +183,7 @@ def chunked_backward(
     grad_lse: Tensor,
     visibility: Visibility,
     scale: float,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias from what any flash-like forward has saved.
 

@@ -23,6 +23,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
 _HIDDEN = -1e30
+_NARROW = 4
 
 
 def flash_cpu_can_run(
@@ -39,6 +40,11 @@ def flash_cpu_can_run(
         and visibility.query_documents is visibility.key_documents
         and (key_bias is None or visibility.diagonal == "open")
     )
+
+
+def is_narrow(visibility: Visibility, length: int) -> bool:
+    """Whether a window hides so much that the kernel, which skips nothing below the diagonal, loses to chunks."""
+    return visibility.window is not None and _NARROW * (visibility.window + visibility.sink) <= length
 
 
 def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:

@@ -1,0 +1,187 @@
+"""Two attentions for the price of one: a window with sinks, and everything, mixed head by head.
+
+What a window shows and what it hides are disjoint, so attention over everything is both parts merged by their
+log-sum-exp, and only the hidden part has to be computed besides. With ``w`` the window's share of the softmax,
+
+    everything = w near + (1 - w) far,    mixed = (1 - a) near + a everything = near + a (1 - w) (far - near).
+
+On one document the far part is plain causal attention of later queries on earlier keys, without a mask.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.attention_chunked import CHUNK_IN_WINDOW, chunked_backward
+from kvtrain.kernels.attention_cpu import flash_cpu_can_run
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.visibility import Visibility
+
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    *,
+    window: int,
+    sink: int = 0,
+    position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``(1 - gate) * window attention + gate * full attention``, both causal.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, T, D)``.
+        value: ``(B, H_kv, T, D)``.
+        gates: ``(H_kv,)``.
+        window: Latest tokens that the window shows, the token's own included.
+        sink: First tokens of each document that it shows as well.
+        position_ids: ``(B, T)`` within the documents; needed where there are documents.
+        documents: ``(B, T)`` integer ids; None: every row is one document.
+        scale: Factor on the scores, ``D ** -0.5`` by default.
+
+    Returns:
+        ``(B, H, T, D)`` in the query's dtype.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]  # (H, 1, 1)
+    if documents is None and flash_cpu_can_run(query, key, value, None, Visibility()) and query.shape[2] > window + sink:
+        with autocast_off(query):
+            output: Tensor = _MixedOnCPU.apply(query, key, value, share, window, sink, scale)  # type: ignore[no-untyped-call]
+        return output
+    near, near_lse = window_attention(
+        query, key, value, window=window, sink=sink, position_ids=position_ids, documents=documents, scale=scale
+    )
+    first, far, far_lse = _beyond(query, key, value, window, sink, position_ids, documents, scale)
+    late = at_least_float32(near[:, :, first:])
+    weight = _far_weight(near_lse[:, :, first:], far_lse)
+    mixed = late + share * weight * (at_least_float32(far) - late)
+    return torch.cat([near[:, :, :first], mixed.to(query.dtype)], 2)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    sink: int = 0,
+    position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the latest tokens of the document and to its first ones; arguments as in ``mixed_attention``.
+
+    Returns:
+        Output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)``.
+    """
+    if documents is None:
+        return attention(query, key, value, window=window, sink=sink, scale=scale)
+    return attention(
+        query,
+        key,
+        value,
+        window=window,
+        sinks=_sinks(position_ids, sink),
+        query_documents=documents,
+        key_documents=documents,
+        scale=scale,
+    )
+
+
+def _sinks(position_ids: Tensor | None, sink: int) -> Tensor:
+    if position_ids is None:
+        raise ValueError("rows of several documents need position_ids: their first tokens stay visible")
+    return position_ids < sink
+
+
+def _beyond(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sink: int,
+    position_ids: Tensor | None,
+    documents: Tensor | None,
+    scale: float,
+) -> tuple[int, Tensor, Tensor]:
+    """Attention to what the window hides, of all queries from the first one on that may see any."""
+    if documents is None:
+        first = min(window + sink, query.shape[2])
+        far = _far_slices(query, key, value, window, sink)
+        return first, *attention(*far, scale=scale)
+    first = min(window, query.shape[2])
+    hidden = torch.zeros_like(documents, dtype=torch.promote_types(query.dtype, torch.float32))
+    hidden = hidden.masked_fill(_sinks(position_ids, sink), float("-inf"))[:, : -window or None]
+    bias = hidden[:, None].expand(-1, key.shape[1], -1)
+    far = _far_slices(query, key, value, window, 0)
+    return first, *attention(
+        *far,
+        key_bias=bias,
+        query_documents=documents[:, first:],
+        key_documents=documents[:, : far[1].shape[2]],
+        scale=scale,
+    )
+
+
+def _far_slices(query: Tensor, key: Tensor, value: Tensor, window: int, sink: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and the keys that the window hides from them, so shifted that plain causality is what is left."""
+    last = max(sink, query.shape[2] - window)
+    return query[:, :, window + sink :], key[:, :, sink:last], value[:, :, sink:last]
+
+
+def _far_weight(near_lse: Tensor, far_lse: Tensor) -> Tensor:
+    """The far part's share of the softmax over both, ``(B, H, n, 1)``; 0 where there is none."""
+    return torch.sigmoid(far_lse.masked_fill(far_lse == float("-inf"), -1e30) - near_lse).unsqueeze(-1)
+
+
+class _MixedOnCPU(torch.autograd.Function):
+    """One document a row, on torch's CPU flash kernel.
+
+    The far part is differentiated through attention over everything: the kernel gets the merged output and
+    log-sum-exp, and needs no gradient of its own log-sum-exp, which it does not have.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: Tensor, window: int, sink: int, scale: float
+    ) -> Tensor:
+        """As ``mixed_attention``; ``share (H, 1, 1)``."""
+        near, near_lse = attention(query, key, value, window=window, sink=sink, scale=scale)
+        first, far, far_lse = _beyond(query, key, value, window, sink, None, None, scale)
+        late = at_least_float32(near[:, :, first:])
+        full = late + _far_weight(near_lse[:, :, first:], far_lse) * (at_least_float32(far) - late)
+        ctx.save_for_backward(query, key, value, share, near, near_lse, full.to(query.dtype), far_lse)
+        ctx.window, ctx.sink, ctx.scale = window, sink, scale
+        return torch.cat([near[:, :, :first], torch.lerp(late, full, share.to(full.dtype)).to(query.dtype)], 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the four tensors; the gradient of a gradient is refused."""
+        query, key, value, share, near, near_lse, full, far_lse = ctx.saved_tensors
+        first, late_lse = ctx.window + ctx.sink, near_lse[:, :, ctx.window + ctx.sink :]
+        late, near_share = at_least_float32(grad[:, :, first:]), 1 - _far_weight(late_lse, far_lse)
+        # What a gate moves, from the window to everything, along the gradient: (B, H, n, 1).
+        along = (late * (at_least_float32(full) - at_least_float32(near[:, :, first:]))).sum(-1, keepdim=True)
+        grad_near, grad_lse = grad.clone(), torch.zeros_like(near_lse)
+        grad_near[:, :, first:] = (late * (1 - share + share * near_share)).to(grad.dtype)
+        grad_lse[:, :, first:] = (-share * near_share * along).squeeze(-1)
+        with autocast_off(grad):
+            visibility = Visibility(window=ctx.window, sink=ctx.sink)
+            saved = (query, key, value, None, near, near_lse)
+            grads = chunked_backward(saved, grad_near, grad_lse, visibility, ctx.scale, CHUNK_IN_WINDOW)[:3]
+            slices = _far_slices(query, key, value, ctx.window, ctx.sink)
+            full_lse, grad_full = torch.logaddexp(late_lse, far_lse), (share * late).to(query.dtype)
+            far = _flash_backward(grad_full, *slices, full, full_lse, 0.0, True, attn_mask=None, scale=ctx.scale)
+        for part, more in zip(_far_slices(*grads, ctx.window, ctx.sink), far, strict=True):
+            part += more
+        return *grads, along.sum((0, 2), keepdim=True)[0].to(share.dtype), None, None, None
