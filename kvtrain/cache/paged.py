@@ -76,10 +76,16 @@ class PagedStore(RowStore):
         self.table, self.lengths = self.table.masked_fill(beyond, -1), lengths
         self._trim()
 
-    def gather(self, name: str, slots: Tensor) -> Tensor:
-        """Copies ``(B, H, n, channels)`` of the slots ``(B, n)`` of every head; they must be owned."""
-        columns = (slots // self.page_size)[:, None].expand(-1, self.num_heads, -1)
-        return self.pool.slots[name][self.table.gather(2, columns), (slots % self.page_size)[:, None]]
+    def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
+        """Put the entries ``(B, H, n, channels)`` of real tokens, ``valid (B, n)``, behind what every head holds."""
+        keep = valid[:, None].expand(-1, self.num_heads, -1)
+        self.write(entries, self.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+
+    def gather(self, name: str, slots: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Copies ``(B, H, n, channels)`` of the slots ``(B, n)`` of some heads, all by default; they must be owned."""
+        table = self.table[:, heads]
+        columns = (slots // self.page_size)[:, None].expand(-1, table.shape[1], -1)
+        return self.pool.slots[name][table.gather(2, columns), (slots % self.page_size)[:, None]]
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
         """Copies of the slots ``(length, channels)`` of one head, by name."""

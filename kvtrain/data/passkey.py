@@ -1,5 +1,4 @@
-"""The synthetic passkey task (DuoAttention, arXiv 2410.10819, section 2.2): words hidden in a long text, asked for
-at its end.
+"""The passkey task (DuoAttention, arXiv 2410.10819, section 2.2): words hidden in a long text, asked for at its end.
 
 Only the haystack is real text, as tokens; needles and questions are written anew for every sample. A sample is
 exactly as long as it is asked to be.
@@ -21,11 +20,12 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int64]
 Supervision = Literal["passkey", "tail"]
 
-WORDS = (
+_ALPHABET = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
     "sierra tango uniform victor whiskey xray yankee zulu"
-).split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+)
+_NUMBERS = "first second third fourth fifth sixth seventh eighth ninth tenth"
+WORDS, ORDINALS = _ALPHABET.split(), _NUMBERS.split()
 
 _OPENING = "This is a very long story book: <book> "
 _CLOSING = " </book>.\n\n"
@@ -64,7 +64,7 @@ class PasskeyTask:
 
 
 def passkey_texts() -> Iterator[str]:
-    """Needles with their questions and no haystack, the same ones every time: what a tokenizer learns the words from."""
+    """Needles with their questions and no haystack, always the same: what a tokenizer learns the words from."""
     rng = np.random.default_rng(0)
     for _ in range(_TEXTS):
         keys = ["".join(f" {WORDS[word]}" for word in rng.integers(len(WORDS), size=8)) for _ in ORDINALS]

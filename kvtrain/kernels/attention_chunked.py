@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
-
 # Queries at a time; with a window a chunk wastes what its first query sees and its last does not.
 CHUNK, CHUNK_IN_WINDOW = 256, 64
 

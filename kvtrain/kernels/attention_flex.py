@@ -188,4 +188,5 @@ def _in_blocks(tokens: Tensor) -> Tensor:
     """``(B, T)`` to ``(B, n, 128)``, the last token repeated."""
     length = tokens.shape[1]
     places = torch.arange(-(-length // _BLOCK) * _BLOCK, device=tokens.device).clamp(max=length - 1)
-    return tokens[:, places].unflatten(1, (-1, _BLOCK))
+    blocks: Tensor = tokens[:, places].unflatten(1, (-1, _BLOCK))
+    return blocks

@@ -53,7 +53,8 @@ def mixed_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]  # (H, 1, 1)
-    if documents is None and flash_cpu_can_run(query, key, value, None, Visibility()) and query.shape[2] > window + sink:
+    plain = documents is None and query.shape[2] > window + sink
+    if plain and flash_cpu_can_run(query, key, value, None, Visibility()):
         with autocast_off(query):
             output: Tensor = _MixedOnCPU.apply(query, key, value, share, window, sink, scale)  # type: ignore[no-untyped-call]
         return output

@@ -5,7 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvtrain.cache.paged import PagedStore
+from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.rope import apply_rotary
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -31,6 +33,7 @@ class HostAttention(nn.Module):
         for name, child in host_attention.named_children():
             self.add_module(name, child)
         config: Any = host_attention.config
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = int(host_attention.head_dim)  # type: ignore[arg-type]
         self.num_heads = int(config.num_attention_heads)
@@ -60,10 +63,52 @@ class HostAttention(nn.Module):
         normed = norm(heads.transpose(1, 2).flatten(2))
         return self.split_heads(normed)
 
-    def attend_pages(self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Let every query ``(B, H, n, D)`` see the first ``lengths (B, H_kv)`` slots of its head, all by default."""
+    def project(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``, and values, as the host makes them.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            angles: Cosines and sines ``(B, T, D)``.
+        """
+        query, key = self.normalise(
+            self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+        )
+        query, key = (apply_rotary(heads, *angles, halves_repeat=True) for heads in (query, key))
+        return query, key, self.split_heads(self.v_proj(hidden_states))
+
+    def attend_pages(
+        self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Let every query ``(B, H, n, D)`` see the first ``lengths (B, H_kv)`` slots of its head, all by default.
+
+        Args:
+            query: Of the key-value heads in ``heads``.
+            pages: The store.
+            lengths: Visible slots of all its heads.
+            heads: Those that are attended.
+        """
         lengths, slots = pages.lengths if lengths is None else lengths, pages.pool.slots
-        return paged_attention(query, slots["keys"], slots["values"], pages.table, lengths, self.scaling)
+        keys, values = slots["keys"], slots["values"]
+        return paged_attention(query, keys, values, pages.table[:, heads], lengths[:, heads], self.scaling)
+
+    def attend_beside_pages(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, pages: PagedStore, heads: slice = slice(None)
+    ) -> Tensor:
+        """Several new tokens over themselves and over all that some heads, all by default, hold before them.
+
+        Args:
+            query: ``(B, H, n, D)``, of the key-value heads in ``heads``.
+            key: ``(B, H_kv, n, D)``, likewise.
+            value: ``(B, H_kv, n, D)``, likewise.
+            valid: ``(B, n)`` real tokens.
+            pages: The store.
+            heads: Its heads.
+        """
+        documents = valid.long()
+        parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
+        if pages.table.shape[2]:
+            parts.append(self.attend_pages(query, pages, heads=heads))
+        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
     def project_out(self, output: Tensor) -> Tensor:
         """``(B, H, T, D)`` to ``(B, T, hidden)``."""

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +181,22 @@ class KVTrainMixin(_Host):
         layers = self.method.cache_layers(self.config.host_config, placements, **options)
         return KVCache(layers, budget)
 
+    def binarise(self, sparsity: float | None = None, **options: Any) -> Self:
+        """Round the gates of a model whose heads learn to stream (``kvtrain.Duo``), in place.
+
+        Args:
+            sparsity: Share of streaming heads; the method's own where absent.
+            **options: The method's own, such as ``gates`` to round in place of the model's.
+
+        Returns:
+            This model, which has a cache from now on.
+
+        Raises:
+            ValueError: The method has no gates, or they are rounded already.
+        """
+        self.method.binarise(self, sparsity, **options)
+        return self
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -289,7 +305,7 @@ class KVTrainMixin(_Host):
             raise ValueError("layers that iterate have no single hidden state; set output_hidden_states=False")
         cache, documents = kwargs.get("past_key_values"), kwargs.get("document_ids")
         if kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = self.config.host_config.use_cache and not self.training
+            kwargs["use_cache"] = self.config.host_config.use_cache and self.method.servable and not self.training
         if kwargs["use_cache"] and cache is None and documents is None:
             cache = self.make_cache()
         kwargs.update(past_key_values=cache, use_cache=cache is not None)

@@ -70,6 +70,24 @@ class Method(ABC):
         """Layers that a training step runs, backward ones counted as two, as a multiple of the plain host's."""
         return 1.0
 
+    @property
+    def servable(self) -> bool:
+        """Whether a model with these settings has a cache; without one it runs all the same."""
+        return True
+
+    def binarise(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
+        """Round a model's gates in place, for methods that have gates.
+
+        Args:
+            model: The model.
+            sparsity: Share of heads that stream; the method's own where absent.
+            **options: The method's own.
+
+        Raises:
+            ValueError: The method has none.
+        """
+        raise ValueError(f"method {self.name!r} has no gates to round; kvtrain.Duo() has")
+
     def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
         """A host's weights by name as the retrofitted model wants them; most methods keep all."""
         return state

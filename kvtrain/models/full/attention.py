@@ -5,8 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from kvtrain.cache.base import KVCache
-from kvtrain.kernels.attention import attention, merge_attention
-from kvtrain.kernels.rope import apply_rotary
+from kvtrain.kernels.attention import attention
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
 from kvtrain.models.serving import NewTokens
@@ -35,11 +34,7 @@ class FullAttention(HostAttention):
             new_tokens: What of the input is real, with a cache.
             document_ids: ``(B, T)``, without a cache.
         """
-        query, key = self.normalise(
-            self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
-        )
-        value = self.split_heads(self.v_proj(hidden_states))
-        query, key = (apply_rotary(heads, *position_embeddings, halves_repeat=True) for heads in (query, key))
+        query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is None:
             documents = parallel_documents(document_ids, attention_mask)
             output, _lse = attention(
@@ -56,9 +51,6 @@ class FullAttention(HostAttention):
         if query.shape[2] == 1:
             layer.append(key, value, valid)
             return self.attend_pages(query, layer.pages)[0]
-        documents = valid.long()
-        parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
-        if layer.pages.table.shape[2]:
-            parts.append(self.attend_pages(query, layer.pages))
+        output = self.attend_beside_pages(query, key, value, valid, layer.pages)
         layer.append(key, value, valid)
-        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+        return output

@@ -27,5 +27,4 @@ class FullCacheLayer(KVCacheLayer):
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Keep the keys and values ``(B, H, n, D)`` of real tokens, ``valid (B, n)``."""
-        keep = valid[:, None].expand(keys.shape[:3])
-        self.pages.write({"keys": keys, "values": values}, self.pages.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+        self.pages.append({"keys": keys, "values": values}, valid)

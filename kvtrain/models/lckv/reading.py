@@ -11,6 +11,7 @@ from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles, KeyValue, SharedAttention
 from kvtrain.models.lckv.cache import EndlessWindow, LCKVCacheLayer
+from kvtrain.models.windows import attend_beside_window, take_slots
 
 # Keys (B, H_kv, S, D), values, and the position (B, S) of the token in each slot, -1 where there is none.
 RingContent = tuple[Tensor, Tensor, Tensor]
@@ -122,24 +123,19 @@ class Reader:
         keys, values, positions = self._ring(module)
         positions = positions.masked_fill(positions >= self.past[:, None], -1)  # those are read again
         order = positions.argsort(1)
-        keys, values = take_slots(keys, order), take_slots(values, order)
-        visible = self.valid if new is not None else torch.zeros_like(self.valid)
+        held = (take_slots(keys, order), take_slots(values, order), positions.gather(1, order))
         unseen = query.new_zeros(*keys.shape[:2], self.valid.shape[1], keys.shape[3])
-        key, value = (unseen, unseen) if new is None else new
-        # Padding between what is held and what is new would count as part of the window: it goes first.
-        held = positions.gather(1, order) >= 0
-        order = torch.cat([held, self.valid], 1).to(torch.int8).argsort(dim=1, stable=True)
-        keys, values = (take_slots(torch.cat(pair, 2), order) for pair in ((keys, key), (values, value)))
-        return attention(
+        assert module.window is not None
+        return attend_beside_window(
             query,
-            keys,
-            values,
-            diagonal=module.diagonal,
+            (unseen, unseen) if new is None else new,
+            held,
+            self.valid,
             window=module.window,
-            query_documents=self.valid.long(),
-            key_documents=torch.cat([held, visible], 1).gather(1, order).long(),
+            visible=None if new is not None else torch.zeros_like(self.valid),
+            diagonal=module.diagonal,
             scale=module.scaling,
-        )[0]
+        )
 
     def _attend_endless(
         self,
@@ -197,9 +193,3 @@ def _turn_back(key: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles
     squared = (cos * cos + sin * sin).unsqueeze(1)
     return (apply_rotary(key, cos, -sin) / squared).to(key.dtype)
-
-
-def take_slots(tensor: Tensor, order: Tensor) -> Tensor:
-    """``(B, H, S, D)`` in the order ``(B, S)``."""
-    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index)

@@ -17,7 +17,8 @@ from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.kv_map import Stage
-from kvtrain.models.lckv.reading import Reader, RingContent, take_slots
+from kvtrain.models.lckv.reading import Reader, RingContent
+from kvtrain.models.windows import take_slots
 
 if TYPE_CHECKING:
     from kvtrain.models.lckv.stack import Shared, SharingStack

@@ -1,0 +1,252 @@
+"""DuoAttention's two forms: heads with gates, which train, and rounded heads, which a cache serves.
+
+Everywhere a token sees the same: in a full head all tokens before it, in a streaming head the first ``sink`` of its
+document and the latest ``recent``, itself included, at their true positions (no re-rotation).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvtrain.cache.base import KVCache
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
+from kvtrain.kernels.noise import keyed_logistic
+from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.duo.cache import DuoCacheLayer
+from kvtrain.models.duo.config import Duo
+from kvtrain.models.duo.gates import hard_concrete
+from kvtrain.models.serving import NewTokens
+from kvtrain.models.windows import attend_beside_window
+
+Angles = tuple[Tensor, Tensor]
+
+
+class Scope(NamedTuple):
+    """Who sees whom in a forward pass without a cache.
+
+    Attributes:
+        settings: The method.
+        documents: ``(B, T)``, or None where every row is one.
+        position_ids: ``(B or 1, T)`` places within each document.
+        scale: Factor on the scores.
+    """
+
+    settings: Duo
+    documents: Tensor | None
+    position_ids: Tensor | None
+    scale: float
+
+    def everything(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All tokens before."""
+        documents = self.documents
+        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
+
+    def window(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The first tokens and the latest ones."""
+        return window_attention(query, key, value, **self._near())[0]
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
+        """Both, by ``gates (H_kv,)``."""
+        return mixed_attention(query, key, value, gates, **self._near())
+
+    def _near(self) -> dict[str, Any]:
+        positions = self.position_ids
+        if positions is not None and self.documents is not None:
+            positions = positions.expand_as(self.documents)
+        return {
+            "window": self.settings.recent,
+            "sink": self.settings.sink,
+            "position_ids": positions,
+            "documents": self.documents,
+            "scale": self.scale,
+        }
+
+
+@dataclass(frozen=True)
+class DuoStep:
+    """What a training step tells every gated attention.
+
+    Args:
+        everything: The pass of the teacher: gates count as 1.
+        record: In that pass, receives what heads saw, ``(B, H, T, D)`` by layer.
+        teacher: What they saw there, to be mixed in instead of the student's own attention over everything.
+        seed: Of random gates.
+        step: Optimiser step; None: gates are the most likely ones.
+    """
+
+    everything: bool = False
+    record: dict[int, Tensor] | None = None
+    teacher: Mapping[int, Tensor] | None = None
+    seed: int = 0
+    step: int | None = None
+
+
+class GatedAttention(HostAttention):
+    """Every key-value head is a mixture of a streaming and a full one.
+
+    Args:
+        host_attention: The module to replace.
+        layer_idx: Its layer.
+        settings: The method.
+    """
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: Duo) -> None:
+        super().__init__(host_attention, layer_idx)
+        self.settings = settings
+        # float32 whatever the weights are: half types round small steps near 1 away.
+        self.gates = nn.Parameter(torch.ones(self.num_key_value_heads, dtype=torch.float32))
+
+    def gate_values(self, step: DuoStep | None = None) -> Tensor:
+        """Gates ``(H_kv,)`` within 0 and 1."""
+        if self.settings.gates == "plain":
+            return self.gates.float().clamp(0.0, 1.0)
+        noise = None
+        if step is not None and step.step is not None:
+            row = torch.zeros(1, dtype=torch.long, device=self.gates.device)
+            noise = keyed_logistic(row, step.seed, step.step, self.layer_idx, (self.num_key_value_heads, 1)).flatten()
+        return hard_concrete(self.gates.float(), noise)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Angles,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        gate_ledger: dict[int, tuple[Tensor, Tensor]] | None = None,
+        duo_step: DuoStep | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend within the input.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            position_embeddings: Cosines and sines ``(B, T, D)``.
+            attention_mask: ``(B, T)`` padding mask.
+            position_ids: ``(B or 1, T)`` places within each document.
+            document_ids: ``(B, T)``.
+            gate_ledger: Receives this layer's gates ``(H_kv,)`` as used and as stored, both with gradient.
+            duo_step: What training says; without it gates are used as they are.
+        """
+        step = duo_step or DuoStep()
+        query, key, value = self.project(hidden_states, position_embeddings)
+        documents = _one_per_row(parallel_documents(document_ids, attention_mask))
+        scope = Scope(self.settings, documents, position_ids, self.scaling)
+        if step.everything:
+            output = scope.everything(query, key, value)
+            if step.record is not None:
+                step.record[self.layer_idx] = output
+            return self.project_out(output), None
+        gates = self.gate_values(step)
+        if gate_ledger is not None:
+            gate_ledger[self.layer_idx] = (gates, self.gates)
+        if step.teacher is None:
+            output = scope.mixed(query, key, value, gates)
+        else:
+            share = gates.repeat_interleave(self.num_groups)[:, None, None]
+            near = scope.window(query, key, value)
+            output = torch.lerp(near.float(), step.teacher[self.layer_idx].float(), share).to(near.dtype)
+        return self.project_out(output), None
+
+
+class RoundedAttention(HostAttention):
+    """Full heads first, streaming heads behind them.
+
+    Args:
+        host_attention: The module to replace, its heads sorted.
+        layer_idx: Its layer.
+        settings: The method, with ``full_heads``.
+    """
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: Duo) -> None:
+        super().__init__(host_attention, layer_idx)
+        assert settings.full_heads is not None
+        self.settings, self.num_full = settings, len(settings.full_heads[layer_idx])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Angles,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        new_tokens: NewTokens | None = None,
+        document_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend within the input, and over the cache where there is one.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            position_embeddings: Cosines and sines ``(B, T, D)``.
+            attention_mask: ``(B, T)`` padding mask, without a cache.
+            position_ids: ``(B or 1, T)`` places within each document.
+            past_key_values: The model's cache.
+            new_tokens: What of the input is real, with a cache.
+            document_ids: ``(B, T)``, without a cache.
+        """
+        query, key, value = self.project(hidden_states, position_embeddings)
+        if past_key_values is None:
+            documents = _one_per_row(parallel_documents(document_ids, attention_mask))
+            scope = Scope(self.settings, documents, position_ids, self.scaling)
+            output = self._by_class(scope.everything, scope.window, query, key, value)
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            assert isinstance(layer, DuoCacheLayer) and new_tokens is not None
+            output = self._serve(query, key, value, past_key_values.tokens, new_tokens.valid, layer)
+        return self.project_out(output), None
+
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
+    ) -> Tensor:
+        """New tokens, one or many, over the slots before them."""
+        if query.shape[2] == 1:
+            layer.write(key, value, past, valid)
+            return self.attend_pages(query, layer.pages)[0]
+
+        def everything(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.attend_beside_pages(query, key, value, valid, layer.pages, slice(self.num_full))
+
+        def window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend_beside_window(
+                query,
+                (key, value),
+                layer.window(past),
+                valid,
+                window=self.settings.recent,
+                sink=self.settings.sink,
+                scale=self.scaling,
+            )
+
+        output = self._by_class(everything, window, query, key, value)
+        layer.write(key, value, past, valid)
+        return output
+
+    def _by_class(
+        self,
+        everything: Callable[[Tensor, Tensor, Tensor], Tensor],
+        window: Callable[[Tensor, Tensor, Tensor], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Full heads by one way and streaming heads by another, where there are such."""
+        counts = (self.num_full * self.num_groups, self.num_full, self.num_full)
+        heads = (query, key, value)
+        parts = []
+        if self.num_full:
+            parts.append(everything(*(tensor[:, :count] for tensor, count in zip(heads, counts, strict=True))))
+        if self.num_full < self.num_key_value_heads:
+            parts.append(window(*(tensor[:, count:] for tensor, count in zip(heads, counts, strict=True))))
+        return torch.cat(parts, 1)
+
+
+def _one_per_row(documents: Tensor | None) -> Tensor | None:
+    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
+    if documents is None or documents.device.type != "cpu" or bool((documents != documents[:, :1]).any()):
+        return documents
+    return None

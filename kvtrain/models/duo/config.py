@@ -1,0 +1,130 @@
+"""Settings of DuoAttention (Xiao et al. 2024, arXiv 2410.10819)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from kvtrain.models.method import Method, key_value_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from kvtrain.cache.base import KVCacheLayer
+    from kvtrain.cache.rows import Placement
+
+Mixing = Literal["self", "teacher"]
+GateKind = Literal["plain", "hard_concrete"]
+
+
+@dataclass(frozen=True)
+class Duo(Method):
+    """Give every key-value head a gate, learn the gates, round them: full heads and streaming heads.
+
+    While gates are fractions a head is ``(1 - gate) * window + gate * everything`` and there is no cache;
+    ``model.binarise(sparsity)`` rounds them and sorts the heads of every layer, full ones first.
+
+    Args:
+        sink: First tokens that a streaming head keeps.
+        recent: Latest tokens that it keeps, the current one included.
+        mixing: Whose attention over everything a gate mixes in while it is learnt: the model's own (``"self"``, the
+            paper's formula) or that of the untouched model at the same place (``"teacher"``, the released code).
+        gates: ``"plain"`` numbers from 0 to 1, or ``"hard_concrete"`` random ones (Louizos et al. 2018; PruLong),
+            which are drawn anew at every step and end up at 0 or 1 by themselves.
+        sparsity: Share of streaming heads that ``kvtrain export`` rounds to.
+        full_heads: The key-value heads of each layer that keep everything, as the base numbers them; set by rounding.
+        page_size: Slots in a page of the serving cache.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    name: ClassVar[str] = "duo"
+
+    sink: int = 128
+    recent: int = 256
+    mixing: Mixing = "self"
+    gates: GateKind = "plain"
+    sparsity: float = 0.5
+    full_heads: Sequence[Sequence[int]] | None = None
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.recent < 1:
+            raise ValueError(
+                f"streaming heads keep sink >= 0 first and recent >= 1 latest tokens, not {self.sink} and {self.recent}"
+            )
+        if self.mixing not in get_args(Mixing):
+            raise ValueError(f"mixing must be {' or '.join(get_args(Mixing))}, not {self.mixing!r}")
+        if self.gates not in get_args(GateKind):
+            raise ValueError(f"gates must be {' or '.join(get_args(GateKind))}, not {self.gates!r}")
+        if not 0.0 <= self.sparsity <= 1.0:
+            raise ValueError(f"sparsity is the share of streaming heads, from 0 to 1, not {self.sparsity}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
+        if self.full_heads is not None:  # JSON and YAML know lists alone
+            object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
+
+    @property
+    def servable(self) -> bool:
+        """See ``Method.servable``."""
+        return self.full_heads is not None
+
+    def validate(self, host_config: "PreTrainedConfig") -> None:
+        """See ``Method.validate``."""
+        if self.full_heads is None:
+            return
+        heads, depth = key_value_shape(host_config)[0], host_config.num_hidden_layers
+        if len(self.full_heads) != depth:
+            raise ValueError(f"full_heads names {len(self.full_heads)} layers and the host has {depth}")
+        for layer, chosen in enumerate(self.full_heads):
+            if len(set(chosen)) != len(chosen) or any(not 0 <= head < heads for head in chosen):
+                raise ValueError(
+                    f"full_heads of layer {layer} are {list(chosen)}; give different numbers from 0 to {heads - 1}"
+                )
+
+    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
+        """See ``Method.attention``."""
+        from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
+
+        if self.full_heads is None:
+            return GatedAttention(host_attention, layer_idx, self)
+        return RoundedAttention(host_attention, layer_idx, self)
+
+    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "KVCacheLayer":
+        """See ``Method.cache_layer``.
+
+        Raises:
+            ValueError: The gates are not rounded.
+        """
+        from kvtrain.models.duo.cache import DuoCacheLayer
+
+        if self.full_heads is None:
+            raise ValueError(
+                "gates are fractions yet, and no cache fits them; round them with model.binarise(sparsity) "
+                "(kvtrain export does), or pass use_cache=False"
+            )
+        heads, head_dim = key_value_shape(host_config)
+        num_full = len(self.full_heads[layer_idx])
+        return DuoCacheLayer(num_full, heads, head_dim, self.sink, self.recent, placement, self.page_size)
+
+    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
+        """See ``Method.adapt_state``."""
+        from kvtrain.models.duo.convert import adapt_state
+
+        return adapt_state(self, state, host_config)
+
+    def rounded(self, full_heads: Sequence[Sequence[int]]) -> "Duo":
+        """These settings for rounded heads."""
+        return replace(self, full_heads=full_heads)
+
+    def deploy(self, model: "PreTrainedModel") -> None:
+        """See ``Method.deploy``."""
+        if self.full_heads is None:
+            self.binarise(model, self.sparsity)
+
+    def binarise(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
+        """See ``Method.binarise``."""
+        from kvtrain.models.duo.convert import binarise
+
+        binarise(model, self, self.sparsity if sparsity is None else sparsity, **options)

@@ -1,0 +1,71 @@
+"""New tokens over a window of which a cache holds the beginning."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.visibility import Diagonal
+
+
+def attend_beside_window(
+    query: Tensor,
+    new: Sequence[Tensor],
+    held: Sequence[Tensor],
+    valid: Tensor,
+    *,
+    window: int,
+    sink: int = 0,
+    visible: Tensor | None = None,
+    diagonal: Diagonal = "plain",
+    scale: float,
+) -> Tensor:
+    """Several new tokens a row, each over the first tokens of its row and over the latest ones before it.
+
+    Args:
+        query: ``(B, H, n, D)``.
+        new: Keys and values ``(B, H_kv, n, D)`` of the new tokens.
+        held: Keys and values ``(B, H_kv, S, D)`` of earlier tokens, and their positions ``(B, S)``, -1 where there is
+            none. Tokens of the window stand in order, nothing but such gaps between them; sinks stand anywhere.
+        valid: ``(B, n)`` real tokens; in every row the padding stands before them.
+        window: Latest tokens that a token sees, its own included.
+        sink: First tokens of the row that it sees as well.
+        visible: ``(B, n)`` new tokens that may be seen; those in ``valid`` where absent.
+        diagonal: As in ``attention``.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(B, H, n, D)``; zeros where a token sees nothing.
+    """
+    keys, values, positions = held
+    visible = valid if visible is None else visible
+    there = positions >= 0
+    keys, values = (torch.cat([old.to(query.dtype), more], 2) for old, more in zip((keys, values), new, strict=True))
+    documents = torch.cat([there, visible], 1)
+    sinks = torch.cat([there & (positions < sink), torch.zeros_like(valid)], 1) if sink else None
+    real = torch.cat([there, valid], 1)
+    if sinks is not None:  # the new tokens may be among the first, too
+        seen = positions.amax(1, keepdim=True).clamp(min=-1) + 1 if positions.shape[1] else 0
+        sinks[:, positions.shape[1] :] = valid & (seen + valid.cumsum(1) - 1 < sink)
+    if not bool(real.all()):  # padding would count as part of the window: it goes first
+        order = real.to(torch.int8).argsort(dim=1, stable=True)
+        keys, values, documents = take_slots(keys, order), take_slots(values, order), documents.gather(1, order)
+        sinks = None if sinks is None else sinks.gather(1, order)
+    return attention(
+        query,
+        keys,
+        values,
+        diagonal=diagonal,
+        window=window,
+        sinks=sinks,
+        query_documents=valid.long(),
+        key_documents=documents.long(),
+        scale=scale,
+    )[0]
+
+
+def take_slots(tensor: Tensor, order: Tensor) -> Tensor:
+    """``(B, H, S, D)`` in the order ``(B, S)``."""
+    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
