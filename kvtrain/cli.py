@@ -157,7 +157,7 @@ def _prepare_arguments(parser: Parser) -> None:
         "--corpus",
         action="append",
         required=True,
-        help="jsonl, parquet or txt file, a folder of them, hf:org/name, stdlib or heldout; may be repeated",
+        help="jsonl, parquet or txt file, a folder of them, hf:org/name, stdlib, heldout or passkey; may be repeated",
     )
     parser.add_argument(
         "--tokenizer",
@@ -243,17 +243,20 @@ def _generate(arguments: list[str]) -> None:
 
 def _eval_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
-    parser.add_argument("--tasks", required=True, metavar="A,B", help="such as perplexity, separated by commas")
-    parser.add_argument("--corpus", default="heldout", help="text to measure on, as with kvtrain prepare (heldout)")
-    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens a window (1024)")
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="perplexity or passkey, or both with a comma")
+    parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
+    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens a window or sample (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows alone")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
+    parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
+    parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
     parser.add_argument("--decode", action="store_true", help="feed token by token: the same, slowly")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 
 
 def _eval(arguments: list[str]) -> None:
     asked = build_parser("eval").parse_args(arguments)
+    from kvtrain.data.passkey import PasskeyTask
     from kvtrain.evaluation.evaluate import run_tasks
 
     tasks = [task.strip() for task in asked.tasks.split(",") if task.strip()]
@@ -265,6 +268,7 @@ def _eval(arguments: list[str]) -> None:
         stride=asked.stride,
         limit=asked.limit,
         decode=asked.decode,
+        passkeys=PasskeyTask(asked.passkeys, asked.words),
     )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -33,6 +33,7 @@ _NEEDLE = "\n\nRemember this sequence of words, it's the {} passkey to the vault
 _QUESTION = "Based on the content of the book, what is the {} passkey to the vault?\nPasskey:"
 _SEPARATOR = "\n\n"
 _TEXTS = 2000
+_TEXT_SHARE = 0.25  # of the runs to be copied
 _DEPTHS = np.linspace(0.05, 0.95, 1000)  # where needles may stand, as shares of the haystack
 
 
@@ -171,7 +172,8 @@ def copy_sample(rng: np.random.Generator, haystack: Ids, length: int, vocabulary
     """A run of tokens, repeated until the sample is full: what a model must copy before it can find a passkey.
 
     Args:
-        rng: Decides the run's length, and whether it is text or random tokens.
+        rng: Decides the run's length, whether it is text or random tokens, and of how many kinds those are: few kinds
+            are learnt first.
         haystack: Text to take the run from.
         length: Tokens of the sample, at least 4.
         vocabulary: Ids that random runs are drawn from.
@@ -180,7 +182,11 @@ def copy_sample(rng: np.random.Generator, haystack: Ids, length: int, vocabulary
         Ids ``(T,)`` and unshifted labels ``(T,)``: the repetitions, less the first token of the first one.
     """
     run = int(rng.integers(2, length // 2 + 1))
-    source = rng.choice(vocabulary, size=run) if rng.random() < 0.5 else np.resize(haystack, run)
+    if rng.random() < _TEXT_SHARE:
+        source = np.resize(haystack, run)
+    else:
+        kinds = int(vocabulary.size ** rng.uniform(0.4, 1.0))
+        source = rng.choice(rng.choice(vocabulary, size=kinds, replace=False), size=run)
     input_ids = np.resize(source, length).astype(np.int64)
     labels = input_ids.copy()
     labels[: run + 1] = IGNORE_INDEX

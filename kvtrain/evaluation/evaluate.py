@@ -1,37 +1,66 @@
 """``kvtrain eval``: tasks by name, one row of figures each."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvtrain.evaluation.perplexity import perplexity
+from kvtrain.data.passkey import PasskeyTask
+from kvtrain.evaluation.passkey import PasskeyResult, passkey
+from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.inference.load import open_model
 
-TASKS: dict[str, Callable[..., Any]] = {"perplexity": perplexity}
+
+@dataclass(frozen=True)
+class Settings:
+    """What tasks measure on; each takes what concerns it.
+
+    Attributes:
+        corpus: Text to measure on, or to hide passkeys in.
+        sequence_length: Tokens in a window or sample.
+        stride: Tokens from one window to the next; None leaves no overlap.
+        limit: Windows or samples to read; None reads all windows, or as many samples as the task has.
+        decode: Feed token by token, as generation does, instead of in stretches.
+        passkeys: What is hidden in a sample.
+    """
+
+    corpus: str = "heldout"
+    sequence_length: int = 1024
+    stride: int | None = None
+    limit: int | None = None
+    decode: bool = False
+    passkeys: PasskeyTask = field(default_factory=PasskeyTask)
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens fed at a time; None leaves it to the task."""
+        return 1 if self.decode else None
 
 
-def run_tasks(
-    model: str,
-    tasks: list[str],
-    *,
-    corpus: str = "heldout",
-    sequence_length: int = 1024,
-    stride: int | None = None,
-    limit: int | None = None,
-    decode: bool = False,
-    dtype: str | None = None,
-) -> list[dict[str, Any]]:
+def _perplexity(model: Any, tokenizer: Any, asked: Settings) -> PerplexityResult:
+    length, stride = asked.sequence_length, asked.stride
+    return perplexity(
+        model, tokenizer, asked.corpus, sequence_length=length, stride=stride, limit=asked.limit, chunk=asked.chunk
+    )
+
+
+def _passkey(model: Any, tokenizer: Any, asked: Settings) -> PasskeyResult:
+    length, limit = asked.sequence_length, asked.limit
+    return passkey(
+        model, tokenizer, asked.corpus, asked.passkeys, sequence_length=length, limit=limit, chunk=asked.chunk
+    )
+
+
+TASKS: dict[str, Callable[[Any, Any, Settings], Any]] = {"perplexity": _perplexity, "passkey": _passkey}
+
+
+def run_tasks(model: str, tasks: list[str], *, dtype: str | None = None, **settings: Any) -> list[dict[str, Any]]:
     """Run tasks on a model.
 
     Args:
-        model: Folder, Hub id, or ``kvtrain:tiny``.
+        model: Folder, Hub id, or a model of the package such as ``kvtrain:tiny``.
         tasks: Names from ``TASKS``.
-        corpus: Text to measure on.
-        sequence_length: Tokens in a window.
-        stride: Tokens from one window to the next; None leaves no overlap.
-        limit: Windows to read; None reads all.
-        decode: Feed token by token, as generation does, instead of in stretches.
         dtype: Of the weights; None takes what the folder holds.
+        **settings: See ``Settings``.
 
     Raises:
         ValueError: Unknown task, model or corpus.
@@ -39,8 +68,6 @@ def run_tasks(
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    asked = Settings(**settings)
     loaded, tokenizer = open_model(model, dtype=dtype or "auto")
-    settings = {"sequence_length": sequence_length, "stride": stride, "limit": limit, "chunk": 1 if decode else None}
-    return [
-        {"task": task, "model": model, **asdict(TASKS[task](loaded, tokenizer, corpus, **settings))} for task in tasks
-    ]
+    return [{"task": task, "model": model, **asdict(TASKS[task](loaded, tokenizer, asked))} for task in tasks]

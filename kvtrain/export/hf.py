@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvtrain.data.shards import new_folder
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.card import model_card
+from kvtrain.inference.load import load
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
-from kvtrain.models.host import retrofitted_class
+from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.run_folder import last_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
@@ -88,7 +89,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
     """The trained model: a retrofitted one, or the plain host where the method is ``Full``."""
-    config = KVTrainConfig.from_dict(json.loads(checkpoint[CHECKPOINT_KEY])["config"])
+    settings = json.loads(checkpoint[CHECKPOINT_KEY])
+    config = KVTrainConfig.from_dict(settings["config"])
+    if base := settings.get("base"):
+        return _on_base(base, config, model_weights(checkpoint))
     plain = isinstance(config.method, Full)
     if plain:
         host_config = config.host_config
@@ -101,10 +105,27 @@ def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> PreTrainedModel:
+    """A retrofit whose checkpoint holds what was learnt alone.
+
+    Raises:
+        ValueError: The base cannot be had, or is another one.
+    """
+    model = retrofit(load(base, dtype=torch.float32), config.method)
+    model.eval()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in learnt.items():
+        if shapes.get(name) != tensor.shape:
+            raise ValueError(f"{base}: not the base that was trained on, {name} does not fit; restore it, then export")
+    model.load_state_dict(learnt, strict=False)
+    return model
+
+
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The model's own state dict inside a training module's."""
     prefix = "model."
-    return {name.removeprefix(prefix): tensor for name, tensor in checkpoint["state_dict"].items()}
+    weights = checkpoint["state_dict"].items()
+    return {name.removeprefix(prefix): tensor for name, tensor in weights if name.startswith(prefix)}
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> None:

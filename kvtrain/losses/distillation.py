@@ -1,12 +1,15 @@
 """Learning from a frozen teacher's distribution, beside or instead of the next token."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
+from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.distillation import Direction, TeacherHead, linear_kl_sum, linear_mixed_sum
+
+Target = Literal["logits", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Distillation:
     The defaults are pure ``KL(teacher || student)``, what DMS retrofits with.
 
     Attributes:
+        of: What is compared: ``logits``, by the divergence of distributions, or ``hidden``, the last hidden states
+            after the final norm, by the mean square of their difference (DuoAttention, section 2.2).
         weight: Share of the divergence in the loss, above 0 and up to 1; cross-entropy has the rest.
         direction: ``forward`` is ``KL(teacher || student)``: the student covers all that the teacher says.
             ``reverse`` is ``KL(student || teacher)``: it says nothing that the teacher would not.
@@ -25,11 +30,14 @@ class Distillation:
         ValueError: A setting is out of range.
     """
 
+    of: Target = "logits"
     weight: float = 1.0
     direction: Direction = "forward"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.of not in get_args(Target):
+            raise ValueError(f"distill.of is {self.of!r}; use {' or '.join(get_args(Target))}")
         if not 0.0 < self.weight <= 1.0:
             raise ValueError(f"distill.weight is {self.weight}; it is a share, above 0 and up to 1")
         if self.direction not in get_args(Direction):
@@ -56,6 +64,8 @@ def distillation_sum(
     Raises:
         ValueError: Student and teacher differ in tokens or vocabulary.
     """
+    if settings.of == "hidden":
+        return _hidden_sum(hidden, weight, teacher.hidden, targets, settings.weight)
     direction, temperature = settings.direction, settings.temperature
     if settings.weight == 1.0:
         counted = targets != IGNORE_INDEX
@@ -70,3 +80,21 @@ def distillation_sum(
         temperature=temperature,
     )
     return mixed.total, {"divergence": mixed.divergence, "cross_entropy": mixed.cross_entropy}
+
+
+def _hidden_sum(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, targets: Tensor, share: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``distillation_sum``, of hidden states."""
+    if hidden.shape != teacher.shape:
+        raise ValueError(
+            f"the student's hidden states are {tuple(hidden.shape)} and the teacher's {tuple(teacher.shape)}; "
+            "learn from logits instead (distill.of: logits)"
+        )
+    difference = at_least_float32(hidden) - at_least_float32(teacher)
+    distance = (difference.square().mean(-1) * (targets != IGNORE_INDEX)).sum()
+    if share == 1.0:
+        return distance, {}
+    cross_entropy = linear_cross_entropy_sum(hidden, weight, targets)
+    total = share * distance + (1.0 - share) * cross_entropy
+    return total, {"divergence": distance.detach(), "cross_entropy": cross_entropy.detach()}

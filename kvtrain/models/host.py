@@ -240,7 +240,8 @@ class KVTrainMixin(_Host):
             use_cache: Whether to fill a cache; off while training.
             logits_to_keep: As the host's.
             num_items: The summed loss is divided by it; the number of targets where absent.
-            skip_logits: Do not build logits where there are labels; on while training.
+            skip_logits: Do not build logits; on while training, where there are labels. Without labels the last hidden
+                states are given instead.
             teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
             distillation: How to; by its divergence alone where absent.
             **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own; with a
@@ -263,9 +264,9 @@ class KVTrainMixin(_Host):
         loss = parts = None
         if labels is not None:
             loss, parts = self._loss(hidden, labels, num_items, teacher, distillation or Distillation())
-        skip_logits = self.training if skip_logits is None else skip_logits
+        skip_logits = labels is not None and self.training if skip_logits is None else skip_logits
         logits = None
-        if labels is None or not skip_logits:
+        if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         return LanguageModelOutput(
@@ -274,6 +275,7 @@ class KVTrainMixin(_Host):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             loss_parts=parts or None,
+            last_hidden_state=hidden if loss is None and logits is None else None,
         )
 
     def _loss(

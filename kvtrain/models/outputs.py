@@ -12,6 +12,8 @@ class LanguageModelOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss_parts: Parts by name, divided as ``loss`` is, without gradient; None where it has one alone.
+        last_hidden_state: ``(B, T, hidden)`` after the final norm, where nothing was made of it: no loss, no logits.
     """
 
     loss_parts: dict[str, Tensor] | None = None
+    last_hidden_state: Tensor | None = None

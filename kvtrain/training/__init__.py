@@ -2,6 +2,7 @@
 
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.dmc import DMCModule
+from kvtrain.training.duo import DuoModule
 from kvtrain.training.lckv import LCKVModule, LCKVPretrainModule
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
@@ -9,6 +10,7 @@ from kvtrain.training.schedules import Phase
 
 __all__ = [
     "DMCModule",
+    "DuoModule",
     "LCKVModule",
     "LCKVPretrainModule",
     "Phase",

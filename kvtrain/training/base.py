@@ -47,6 +47,10 @@ class TrainingModule(pl.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self._last_step: int | None = None  # of this process' training
 
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be loaded that leave out what does not train."""
+        self.strict_loading = self.frozen_base() is None
+
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
         """The model to train; called once, inside ``configure_model``."""
@@ -77,9 +81,9 @@ class TrainingModule(pl.LightningModule):
         """What the model is told beyond the tokens; subclasses add to it."""
         return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
 
-    def teacher_arguments(self, batch: Batch) -> dict[str, Any]:
-        """What the model is told of a teacher while it trains: nothing where cross-entropy is the loss."""
-        return {}
+    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+        """What of a training batch the model reads, and what it is told of a teacher: nothing without one."""
+        return batch, {}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """A loss beside the model's, as a mean over the batch's rows; None where there is none."""
@@ -87,15 +91,9 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch, scaled so that the sum over the optimiser window is the mean over its targets."""
-        arguments = self.model_arguments(batch)
-        output = self.model(
-            batch["input_ids"],
-            labels=batch["labels"],
-            num_items=1,
-            use_cache=False,
-            **self.teacher_arguments(batch),
-            **arguments,
-        )
+        batch, told = self.consult_teacher(batch)
+        arguments = {**self.model_arguments(batch), **told}
+        output = self.model(batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, **arguments)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss: Tensor = output.loss * (scale / batch["num_items"])
         extra = self.extra_loss(batch, arguments)
@@ -160,16 +158,35 @@ class TrainingModule(pl.LightningModule):
         tokenizer = getattr(data, "tokenizer_name", None)
         config = self.model.config.to_json_string(use_diff=False)
         settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.unfinished()}
+        if base := self.frozen_base():
+            settings["base"] = base
+            learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {
+                name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learnt
+            }
         checkpoint[CHECKPOINT_KEY] = json.dumps(settings)
+
+    def frozen_base(self) -> str | None:
+        """The model whose weights stay as they are, so that checkpoints need not hold them; None where all train."""
+        return None
+
+    def head_gates(self) -> Tensor | None:
+        """Gates ``(layers, H_kv)`` of models whose heads have some."""
+        return None
 
     def unfinished(self) -> str | None:
         """Why the model is not one to serve yet, with the remedy; None where it is."""
         return None
 
+    def more_parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups that are no part of the model."""
+        return []
+
     def configure_optimizers(self) -> Any:
         """AdamW, and a learning rate that is a function of the step."""
         decayed, plain = split_parameters(self.model)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups += self.more_parameters()
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -31,6 +31,38 @@ def zero_rows(parameter: Tensor, rows: slice) -> None:
             _zero_stage_2_master_rows(parameter, rows)
 
 
+@torch.no_grad()
+def clamp_parameter(parameter: Tensor, low: float, high: float) -> None:
+    """Clip every number of a parameter under any strategy; every rank calls it, between two steps.
+
+    Args:
+        parameter: Of any shape.
+        low: Smallest value.
+        high: Largest value.
+    """
+    if isinstance(parameter, DTensor):
+        parameter.to_local().clamp_(low, high)
+    elif hasattr(parameter, "ds_id"):
+        _clamp_stage_3(parameter, low, high)
+    else:
+        parameter.clamp_(low, high)
+        if hasattr(parameter, "_hp_mapping"):
+            _clamp_stage_2_master(parameter, low, high)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of all of a parameter, wherever its parts lie; every rank calls it."""
+    if isinstance(parameter, DTensor):
+        gathered: Tensor = parameter.full_tensor()
+        return gathered.detach()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach().clone()
+
+
 def clear_moments(trainer: pl.Trainer) -> None:
     """Let the optimisers start anew: no moments, no steps taken.
 
@@ -75,6 +107,22 @@ def _zero_stage_3_rows(parameter: Any, rows: slice) -> None:
         master = safe_get_local_fp32_param(parameter).clone()
         mask = _local_part(_row_mask(master, parameter.ds_shape, rows), master.numel())
         safe_set_local_fp32_param(parameter, master.masked_fill_(mask, 0))
+
+
+def _clamp_stage_2_master(parameter: Tensor, low: float, high: float) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
+
+
+def _clamp_stage_3(parameter: Any, low: float, high: float) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.clamp_(low, high)
+    if parameter.requires_grad:
+        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
 
 
 def _local_part(whole: Tensor, size: int) -> Tensor:

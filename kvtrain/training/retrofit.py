@@ -66,14 +66,17 @@ class RetrofitModule(TrainingModule):
         """Load the teacher where there is one."""
         super().on_fit_start()
         if self.distillation:
-            teacher = retrofit(self._load_base(), Full()).requires_grad_(False).eval()
-            self._teacher = (torch.nn.Module.to(teacher, self.device),)
+            self._load_teacher()
+
+    def _load_teacher(self) -> None:
+        teacher = retrofit(self._load_base(), Full()).requires_grad_(False).eval()
+        self._teacher = (torch.nn.Module.to(teacher, self.device),)
 
     @torch.no_grad()
-    def teacher_arguments(self, batch: Batch) -> dict[str, Any]:
+    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """The base's last hidden states of this batch with its head, and how to learn from them."""
         if not self._teacher:
-            return {}
+            return batch, {}
         teacher: Any = self._teacher[0]
         hidden = teacher.model(
             batch["input_ids"],
@@ -81,7 +84,7 @@ class RetrofitModule(TrainingModule):
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
-        return {"teacher": TeacherHead(hidden, teacher.lm_head.weight), "distillation": self.distillation}
+        return batch, {"teacher": TeacherHead(hidden, teacher.lm_head.weight), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
         """Load the base in float32, convert its heads and retrofit it."""

@@ -12,8 +12,11 @@ class Phase:
         name: What happens in it; architectures give names a meaning.
         steps: Optimiser steps.
         learning_rate: At its start, after warm-up.
-        final_learning_rate: At its end, along a cosine; None keeps it constant.
+        final_learning_rate: At its end; None keeps it constant.
         warmup_steps: Steps over which the learning rate rises linearly.
+        decay_steps: Last steps, over which it falls linearly to ``final_learning_rate``; None: along a cosine from the
+            warm-up on.
+        initial_learning_rate: What the warm-up does not go below.
 
     Raises:
         ValueError: A number is out of range.
@@ -24,6 +27,8 @@ class Phase:
     learning_rate: float
     final_learning_rate: float | None = None
     warmup_steps: int = 0
+    decay_steps: int | None = None
+    initial_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -32,13 +37,22 @@ class Phase:
             raise ValueError(f"phase {self.name!r}: warmup_steps must be below its {self.steps} steps")
         if self.learning_rate <= 0 or (self.final_learning_rate or 0) < 0:
             raise ValueError(f"phase {self.name!r}: learning rates must be positive")
+        if not 0 <= self.initial_learning_rate <= self.learning_rate:
+            raise ValueError(f"phase {self.name!r}: initial_learning_rate must be from 0 to learning_rate")
+        if self.decay_steps is not None and not 1 <= self.decay_steps <= self.steps - self.warmup_steps:
+            raise ValueError(f"phase {self.name!r}: decay_steps must be from 1 to its steps without the warm-up")
+        if self.decay_steps is not None and self.final_learning_rate is None:
+            raise ValueError(f"phase {self.name!r}: decay_steps needs final_learning_rate, to which it falls")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the phase's own step, counted from 0."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return max(self.initial_learning_rate, self.learning_rate * (step + 1) / self.warmup_steps)
         if self.final_learning_rate is None:
             return self.learning_rate
+        if self.decay_steps is not None:
+            left = min(1.0, (self.steps - 1 - step) / self.decay_steps)
+            return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps - 1)
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

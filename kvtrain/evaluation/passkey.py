@@ -1,0 +1,120 @@
+"""Whether a model finds passkeys, read through the cache that serves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvtrain.data.corpus import read_corpus
+from kvtrain.data.passkey import Ids, PasskeySample, PasskeyTask, PasskeyWriter
+
+_BATCH = 8
+_SAMPLES = 50
+_CHUNK = 256
+_HAYSTACK = 1 << 18  # tokens of the corpus that are read
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    """How many passkeys a model finds.
+
+    Attributes:
+        accuracy: Share of passkeys that greedy decoding gives whole: every token is the most likely one after the
+            right ones before it.
+        token_accuracy: Share of their tokens.
+        passkeys: Asked for.
+        compression: Tokens per kept slot, as total tokens over mean slots.
+        kv_bytes_per_1024: Bytes allocated for 1,024 tokens of a sample, spare pages aside.
+    """
+
+    accuracy: float
+    token_accuracy: float
+    passkeys: int
+    compression: float
+    kv_bytes_per_1024: float
+
+
+@torch.no_grad()
+def passkey(
+    model: Any,
+    tokenizer: Any,
+    corpus: str,
+    task: PasskeyTask,
+    *,
+    sequence_length: int = 1024,
+    limit: int | None = None,
+    chunk: int | None = None,
+) -> PasskeyResult:
+    """Ask a model for passkeys, the same ones every time, each sample in a cache of its own.
+
+    Args:
+        model: From ``open_model``.
+        tokenizer: Its tokenizer.
+        corpus: Text to hide them in; see ``kvtrain.data.corpus.read_corpus``.
+        task: How many there are, and how long.
+        sequence_length: Tokens of a sample.
+        limit: Samples; 50 where absent.
+        chunk: Tokens fed at a time; 1 decodes. 256 where absent.
+
+    Raises:
+        ValueError: The corpus cannot be read or holds no text, or no passkey fits into a sample.
+    """
+    haystack, writer = _haystack(tokenizer, corpus), PasskeyWriter(tokenizer, task)
+    samples = [
+        _sample(writer, np.random.default_rng([0, number]), haystack, sequence_length)
+        for number in range(_SAMPLES if limit is None else limit)
+    ]
+    if not samples:
+        raise ValueError("no samples to measure on; let the limit be 1 or more")
+    found: list[Tensor] = []  # (tokens,) of each passkey, right or wrong
+    slots = num_bytes = 0.0
+    for begin in range(0, len(samples), _BATCH):
+        batch = samples[begin : begin + _BATCH]
+        predicted, cache = _read(model, batch, chunk or _CHUNK)
+        found += [
+            row[answer.start - 1 : answer.stop - 1] == torch.from_numpy(sample.input_ids[answer]).to(row.device)
+            for row, sample in zip(predicted, batch, strict=True)
+            for answer in sample.answers
+        ]
+        slots += cache.kv_tokens().double().mean((0, 2)).sum().item()
+        num_bytes += cache.kv_bytes() - cache.free_bytes()
+    return PasskeyResult(
+        accuracy=sum(bool(right.all()) for right in found) / len(found),
+        token_accuracy=torch.cat(found).double().mean().item(),
+        passkeys=len(found),
+        compression=len(samples) * sequence_length / slots,
+        kv_bytes_per_1024=num_bytes / (len(samples) * sequence_length) * 1024,
+    )
+
+
+def _haystack(tokenizer: Any, corpus: str) -> Ids:
+    ids: list[int] = []
+    for document in read_corpus(corpus):
+        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= _HAYSTACK:
+            break
+    if not ids:
+        raise ValueError(f"{corpus}: the corpus is empty: no document holds any text")
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _sample(writer: PasskeyWriter, rng: np.random.Generator, haystack: Ids, length: int) -> PasskeySample:
+    begin = int(rng.integers(max(1, haystack.size - length)))
+    return writer.sample(rng, haystack[begin : begin + length], length)
+
+
+def _read(model: Any, samples: list[PasskeySample], chunk: int) -> tuple[Tensor, Any]:
+    """The token that each prefix makes most likely, ``(B, T)``, from the first question on; and the full cache."""
+    ids = torch.from_numpy(np.stack([sample.input_ids for sample in samples])).to(model.device)
+    first = min(sample.answers[0].start for sample in samples) - 1
+    cache, head = model.make_cache(), model.get_output_embeddings()
+    predicted = torch.full_like(ids, -1)
+    for begin in range(0, ids.shape[1], chunk):
+        told = {"past_key_values": cache, "prefill": chunk > 1}
+        hidden = model.get_decoder()(ids[:, begin : begin + chunk], **told).last_hidden_state
+        columns = slice(max(first, begin), begin + hidden.shape[1])
+        if columns.start < columns.stop:
+            predicted[:, columns] = head(hidden[:, columns.start - begin :]).argmax(-1)
+    return predicted, cache

@@ -1,0 +1,184 @@
+"""Learning which heads need everything (DuoAttention, arXiv 2410.10819; PruLong, arXiv 2506.17121)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvtrain.data.packing import Batch
+from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.kernels.distillation import TeacherHead
+from kvtrain.losses.distillation import Distillation
+from kvtrain.losses.gates import gate_size, sparsity_penalty
+from kvtrain.models.duo import Duo
+from kvtrain.models.duo.attention import DuoStep, GatedAttention
+from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
+from kvtrain.training.parameters import clamp_parameter, whole
+from kvtrain.training.retrofit import RetrofitModule
+
+_RAMP_SHARE = 0.8  # of the steps, over which the sparsity aimed at rises (PruLong's code: 800 of 1,000)
+
+
+class DuoModule(RetrofitModule):
+    """Learns one gate for every key-value head; everything else stays as it is.
+
+    The teacher is the model itself with all gates open, so there is no second copy of it. Held-out figures are those
+    of the rounded model. Checkpoints hold the gates alone, and exporting puts them into the base again.
+
+    Args:
+        base: Folder, Hub id, ``kvtrain:tiny`` or ``kvtrain:copy``.
+        method: The window, the kind of gates, and the sparsity that is rounded to.
+        distill: Come close to the model with open gates in the tokens that have labels: in the last hidden states
+            (``true``), or as the settings of a ``Distillation`` say. ``false``: predict the next token (PruLong).
+        regularisation: Weight of the mean gate in the loss (released code: 0.05). Hard-concrete gates have a target
+            instead, ``method.sparsity``, whose multipliers are learnt by ascent.
+        multiplier_scale: Their learning rate, as a multiple of the gates'.
+        betas: Of AdamW.
+        **training: See ``RetrofitModule`` and ``TrainingModule``.
+    """
+
+    method: Duo
+
+    def __init__(
+        self,
+        base: str,
+        method: Duo | None = None,
+        distill: Distillation | bool | None = True,
+        regularisation: float = 0.05,
+        multiplier_scale: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        **training: Any,
+    ) -> None:
+        distill = Distillation(of="hidden") if distill is True else distill
+        super().__init__(base, method or Duo(), distill=distill, betas=betas, **training)
+        if self.method.full_heads is not None:
+            raise ValueError("full_heads is what training finds; leave it out of the recipe")
+        if regularisation < 0:
+            raise ValueError(f"regularisation must not be negative, not {regularisation}")
+        self.regularisation, self.multiplier_scale = regularisation, multiplier_scale
+        self._rounded: dict[int, Tensor] = {}
+        if self.method.gates == "hard_concrete":
+            self.multipliers = nn.Parameter(torch.zeros(2))
+
+    def build_model(self) -> PreTrainedModel:
+        """The base with gates, of which the gates alone train."""
+        model = super().build_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".gates"))
+        return model
+
+    def frozen_base(self) -> str | None:
+        """See ``TrainingModule``."""
+        return self.base
+
+    def _load_teacher(self) -> None:
+        """Nothing: the model is its own teacher."""
+
+    def _gated(self) -> list[GatedAttention]:
+        return [module for module in self.model.modules() if isinstance(module, GatedAttention)]
+
+    def head_gates(self) -> Tensor:
+        """See ``TrainingModule``."""
+        stored = torch.stack([whole(module.gates) for module in self._gated()]).float()
+        return open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
+
+    def model_arguments(self, batch: Batch) -> dict[str, Any]:
+        """While training the gates and where they are noted, otherwise the rounded ones."""
+        arguments = super().model_arguments(batch)
+        if self.trainer.validating or not self.model.training:
+            return {**arguments, "duo_step": DuoStep(gates=self._rounded)}
+        return {**arguments, "duo_step": self._step(), "gate_ledger": {}}
+
+    def _step(self, **told: Any) -> DuoStep:
+        return DuoStep(seed=self.seed, step=self.global_step, **told)
+
+    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+        """What the model with open gates makes of the batch.
+
+        Where its attention is mixed in, a student's answers depend on few of its tokens, and only those are read.
+        """
+        mixes = self.method.mixing == "teacher"
+        if not mixes and self.distillation is None:
+            return batch, {}
+        step = DuoStep(everything=True, record={} if mixes else None)
+        with torch.no_grad():
+            hidden = self.model(
+                batch["input_ids"],
+                document_ids=batch["document_ids"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                skip_logits=True,
+                duo_step=step,
+            ).last_hidden_state
+        told: dict[str, Any] = {}
+        if mixes:
+            assert step.record is not None
+            columns = receptive_field(batch, self.method, len(step.record))
+            batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
+            hidden = hidden[:, columns]
+            told["duo_step"] = self._step(teacher={layer: seen[:, :, columns] for layer, seen in step.record.items()})
+        if self.distillation is not None:
+            told["teacher"] = TeacherHead(hidden, self.model.lm_head.weight)
+            told["distillation"] = self.distillation
+        return batch, told
+
+    def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
+        """What pulls gates down."""
+        ledger = arguments.get("gate_ledger")
+        if not ledger:
+            return None
+        used, stored = (torch.stack(gates) for gates in zip(*ledger.values(), strict=True))
+        self.log("mean_gate", used.detach().mean(), prog_bar=True)
+        if self.method.gates == "plain":
+            return self.regularisation * gate_size(stored)
+        place = self.place()
+        target = self.method.sparsity * min(1.0, (place.step + 1) / (_RAMP_SHARE * place.phase.steps))
+        sparsity = 1.0 - open_probability(stored).mean()
+        self.log("sparsity", sparsity.detach(), prog_bar=True)
+        self.log("sparsity_target", target)
+        return sparsity_penalty(sparsity, target, self.multipliers)
+
+    def more_parameters(self) -> list[dict[str, Any]]:
+        """Multipliers climb where gates descend."""
+        if self.method.gates == "plain":
+            return []
+        return [{"params": [self.multipliers], "weight_decay": 0.0, "maximize": True, "lr": self.multiplier_scale}]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Bring gates back between 0 and 1."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.method.gates == "plain" and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for module in self._gated():
+                clamp_parameter(module.gates, 0.0, 1.0)
+
+    def on_validation_epoch_start(self) -> None:
+        """Round the gates, as an export would."""
+        super().on_validation_epoch_start()
+        gates = self.head_gates()
+        full_heads = choose_full_heads(gates, self.method.sparsity)
+        rounded = pattern_of(full_heads, gates.shape[1]).to(self.device, torch.float32)
+        self._rounded = dict(enumerate(rounded))
+
+
+def receptive_field(batch: Batch, settings: Duo, layers: int) -> Tensor | slice:
+    """Columns of a batch on which a student's labelled tokens depend, where the far part is the teacher's.
+
+    Every layer reaches ``recent - 1`` tokens back, and to the sinks, which depend on themselves alone. Rows of several
+    documents are read whole.
+
+    Args:
+        batch: Labels and documents.
+        settings: The window.
+        layers: Of the model.
+    """
+    labelled = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()
+    documents = batch["document_ids"]
+    if not labelled.numel() or bool((documents != documents[:, :1]).any()):
+        return slice(None)
+    first, last = int(labelled[0]), int(labelled[-1]) + 1
+    start = first - 1 - (settings.recent - 1) * layers
+    if start <= settings.sink:
+        return slice(last)
+    tail = torch.arange(start, last, device=documents.device)
+    return torch.cat([torch.arange(settings.sink, device=documents.device), tail])
