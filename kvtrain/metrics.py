@@ -5,6 +5,7 @@ from pathlib import Path
 
 FILE_NAME = "metrics.csv"
 HEADS_FILE_NAME = "head_compression.csv"
+GATES_FILE_NAME = "head_gates.csv"
 MAP_FILE_NAME = "kv_map.csv"
 
 

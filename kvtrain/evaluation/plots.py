@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -11,8 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 Rows = Sequence[dict[str, float]]
+Grid = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (layers, heads)
 
 # Okabe and Ito's palette: distinct to the colour-blind, and in print.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
@@ -141,24 +144,35 @@ def head_figure(heads: Rows) -> Figure | None:
     if not heads:
         return None
     step = max(row["step"] for row in heads)
-    merged = _head_map([row for row in heads if row["step"] == step])
-    layers, columns = merged.shape
-    height = max(_SIZE[1] - 1, _CELL_HEIGHT * layers + _MARGIN)
-    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(f"Compression of every head, step {step:,.0f}", loc="left", fontsize=13, fontweight="bold")
-    image = axes.imshow(merged, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("key-value head", fontsize=11)
-    axes.set_ylabel("layer", fontsize=11)
-    axes.set_xticks(_marks(range(columns)))
-    axes.set_yticks(_marks(range(layers)))
-    axes.spines[:].set_visible(False)
-    if columns <= _MANY:
-        _write_numbers(axes, merged)
-    bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=6 * height)
+    merged = _head_map([row for row in heads if row["step"] == step], "merged_fraction")
+    figure, axes, image = _grid(merged, f"Compression of every head, step {step:,.0f}")
+    if merged.shape[1] <= _MANY:
+        _write_numbers(axes, merged, _as_compression)
+    bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=6 * figure.get_figheight())
     bar.set_ticks([1 - 1 / tokens for tokens in _COMPRESSIONS], labels=[f"{tokens:g}" for tokens in _COMPRESSIONS])
     bar.set_label("tokens per slot", fontsize=11)
     bar.ax.secondary_yaxis("left").set_ylabel("merged fraction", fontsize=11)
+    return figure
+
+
+def gate_figure(gates: Rows) -> Figure | None:
+    """Every head's gate at the last validation, those framed that would keep everything; None where there are none.
+
+    Args:
+        gates: Rows of ``head_gates.csv``.
+    """
+    if not gates:
+        return None
+    step = max(row["step"] for row in gates)
+    last = [row for row in gates if row["step"] == step]
+    values, full = _head_map(last, "gate"), _head_map(last, "full")
+    figure, axes, image = _grid(values, f"Gate of every head, step {step:,.0f} (framed: keeps everything)")
+    if values.shape[1] <= _MANY:
+        _write_numbers(axes, values, "{:.2f}".format)
+    for layer, head in np.argwhere(full == 1):
+        frame = Rectangle((head - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor=VERMILLION, linewidth=2.5)
+        axes.add_patch(frame)
+    figure.colorbar(image, ax=axes, pad=0.04, aspect=6 * figure.get_figheight()).set_label("gate", fontsize=11)
     return figure
 
 
@@ -269,13 +283,29 @@ def tokens_per_slot(merged_fraction: float) -> float:
     return 1 / (1 - merged_fraction) if merged_fraction < 1 else math.inf
 
 
-def _head_map(heads: Rows) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Merged fractions ``(layers, heads)`` of one step; NaN, which stays white, where a layer was not written."""
+def _head_map(heads: Rows, column: str) -> Grid:
+    """A column of one step as ``(layers, heads)``; NaN, which stays white, where a layer was not written."""
     shape = (int(max(row["layer"] for row in heads)) + 1, int(max(row["head"] for row in heads)) + 1)
-    merged = np.full(shape, np.nan)
+    values = np.full(shape, np.nan)
     for row in heads:
-        merged[int(row["layer"]), int(row["head"])] = row["merged_fraction"]
-    return merged
+        values[int(row["layer"]), int(row["head"])] = row[column]
+    return values
+
+
+def _grid(values: Grid, title: str) -> tuple[Figure, Axes, AxesImage]:
+    """Shares from 0 to 1 of ``(layers, heads)`` as colours."""
+    layers, columns = values.shape
+    height = max(_SIZE[1] - 1, _CELL_HEIGHT * layers + _MARGIN)
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("key-value head", fontsize=11)
+    axes.set_ylabel("layer", fontsize=11)
+    axes.set_xticks(_marks(range(columns)))
+    axes.set_yticks(_marks(range(layers)))
+    axes.spines[:].set_visible(False)
+    return figure, axes, image
 
 
 def _arc(axes: Axes, reader: int, owner: int, style: str) -> None:
@@ -292,14 +322,17 @@ def _marks(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[:: -(-len(numbers) // _MANY)]
 
 
-def _write_numbers(axes: Axes, merged: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
-    """Tokens per slot into every cell."""
-    for (layer, head), fraction in np.ndenumerate(merged):
-        if not math.isnan(fraction):
-            colour = "white" if fraction < 0.6 else "black"
-            tokens = tokens_per_slot(fraction)
-            number = f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"
-            axes.text(head, layer, number, color=colour, fontsize=8, ha="center", va="center")
+def _write_numbers(axes: Axes, values: Grid, written: Callable[[float], str]) -> None:
+    """A number into every cell."""
+    for (layer, head), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            colour = "white" if value < 0.6 else "black"
+            axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
+
+
+def _as_compression(merged_fraction: float) -> str:
+    tokens = tokens_per_slot(merged_fraction)
+    return f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"
 
 
 def _mean_compression(heads: Rows) -> Curve:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kvtrain.evaluation import plots
 from kvtrain.evaluation.plots import Bucket, Curve, Rows
-from kvtrain.metrics import FILE_NAME, HEADS_FILE_NAME, MAP_FILE_NAME, read_metrics, read_rows
+from kvtrain.metrics import FILE_NAME, GATES_FILE_NAME, HEADS_FILE_NAME, MAP_FILE_NAME, read_metrics, read_rows
 
 FOLDER = "report"
 EVALUATION = "eval.json"
@@ -62,7 +62,7 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
         ValueError: The run has no metrics, or one of the files is damaged.
     """
     rows = load_rows(run)
-    drawn = figures(rows, load_heads(run), load_positions(run), load_map(run))
+    drawn = figures(rows, load_heads(run), load_positions(run), load_map(run), load_gates(run))
     pictures = {name: png(figure) for name, figure in drawn.items()}
     page = render(run.resolve().name, facts(rows), pictures)
     folder = output or run / FOLDER
@@ -104,6 +104,18 @@ def load_heads(run: Path) -> Rows:
         ValueError: The file is damaged.
     """
     return _load_table(run / HEADS_FILE_NAME, {"step", "layer", "head", "merged_fraction"})
+
+
+def load_gates(run: Path) -> Rows:
+    """Rows of a run's ``head_gates.csv``; none where heads have no gates or nothing was validated.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    return _load_table(run / GATES_FILE_NAME, {"step", "layer", "head", "gate", "full"})
 
 
 def load_map(run: Path) -> Rows:
@@ -163,7 +175,9 @@ def _bucket(entry: dict[str, Any]) -> Bucket:
     return Bucket(int(entry["position"]), float(entry["loss"]), None if kept is None else float(kept))
 
 
-def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_map: Rows = ()) -> dict[str, Figure]:
+def figures(
+    rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_map: Rows = (), gates: Rows = ()
+) -> dict[str, Figure]:
     """Every figure that these numbers allow, by the name of its file.
 
     Args:
@@ -171,6 +185,7 @@ def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_m
         heads: Rows of ``head_compression.csv``.
         positions: From ``eval.json``.
         kv_map: Rows of ``kv_map.csv``.
+        gates: Rows of ``head_gates.csv``.
     """
     drawn = {
         "loss": plots.loss_figure(rows),
@@ -178,6 +193,7 @@ def figures(rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_m
         "compression": plots.compression_figure(rows),
         "layer_compression": plots.layer_figure(heads),
         "head_compression": plots.head_figure(heads),
+        "head_gates": plots.gate_figure(gates),
         "perplexity_by_position": plots.perplexity_figure(positions),
         "slots_by_position": plots.slots_figure(positions),
         "learning_rate": plots.learning_rate_figure(rows),
@@ -202,6 +218,7 @@ def facts(rows: Rows) -> dict[str, str]:
         "Compression reached": _last(rows, "compression", ".2f"),
         "Compression aimed at": _last(rows, "compression_target", ".2f"),
         "Held-out compression at the end": _last(rows, "val_compression", ".2f"),
+        "Mean gate at the end": _last(rows, "mean_gate", ".3f"),
         "Held-out loss, serving minus training form": _last(rows, "val_serving_gap", "+.5f"),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -75,6 +75,10 @@ class Method(ABC):
         """Whether a model with these settings has a cache; without one it runs all the same."""
         return True
 
+    def as_served(self, host_config: "PreTrainedConfig") -> "Method":
+        """Settings of a model that these train, as far as they decide its cache's size."""
+        return self
+
     def binarise(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
         """Round a model's gates in place, for methods that have gates.
 

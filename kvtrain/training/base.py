@@ -166,12 +166,16 @@ class TrainingModule(pl.LightningModule):
             }
         checkpoint[CHECKPOINT_KEY] = json.dumps(settings)
 
+    def trains(self, name: str) -> bool:
+        """Whether the model's parameter of this name is learnt."""
+        return True
+
     def frozen_base(self) -> str | None:
         """The model whose weights stay as they are, so that checkpoints need not hold them; None where all train."""
         return None
 
-    def head_gates(self) -> Tensor | None:
-        """Gates ``(layers, H_kv)`` of models whose heads have some."""
+    def head_gates(self) -> tuple[Tensor, Tensor] | None:
+        """Gates ``(layers, H_kv)``, and as they would be rounded now; None where heads have none."""
         return None
 
     def unfinished(self) -> str | None:

@@ -65,8 +65,12 @@ class DuoModule(RetrofitModule):
         """The base with gates, of which the gates alone train."""
         model = super().build_model()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".gates"))
+            parameter.requires_grad_(self.trains(name))
         return model
+
+    def trains(self, name: str) -> bool:
+        """See ``TrainingModule``."""
+        return name.endswith(".gates")
 
     def frozen_base(self) -> str | None:
         """See ``TrainingModule``."""
@@ -78,10 +82,12 @@ class DuoModule(RetrofitModule):
     def _gated(self) -> list[GatedAttention]:
         return [module for module in self.model.modules() if isinstance(module, GatedAttention)]
 
-    def head_gates(self) -> Tensor:
+    def head_gates(self) -> tuple[Tensor, Tensor]:
         """See ``TrainingModule``."""
         stored = torch.stack([whole(module.gates) for module in self._gated()]).float()
-        return open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
+        gates = open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
+        rounded = pattern_of(choose_full_heads(gates, self.method.sparsity), gates.shape[1])
+        return gates, rounded.to(gates)
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """While training the gates and where they are noted, otherwise the rounded ones."""
@@ -155,10 +161,7 @@ class DuoModule(RetrofitModule):
     def on_validation_epoch_start(self) -> None:
         """Round the gates, as an export would."""
         super().on_validation_epoch_start()
-        gates = self.head_gates()
-        full_heads = choose_full_heads(gates, self.method.sparsity)
-        rounded = pattern_of(full_heads, gates.shape[1]).to(self.device, torch.float32)
-        self._rounded = dict(enumerate(rounded))
+        self._rounded = dict(enumerate(self.head_gates()[1]))
 
 
 def receptive_field(batch: Batch, settings: Duo, layers: int) -> Tensor | slice:

@@ -90,6 +90,8 @@ def estimate(
     """
     config, name = module.host_config(), full_precision_name(precision)
     model = meta_model(config, module.method)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(module.trains(parameter_name))
     total, trainable = count_parameters(model)
     memory = rehearse(
         module,
@@ -147,7 +149,8 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
         method: Its ``compression``, where it has one, says how many tokens share a slot.
         tokens: Of the row.
     """
-    cache = KVCache(method.cache_layers(config, [Placement(KV_DTYPE)] * config.num_hidden_layers))
+    served = method.as_served(config)
+    cache = KVCache(served.cache_layers(config, [Placement(KV_DTYPE)] * config.num_hidden_layers))
     return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)
 
 

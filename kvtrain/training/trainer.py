@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
+from kvtrain.training.callbacks.gates import HeadGates
 from kvtrain.training.callbacks.gradients import GradientNorm
 from kvtrain.training.callbacks.guard import NonFiniteGuard
 from kvtrain.training.callbacks.heads import HeadCompression
@@ -65,7 +66,8 @@ class KVTrainer(pl.Trainer):
 
 
 def _observers(run: Path, peak_flops: float | None) -> list[pl.Callback]:
-    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), HeadCompression(run), ThreadCount(), OpeningLine()]
+    heads = [HeadCompression(run), HeadGates(run)]
+    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), *heads, ThreadCount(), OpeningLine()]
 
 
 def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:
