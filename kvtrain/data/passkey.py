@@ -94,6 +94,9 @@ class PasskeyWriter:
     Args:
         tokenizer: Fast tokenizer.
         task: The task.
+
+    Attributes:
+        vocabulary: Ids that passkeys consist of.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: PasskeyTask) -> None:
@@ -102,6 +105,7 @@ class PasskeyWriter:
         self._opening = np.concatenate([np.asarray(beginning, dtype=np.int64), self._ids(_OPENING)])
         self._closing, self._separator = self._ids(_CLOSING), self._ids(_SEPARATOR)
         self._words = [self._ids(" " + word) for word in WORDS]
+        self.vocabulary = np.unique(np.concatenate(self._words))
 
     def _ids(self, text: str) -> Ids:
         encoded: Any = self.tokenizer(text, add_special_tokens=False)
@@ -172,21 +176,16 @@ def copy_sample(rng: np.random.Generator, haystack: Ids, length: int, vocabulary
     """A run of tokens, repeated until the sample is full: what a model must copy before it can find a passkey.
 
     Args:
-        rng: Decides the run's length, whether it is text or random tokens, and of how many kinds those are: few kinds
-            are learnt first.
+        rng: Decides the run's length, and whether it is text or random tokens.
         haystack: Text to take the run from.
         length: Tokens of the sample, at least 4.
-        vocabulary: Ids that random runs are drawn from.
+        vocabulary: Ids that random runs are drawn from; few are learnt soonest.
 
     Returns:
         Ids ``(T,)`` and unshifted labels ``(T,)``: the repetitions, less the first token of the first one.
     """
     run = int(rng.integers(2, length // 2 + 1))
-    if rng.random() < _TEXT_SHARE:
-        source = np.resize(haystack, run)
-    else:
-        kinds = int(vocabulary.size ** rng.uniform(0.4, 1.0))
-        source = rng.choice(rng.choice(vocabulary, size=kinds, replace=False), size=run)
+    source = np.resize(haystack, run) if rng.random() < _TEXT_SHARE else rng.choice(vocabulary, size=run)
     input_ids = np.resize(source, length).astype(np.int64)
     labels = input_ids.copy()
     labels[: run + 1] = IGNORE_INDEX

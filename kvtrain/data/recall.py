@@ -118,8 +118,6 @@ class RecallLoader:
         self.data, self.shards, self.validation_rows = data, shards, validation_rows
         self.window, self.rank, self.world_size = window, rank, world_size
         self.writer = PasskeyWriter(tokenizer, data.task)
-        special = set(tokenizer.all_special_ids)
-        self.vocabulary = np.asarray([token for token in range(len(tokenizer)) if token not in special])
         self.cursor = 0
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
@@ -163,7 +161,8 @@ class RecallLoader:
             self._mixed(np.random.default_rng([self.data.seed, number, row]), length)
             for row in range(first, first + rows)
         ]
-        return _collate(samples, first_row=(number * self.world_size + rank) * self.data.batch_size)
+        # No two rows of a run may share an id, and ids must not depend on the ranks: noise is keyed by them.
+        return _collate(samples, first_row=(number << 32) + first)
 
     def _validation(self, rows: int) -> Iterator[Batch]:
         """Rows in turn over the ranks; a rank past the end gets a row without targets."""
@@ -180,7 +179,7 @@ class RecallLoader:
             except ValueError:
                 if not self.data.copy_share:
                     raise
-        return copy_sample(rng, self._haystack(rng, length), length, self.vocabulary)
+        return copy_sample(rng, self._haystack(rng, length), length, self.writer.vocabulary)
 
     def _passkey(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
         return self.writer.sample(rng, self._haystack(rng, length), length)[:2]

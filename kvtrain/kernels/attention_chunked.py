@@ -82,7 +82,7 @@ class _Problem:
         query_documents, key_documents = self.visibility.query_documents, self.visibility.key_documents
         if query_documents is not None and key_documents is not None:
             shared = query_documents[:, start:stop, None] == key_documents[:, None, columns]  # (B, c, sinks)
-            columns = columns[(shared.any(1) & sinks[:, columns]).any(0)]
+            columns = columns[(shared.any(1) & sinks[:, columns]).any(0).nonzero().squeeze(1)]
         return columns if columns.numel() else None
 
     def fold(self, tensor: Tensor, chunk: _Chunk) -> Tensor:

@@ -1,6 +1,6 @@
 """Learning which heads need everything (DuoAttention, arXiv 2410.10819; PruLong, arXiv 2506.17121)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from kvtrain.models.duo.attention import DuoStep, GatedAttention
 from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
+
+Weights = Literal["float32", "bfloat16"]
 
 _RAMP_SHARE = 0.8  # of the steps, over which the sparsity aimed at rises (PruLong's code: 800 of 1,000)
 
@@ -34,6 +36,7 @@ class DuoModule(RetrofitModule):
         regularisation: Weight of the mean gate in the loss (released code: 0.05). Hard-concrete gates have a target
             instead, ``method.sparsity``, whose multipliers are learnt by ascent.
         multiplier_scale: Their learning rate, as a multiple of the gates'.
+        weights: Type of the frozen weights; gates are float32 in any case.
         betas: Of AdamW.
         **training: See ``RetrofitModule`` and ``TrainingModule``.
     """
@@ -47,6 +50,7 @@ class DuoModule(RetrofitModule):
         distill: Distillation | bool | None = True,
         regularisation: float = 0.05,
         multiplier_scale: float = 1.0,
+        weights: Weights = "float32",
         betas: tuple[float, float] = (0.9, 0.999),
         **training: Any,
     ) -> None:
@@ -56,6 +60,7 @@ class DuoModule(RetrofitModule):
             raise ValueError("full_heads is what training finds; leave it out of the recipe")
         if regularisation < 0:
             raise ValueError(f"regularisation must not be negative, not {regularisation}")
+        self.base_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[weights]
         self.regularisation, self.multiplier_scale = regularisation, multiplier_scale
         self._rounded: dict[int, Tensor] = {}
         if self.method.gates == "hard_concrete":

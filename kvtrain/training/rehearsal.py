@@ -10,14 +10,14 @@ import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorConverter, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorConverter, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -35,7 +35,9 @@ _PLUGINS: dict[str, Precision] = {
     "64-true": DoublePrecision(),
 }
 _ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
-_ITEM = torch.ops.aten._local_scalar_dense.default
+_ITEM, _NONZERO = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
+# Longer rows are not rehearsed: memory grows evenly with a row's length, and two lengths tell how fast.
+_LONG, _LENGTHS = 8192, (512, 1024)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class TrainingMemory:
     teacher: int
     activations: int
     peak: int
+
+
+    def at(self, length: int, longer: "TrainingMemory", lengths: tuple[int, int]) -> "TrainingMemory":
+        """For rows of another length, from this and from ``longer``, which are those of two ``lengths``."""
+        share = (length - lengths[0]) / (lengths[1] - lengths[0])
+        pairs = zip(astuple(self), astuple(longer), strict=True)
+        return TrainingMemory(*(round(low + share * (high - low)) for low, high in pairs))
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -84,6 +93,11 @@ class MemoryMeter(TorchDispatchMode):
             if func is not _ITEM or args[0].dtype is not torch.bool:
                 raise
             return self.condition
+        except DynamicOutputShapeException:
+            if func is not _NONZERO:
+                raise
+            # Such as the sinks before a chunk: nothing to speak of beside the tokens of its window.
+            outputs = args[0].new_empty(0, args[0].dim(), dtype=torch.long)
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self._count(leaf.untyped_storage())
@@ -137,6 +151,8 @@ def rehearse(
 ) -> TrainingMemory:
     """Take a step of every phase, its optimiser's state and its gradients in place, as from the second step on.
 
+    Rows of more than 8,192 tokens are not read: their memory follows from that of two shorter lengths.
+
     Args:
         module: The module, its model not yet built; stays as it is.
         batch_size: Rows.
@@ -145,6 +161,10 @@ def rehearse(
         accumulates: Whether gradients of several batches are summed.
         on_cpu: Elsewhere attention needs no mask to tell documents apart, and AdamW updates all weights at a time.
     """
+    if sequence_length > _LONG:
+        settings: dict[str, Any] = {"precision": precision, "accumulates": accumulates, "on_cpu": on_cpu}
+        short, long = (rehearse(module, batch_size=batch_size, sequence_length=n, **settings) for n in _LENGTHS)
+        return short.at(sequence_length, long, _LENGTHS)
     meter, plugin, twin = MemoryMeter(condition=not on_cpu), _PLUGINS[precision], _twin(module)
     with _silence(), _without_values(), meter:
         with plugin.module_init_context():
@@ -194,7 +214,7 @@ def _twin(module: TrainingModule) -> Any:
     """A copy that needs neither a trainer nor weights."""
     twin: Any = copy.deepcopy(module)
     config = base_config(module)
-    twin._load_base = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    twin._load_base = lambda: AutoModelForCausalLM.from_config(config, dtype=getattr(module, "base_dtype", torch.float32))
     twin.log = lambda *_, **__: None
     # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
     twin.trainer = SimpleNamespace(

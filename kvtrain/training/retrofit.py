@@ -33,6 +33,8 @@ class RetrofitModule(TrainingModule):
         **training: See ``TrainingModule``.
     """
 
+    base_dtype = torch.float32
+
     def __init__(
         self,
         base: str,
@@ -87,7 +89,7 @@ class RetrofitModule(TrainingModule):
         return batch, {"teacher": TeacherHead(hidden, teacher.lm_head.weight), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
-        """Load the base in float32, convert its heads and retrofit it."""
+        """Load the base, convert its heads and retrofit it."""
         host = self._load_base()
         if self.num_key_value_heads:
             host = convert_gqa(host, self.num_key_value_heads)
@@ -95,7 +97,7 @@ class RetrofitModule(TrainingModule):
 
     def _load_base(self) -> PreTrainedModel:
         try:
-            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=torch.float32)
+            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=self.base_dtype)
         except OSError as error:
             raise ValueError(f"no model at {self.base!r}; base is a folder, a Hub id or kvtrain:tiny") from error
         return host
