@@ -1,5 +1,6 @@
 """Batches of tasks that need a long memory: passkeys in a haystack, and runs to be copied."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvtrain.data.tokenizer import load_tokenizer
 
 _MULTIPLE = 16  # lengths are multiples of it
 _VALIDATION_ROWS = 64
+_ENDLESS = 1 << 40  # a trainer that does not know a length asks for a batch too many, and the place would be wrong
 
 
 class RecallDataModule(PackedDataModule):
@@ -122,6 +124,11 @@ class RecallLoader:
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
             self._passkey(np.random.default_rng(0), data.shortest)  # complain before the training begins
+
+    def __len__(self) -> int:
+        if self.validation_rows is None:
+            return _ENDLESS
+        return math.ceil(self.validation_rows / (self.data.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         if self.validation_rows is not None:

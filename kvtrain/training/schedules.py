@@ -14,8 +14,8 @@ class Phase:
         learning_rate: At its start, after warm-up.
         final_learning_rate: At its end; None keeps it constant.
         warmup_steps: Steps over which the learning rate rises linearly.
-        decay_steps: Last steps, over which it falls linearly to ``final_learning_rate``; None: along a cosine from the
-            warm-up on.
+        decay_steps: Last steps, over which it falls linearly towards 0, no lower than ``final_learning_rate``; None:
+            along a cosine from the warm-up on.
         initial_learning_rate: What the warm-up does not go below.
 
     Raises:
@@ -42,7 +42,7 @@ class Phase:
         if self.decay_steps is not None and not 1 <= self.decay_steps <= self.steps - self.warmup_steps:
             raise ValueError(f"phase {self.name!r}: decay_steps must be from 1 to its steps without the warm-up")
         if self.decay_steps is not None and self.final_learning_rate is None:
-            raise ValueError(f"phase {self.name!r}: decay_steps needs final_learning_rate, to which it falls")
+            raise ValueError(f"phase {self.name!r}: decay_steps needs final_learning_rate, at which it stops")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the phase's own step, counted from 0."""
@@ -51,8 +51,8 @@ class Phase:
         if self.final_learning_rate is None:
             return self.learning_rate
         if self.decay_steps is not None:
-            left = min(1.0, (self.steps - 1 - step) / self.decay_steps)
-            return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
+            left = min(1.0, (self.steps - step) / self.decay_steps)
+            return max(self.final_learning_rate, self.learning_rate * left)
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps - 1)
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -31,6 +31,7 @@ class Road:
         kills: After these steps the run is killed.
         layers: Of the host.
         settings: Of the method.
+        data: Of the data, beyond what all roads share.
     """
 
     recipe: str
@@ -38,6 +39,7 @@ class Road:
     kills: tuple[int, ...]
     layers: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -46,12 +48,19 @@ class Road:
 
 
 # Columns of the metrics that time has no part in.
-COMPARED = {"loss", "gradient_norm", "val_loss", "val_compression", "val_serving_gap"}
+COMPARED = {"loss", "gradient_norm", "mean_gate", "val_loss", "val_compression", "val_serving_gap"}
 
 # One line an architecture.
 ROADS = {
     "dmc": Road("dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
     "lckv": Road("lckv", {"train": 3, "settle": 7}, (3,), 4, {"kv_map": "0_2_2_3", "forward_passes": 2}),
+    "duo": Road(
+        "duo",
+        {"gates": 8},
+        (3,),
+        settings={"sink": 2, "recent": 8},
+        data={"task": {"passkeys": 1, "words": 2}, "shortest": 112},
+    ),
 }
 
 
@@ -74,10 +83,8 @@ def command(*arguments):
 
 
 def fit_command(road, base, run, resume=False):
-    phases = [
-        {"name": name, "steps": steps, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
-        for name, steps in road.phases.items()
-    ]
+    curve = {"learning_rate": 1e-3, "final_learning_rate": 1e-4, "initial_learning_rate": 0, "decay_steps": None}
+    phases = [{"name": name, "steps": steps, "warmup_steps": 0, **curve} for name, steps in road.phases.items()]
     settings = {
         "trainer.default_root_dir": run,
         "trainer.max_steps": road.steps,
@@ -91,7 +98,11 @@ def fit_command(road, base, run, resume=False):
         "data.sequence_length": 128,
         "data.batch_size": 4,
         "data.validation_rows": 4,
-    } | {f"model.init_args.method.{name}": value for name, value in road.settings.items()}
+    }
+    settings |= {f"model.init_args.method.{name}": value for name, value in road.settings.items()}
+    settings |= {f"data.init_args.{name}": value for name, value in road.data.items()}
+    if road.data:  # of another class, whose tokenizer is another model's
+        settings["data.init_args.tokenizer"] = base
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]
     resuming = ["--ckpt_path", "last"] if resume else []
     return command("fit", "--config", ROOT / f"recipes/tiny/{road.recipe}.yaml", *options, *resuming)
