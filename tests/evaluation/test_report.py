@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kvtrain.evaluation.plots import Bucket
-from kvtrain.evaluation.report import facts, figures, load_heads, load_positions, load_rows, report_run
+from kvtrain.evaluation.report import facts, figures, load_gates, load_heads, load_positions, load_rows, report_run
 
 METRICS = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
 0,4.0,0.001,900,1.0,1.0,,
@@ -178,3 +178,28 @@ def test_damaged_metrics_are_one_line(tmp_path, content, message):
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "report").exists()
+
+
+GATES = """step,layer,head,gate,full
+1,0,0,0.5,1
+1,0,1,0.25,0
+3,0,0,0.125,0
+3,0,1,0.75,1
+"""
+
+
+def test_gates_are_drawn_as_they_were_last(run):
+    """Numbers in the cells, and a frame round the head that keeps everything."""
+    (run / "head_gates.csv").write_text(GATES)
+    assert "head_gates" in [path.stem for path in report_run(run)]
+    figure = figures(load_rows(run), gates=load_gates(run))["head_gates"]
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.12", "0.75"]
+    assert [round(frame.get_x() + 0.46) for frame in axes.patches] == [1]
+    assert "step 3" in axes.get_title(loc="left")
+
+
+def test_damaged_gates_are_named(run):
+    (run / "head_gates.csv").write_text("step,layer\n1,0\n")
+    with pytest.raises(ValueError, match=r"head_gates.csv: damaged"):
+        load_gates(run)

@@ -1,0 +1,151 @@
+"""How many passkeys are found once half of the heads stream, and which heads to choose, over seeds.
+
+The packaged copy model, samples of 1,024 tokens with four passkeys of eight words, streaming heads with a window of
+4 + 32 tokens. Arms: the base; heads by learnt gates (``recipes/tiny/duo.yaml``); heads drawn at random; all heads
+streaming (StreamingLLM's window); and the choices that need no training. Each is measured through its serving cache.
+Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+
+    python benchmarks/duo_passkey.py --seeds 1 2 3     # a quarter of an hour on two cores
+    python benchmarks/duo_passkey.py                   # print what there is
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import kvtrain
+from kvtrain.data.packing import IGNORE_INDEX
+from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
+from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.evaluation.passkey import passkey
+from kvtrain.metrics import GATES_FILE_NAME, read_rows
+from kvtrain.models.duo.gates import pattern_of
+from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "duo_passkey.jsonl"
+BASE, TASK, SINK, RECENT, LENGTH = "kvtrain:copy", PasskeyTask(passkeys=4, words=8), 4, 32, 1024
+ONCE, SEEDED = ("base", "all streaming", "razor", "free signal"), ("learnt gates", "random heads")
+
+
+class Cell(NamedTuple):
+    """One model: how its heads were chosen, from which seed, at which sparsity."""
+
+    arm: str
+    sparsity: float
+    seed: int
+
+
+def cells(seeds: list[int], sparsities: list[float]) -> Iterator[Cell]:
+    """All cells; what no seed touches comes once."""
+    yield Cell("base", 0.0, 0)
+    yield Cell("all streaming", 1.0, 0)
+    for sparsity in sparsities:
+        for arm in ("razor", "free signal"):
+            yield Cell(arm, sparsity, 0)
+        for seed in seeds:
+            for arm in SEEDED:
+                yield Cell(arm, sparsity, seed)
+
+
+def gated() -> Any:
+    """The base with open gates."""
+    return kvtrain.retrofit(kvtrain.load(BASE, dtype=torch.float32), kvtrain.Duo(sink=SINK, recent=RECENT)).eval()
+
+
+def learnt(seed: int, work: Path) -> torch.Tensor:
+    """Gates of the recipe, with another seed for everything."""
+    exported, run = work / f"exported-{seed}", work / f"run-{seed}"
+    options = {"seed_everything": seed, "model.init_args.seed": seed, "data.init_args.seed": seed + 1}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    fit = ["fit", "--config", "recipes/tiny/duo.yaml", "--trainer.default_root_dir", str(run), *words]
+    for arguments in (fit, ["export", str(run), str(exported)]) if not exported.exists() else ():
+        subprocess.run([sys.executable, str(ROOT / "kvtrain_cli.py"), *arguments], cwd=ROOT, check=True)
+    rows = read_rows(run / GATES_FILE_NAME)
+    last = max(row["step"] for row in rows)
+    values = [row["gate"] for row in rows if row["step"] == last]
+    return torch.tensor(values).view(len(gated().model.layers), -1)
+
+
+def signal(model: Any) -> torch.Tensor:
+    """What every head would lose on the answers of a few samples, from one pass."""
+    tokenizer = load_tokenizer(BASE)
+    writer, rng = PasskeyWriter(tokenizer, TASK), np.random.default_rng(1)
+    text = "".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
+    book = np.asarray(tokenizer(text)["input_ids"])
+    samples = [writer.sample(rng, np.roll(book, 500 * number), LENGTH) for number in range(8)]
+    ids = torch.tensor(np.stack([sample.input_ids for sample in samples]))
+    labels = torch.tensor(np.stack([sample.labels for sample in samples]))
+    return free_signal(model, ids, labels.roll(-1, 1) != IGNORE_INDEX)  # tokens that predict an answer's
+
+
+def choose(cell: Cell, work: Path) -> Any:
+    """The model of a cell."""
+    model = gated()
+    shape = (len(model.model.layers), model.config.num_key_value_heads)
+    if cell.arm == "base":
+        return kvtrain.retrofit(kvtrain.load(BASE, dtype=torch.float32), kvtrain.Full()).eval()
+    if cell.arm == "learnt gates":
+        gates = learnt(cell.seed, work)
+    elif cell.arm == "random heads":
+        gates = torch.rand(shape, generator=torch.Generator().manual_seed(cell.seed))
+    elif cell.arm == "razor":
+        gates = razor_gates(razor_scores(model))
+    elif cell.arm == "free signal":
+        gates = signal(model)
+    else:
+        gates = pattern_of([()] * shape[0], shape[1])
+    return model.binarise(cell.sparsity, gates=gates)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean and spread of every arm."""
+    names = ("heads", "streaming", "passkeys found", "of their tokens", "KV bytes / 1,024 tokens", "seeds")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    kinds = dict.fromkeys((result["arm"], result["sparsity"]) for result in results)
+    for arm, sparsity in kinds:
+        found = [result for result in results if (result["arm"], result["sparsity"]) == (arm, sparsity)]
+        columns = [_spread([result[name] for result in found]) for name in ("accuracy", "token_accuracy")]
+        size = statistics.mean(result["kv_bytes_per_1024"] for result in found)
+        lines.append(f"| {arm} | {sparsity:.0%} | {columns[0]} | {columns[1]} | {size:,.0f} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def main() -> None:
+    """Fill in what is missing of the seeds asked for, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="train what is missing of these")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5], help="shares of streaming heads")
+    parser.add_argument("--work", type=Path, help="keep runs there (a temporary folder)")
+    asked = parser.parse_args()
+    results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = {Cell(result["arm"], result["sparsity"], result["seed"]) for result in results}
+    tokenizer = load_tokenizer(BASE)
+    with tempfile.TemporaryDirectory(prefix="kvtrain-duo-") as temporary:
+        work = asked.work or Path(temporary)
+        for cell in cells(asked.seeds, asked.sparsities) if asked.seeds else ():
+            if cell not in done:
+                figures = passkey(choose(cell, work), tokenizer, "heldout", TASK, sequence_length=LENGTH)
+                results.append({**cell._asdict(), **figures.__dict__})
+                RESULTS.parent.mkdir(parents=True, exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

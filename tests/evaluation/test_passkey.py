@@ -1,0 +1,141 @@
+"""Passkeys through the serving cache: against greedy decoding by hand, and on what a planted model must find."""
+
+import numpy as np
+import pytest
+import torch
+
+import kvtrain
+from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
+from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.evaluation import passkey as module
+from kvtrain.evaluation.evaluate import run_tasks
+from kvtrain.evaluation.passkey import passkey
+from tests.hosts import make_host
+
+TASK = PasskeyTask(passkeys=2, words=2)
+LENGTH = 208
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("kvtrain:tiny")
+
+
+@pytest.fixture(scope="module")
+def model():
+    host = make_host("llama", vocab_size=4096, dtype=torch.float64)
+    return kvtrain.retrofit(host, kvtrain.Duo(sink=2, recent=9)).binarise(0.5, gates=torch.rand(2, 2))
+
+
+def greedy(model, sample):
+    """Which passkeys come out whole when the model itself goes on from the question."""
+    whole = []
+    for answer in sample.answers:
+        ids = torch.from_numpy(sample.input_ids[: answer.start])[None]
+        count = answer.stop - answer.start
+        found = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)[0, answer.start :]
+        whole.append(found.tolist() == sample.input_ids[answer].tolist())
+    return whole
+
+
+class Oracle:
+    """Says the next token of a sample, or another one at the places given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, samples, wrong=()):
+        self.samples, self.wrong = samples, wrong
+
+    def make_cache(self):
+        return Seen(len(self.samples))
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
+    def get_decoder(self):
+        def decode(ids, past_key_values, **_):
+            begin = past_key_values.seen
+            past_key_values.seen += ids.shape[1]
+            logits = torch.zeros(*ids.shape, 4096)
+            for row, sample in enumerate(self.samples):
+                for column in range(ids.shape[1]):
+                    place = begin + column + 1
+                    if place < len(sample.input_ids):
+                        token = int(sample.input_ids[place]) + ((row, place) in self.wrong)
+                        logits[row, column, token] = 1.0
+            return type("Decoded", (), {"last_hidden_state": logits})
+
+        return decode
+
+
+class Seen:
+    """As much of a cache as is asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.seen = rows, 0
+
+    def kv_tokens(self):
+        return torch.full((1, self.rows, 1), self.seen / 2)
+
+    def kv_bytes(self):
+        return 100 * self.rows
+
+    def free_bytes(self):
+        return 0
+
+
+def samples_of(tokenizer, count):
+    writer, haystack = PasskeyWriter(tokenizer, TASK), module._haystack(tokenizer, "heldout")
+    return [module._sample(writer, np.random.default_rng([0, n]), haystack, LENGTH) for n in range(count)]
+
+
+def test_an_oracle_finds_all_and_one_wrong_token_costs_its_passkey(tokenizer):
+    samples = samples_of(tokenizer, 3)
+    settings = {"sequence_length": LENGTH, "limit": 3, "chunk": 50}
+    best = passkey(Oracle(samples), tokenizer, "heldout", TASK, **settings)
+    assert (best.accuracy, best.token_accuracy, best.passkeys) == (1.0, 1.0, 6)
+    assert best.compression == pytest.approx(2.0)
+    assert best.kv_bytes_per_1024 == pytest.approx(100 / LENGTH * 1024)
+    place = samples[1].answers[1].start
+    worse = passkey(Oracle(samples, {(1, place), (1, place - 1)}), tokenizer, "heldout", TASK, **settings)
+    tokens = sum(answer.stop - answer.start for sample in samples for answer in sample.answers)
+    assert worse.accuracy == pytest.approx(5 / 6)
+    assert worse.token_accuracy == pytest.approx(1 - 1 / tokens)
+
+
+def test_what_is_found_whole_is_what_greedy_decoding_gives(model, tokenizer):
+    samples = samples_of(tokenizer, 2)
+    predicted, cache = module._read(model, samples, 64)
+    for row, sample in zip(predicted, samples, strict=True):
+        right = [
+            bool((row[answer.start - 1 : answer.stop - 1] == torch.from_numpy(sample.input_ids[answer])).all())
+            for answer in sample.answers
+        ]
+        assert right == greedy(model, sample)
+    assert cache.tokens.tolist() == [LENGTH, LENGTH]
+
+
+def test_chunks_make_no_difference(model, tokenizer):
+    samples = samples_of(tokenizer, 2)
+    first = min(sample.answers[0].start for sample in samples) - 1
+    expected, _ = module._read(model, samples, LENGTH)
+    assert (expected[:, first:] >= 0).all() and (expected[:, :first] == -1).all()
+    for chunk in (1, 37):
+        assert torch.equal(module._read(model, samples, chunk)[0], expected)
+
+
+def test_it_is_a_task_of_eval():
+    settings = {"sequence_length": LENGTH, "limit": 1, "passkeys": TASK}
+    rows = run_tasks("kvtrain:tiny", ["passkey", "perplexity"], **settings)
+    assert [row["task"] for row in rows] == ["passkey", "perplexity"]
+    assert rows[0]["passkeys"] == 2 and 0 <= rows[0]["token_accuracy"] <= 1
+
+
+def test_nothing_to_measure(model, tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        passkey(model, tokenizer, str(tmp_path / "empty.txt"), TASK)
+    with pytest.raises(ValueError, match="let the limit be 1 or more"):
+        passkey(model, tokenizer, "heldout", TASK, limit=0)
+    with pytest.raises(ValueError, match="lower words, or raise the length"):
+        passkey(model, tokenizer, "heldout", TASK, sequence_length=32, limit=1)
