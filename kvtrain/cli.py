@@ -245,9 +245,7 @@ def _eval_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="perplexity or passkey, or both with a comma")
     parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
-    parser.add_argument(
-        "--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)"
-    )
+    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
     parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
     parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")

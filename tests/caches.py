@@ -22,6 +22,16 @@ def lckv(kv_map: str, **settings: object) -> Entry:
     return Entry(lambda host: kvtrain.retrofit(host, method), layers=len(kv_map.split("_")))
 
 
+def duo(*full_heads: Callable[[int], list[int]]) -> Entry:
+    """For every layer its full heads, from the number of heads that the host has."""
+
+    def retrofit(host: PreTrainedModel) -> PreTrainedModel:
+        chosen = [full(host.config.num_key_value_heads) for full in full_heads]
+        return kvtrain.retrofit(host, kvtrain.Duo(sink=2, recent=7, full_heads=chosen, page_size=4))
+
+    return Entry(retrofit, layers=len(full_heads))
+
+
 # By method's name, or by one that begins with it.
 CACHES: dict[str, Entry] = {
     "full": Entry(lambda host: kvtrain.retrofit(host, kvtrain.Full())),
@@ -29,4 +39,6 @@ CACHES: dict[str, Entry] = {
     "lckv": lckv("0_2_2_2"),
     "lckv_sliding": lckv("0s_2s_2s_3", sliding_window=7),
     "lckv_fused": lckv("0_1_1", value_map="first", residual=True),
+    "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
+    "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
 }

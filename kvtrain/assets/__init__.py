@@ -1,6 +1,6 @@
-"""What the package carries: a small pretrained Llama, its tokenizer, held-out text.
+"""What the package carries: a small pretrained Llama, a smaller one that copies, their tokenizers, held-out text.
 
-``kvtrain:tiny`` names the model folder wherever a model or tokenizer path is asked for.
+``kvtrain:tiny`` and ``kvtrain:copy`` name the model folders wherever a model or tokenizer path is asked for.
 """
 
 from pathlib import Path

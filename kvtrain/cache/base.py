@@ -34,6 +34,26 @@ class KVCacheLayer(CacheLayerMixin):
         """Bytes allocated, free pages included."""
         return sum(store.num_bytes() for store in self.stores)
 
+    def check_rollback(self, tokens: Tensor, past: Tensor) -> None:
+        """Say whether ``rollback`` with the same arguments can be done; layers that never can leave it as it is.
+
+        Raises:
+            ValueError: It cannot; the reason, and what to do.
+        """
+        _refuse(
+            "this cache cannot be rolled back or cropped (assisted decoding does that): what it merged or dropped "
+            "cannot come back; use snapshot_row and restore_row"
+        )
+
+    def rollback(self, tokens: Tensor, past: Tensor) -> None:
+        """Forget the latest tokens of every row, as if they had never come; ``check_rollback`` has allowed it.
+
+        Args:
+            tokens: ``(B,)`` how many.
+            past: ``(B,)`` tokens that each row has seen, these included.
+        """
+        self.check_rollback(tokens, past)
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         for store in self.stores:
@@ -206,11 +226,13 @@ class KVCache(Cache):
         """Copy the rows of another cache of the same model to the end, as they stand.
 
         Raises:
-            ValueError: The other cache is this one.
+            ValueError: The other cache is this one, or was made with other options; nothing has changed.
             CacheFullError: The budget does not allow them; nothing has changed.
         """
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
+        if [_form(store) for store in self._stores] != [_form(store) for store in other._stores]:
+            _refuse("these caches keep different things; make both with the same model and options of make_cache")
         pairs = list(zip(self._stores, other._stores, strict=True))
         self._require(sum(mine.bytes_to_join(theirs) for mine, theirs in pairs), f"{other.num_rows} joining rows")
         for mine, theirs in pairs:
@@ -274,13 +296,43 @@ class KVCache(Cache):
         """Keep some rows."""
         self.select_rows(indices)
 
-    def crop(self, *_: Any) -> None:
-        """Refused: what was merged or dropped cannot come back.
+    def rollback(self, tokens: int | Tensor) -> None:
+        """Take back the latest tokens of every row, as if they had never come.
+
+        The logical length goes back by the largest number.
+
+        Args:
+            tokens: How many, or ``(B,)`` how many of each row.
 
         Raises:
-            ValueError: Always.
+            ValueError: A row has seen fewer, or a layer no longer has what came before; nothing has changed.
         """
-        _refuse("this cache cannot be cropped (assisted decoding does that); use snapshot_row and restore_row")
+        past, wanted = self.tokens, torch.as_tensor(tokens, device=self.tokens.device)
+        if wanted.is_floating_point() or wanted.shape not in ((), past.shape):
+            _refuse(f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}")
+        largest = int(wanted.max()) if wanted.numel() else 0
+        wanted = wanted.expand_as(past)
+        if bool(((wanted < 0) | (wanted > past)).any()) or (largest and not self.num_rows):
+            _refuse(f"rows that have seen {past.tolist()} tokens cannot be rolled back or cropped by {tokens}")
+        for layer in self.layers:
+            layer.check_rollback(wanted, past)
+        for layer in self.layers:
+            layer.rollback(wanted, past)
+        self._rows["tokens"] = past - wanted
+        self.seen = max(0, self.seen - largest)
+
+    def crop(self, max_length: int) -> None:
+        """Roll every row back by the same number of tokens; assisted decoding does.
+
+        Args:
+            max_length: The logical length to go back to; if negative, the number of tokens to drop; 0 drops none.
+
+        Raises:
+            ValueError: As ``rollback``.
+        """
+        tokens = self.seen - max_length if max_length > 0 else -max_length
+        if tokens > 0:
+            self.rollback(tokens)
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         if absent := [row for row in rows if not 0 <= row < self.num_rows]:
@@ -294,6 +346,11 @@ class KVCache(Cache):
         """
         if self.budget is not None and num_bytes > 0:
             self.budget.require(num_bytes, purpose)
+
+
+def _form(store: RowStore) -> tuple[type, Any]:
+    """What must be equal where rows go from one store to another."""
+    return type(store), store.shapes if isinstance(store, StateStore) else None
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore
+from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
 
 
 class PagedStore(RowStore):
@@ -22,9 +24,11 @@ class PagedStore(RowStore):
             layers whose heads have the same length.
         page_size: Slots in a page.
         placement: Where tensors lie.
+        bits: 8 or 4: what is written is quantised, every slot of every head by itself, and pages hold bytes; the dtype
+            of ``placement`` is then that of the copies that ``gather`` makes.
 
     Raises:
-        ValueError: ``page_size`` is below 1.
+        ValueError: ``page_size`` is below 1, or ``bits`` or the dims for them are not possible.
     """
 
     def __init__(
@@ -33,13 +37,18 @@ class PagedStore(RowStore):
         dims: Mapping[str, int],
         page_size: int = 32,
         placement: Placement | None = None,
+        bits: int | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
         super().__init__(placement or Placement())
         device = self.placement.device
-        self.num_heads, self.page_size = num_heads, page_size
-        self.pool = PagePool(page_size, dims, self.placement)
+        self.num_heads, self.page_size, self.bits, self.dims = num_heads, page_size, bits, dict(dims)
+        if bits is None:
+            self.pool = PagePool(page_size, dims, self.placement)
+        else:
+            packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
+            self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
         self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
 
@@ -67,7 +76,8 @@ class PagedStore(RowStore):
         page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
         for name, states in entries.items():
             held = self.pool.slots[name]
-            held[page, place] = states.detach()[row, head, entry].to(held.dtype)
+            kept = states.detach()[row, head, entry]
+            held[page, place] = kept.to(held.dtype) if self.bits is None else quantise(kept, self.bits)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
@@ -85,13 +95,14 @@ class PagedStore(RowStore):
         """Copies ``(B, H, n, channels)`` of the slots ``(B, n)`` of some heads, all by default; they must be owned."""
         table = self.table[:, heads]
         columns = (slots // self.page_size)[:, None].expand(-1, table.shape[1], -1)
-        return self.pool.slots[name][table.gather(2, columns), (slots % self.page_size)[:, None]]
+        return self._opened(name, self.pool.slots[name][table.gather(2, columns), (slots % self.page_size)[:, None]])
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
         """Copies of the slots ``(length, channels)`` of one head, by name."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
         pages = pages[pages >= 0]
-        return {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
+        copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
+        return {name: self._opened(name, slots) for name, slots in copies.items()}
 
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
@@ -111,7 +122,12 @@ class PagedStore(RowStore):
         self._trim()
 
     def join(self, other: Self) -> None:
-        """See ``RowStore``."""
+        """See ``RowStore``.
+
+        Raises:
+            ValueError: The other store's pages are of another form, such as quantised.
+        """
+        self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
         before, pages = self.num_rows, other.table[other.table >= 0]
         self.admit(other.num_rows)
@@ -130,7 +146,12 @@ class PagedStore(RowStore):
         return {**copies, "lengths": self.lengths[row].clone(), "owned": owned}
 
     def restore_row(self, row: int, snapshot: RowSnapshot) -> None:
-        """See ``RowStore``."""
+        """See ``RowStore``.
+
+        Raises:
+            ValueError: The snapshot's pages are of another form.
+        """
+        self._check_form(snapshot)
         self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(self.table[row][self.table[row] >= 0])
         self.table[row] = -1
@@ -201,6 +222,20 @@ class PagedStore(RowStore):
         tables = self.lengths.nbytes + self.table.nbytes
         spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
         return max(0, spare - -(-tables // self.pool.page_bytes))
+
+    def _opened(self, name: str, slots: Tensor) -> Tensor:
+        """Slots ``(..., channels)`` as they were written, from what pages hold of them."""
+        return slots if self.bits is None else dequantise(slots, self.bits, self.dims[name], self.placement.dtype)
+
+    def _check_form(self, pages: Mapping[str, Tensor]) -> None:
+        """Refuse pages that cannot be copied as they are, before anything changes."""
+        for name, mine in self.pool.slots.items():
+            theirs = pages[name]
+            if theirs.shape[1:] != mine.shape[1:] or theirs.is_floating_point() != mine.is_floating_point():
+                raise ValueError(
+                    f"pages of {tuple(theirs.shape[1:])} {theirs.dtype} do not fit a cache of {tuple(mine.shape[1:])} "
+                    f"{mine.dtype}: give both caches the same model, page size and bits"
+                )
 
     def _move_in(self, places: Tensor, source: Mapping[str, Tensor], pages: Tensor) -> None:
         """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""

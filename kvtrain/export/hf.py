@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.card import model_card
-from kvtrain.inference.load import load
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit, retrofitted_class
@@ -28,7 +28,7 @@ def export_run(
 ) -> Path:
     """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
 
-    A run whose method is ``Full`` becomes a plain folder of its host.
+    A run whose method is ``Full()``, all settings left alone, becomes a plain folder of its host.
 
     Args:
         run: Run folder of ``kvtrain fit``, or one ``.ckpt`` file in it.
@@ -88,12 +88,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
-    """The trained model: a retrofitted one, or the plain host where the method is ``Full``."""
+    """The trained model: a retrofitted one, or the plain host where the method is ``Full()``."""
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
     config = KVTrainConfig.from_dict(settings["config"])
     if base := settings.get("base"):
         return _on_base(base, config, model_weights(checkpoint))
-    plain = isinstance(config.method, Full)
+    plain = config.method == Full()
     if plain:
         host_config = config.host_config
         host_config._attn_implementation = None
@@ -111,7 +111,11 @@ def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> Pre
     Raises:
         ValueError: The base cannot be had, or is another one.
     """
-    model = retrofit(load(base, dtype=torch.float32), config.method)
+    try:
+        host = AutoModelForCausalLM.from_pretrained(resolve(base), dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"no model at {base!r}, the base of this run; put it there again, then export") from error
+    model = retrofit(host, config.method)
     model.eval()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in learnt.items():

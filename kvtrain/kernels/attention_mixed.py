@@ -171,6 +171,7 @@ class _MixedOnCPU(torch.autograd.Function):
         query, key, value, share, near, near_lse, full, far_lse = ctx.saved_tensors
         first, late_lse = ctx.window + ctx.sink, near_lse[:, :, ctx.window + ctx.sink :]
         late, near_share = at_least_float32(grad[:, :, first:]), 1 - _far_weight(late_lse, far_lse)
+        gate_dtype, share = share.dtype, share.to(late.dtype)
         # What a gate moves, from the window to everything, along the gradient: (B, H, n, 1).
         along = (late * (at_least_float32(full) - at_least_float32(near[:, :, first:]))).sum(-1, keepdim=True)
         grad_near, grad_lse = grad.clone(), torch.zeros_like(near_lse)
@@ -185,4 +186,4 @@ class _MixedOnCPU(torch.autograd.Function):
             far = _flash_backward(grad_full, *slices, full, full_lse, 0.0, True, attn_mask=None, scale=ctx.scale)
         for part, more in zip(_far_slices(*grads, ctx.window, ctx.sink), far, strict=True):
             part += more
-        return *grads, along.sum((0, 2), keepdim=True)[0].to(share.dtype), None, None, None
+        return *grads, along.sum((0, 2), keepdim=True)[0].to(gate_dtype), None, None, None

@@ -7,16 +7,21 @@ queries share the pages, runs of pages are copied instead, a bounded number at a
 No gradient flows into pages: a cache holds constants.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
+from kvtrain.kernels.quantisation import dequantise, packed_channels
 from kvtrain.kernels.visibility import finite, log_sum_exp
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-_RUN = 1024  # slots of one head that many queries attend at a time
+_RUN = 1024  # slots of one head that are copied at a time
+_SCRATCH = 4 * 2**20  # bytes of dequantised keys and values at a time, unless a single run takes more
 
 
 def paged_attention(
@@ -27,36 +32,80 @@ def paged_attention(
     lengths: Tensor,
     scale: float,
     *,
+    bits: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Let every query see the first ``lengths`` slots of its row and head.
 
     Args:
         query: ``(B, H, n, D)``.
-        keys: ``(pages, page_size, D)``.
-        values: ``(pages, page_size, D_v)``.
+        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantise`` makes of that.
+        values: ``(pages, page_size, D_v)``, likewise.
         table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
         lengths: ``(B, H_kv)`` visible slots.
         scale: Factor on the scores.
-        backend: ``"auto"``, ``"flash_cpu"`` or ``"chunked"``, for each page's own attention.
+        bits: 8 or 4, of quantised keys and values.
+        backend: ``"auto"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
 
     Returns:
         Output ``(B, H, n, D_v)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where nothing is visible.
 
     Raises:
-        ValueError: Head counts do not fit, or the backend cannot run this call.
+        ValueError: Head counts or bits do not fit, or the backend cannot run this call.
     """
     batch, heads, num_queries, dim = query.shape
     check_groups(heads, table.shape[1])
     if not query.numel():
-        return query.new_zeros(batch, heads, num_queries, values.shape[2]), _nothing(query)
-    if torch.is_grad_enabled() and query.requires_grad:  # the pages are written again before a backward pass comes
-        keys, values = keys.clone(), values.clone()
+        return query.new_zeros(batch, heads, num_queries, _Pages(keys, values, bits).value_dim), _nothing(query)
+    if bits is None and torch.is_grad_enabled() and query.requires_grad:
+        keys, values = keys.clone(), values.clone()  # the pages are written again before a backward pass comes
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
-    attend = _attend_in_place if grouped.shape[1] <= keys.shape[1] else _attend_runs
-    output, lse = attend(grouped, keys, values, table.flatten(0, 1), lengths.flatten(), scale, backend)
+    pages, owned = _Pages(keys, values, bits), (table.flatten(0, 1), lengths.flatten())
+    if grouped.shape[1] > pages.size:
+        output, lse = _attend_runs(grouped, pages, *owned, scale, backend)
+    elif bits is None:
+        output, lse = _attend_in_place(grouped, keys, values, *owned, scale, backend)
+    else:
+        output, lse = _attend_dequantised(grouped, pages, *owned, scale, backend)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
+
+
+class _Pages(NamedTuple):
+    """Keys and values on pages.
+
+    Attributes:
+        keys: ``(pages, page_size, D)``, or packed.
+        values: ``(pages, page_size, D_v)``, or packed.
+        bits: Of packed ones.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bits: int | None
+
+    @property
+    def size(self) -> int:
+        """Slots in a page."""
+        return self.keys.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value, D_v."""
+        width = self.values.shape[2]
+        return width if self.bits is None else packed_channels(width, self.bits)
+
+    def copy_runs(self, pages: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``(N, S, D)`` and values of runs of ``pages (N, columns)``, for queries ``(..., D)``."""
+        if self.bits is None:
+            return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
+        keys, values = (
+            # Whole pages at a time: indexing would copy byte by byte.
+            slots.index_select(0, pages.flatten()).unflatten(0, pages.shape).flatten(1, 2)
+            for slots in (self.keys, self.values)
+        )
+        key = dequantise(keys, self.bits, query.shape[-1], query.dtype)
+        return key, dequantise(values, self.bits, self.value_dim, query.dtype)
 
 
 def _attend_in_place(
@@ -73,26 +122,59 @@ def _attend_in_place(
     owner[table] = torch.arange(table.shape[0], dtype=table.dtype, device=table.device)[:, None]
     filled[table] = visible.to(table.dtype)
     output, lse = _attend_blocks(query[owner[:-1]], keys, values, filled[:-1], scale, backend)
-    pages = table.clamp(min=0)
-    lse = lse[pages].masked_fill((visible == 0).unsqueeze(-1), float("-inf"))  # (R, P, Q)
+    return _merge(output, lse, table.clamp(min=0), visible)
+
+
+def _attend_dequantised(
+    query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """All runs of quantised pages, so many at a time as the scratch holds; arguments as above."""
+    columns = max(1, min(_RUN // pages.size, table.shape[1]))
+    slots = columns * pages.size
+    runs = pad(table.clamp(min=0), (0, -table.shape[1] % columns)).unflatten(1, (-1, columns))  # (R, P, columns)
+    start = torch.arange(runs.shape[1], device=table.device) * slots
+    visible = (lengths[:, None] - start).clamp(0, slots)  # (R, P)
+    owner, number = visible.nonzero(as_tuple=True)
+    if not owner.numel():
+        return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    count = max(1, _SCRATCH // (slots * (query.shape[2] + pages.value_dim) * wide.itemsize))
+    work = (tensor.split(count) for tensor in (query[owner], runs[owner, number], visible[owner, number]))
+    parts = [
+        _attend_blocks(some, *pages.copy_runs(run, some), filled, scale, backend)
+        for some, run, filled in zip(*work, strict=True)
+    ]
+    order = torch.zeros_like(visible)
+    order[owner, number] = torch.arange(owner.numel(), device=order.device)
+    return _merge(torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts]), order, visible)
+
+
+def _merge(output: Tensor, lse: Tensor, order: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Join parts ``output (N, Q, D_v)`` and ``lse (N, Q)``: those of head ``r`` are ``order[r]``, where ``visible``.
+
+    Args:
+        output: Of every part.
+        lse: Of every part.
+        order: ``(R, P)`` parts of each head.
+        visible: ``(R, P)`` slots that a part shows; what shows none does not count.
+    """
+    lse = lse[order].masked_fill((visible == 0).unsqueeze(-1), float("-inf"))  # (R, P, Q)
     total = log_sum_exp(lse, 1)
     weights = torch.exp(lse - finite(total).unsqueeze(1)).unsqueeze(-1)
-    return (weights * at_least_float32(output)[pages]).sum(1).to(query.dtype), total
+    return (weights * at_least_float32(output)[order]).sum(1).to(output.dtype), total
 
 
 def _attend_runs(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, backend: str
+    query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Some columns of the table at a time, for those heads that reach so far; arguments as above."""
-    page_size = keys.shape[1]
-    columns = max(1, _RUN // page_size)
+    columns = max(1, _RUN // pages.size)
     lse = _nothing(query)
-    output = lse.new_zeros(*query.shape[:2], values.shape[2])  # wide: it is rounded once, not after every run
+    output = lse.new_zeros(*query.shape[:2], pages.value_dim)  # wide: it is rounded once, not after every run
     for begin in range(0, table.shape[1], columns):
-        left = lengths - begin * page_size
+        left = lengths - begin * pages.size
         rows = (left > 0).nonzero().squeeze(1)
-        pages = table[rows, begin : begin + columns].clamp(min=0)
-        block = (keys[pages].flatten(1, 2), values[pages].flatten(1, 2))
+        block = pages.copy_runs(table[rows, begin : begin + columns].clamp(min=0), query)
         part = _attend_blocks(query[rows], *block, left[rows].clamp(max=block[0].shape[1]), scale, backend)
         merged = merge_attention([(output[rows, None], lse[rows, None]), (part[0][:, None], part[1][:, None])])
         output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)

@@ -19,21 +19,21 @@ class Distillation:
     The defaults are pure ``KL(teacher || student)``, what DMS retrofits with.
 
     Attributes:
-        of: What is compared: ``logits``, by the divergence of distributions, or ``hidden``, the last hidden states
-            after the final norm, by the mean square of their difference (DuoAttention, section 2.2).
         weight: Share of the divergence in the loss, above 0 and up to 1; cross-entropy has the rest.
         direction: ``forward`` is ``KL(teacher || student)``: the student covers all that the teacher says.
             ``reverse`` is ``KL(student || teacher)``: it says nothing that the teacher would not.
         temperature: Divides both models' logits in the divergence, which is multiplied by its square.
+        of: What is compared: ``logits``, by the divergence of distributions, or ``hidden``, the last hidden states
+            after the final norm, by the mean square of their difference (DuoAttention, section 2.2).
 
     Raises:
         ValueError: A setting is out of range.
     """
 
-    of: Target = "logits"
     weight: float = 1.0
     direction: Direction = "forward"
     temperature: float = 1.0
+    of: Target = "logits"
 
     def __post_init__(self) -> None:
         if self.of not in get_args(Target):

@@ -88,8 +88,8 @@ class HostAttention(nn.Module):
             heads: Those that are attended.
         """
         lengths, slots = pages.lengths if lengths is None else lengths, pages.pool.slots
-        keys, values = slots["keys"], slots["values"]
-        return paged_attention(query, keys, values, pages.table[:, heads], lengths[:, heads], self.scaling)
+        keys, values, table = slots["keys"], slots["values"], pages.table[:, heads]
+        return paged_attention(query, keys, values, table, lengths[:, heads], self.scaling, bits=pages.bits)
 
     def attend_beside_pages(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, pages: PagedStore, heads: slice = slice(None)

@@ -20,7 +20,7 @@ def attend_beside_window(
     visible: Tensor | None = None,
     diagonal: Diagonal = "plain",
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Several new tokens a row, each over the first tokens of its row and over the latest ones before it.
 
     Args:
@@ -36,7 +36,7 @@ def attend_beside_window(
         scale: Factor on the scores.
 
     Returns:
-        ``(B, H, n, D)``; zeros where a token sees nothing.
+        Output ``(B, H, n, D)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where a token sees nothing.
     """
     keys, values, positions = held
     visible = valid if visible is None else visible
@@ -62,7 +62,7 @@ def attend_beside_window(
         query_documents=valid.long(),
         key_documents=documents.long(),
         scale=scale,
-    )[0]
+    )
 
 
 def take_slots(tensor: Tensor, order: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def receptive_field(batch: Batch, settings: Duo, layers: int) -> Tensor | slice:
     """Columns of a batch on which a student's labelled tokens depend, where the far part is the teacher's.
 
     Every layer reaches ``recent - 1`` tokens back, and to the sinks, which depend on themselves alone. Rows of several
-    documents are read whole.
+    documents are read whole, and so are all rows where a token stands for what the window has dropped.
 
     Args:
         batch: Labels and documents.
@@ -182,7 +182,7 @@ def receptive_field(batch: Batch, settings: Duo, layers: int) -> Tensor | slice:
     """
     labelled = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()
     documents = batch["document_ids"]
-    if not labelled.numel() or bool((documents != documents[:, :1]).any()):
+    if settings.compensation or not labelled.numel() or bool((documents != documents[:, :1]).any()):
         return slice(None)
     first, last = int(labelled[0]), int(labelled[-1]) + 1
     start = first - 1 - (settings.recent - 1) * layers

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorConverter, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorConverter,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -59,7 +65,6 @@ class TrainingMemory:
     teacher: int
     activations: int
     peak: int
-
 
     def at(self, length: int, longer: "TrainingMemory", lengths: tuple[int, int]) -> "TrainingMemory":
         """For rows of another length, from this and from ``longer``, which are those of two ``lengths``."""
@@ -214,7 +219,9 @@ def _twin(module: TrainingModule) -> Any:
     """A copy that needs neither a trainer nor weights."""
     twin: Any = copy.deepcopy(module)
     config = base_config(module)
-    twin._load_base = lambda: AutoModelForCausalLM.from_config(config, dtype=getattr(module, "base_dtype", torch.float32))
+    twin._load_base = lambda: AutoModelForCausalLM.from_config(
+        config, dtype=getattr(module, "base_dtype", torch.float32)
+    )
     twin.log = lambda *_, **__: None
     # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
     twin.trainer = SimpleNamespace(

@@ -355,11 +355,12 @@ def test_a_second_turn_goes_on_from_the_first(model, method):
     assert torch.equal(again, model.generate(text, use_cache=False, max_new_tokens=5, do_sample=False, pad_token_id=0))
 
 
-def test_refusals_name_the_remedy(model):
+def test_refusals_name_the_remedy(model, method):
     ids = random_ids(2, 8)
     cache = filled(model, ids)
-    with pytest.raises(ValueError, match="snapshot_row"):
-        cache.crop(-1)
+    if method.startswith(("dmc", "lckv")):  # the others take tokens back: test_rollback.py
+        with pytest.raises(ValueError, match="snapshot_row"):
+            cache.crop(-1)
     with pytest.raises(ValueError, match="byte budget"):
         cache.offload(0)
     with pytest.raises(ValueError, match="the cache 2"):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtrain.cache.budget import ByteBudget, CacheFullError
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
+from kvtrain.kernels.quantisation import dequantise, quantise
 
 from .test_state import RUN, RowMachine
 
@@ -41,12 +43,18 @@ class PagedMachine(RowMachine):
             for head, held in enumerate(heads):
                 new = numbers[row, head][keep[row, head]].tolist()
                 held[int(slots[row, head]) :] = new or held[int(slots[row, head]) :]
-        store.write(entries(numbers), slots.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+        store.write(self.written(numbers), slots.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+
+    def written(self, numbers):
+        return entries(numbers)
+
+    def held(self, numbers):
+        return entries(numbers)
 
     def check_row(self, store, row, expected):
         assert store.lengths[row].tolist() == [len(held) for held in expected]
         for head, held in enumerate(expected):
-            expected_slots = entries(torch.tensor(held, dtype=torch.float64))
+            expected_slots = self.held(torch.tensor(held, dtype=torch.float64))
             found = store.gather_row(row, head)
             assert found.keys() == expected_slots.keys()
             assert all(torch.equal(found[name], slots) for name, slots in expected_slots.items())
@@ -187,3 +195,99 @@ def test_one_page_holds_several_layers():
 def test_page_size_is_validated(page_size):
     with pytest.raises(ValueError, match=f"page_size must be at least 1, not {page_size}"):
         PagedStore(HEADS, DIMS, page_size)
+
+
+def packed_once(states, bits, dtype=torch.float64):
+    return dequantise(quantise(states, bits), bits, states.shape[-1], dtype)
+
+
+def even_entries(numbers):
+    """As ``entries``, four channels and two: what 4 bits can hold."""
+    keys = numbers[..., None] + torch.tensor([0.0, 0.25, 0.5, 3.0], dtype=torch.float64)
+    return {"keys": keys, "values": -keys[..., :2]}
+
+
+class QuantisedMachine(PagedMachine):
+    """Rows come, move and go as bytes: what comes out is what went in, packed once and never again."""
+
+    def configure(self, data):
+        super().configure(data)
+        self.bits = data.draw(st.sampled_from([8, 4]))
+
+    def make_store(self):
+        return PagedStore(HEADS, {"keys": 4, "values": 2}, self.page_size, DOUBLE, self.bits)
+
+    def written(self, numbers):
+        return even_entries(numbers)
+
+    def held(self, numbers):
+        return {name: packed_once(states, self.bits) for name, states in even_entries(numbers).items()}
+
+
+QuantisedMachine.TestCase.settings = settings(RUN, max_examples=20, stateful_step_count=15)
+TestQuantisedStore = QuantisedMachine.TestCase
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_bytes_by_hand(bits):
+    """Codes and four bytes a vector, whatever the dtype; what was announced is what is taken."""
+    dims, slot = {"keys": 6, "values": 2}, {8: 6 + 4 + 2 + 4, 4: 3 + 4 + 1 + 4}[bits]
+    for dtype in (torch.float64, torch.bfloat16):
+        store = PagedStore(HEADS, dims, 16, Placement(dtype), bits)
+        promised = store.bytes_for(40, rows=2)
+        store.admit(2)
+        states = {name: torch.ones(2, HEADS, 40, dim, dtype=dtype) for name, dim in dims.items()}
+        store.append(states, torch.ones(2, 40, dtype=torch.bool))
+        pages = 2 * HEADS * 3
+        assert store.pool.page_bytes == 16 * slot
+        assert store.num_bytes() == promised == pages * 16 * slot + 2 * HEADS * (8 + 3 * 4)
+        assert store.bytes_for(8) == 0 and store.bytes_for(9) == 2 * HEADS * (16 * slot + 4)
+        assert {tensor.dtype for tensor in store.pool.tensors()} == {torch.uint8}
+
+
+def test_a_budget_counts_quantised_bytes():
+    """What holds 16 tokens in float64 holds 59 in 8 bits, a page and a number in the table for each."""
+    token, held = {"keys": torch.ones(1, 1, 1, 6)}, torch.ones(1, 1, dtype=torch.bool)
+    limit = 8 + 16 * (6 * 8 + 4)
+    for bits, tokens in ((None, 16), (8, (limit - 8) // (6 + 4 + 4))):
+        store = PagedStore(1, {"keys": 6}, 1, Placement(torch.float64, budget=ByteBudget(limit)), bits)
+        store.admit(1)
+        for _ in range(tokens):
+            store.append(token, held)
+        with pytest.raises(CacheFullError):
+            store.append(token, held)
+        assert store.lengths.item() == tokens
+
+
+def test_slots_of_quantised_pages_come_out_in_the_placements_dtype():
+    store = PagedStore(HEADS, {"keys": 3}, 4, Placement(torch.bfloat16), 8)
+    store.admit(2)
+    states = torch.randn(2, HEADS, 9, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    store.append({"keys": states}, torch.ones(2, 9, dtype=torch.bool))
+    expected = packed_once(states.detach(), 8, torch.bfloat16)
+    slots = torch.tensor([[8, 0, 3], [5, 5, 1]])
+    found = store.gather("keys", slots)
+    assert found.dtype == torch.bfloat16 and not found.requires_grad
+    assert torch.equal(found, torch.stack([expected[row][:, slots[row]] for row in range(2)]))
+    assert torch.equal(store.gather("keys", slots, slice(1, None)), found[:, 1:])
+    assert torch.equal(store.gather_row(1, 0)["keys"], expected[1, 0])
+
+
+@pytest.mark.parametrize("bits", [(8, None), (None, 4), (4, None), (8, 4)])
+def test_pages_of_another_form_are_refused_before_anything_changes(bits):
+    """Also where a packed vector of 4 bits has as many bytes as a plain one has channels."""
+    store, other = (PagedStore(1, {"keys": 8}, 4, DOUBLE, form) for form in bits)
+    for part in (store, other):
+        part.admit(1)
+        part.append({"keys": torch.ones(1, 1, 3, 8)}, torch.ones(1, 3, dtype=torch.bool))
+    before = [tensor.clone() for tensor in store.tensors()]
+    for change in (lambda: store.join(other), lambda: store.restore_row(0, other.snapshot_row(0))):
+        with pytest.raises(ValueError, match=r"do not fit a cache of .*: give both caches the same model, page size"):
+            change()
+    assert all(torch.equal(old, new) for old, new in zip(before, store.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(("dims", "bits", "message"), [({"keys": 8}, 3, "must be 4 or 8"), ({"keys": 7}, 4, "is odd")])
+def test_bits_are_validated(dims, bits, message):
+    with pytest.raises(ValueError, match=message):
+        PagedStore(HEADS, dims, bits=bits)

@@ -1,6 +1,6 @@
 """Attention over pages against attention over a dense copy of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
 
 from .tensor_sizes import TensorSizes
 
@@ -30,6 +31,7 @@ class Pages:
         keys: ``(pages, page_size, D)``.
         values: ``(pages, page_size, D_v)``.
         table: ``(B, H_kv, P)``.
+        bits: Of packed ``keys`` and ``values``.
     """
 
     query: Tensor
@@ -39,10 +41,22 @@ class Pages:
     keys: Tensor
     values: Tensor
     table: Tensor
+    bits: int | None = None
 
     def run(self, backend: str = "auto", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        query, keys, values = (tensor.to(dtype) for tensor in (self.query, self.keys, self.values))
-        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, backend=backend)
+        tensors = (self.query, self.keys, self.values)
+        query, keys, values = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, bits=self.bits, backend=backend)
+
+    def quantised(self, bits: int) -> "Pages":
+        """The same on packed pages; what is dense has been packed once."""
+
+        def packed_once(states: Tensor) -> Tensor:
+            return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+
+        keys, values = quantise(self.keys, bits), quantise(self.values, bits)
+        key, value = packed_once(self.key), packed_once(self.value)
+        return replace(self, key=key, value=value, keys=keys, values=values, bits=bits)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         absent = torch.arange(self.key.shape[2]) >= self.lengths.unsqueeze(-1)
@@ -236,3 +250,83 @@ def test_no_queries_no_rows_and_heads_that_do_not_group():
     assert output.shape == (0, 4, 1, 8) and lse.shape == (0, 4, 1)
     with pytest.raises(ValueError, match="3 query heads cannot share 2"):
         paged_attention(torch.zeros(1, 3, 2, 8), pages, pages, table, lengths, scale)
+
+
+BITS = [8, 4]
+
+
+@PROPERTY
+@given(pages(), st.sampled_from(BITS), st.sampled_from(BACKENDS))
+def test_quantised_pages_are_attention_over_what_they_hold(case: Pages, bits: int, backend: str):
+    """Ragged and empty heads, few queries and many, garbage elsewhere."""
+    packed = case.quantised(bits)
+    assert packed.keys.shape == (*case.keys.shape[:2], packed_width(4, bits))
+    assert_close(packed.run(backend), packed.dense(), 1e-12)
+    assert_close(packed.run(backend, torch.float32), packed.dense(), 1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("page_size", "num_queries"), [(16, 1), (48, 3), (48, 40), (1100, 1)])
+def test_more_quantised_slots_than_one_run_or_the_scratch_holds(
+    monkeypatch, bits: int, page_size: int, num_queries: int
+):
+    for scratch in (1, 2 * 1100 * 8 * 8, 2**22):
+        monkeypatch.setattr("kvtrain.kernels.paged_attention._SCRATCH", scratch)
+        case = make_pages(LONG, page_size=page_size, num_queries=num_queries).quantised(bits)
+        assert_close(case.run(), case.dense(), 1e-12)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_queries_dequantise_into_bounded_memory(bits: int):
+    """Keys and values of 64 heads would take 128 MiB: never more than 8 runs, 4 MiB, are there at a time."""
+    counts, dim = [[4096] * 8] * 8, 64
+    case = make_pages([[1]], page_size=32, groups=1, dim=dim, free=0)  # queries, tables and lengths of a larger one
+    owned = torch.arange(64 * 128, dtype=torch.int).view(8, 8, 128)
+    packed = torch.zeros(owned.numel(), 32, packed_width(dim, bits), dtype=torch.uint8)
+    case = replace(case, keys=packed, values=packed, table=owned, lengths=torch.tensor(counts), bits=bits)
+    case.query = torch.zeros(8, 8, 1, dim)
+    with TensorSizes() as sizes:
+        case.run(dtype=torch.float32)
+    assert max(sizes) <= 8 * 1024 * packed_width(dim, 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("free", [0, 2])
+def test_where_nothing_is_visible_on_quantised_pages(bits: int, num_queries: int, free: int):
+    case = make_pages([[0, 5], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantised(bits)
+    hidden = replace(case, lengths=torch.zeros_like(case.lengths))
+    empty = make_pages([[0, 0], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantised(bits)
+    for output, lse in ([part[1] for part in case.run()], hidden.run(), empty.run()):
+        assert output.eq(0).all() and lse.eq(float("-inf")).all()
+    none = replace(case, query=case.query[:, :, :0])
+    assert none.run()[0].shape == (2, 4, 0, 4)
+
+
+@pytest.mark.parametrize("num_queries", [2, 9])
+def test_queries_of_quantised_pages_receive_gradients(num_queries: int):
+    """Values of another width, and pages that were written again."""
+    case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries, value_dim=6).quantised(4)
+    weight, gradients = torch.randn(*case.query.shape[:3], 6, dtype=torch.float64), []
+    case.query.requires_grad_()
+    for run in (case.run, case.dense):
+        output, lse = run()
+        loss = (output * weight).sum() + lse.masked_fill(lse == float("-inf"), 0.0).sin().sum()
+        case.keys.zero_()
+        gradients += torch.autograd.grad(loss, case.query)
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-10)
+
+
+def test_bf16_queries_over_quantised_pages():
+    case = make_pages([[5000, 40], [3, 0]], page_size=32, dim=16).quantised(8)
+    case.query = case.query.bfloat16().double()
+    output, lse = case.run(dtype=torch.bfloat16)
+    assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert_close((output, lse), case.dense(), 2e-2)
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_pages_of_other_bits_are_refused(num_queries: int):
+    case = make_pages([[9, 0]], page_size=4, num_queries=num_queries).quantised(8)
+    with pytest.raises(ValueError, match="4 channels in 4 bits take 6 bytes, not 8; pass the bits"):
+        replace(case, bits=4).run()

@@ -1,69 +1,29 @@
 """DuoAttention's two forms: heads with gates, which train, and rounded heads, which a cache serves.
 
 Everywhere a token sees the same: in a full head all tokens before it, in a streaming head the first ``sink`` of its
-document and the latest ``recent``, itself included, at their true positions (no re-rotation).
+document and the latest ``recent``, itself included, at their true positions (no re-rotation). With ``compensation`` a
+streaming head sees one token more, which stands for all others.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvtrain.cache.base import KVCache
-from kvtrain.kernels.attention import attention
-from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
+from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.gates import hard_concrete
+from kvtrain.models.duo.scope import mix_heads, scope_of
 from kvtrain.models.serving import NewTokens
 from kvtrain.models.windows import attend_beside_window
 
 Angles = tuple[Tensor, Tensor]
-
-
-class Scope(NamedTuple):
-    """Who sees whom in a forward pass without a cache.
-
-    Attributes:
-        settings: The method.
-        documents: ``(B, T)``, or None where every row is one.
-        position_ids: ``(B or 1, T)`` places within each document.
-        scale: Factor on the scores.
-    """
-
-    settings: Duo
-    documents: Tensor | None
-    position_ids: Tensor | None
-    scale: float
-
-    def everything(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """All tokens before."""
-        documents = self.documents
-        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
-
-    def window(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The first tokens and the latest ones."""
-        return window_attention(query, key, value, **self._near())[0]
-
-    def mixed(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
-        """Both, by ``gates (H_kv,)``."""
-        return mixed_attention(query, key, value, gates, **self._near())
-
-    def _near(self) -> dict[str, Any]:
-        positions = self.position_ids
-        if positions is not None and self.documents is not None:
-            positions = positions.expand_as(self.documents)
-        return {
-            "window": self.settings.recent,
-            "sink": self.settings.sink,
-            "position_ids": positions,
-            "documents": self.documents,
-            "scale": self.scale,
-        }
 
 
 @dataclass(frozen=True)
@@ -76,6 +36,7 @@ class DuoStep:
         teacher: What they saw there, to be mixed in instead of the student's own attention over everything.
         seed: Of random gates.
         step: Optimiser step; None: gates are the most likely ones.
+        gates: ``(H_kv,)`` by layer, in place of the model's own.
     """
 
     everything: bool = False
@@ -83,6 +44,7 @@ class DuoStep:
     teacher: Mapping[int, Tensor] | None = None
     seed: int = 0
     step: int | None = None
+    gates: Mapping[int, Tensor] | None = None
 
 
 class GatedAttention(HostAttention):
@@ -134,22 +96,19 @@ class GatedAttention(HostAttention):
         """
         step = duo_step or DuoStep()
         query, key, value = self.project(hidden_states, position_embeddings)
-        documents = _one_per_row(parallel_documents(document_ids, attention_mask))
-        scope = Scope(self.settings, documents, position_ids, self.scaling)
+        scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
         if step.everything:
             output = scope.everything(query, key, value)
             if step.record is not None:
                 step.record[self.layer_idx] = output
             return self.project_out(output), None
-        gates = self.gate_values(step)
+        gates = self.gate_values(step) if step.gates is None else step.gates[self.layer_idx]
         if gate_ledger is not None:
             gate_ledger[self.layer_idx] = (gates, self.gates)
         if step.teacher is None:
             output = scope.mixed(query, key, value, gates)
         else:
-            share = gates.repeat_interleave(self.num_groups)[:, None, None]
-            near = scope.window(query, key, value)
-            output = torch.lerp(near.float(), step.teacher[self.layer_idx].float(), share).to(near.dtype)
+            output = mix_heads(scope.streaming(query, key, value), step.teacher[self.layer_idx], gates)
         return self.project_out(output), None
 
 
@@ -191,9 +150,8 @@ class RoundedAttention(HostAttention):
         """
         query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is None:
-            documents = _one_per_row(parallel_documents(document_ids, attention_mask))
-            scope = Scope(self.settings, documents, position_ids, self.scaling)
-            output = self._by_class(scope.everything, scope.window, query, key, value)
+            scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+            output = self._by_class(scope.everything, scope.streaming, query, key, value)
         else:
             layer = past_key_values.layers[self.layer_idx]
             assert isinstance(layer, DuoCacheLayer) and new_tokens is not None
@@ -204,27 +162,39 @@ class RoundedAttention(HostAttention):
         self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
+        dropped = layer.drop(key, value, past, valid)
         if query.shape[2] == 1:
             layer.write(key, value, past, valid)
-            return self.attend_pages(query, layer.pages)[0]
+            return self._decode(query, layer, dropped)
 
         def everything(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return self.attend_beside_pages(query, key, value, valid, layer.pages, slice(self.num_full))
 
-        def window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_beside_window(
+        def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            near = attend_beside_window(
                 query,
                 (key, value),
                 layer.window(past),
                 valid,
-                window=self.settings.recent,
-                sink=self.settings.sink,
+                window=layer.recent,
+                sink=layer.sink,
                 scale=self.scaling,
             )
+            return near[0] if dropped is None else add_compensation(near, query, dropped, self.scaling)[0]
 
-        output = self._by_class(everything, window, query, key, value)
+        output = self._by_class(everything, streaming, query, key, value)
         layer.write(key, value, past, valid)
         return output
+
+    def _decode(self, query: Tensor, layer: DuoCacheLayer, dropped: Dropped | None) -> Tensor:
+        """One token a row, whose key and value the cache holds already."""
+        output, lse = self.attend_pages(query, layer.pages)
+        if dropped is None:
+            return output
+        first = self.num_full * self.num_groups
+        near = (output[:, first:], lse[:, first:])
+        streaming = add_compensation(near, query[:, first:], dropped, self.scaling)[0]
+        return torch.cat([output[:, :first], streaming], 1)
 
     def _by_class(
         self,
@@ -243,10 +213,3 @@ class RoundedAttention(HostAttention):
         if self.num_full < self.num_key_value_heads:
             parts.append(window(*(tensor[:, count:] for tensor, count in zip(heads, counts, strict=True))))
         return torch.cat(parts, 1)
-
-
-def _one_per_row(documents: Tensor | None) -> Tensor | None:
-    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
-    if documents is None or documents.device.type != "cpu" or bool((documents != documents[:, :1]).any()):
-        return documents
-    return None

@@ -34,6 +34,7 @@ class Duo(Method):
         sparsity: Share of streaming heads that ``kvtrain export`` rounds to.
         full_heads: The key-value heads of each layer that keep everything, as the base numbers them; set by rounding.
         page_size: Slots in a page of the serving cache.
+        compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
 
     Raises:
         ValueError: A value is out of range.
@@ -48,6 +49,7 @@ class Duo(Method):
     sparsity: float = 0.5
     full_heads: Sequence[Sequence[int]] | None = None
     page_size: int = 32
+    compensation: bool = False
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
@@ -91,8 +93,30 @@ class Duo(Method):
             return GatedAttention(host_attention, layer_idx, self)
         return RoundedAttention(host_attention, layer_idx, self)
 
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "KVCacheLayer":
-        """See ``Method.cache_layer``.
+    def cache_layers(
+        self, host_config: "PreTrainedConfig", placements: "list[Placement]", slack: int = 0, **options: Any
+    ) -> "list[KVCacheLayer]":
+        """See ``Method.cache_layers``.
+
+        Args:
+            host_config: The host's configuration.
+            placements: Where the tensors of each layer lie.
+            slack: Tokens that ``rollback`` may take back although streaming heads have dropped others for them.
+            **options: Refused.
+
+        Raises:
+            ValueError: ``slack`` is negative, there is another option, or the gates are not rounded.
+        """
+        if slack < 0:
+            raise ValueError(f"slack is a number of tokens that can be taken back, 0 or more, not {slack}")
+        if options:
+            return super().cache_layers(host_config, placements, **options)
+        return [self.cache_layer(index, host_config, placement, slack) for index, placement in enumerate(placements)]
+
+    def cache_layer(
+        self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement", slack: int = 0
+    ) -> "KVCacheLayer":
+        """See ``Method.cache_layer``; ``slack`` as in ``cache_layers``.
 
         Raises:
             ValueError: The gates are not rounded.
@@ -106,7 +130,8 @@ class Duo(Method):
             )
         heads, head_dim = key_value_shape(host_config)
         num_full = len(self.full_heads[layer_idx])
-        return DuoCacheLayer(num_full, heads, head_dim, self.sink, self.recent, placement, self.page_size)
+        shape = (num_full, heads, head_dim, self.sink, self.recent)
+        return DuoCacheLayer(*shape, placement, self.page_size, self.compensation, slack)
 
     def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
         """See ``Method.adapt_state``."""
@@ -117,6 +142,17 @@ class Duo(Method):
     def rounded(self, full_heads: Sequence[Sequence[int]]) -> "Duo":
         """These settings for rounded heads."""
         return replace(self, full_heads=full_heads)
+
+    def as_served(self, host_config: "PreTrainedConfig") -> "Duo":
+        """See ``Method.as_served``: which heads are full makes no difference to the bytes."""
+        import torch
+
+        from kvtrain.models.duo.gates import choose_full_heads
+
+        if self.full_heads is not None:
+            return self
+        equal = torch.zeros(host_config.num_hidden_layers, key_value_shape(host_config)[0])
+        return self.rounded(choose_full_heads(equal, self.sparsity))
 
     def deploy(self, model: "PreTrainedModel") -> None:
         """See ``Method.deploy``."""

@@ -1,7 +1,7 @@
 """Settings of the identity method."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvtrain.models.method import Method, key_value_shape
 
@@ -15,9 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every key and value: the host as it was, on kvtrain's pages and kernels."""
+    """Keep every key and value: the host as it was, on kvtrain's pages and kernels.
+
+    Args:
+        kv_bits: Bits of a channel in the serving cache, 8 or 4; every token's key and value in every head has a scale
+            and a zero of its own, 4 bytes more. The forward pass without a cache does not quantise. None keeps them in
+            the model's dtype.
+
+    Raises:
+        ValueError: Other bits.
+    """
 
     name: ClassVar[str] = "full"
+
+    kv_bits: Literal[4, 8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_bits not in (None, 4, 8):
+            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantise nothing")
 
     def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
         """See ``Method.attention``."""
@@ -29,4 +44,4 @@ class Full(Method):
         """See ``Method.cache_layer``."""
         from kvtrain.models.full.cache import FullCacheLayer
 
-        return FullCacheLayer(*key_value_shape(host_config), placement)
+        return FullCacheLayer(*key_value_shape(host_config), placement, bits=self.kv_bits)

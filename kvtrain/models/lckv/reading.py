@@ -135,7 +135,7 @@ class Reader:
             visible=None if new is not None else torch.zeros_like(self.valid),
             diagonal=module.diagonal,
             scale=module.scaling,
-        )
+        )[0]
 
     def _attend_endless(
         self,

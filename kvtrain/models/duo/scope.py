@@ -1,0 +1,83 @@
+"""What heads see in a forward pass without a cache: everything, a window, or a mixture."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
+from kvtrain.kernels.compensation import add_compensation, dropped_by_window
+from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.models.attention import parallel_documents
+from kvtrain.models.duo.config import Duo
+
+
+class Scope(NamedTuple):
+    """Who sees whom in a forward pass without a cache.
+
+    Attributes:
+        settings: The method.
+        documents: ``(B, T)``, or None where every row is one.
+        position_ids: ``(B or 1, T)`` places within each document.
+        scale: Factor on the scores.
+    """
+
+    settings: Duo
+    documents: Tensor | None
+    position_ids: Tensor | None
+    scale: float
+
+    def everything(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All tokens before."""
+        documents = self.documents
+        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
+
+    def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The first tokens and the latest ones, and where it is so set one that stands for all others."""
+        near = window_attention(query, key, value, scale=self.scale, **self._window())
+        if not self.settings.compensation:
+            return near[0]
+        return add_compensation(near, query, dropped_by_window(key, value, **self._window()), self.scale)[0]
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
+        """Both, by ``gates (H_kv,)``."""
+        if not self.settings.compensation:
+            return mixed_attention(query, key, value, gates, scale=self.scale, **self._window())
+        return mix_heads(self.streaming(query, key, value), self.everything(query, key, value), gates)
+
+    def _window(self) -> dict[str, Any]:
+        positions = self.position_ids
+        if positions is not None and self.documents is not None:
+            positions = positions.expand_as(self.documents)
+        return {
+            "window": self.settings.recent,
+            "sink": self.settings.sink,
+            "position_ids": positions,
+            "documents": self.documents,
+        }
+
+
+def scope_of(
+    settings: Duo,
+    scale: float,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Scope:
+    """Who sees whom, from the arguments of an attention's forward pass without a cache."""
+    return Scope(settings, _one_per_row(parallel_documents(document_ids, attention_mask)), position_ids, scale)
+
+
+def mix_heads(streaming: Tensor, everything: Tensor, gates: Tensor) -> Tensor:
+    """``(1 - gate) * streaming + gate * everything`` of ``(B, H, T, D)``, by ``gates (H_kv,)``."""
+    near, far = at_least_float32(streaming), at_least_float32(everything)
+    share = gates.repeat_interleave(near.shape[1] // len(gates))[:, None, None].to(near.dtype)
+    return torch.lerp(near, far, share).to(streaming.dtype)
+
+
+def _one_per_row(documents: Tensor | None) -> Tensor | None:
+    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
+    if documents is None or documents.device.type != "cpu" or not bool((documents == documents[:, :1]).all()):
+        return documents
+    return None
