@@ -13,6 +13,7 @@ import pytest
 import kvtrain
 import kvtrain_cli
 from kvtrain.cli import COMMANDS, main
+from kvtrain.data.passkey import PasskeyTask
 from kvtrain.help import FOLDER, generated_pages
 from kvtrain.mistakes import UsageError, innermost, nearest, raised_by_kvtrain, unknown
 
@@ -146,8 +147,10 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     calls = []
     planted(monkeypatch, "kvtrain.evaluation.evaluate", run_tasks=lambda *a, **k: calls.append((a, k)) or rows)
     file = tmp_path / "figures.json"
-    assert main(["eval", "m", "--tasks", "perplexity, passkey", "--limit", "3", "--json", str(file)]) == 0
+    words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--json", str(file)]
+    assert main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
+    settings["passkeys"] = PasskeyTask(4, 8)
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

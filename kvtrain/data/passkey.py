@@ -7,7 +7,7 @@ exactly as long as it is asked to be.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -131,10 +131,7 @@ class PasskeyWriter:
         while keys and self._overhead(keys) > length:
             keys.pop()
         if not keys:
-            raise ValueError(
-                f"a sample of {length} tokens cannot hold a passkey of {self.task.words} words; "
-                "lower words, or raise the length"
-            )
+            self._refuse(length)
         book = np.resize(haystack, length - self._overhead(keys))
         parts = [self._opening, *self._hide(rng, book, keys), self._closing]
         begin = sum(part.size for part in parts)
@@ -150,6 +147,22 @@ class PasskeyWriter:
         for span in learnt if self.task.supervision == "tail" else answers:
             labels[span] = input_ids[span]
         return PasskeySample(input_ids, labels, answers)
+
+    def require(self, length: int) -> None:
+        """Make sure that samples of so many tokens hold a passkey, whatever its words.
+
+        Raises:
+            ValueError: Some would not.
+        """
+        longest = max(self._words, key=len)
+        if self._overhead([np.tile(longest, self.task.words)]) > length:
+            self._refuse(length)
+
+    def _refuse(self, length: int) -> NoReturn:
+        raise ValueError(
+            f"a sample of {length} tokens cannot hold a passkey of {self.task.words} words; "
+            "lower words, or raise the length"
+        )
 
     def _passkey(self, rng: np.random.Generator) -> Ids:
         return np.concatenate([self._words[word] for word in rng.integers(len(WORDS), size=self.task.words)])

@@ -123,7 +123,7 @@ class RecallLoader:
         self.cursor = 0
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
-            self._passkey(np.random.default_rng(0), data.shortest)  # complain before the training begins
+            self.writer.require(_rounded(data.shortest))  # complain before the training begins
 
     def __len__(self) -> int:
         if self.validation_rows is None:
@@ -158,7 +158,7 @@ class RecallLoader:
         if number < self.data.growth_batches:
             longest = round(shortest * (longest / shortest) ** (number / self.data.growth_batches))
         drawn = int(np.random.default_rng([self.data.seed, number]).integers(shortest, longest + 1))
-        return max(_MULTIPLE, drawn - drawn % _MULTIPLE)
+        return _rounded(drawn)
 
     def _batch(self, number: int, rank: int) -> Batch:
         length = self.length(number)
@@ -196,6 +196,10 @@ class RecallLoader:
         tokens = self.shards.tokens[int(rng.choice(len(self._sizes), p=self._sizes / self._sizes.sum()))]
         begin = int(rng.integers(max(1, tokens.size - length)))
         return np.asarray(tokens[begin : begin + length], dtype=np.int64)
+
+
+def _rounded(length: int) -> int:
+    return max(_MULTIPLE, length - length % _MULTIPLE)
 
 
 def _targets(batch: Batch) -> torch.Tensor:
