@@ -100,7 +100,7 @@ def test_a_mixing_run_logs_its_parts(distilling, tmp_path):
     assert abs(rows[0]["divergence"]) < 1e-5 < rows[-1]["divergence"]
     assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"]
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["distill"]
-    assert written == {"weight": 0.25, "direction": "reverse", "temperature": 2.0}
+    assert written == {"weight": 0.25, "direction": "reverse", "temperature": 2.0, "of": "logits"}
     assert fit(tmp_path / "run" / "config.yaml", "--ckpt_path", "last") == 0
 
 
