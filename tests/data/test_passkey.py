@@ -111,7 +111,8 @@ def test_words_and_depths_are_uniform(tokenizer, write):
     """26 words with replacement; needles from a twentieth of the book to its other end."""
     found, places = [], []
     for seed in range(40):
-        needles, _, depths = parse(tokenizer, write(12_000, seed, passkeys=10, words=20))
+        needles, _, depths = parse(tokenizer, write(12_000, seed, passkeys=10, words=30))
+        assert {len(key.split()) for _, key in needles} == {30}
         found += [word for _, key in needles for word in key.split()]
         places += depths
     counts = np.unique(found, return_counts=True)[1]

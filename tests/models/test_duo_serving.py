@@ -240,6 +240,7 @@ def test_bytes_are_the_formula(window, dtype):
     model, page = rounded(host, full_heads, sink=window[0], recent=window[1], page_size=4), 4
     num_full, slot = sum(map(len, full_heads)), 8 * 2 * dtype.itemsize
     cache, seen = model.make_cache(), 0
+    assert [layer.pages.page_size for layer in cache.layers] == [page] * 4
     for tokens in (1, 1, 1, 2, 1, 3, 20, 1, 1, 50, 1):
         model(random_ids(2, tokens), past_key_values=cache)
         seen += tokens
