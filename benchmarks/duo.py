@@ -1,7 +1,7 @@
 """DuoAttention: training steps against both attentions computed densely, prefill and decoding against the host.
 
-Training: 4 layers, one row of 4,096 tokens of which the last 256 are learnt from, windows of 128 + 256 tokens, float32;
-a step is the teacher's pass, the student's and its backward pass. Serving: 8 layers with random weights and random
+Training: 2 layers, one row of 4,096 tokens of which the last 256 are learnt from, windows of 128 + 256 tokens, float32;
+a step is the teacher's pass, the student's and its backward pass. Serving: 4 layers with random weights and random
 full heads; a prompt is read in one call, then one token at a time. Contenders take turns; figures are medians.
 
     python benchmarks/duo.py
@@ -77,7 +77,7 @@ def dense_attention() -> Iterator[None]:
 
 def training_step(mixing: Any, dense: bool) -> Callable[[], None]:
     """A function that takes one step's passes."""
-    host = make_host(4, kv_heads=4)
+    host = make_host(2, kv_heads=4)
     method = kvtrain.Duo(sink=SINK, recent=RECENT, mixing=mixing)
     module: Any = DuoModule("unused", method, phases=[Phase("gates", 10, 0.02)])
     module._load_base = lambda: host
@@ -113,7 +113,7 @@ def train() -> None:
         for mixing in ("self", "teacher")
         for dense in (True, False)
     }
-    times = median_seconds(steps, 1, 5)
+    times = median_seconds(steps, 1, 3)
     for name, seconds in times.items():
         print(f"  training step, {name:15} {seconds:6.2f} s")
     for mixing in ("self", "teacher"):
@@ -123,7 +123,7 @@ def train() -> None:
 @torch.no_grad()
 def serve() -> None:
     """Prefill and decoding."""
-    host = make_host(8)
+    host = make_host(4)
     models = {"host": host, "50 %": rounded(host, 0.5), "75 %": rounded(host, 0.75)}
     ids = torch.randint(2, 4096, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
 
@@ -135,13 +135,13 @@ def serve() -> None:
         return cache
 
     prefill = {name: (lambda model=model: read(model, fresh(model))) for name, model in models.items()}
-    times = median_seconds(prefill, 1, 3)
+    times = median_seconds(prefill, 1, 2)
     for name, seconds in times.items():
         print(f"  prefill of {CONTEXT:,}, {name:5} {seconds:6.2f} s, {times['host'] / seconds:.2f}x the host's speed")
     caches = {name: read(model, fresh(model)) for name, model in models.items()}
     times = median_seconds({name: decoding(model, caches[name], 1) for name, model in models.items()}, 5, 30)
     print(decoding_lines(times, caches, 1))
-    full = 2 * 8 * 8 * 64 * 4 * (CONTEXT + 35)
+    full = 2 * 4 * 8 * 64 * 4 * (CONTEXT + 35)
     for name in ("50 %", "75 %"):
         kept = caches[name].kv_bytes() - caches[name].free_bytes()
         print(f"{name} streaming: decoding {times['host'] / times[name]:.2f}x, memory {full / kept:.2f}x less")

@@ -3,7 +3,7 @@
     model = kvtrain.retrofit(hf_model, kvtrain.DMC(compression=4))
     model = kvtrain.load("path-or-hub-id")
 
-Importing this package registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``; everything
+Importing this package registers its models with ``AutoConfig`` and the ``AutoModelFor*`` classes; everything
 heavy is loaded at first use.
 """
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtrain.models.auto import register
 from kvtrain.models.registry import methods
+from kvtrain.models.transnormer.config import TransNormerConfig
 
 if TYPE_CHECKING:
     from kvtrain.inference.load import load
@@ -19,9 +20,26 @@ if TYPE_CHECKING:
     from kvtrain.models.gqa import convert_gqa
     from kvtrain.models.host import retrofit
     from kvtrain.models.lckv import LCKV
+    from kvtrain.models.transnormer.heads import (
+        TransNormerForCausalLM,
+        TransNormerForMaskedLM,
+        TransNormerForSequenceClassification,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["DMC", "LCKV", "Full", "__version__", "convert_gqa", "load", "retrofit"]
+__all__ = [
+    "DMC",
+    "LCKV",
+    "Full",
+    "TransNormerConfig",
+    "TransNormerForCausalLM",
+    "TransNormerForMaskedLM",
+    "TransNormerForSequenceClassification",
+    "__version__",
+    "convert_gqa",
+    "load",
+    "retrofit",
+]
 
 register()
 
@@ -39,6 +57,10 @@ def __getattr__(name: str) -> Any:
         from kvtrain.inference.load import load
 
         return load
+    if name.startswith("TransNormerFor"):
+        from kvtrain.models.transnormer import heads
+
+        return getattr(heads, name)
     for method in methods().values():
         if method.__name__ == name:
             return method

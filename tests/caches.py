@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 import kvtrain
@@ -22,14 +23,28 @@ def lckv(kv_map: str, **settings: object) -> Entry:
     return Entry(lambda host: kvtrain.retrofit(host, method), layers=len(kv_map.split("_")))
 
 
-def duo(*full_heads: Callable[[int], list[int]]) -> Entry:
+def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:
     """For every layer its full heads, from the number of heads that the host has."""
 
     def retrofit(host: PreTrainedModel) -> PreTrainedModel:
         chosen = [full(host.config.num_key_value_heads) for full in full_heads]
-        return kvtrain.retrofit(host, kvtrain.Duo(sink=2, recent=7, full_heads=chosen, page_size=4))
+        method = kvtrain.Duo(sink=2, recent=7, full_heads=chosen, page_size=4, compensation=compensation)
+        return kvtrain.retrofit(host, method)
 
     return Entry(retrofit, layers=len(full_heads))
+
+
+def transnormer(variant: str, **settings: object) -> Entry:
+    """A model of its own, as wide and deep as the host and with its vocabulary."""
+
+    def build(host: PreTrainedModel) -> PreTrainedModel:
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+        sizes = {name: getattr(host.config, name) for name in (*names, "bos_token_id", "eos_token_id", "pad_token_id")}
+        config = kvtrain.TransNormerConfig(variant=variant, block_size=5, **{**sizes, **settings})
+        torch.manual_seed(0)
+        return kvtrain.TransNormerForCausalLM(config).to(host.dtype).eval()
+
+    return Entry(build, layers=3)
 
 
 # By method's name, or by one that begins with it.
@@ -41,4 +56,8 @@ CACHES: dict[str, Entry] = {
     "lckv_fused": lckv("0_1_1", value_map="first", residual=True),
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
+    "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
+    "transnormer_t1": transnormer("T1", num_block_heads=2),
+    "transnormer_t2": transnormer("T2"),
+    "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),
 }

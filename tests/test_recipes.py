@@ -9,7 +9,7 @@ from kvtrain.cli import main
 from kvtrain.mistakes import UsageError
 from kvtrain.recipes import describe, list_recipes, nearest_recipe, read_recipe_file, recipes_folder, shown
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.estimate import estimate, meta_model
+from kvtrain.training.estimate import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -21,10 +21,10 @@ def _in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def host_at_hand(recipe) -> None:
-    """Skip where the host's configuration lies on the Hub or is still to be made."""
+def skeleton_at_hand(recipe):
+    """The model on the meta device; skips where its host's configuration lies on the Hub or is still to be made."""
     try:
-        recipe.module.host_config()
+        return recipe.module.skeleton()
     except (ValueError, OSError) as error:
         pytest.skip(f"no host configuration here: {error}")
 
@@ -44,8 +44,7 @@ def test_a_recipe_builds_its_modules(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_s_model_builds_without_weights(path):
     recipe = read_recipe(["--config", str(path)])
-    host_at_hand(recipe)
-    model = meta_model(recipe.module.host_config(), recipe.module.method)
+    model = skeleton_at_hand(recipe)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     if path.parent.name == "tiny":  # rehearsing a step of billions of parameters takes its time
         figures = estimate(recipe.module, batch_size=1, sequence_length=64, precision=recipe.trainer["precision"])

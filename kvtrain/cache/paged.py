@@ -57,13 +57,14 @@ class PagedStore(RowStore):
         """See ``RowStore``."""
         return self.lengths.shape[0]
 
-    def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor) -> None:
+    def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor, packed: bool = False) -> None:
         """Put entries into slots, taking pages as they are needed.
 
         Args:
             entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
             keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ.
+            packed: Entries are what pages hold of them already.
 
         Raises:
             CacheFullError: The byte budget does not allow the pages; nothing was written.
@@ -75,9 +76,8 @@ class PagedStore(RowStore):
         slot = slots[row, head, entry]
         page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
         for name, states in entries.items():
-            held = self.pool.slots[name]
             kept = states.detach()[row, head, entry]
-            held[page, place] = kept.to(held.dtype) if self.bits is None else quantise(kept, self.bits)
+            self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
@@ -93,16 +93,28 @@ class PagedStore(RowStore):
 
     def gather(self, name: str, slots: Tensor, heads: slice = slice(None)) -> Tensor:
         """Copies ``(B, H, n, channels)`` of the slots ``(B, n)`` of some heads, all by default; they must be owned."""
+        return self.unpack(name, self.gather_packed(name, slots, heads))
+
+    def gather_packed(self, name: str, slots: Tensor, heads: slice = slice(None)) -> Tensor:
+        """As ``gather``, but what pages hold of them."""
         table = self.table[:, heads]
         columns = (slots // self.page_size)[:, None].expand(-1, table.shape[1], -1)
-        return self._opened(name, self.pool.slots[name][table.gather(2, columns), (slots % self.page_size)[:, None]])
+        return self.pool.slots[name][table.gather(2, columns), (slots % self.page_size)[:, None]]
+
+    def pack(self, states: Tensor) -> Tensor:
+        """What pages hold of ``(..., channels)``: bytes, or without ``bits`` the same numbers in the pages' dtype."""
+        return states.to(self.placement.dtype) if self.bits is None else quantise(states, self.bits)
+
+    def unpack(self, name: str, slots: Tensor) -> Tensor:
+        """The inverse of ``pack``, as far as there is one, of what is kept by this name; zero bytes are zeros."""
+        return slots if self.bits is None else dequantise(slots, self.bits, self.dims[name], self.placement.dtype)
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
         """Copies of the slots ``(length, channels)`` of one head, by name."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
         pages = pages[pages >= 0]
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
-        return {name: self._opened(name, slots) for name, slots in copies.items()}
+        return {name: self.unpack(name, slots) for name, slots in copies.items()}
 
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
@@ -222,10 +234,6 @@ class PagedStore(RowStore):
         tables = self.lengths.nbytes + self.table.nbytes
         spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
         return max(0, spare - -(-tables // self.pool.page_bytes))
-
-    def _opened(self, name: str, slots: Tensor) -> Tensor:
-        """Slots ``(..., channels)`` as they were written, from what pages hold of them."""
-        return slots if self.bits is None else dequantise(slots, self.bits, self.dims[name], self.placement.dtype)
 
     def _check_form(self, pages: Mapping[str, Tensor]) -> None:
         """Refuse pages that cannot be copied as they are, before anything changes."""

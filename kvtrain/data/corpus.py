@@ -34,12 +34,12 @@ def read_corpus(corpus: str, *, text_column: str = "text", split: str = "train")
 
     Args:
         corpus: A ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them (searched recursively, in
-            name order), ``hf:org/name`` or ``hf:org/name:config`` for a Hub dataset, ``stdlib`` for the
-            source of the running interpreter's standard library less its held-out modules,
+            name order), ``hf:org/name`` or ``hf:org/name:config`` for a Hub dataset (``...@validation`` for
+            a split), ``stdlib`` for the source of the running interpreter's standard library less its held-out modules,
             ``heldout`` for the text that the package holds out, or ``passkey`` for the passkey task without a
             haystack, to train tokenizers with.
         text_column: Field that holds the text, for everything but ``.txt``.
-        split: Split of a Hub dataset.
+        split: Split of a Hub dataset whose name has none.
 
     Raises:
         ValueError: The corpus is unknown, or a file cannot be read; the message names file and row.

@@ -24,8 +24,8 @@ def hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     """Stream the rows of a Hub dataset.
 
     Args:
-        name: ``org/name`` or ``org/name:config``.
-        split: Such as ``"train"``.
+        name: ``org/name`` or ``org/name:config``; with ``@validation`` at its end that split.
+        split: Such as ``"train"``, where the name says nothing.
 
     Raises:
         ValueError: The Hub cannot be reached, the dataset cannot be opened, or the stream breaks off.
@@ -38,7 +38,9 @@ def hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         )
     import datasets
 
-    repository, _, config = name.partition(":")
+    dataset, _, asked = name.partition("@")
+    repository, _, config = dataset.partition(":")
+    split = asked or split
     number = 0
     try:
         rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)

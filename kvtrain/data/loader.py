@@ -84,8 +84,11 @@ class PackedLoader:
         if self.seed is not None:
             first = step - step % self.window
             window = order[first * size : (first + self.window) * size]
-            batch["num_items"] = torch.tensor(int(self.rows.num_targets[window].sum()))
+            batch["num_items"] = torch.tensor(self._num_targets(window))
         return batch
+
+    def _num_targets(self, rows: npt.NDArray[np.int64]) -> int:
+        return int(self.rows.num_targets[rows].sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from; Lightning stores it in every checkpoint."""

@@ -17,7 +17,21 @@ def default_cache() -> Path:
     return Path(os.environ.get("KVTRAIN_CACHE", "~/.cache/kvtrain")).expanduser()
 
 
-class PackedDataModule(pl.LightningDataModule):
+class DataModule(pl.LightningDataModule):
+    """What every source of batches has.
+
+    Attributes:
+        batch_size: Rows per batch and device.
+        sequence_length: Tokens of the longest row.
+        tokenizer_name: Of the tokenizer that an export takes along; None where there is none.
+    """
+
+    batch_size: int
+    sequence_length: int
+    tokenizer_name: str | None
+
+
+class PackedDataModule(DataModule):
     """Packed rows for training and validation.
 
     Args:

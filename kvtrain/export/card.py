@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.full import Full
+from kvtrain.models.transnormer.config import TransNormerConfig
 
 
 def model_card(model: PreTrainedModel, run: Path) -> str:
@@ -19,21 +21,19 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         run: Its run folder; held-out figures are taken from its metrics where there are any.
     """
     config = model.config
-    retrofitted = isinstance(config, KVTrainConfig)
-    method = config.method.name.upper() if isinstance(config, KVTrainConfig) else "none (plain host)"
-    host = config.host_config.model_type if isinstance(config, KVTrainConfig) else config.model_type
+    ours = isinstance(config, KVTrainConfig | TransNormerConfig)
     lines = [
         "---",
-        "library_name: kvtrain" if retrofitted else "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [kvtrain{', ' + config.method.name if isinstance(config, KVTrainConfig) else ''}]",
+        "library_name: kvtrain" if ours else "library_name: transformers",
+        f"pipeline_tag: {_task(model)[0]}",
+        f"tags: [kvtrain{', ' + _architecture(config) if ours else ''}]",
         "---",
         "",
         f"# {run.name}",
         "",
-        f"Host: {host}, {model.num_parameters():,} parameters. Key-value cache: {method}.",
+        _summary(model),
         "",
-        *_usage(retrofitted),
+        *(_usage(ours) if _task(model)[0] == "text-generation" else _other_usage(model)),
         *_host_class(model),
         *_settings(model),
     ]
@@ -55,8 +55,39 @@ def lacking_parameters(model: PreTrainedModel, host_config: PreTrainedConfig) ->
     return [name for name, _ in host.named_parameters() if name not in present]
 
 
-def _usage(retrofitted: bool) -> list[str]:
-    load = "import kvtrain  # registers the model class\n" if retrofitted else ""
+def _architecture(config: PreTrainedConfig) -> str:
+    return config.method.name if isinstance(config, KVTrainConfig) else str(config.model_type)
+
+
+def _task(model: PreTrainedModel) -> tuple[str, str]:
+    """The Hub's name of what the model does, and the class that opens it."""
+    if type(model).__name__.endswith("ForMaskedLM"):
+        return "fill-mask", "AutoModelForMaskedLM"
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "text-classification", "AutoModelForSequenceClassification"
+    return "text-generation", "AutoModelForCausalLM"
+
+
+def _summary(model: PreTrainedModel) -> str:
+    config, size = model.config, f"{model.num_parameters():,} parameters"
+    if isinstance(config, TransNormerConfig):
+        kinds = f"{config.num_block_layers} layers of attention within blocks, then linear ones"
+        return f"TransNormer {config.variant}, {size}, {config.num_hidden_layers} layers: {kinds}."
+    host = config.host_config.model_type if isinstance(config, KVTrainConfig) else config.model_type
+    return f"Host: {host}, {size}. Key-value cache: {_cache(model)}."
+
+
+def _cache(model: PreTrainedModel) -> str:
+    """What serves, in words."""
+    if not isinstance(model.config, KVTrainConfig):
+        return "none (plain host)"
+    method = model.config.method
+    bits = getattr(method, "kv_bits", None)
+    return method.name.upper() if bits is None else f"{method.name.upper()}, {bits} bits a channel"
+
+
+def _usage(ours: bool) -> list[str]:
+    load = "import kvtrain  # registers the model class\n" if ours else ""
     return [
         "```python",
         f"{load}from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -65,6 +96,20 @@ def _usage(retrofitted: bool) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
         'inputs = tokenizer("def ", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "```",
+        "",
+    ]
+
+
+def _other_usage(model: PreTrainedModel) -> list[str]:
+    """For models that generate nothing."""
+    auto = _task(model)[1]
+    return [
+        "```python",
+        "import kvtrain  # registers the model class",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("<this folder>")',
         "```",
         "",
     ]
@@ -79,6 +124,11 @@ def _host_class(model: PreTrainedModel) -> list[str]:
         outcome = (
             f"{len(lacking)} of the host's parameters are not in this folder, because the method does without them. "
             "What transformers opens then is random in these places, and no trained model."
+        )
+    elif isinstance(config.method, Full):  # whose training knows nothing of its cache
+        outcome = (
+            "it runs the model that was trained, with an ordinary cache that quantises nothing: more memory, and "
+            "slightly other results."
         )
     else:
         outcome = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder
@@ -16,6 +16,7 @@ from kvtrain.export.card import model_card
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit, retrofitted_class
+from kvtrain.models.registry import own_model_class
 from kvtrain.run_folder import last_checkpoint
 
 MAX_SHARD_SIZE = "5GB"
@@ -47,7 +48,7 @@ def export_run(
     model = rebuild_model(checkpoint)
     if isinstance(model.config, KVTrainConfig):
         model.config.method.deploy(model)
-    torch.nn.Module.to(model, dtype=_dtype(dtype))
+    _cast(model, _dtype(dtype))
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         if settings["tokenizer"]:
@@ -56,6 +57,15 @@ def export_run(
     if push_to:
         push_folder(output, push_to, private)
     return output
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Store weights in a type, but for those that the model says must stay in float32."""
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            wide = any(part in kept for part in name.split("."))
+            tensor.data = tensor.data.to(torch.float32 if wide else dtype)
 
 
 def checkpoint_path(run: Path) -> Path:
@@ -88,16 +98,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
-    """The trained model: a retrofitted one, or the plain host where the method is ``Full()``."""
+    """The trained model: a retrofitted one, the plain host where the method is ``Full()``, or one without a host."""
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
-    config = KVTrainConfig.from_dict(settings["config"])
+    stored = dict(settings["config"])
+    config: Any = AutoConfig.for_model(stored.pop("model_type"), **stored)
     if base := settings.get("base"):
         return _on_base(base, config, model_weights(checkpoint))
-    plain = config.method == Full()
-    if plain:
+    if own := own_model_class(config):
+        model: PreTrainedModel = own(config)
+    elif config.method == Full():
         host_config = config.host_config
         host_config._attn_implementation = None
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(host_config)
+        model = AutoModelForCausalLM.from_config(host_config)
     else:
         model = retrofitted_class(config.host_config)(config)
     model.load_state_dict(model_weights(checkpoint))

@@ -1,15 +1,19 @@
 """Open a model for use."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.models.registry import own_model_class
 
 
-def load(name: str, **kwargs: Any) -> PreTrainedModel:
+def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model that kvtrain exported, or any other causal language model, ready for inference.
+
+    A TransNormer comes back as what was exported: a causal or masked language model, or a classifier.
 
     Args:
         name: Folder, Hub id, or ``kvtrain:tiny``.
@@ -18,14 +22,17 @@ def load(name: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: There is no model there.
     """
+    path = resolve(str(name))
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(name), **kwargs)
+        chosen: Any = own_model_class(AutoConfig.from_pretrained(path)) or AutoModelForCausalLM
+        model: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
+        return model
     except OSError as error:
         reason = (str(error).splitlines() or ["unknown reason"])[0]
-        raise ValueError(f"no model at {name!r} ({reason})") from error
+        raise ValueError(f"no model at {str(name)!r} ({reason})") from error
 
 
-def open_model(name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
     """Load a model with its tokenizer; a plain host gets ``Full``, so that its cache can be measured too.
 
     Args:
@@ -36,9 +43,12 @@ def open_model(name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
         ValueError: There is no model or tokenizer, or the host is of no supported family.
     """
     from kvtrain.models.full import Full
-    from kvtrain.models.host import KVTrainMixin, retrofit
+    from kvtrain.models.host import retrofit
+    from kvtrain.models.language_model import CachedLanguageModel
 
     model = load(name, **kwargs)
-    if not isinstance(model, KVTrainMixin):
+    if own_model_class(model.config) and not isinstance(model, CachedLanguageModel):
+        raise ValueError(f"{name} is a {type(model).__name__}, which generates no text; open it with kvtrain.load")
+    if not isinstance(model, CachedLanguageModel):
         model = retrofit(model, Full())
-    return model.eval(), load_tokenizer(name)
+    return model.eval(), load_tokenizer(str(name))

@@ -7,6 +7,11 @@ from kvtrain.training.lckv import LCKVModule, LCKVPretrainModule
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase
+from kvtrain.training.transnormer import (
+    TransNormerClassificationModule,
+    TransNormerMaskedModule,
+    TransNormerModule,
+)
 
 __all__ = [
     "DMCModule",
@@ -17,4 +22,7 @@ __all__ = [
     "PretrainModule",
     "RetrofitModule",
     "TrainingModule",
+    "TransNormerClassificationModule",
+    "TransNormerMaskedModule",
+    "TransNormerModule",
 ]

@@ -2,23 +2,42 @@
 
 import json
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.models.config import CHECKPOINT_KEY
-from kvtrain.models.method import Method
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, Place, Schedule
 
+KV_DTYPE = torch.bfloat16  # caches are served in half precision
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a module knows of its model's price before there is one.
+
+    Attributes:
+        described: What is special about the model, to stand behind its class.
+        layers: Layers that a step runs, as a multiple of what a plain model runs.
+        kv_bytes_before: A row in an ordinary cache of half precision.
+        kv_bytes_after: A row in the cache that the model is served with.
+    """
+
+    described: str
+    layers: float
+    kv_bytes_before: int
+    kv_bytes_after: int
+
 
 class TrainingModule(pl.LightningModule):
-    """Trains a retrofitted language model on packed rows, phase by phase.
+    """Trains a language model on packed rows, phase by phase.
 
     Subclasses build the model and may add losses and what happens at a phase's start.
 
@@ -31,7 +50,6 @@ class TrainingModule(pl.LightningModule):
     """
 
     model: PreTrainedModel
-    method: Method
 
     def __init__(
         self,
@@ -56,8 +74,16 @@ class TrainingModule(pl.LightningModule):
         """The model to train; called once, inside ``configure_model``."""
 
     @abstractmethod
-    def host_config(self) -> PreTrainedConfig:
-        """Configuration of the plain host, without touching weights."""
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device: shapes without memory.
+
+        Raises:
+            ValueError: The model's configuration cannot be had, or the method refuses it.
+        """
+
+    @abstractmethod
+    def cost(self, sequence_length: int) -> Cost:
+        """What training and serving rows of so many tokens cost."""
 
     def configure_model(self) -> None:
         """Build the model, under whatever device and precision the strategy has set."""
@@ -81,6 +107,10 @@ class TrainingModule(pl.LightningModule):
         """What the model is told beyond the tokens; subclasses add to it."""
         return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
 
+    def rehearsal_batch(self, batch: Batch) -> Batch:
+        """A batch of packed rows as this module would get it, for estimates."""
+        return batch
+
     def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """What of a training batch the model reads, and what it is told of a teacher: nothing without one."""
         return batch, {}
@@ -99,7 +129,7 @@ class TrainingModule(pl.LightningModule):
         extra = self.extra_loss(batch, arguments)
         if extra is not None:
             loss = loss + extra
-        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        targets = self.num_targets(batch)
         self.log("loss", output.loss.detach() / targets, prog_bar=True)
         for name, part in output.get("loss_parts", {}).items():
             self.log(name, part / targets)
@@ -112,12 +142,16 @@ class TrainingModule(pl.LightningModule):
         output = self.model(
             batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, skip_logits=True, **arguments
         )
-        self.observe_validation(batch, arguments)
+        self.observe_validation(batch, arguments, output)
         self._validation_loss += output.loss.double()
-        self._validation_targets += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        self._validation_targets += self.num_targets(batch)
 
-    def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
-        """Look at what a held-out batch left in the arguments; subclasses collect figures of their own."""
+    def num_targets(self, batch: Batch) -> Tensor:
+        """How many labels of a batch count."""
+        return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def observe_validation(self, batch: Batch, arguments: dict[str, Any], output: Any) -> None:
+        """Look at what a held-out batch left in the arguments and came to; subclasses collect figures of their own."""
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""

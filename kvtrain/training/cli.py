@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kvtrain import run_folder
-from kvtrain.data.module import PackedDataModule
+from kvtrain.data.module import DataModule, PackedDataModule
 from kvtrain.metrics import FILE_NAME
 from kvtrain.mistakes import UsageError, innermost, raised_by_kvtrain
 from kvtrain.recipes import read_recipe_file
@@ -64,7 +64,7 @@ class RecipeCLI(LightningCLI):
         self.arguments = arguments
         super().__init__(
             TrainingModule,
-            PackedDataModule,
+            DataModule,
             save_config_callback=None,
             trainer_class=KVTrainer,
             trainer_defaults={"default_root_dir": DEFAULT_RUN},
@@ -76,6 +76,11 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # checkpoints hold no hyper-parameters, so that they load weights_only
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Packed text unless a recipe says otherwise: then its settings need no class."""
+        chosen = f"{PackedDataModule.__module__}.{PackedDataModule.__qualname__}"
+        parser.set_defaults({"data": {"class_path": chosen}})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """One parser alone: each costs time to build."""
@@ -116,7 +121,7 @@ class RecipeCLI(LightningCLI):
         modules = [chosen for chosen in messages.subclasses(TrainingModule) if chosen is not TrainingModule]
         for chosen in modules:
             options |= messages.setting_names(chosen, "model")
-        sources = messages.subclasses(PackedDataModule)
+        sources = [chosen for chosen in messages.subclasses(DataModule) if chosen is not DataModule]
         for chosen in sources:
             options |= messages.setting_names(chosen, "data")
         short = [chosen.__name__ for chosen in modules]

@@ -94,7 +94,7 @@ class DMCModule(RetrofitModule):
         super().on_validation_epoch_start()
         self._validation_merged = torch.zeros(2, device=self.device)  # sum of fractions, rows
 
-    def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
+    def observe_validation(self, batch: Batch, arguments: dict[str, Any], output: Any) -> None:
         """Collect what hard decisions merge in the held-out rows."""
         fractions = self._fractions(batch, arguments)
         if fractions is not None:

@@ -1,21 +1,13 @@
 """What a recipe will cost, worked out without allocating a weight."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvtrain.cache.base import KVCache
-from kvtrain.cache.rows import Placement
-from kvtrain.models.host import retrofit
-from kvtrain.models.method import Method, key_value_shape
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.rehearsal import base_config, full_precision_name, rehearse
-
-KV_DTYPE = torch.bfloat16  # caches are served in half precision
+from kvtrain.training.rehearsal import full_precision_name, rehearse
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ class Estimate:
         temporary_bytes: What else exists when most is held, such as a chunk of logits.
         peak_bytes: The sum of the six, in tensors; what allocators waste comes on top.
         training_cost: Layers that a step runs, as a multiple of the plain host's; the bytes above know of it.
-        kv_bytes_before: A row of ``sequence_length`` tokens in the base's own cache, in half precision.
+        kv_bytes_before: A row of ``sequence_length`` tokens in an ordinary cache of half precision; 0 without a cache.
         kv_bytes_after: The same row in the method's cache, pages and open segments included, where it compresses as
             much as it aims at.
         batch_size: Rows a device.
@@ -88,8 +80,7 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    config, name = module.host_config(), full_precision_name(precision)
-    model = meta_model(config, module.method)
+    name, model, cost = full_precision_name(precision), module.skeleton(), module.cost(sequence_length)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(module.trains(parameter_name))
     total, trainable = count_parameters(model)
@@ -103,7 +94,7 @@ def estimate(
     )
     lasting = memory.parameters + memory.gradients + memory.optimizer + memory.teacher + memory.activations
     return Estimate(
-        model=f"{type(model).__name__} with {type(module.method).__name__}",
+        model=f"{type(model).__name__} {cost.described}",
         parameters=total,
         trainable=trainable,
         parameter_bytes=memory.parameters,
@@ -113,20 +104,14 @@ def estimate(
         activation_bytes=memory.activations,
         temporary_bytes=memory.peak - lasting,
         peak_bytes=memory.peak,
-        training_cost=module.method.training_cost(config),
-        kv_bytes_before=sequence_length * kv_bytes_per_token(base_config(module)),
-        kv_bytes_after=cache_bytes(config, module.method, sequence_length),
+        training_cost=cost.layers,
+        kv_bytes_before=cost.kv_bytes_before,
+        kv_bytes_after=cost.kv_bytes_after,
         batch_size=batch_size,
         sequence_length=sequence_length,
         precision=name,
         activation_checkpointing=module.activation_checkpointing,
     )
-
-
-def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:
-    """A host with a method in it, on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return retrofit(AutoModelForCausalLM.from_config(config), method)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -135,32 +120,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
-def kv_bytes_per_token(config: PreTrainedConfig) -> int:
-    """Bytes that a full cache holds for one token: keys and values of every layer and key-value head."""
-    heads, head_dim = key_value_shape(config)
-    return 2 * int(config.num_hidden_layers) * heads * head_dim * KV_DTYPE.itemsize
-
-
-def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
-    """Bytes that a row takes in a method's cache, every head taken to keep the same share of its tokens.
-
-    Args:
-        config: The host.
-        method: Its ``compression``, where it has one, says how many tokens share a slot.
-        tokens: Of the row.
-    """
-    served = method.as_served(config)
-    cache = KVCache(served.cache_layers(config, [Placement(KV_DTYPE)] * config.num_hidden_layers))
-    return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)
-
-
 def table_rows(figures: Estimate) -> list[tuple[str, str]]:
     """The lines that ``kvtrain estimate`` prints."""
     checkpointed = ", checkpointed" if figures.activation_checkpointing else ""
     shape = f"{figures.batch_size} x {figures.sequence_length:,} tokens{checkpointed}"
     teacher = [("teacher", readable(figures.teacher_bytes))] if figures.teacher_bytes else []
     cost = [("layers run in a step", f"{figures.training_cost:.2f}x")] if figures.training_cost != 1 else []
-    less = f", {figures.kv_bytes_before / figures.kv_bytes_after:.2f}x less"
     return [
         ("model", figures.model),
         ("parameters", f"{figures.parameters:,}"),
@@ -173,8 +138,18 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
         ("temporary tensors", readable(figures.temporary_bytes)),
         ("peak, all tensors", readable(figures.peak_bytes)),
         *cost,
-        (f"KV cache of {figures.sequence_length:,} tokens, before", _served(figures, figures.kv_bytes_before)),
-        (f"KV cache of {figures.sequence_length:,} tokens, after", _served(figures, figures.kv_bytes_after, less)),
+        *_cache_rows(figures),
+    ]
+
+
+def _cache_rows(figures: Estimate) -> list[tuple[str, str]]:
+    """Of models that have a cache."""
+    if not figures.kv_bytes_after:
+        return []
+    name, less = f"KV cache of {figures.sequence_length:,} tokens", figures.kv_bytes_before / figures.kv_bytes_after
+    return [
+        (f"{name}, before", _served(figures, figures.kv_bytes_before)),
+        (f"{name}, after", _served(figures, figures.kv_bytes_after, f", {less:.2f}x less")),
     ]
 
 

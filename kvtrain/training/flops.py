@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, counted from the model, and what a device can do in a second.
 
-Counted are the matrix products of every ``nn.Linear``, the head among them, and of softmax attention. Norms,
+Counted are the matrix products of every ``nn.Linear``, the head among them, and of attention. Norms,
 activations, the optimiser, a method's own bookkeeping and what a fused kernel computes twice are not; layers that
 run several times count once. Attention is causal: of a row's T x T products half count, and borders of packed
 documents are not looked at.
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvtrain.models.attention import HostAttention
+from kvtrain.models.transnormer.attention import DiagAttention, NormAttention
 
 _TERA = 10**12
 
@@ -51,6 +52,10 @@ def _forward(module: nn.Module, sequence_length: int) -> int:
         return 2 * module.in_features * module.out_features
     if isinstance(module, HostAttention):  # queries with keys, weights with values; the causal half of each
         return 2 * 2 * module.num_heads * module.head_dim * sequence_length // 2
+    if isinstance(module, DiagAttention):  # the same within a block
+        return 2 * 2 * module.num_heads * module.head_dim * module.block_size // 2
+    if isinstance(module, NormAttention):  # a key-value product into the state, a query through it
+        return 2 * 2 * module.num_heads * module.head_dim**2
     return 0
 
 

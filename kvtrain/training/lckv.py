@@ -10,13 +10,13 @@ from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.metrics import MAP_FILE_NAME
 from kvtrain.models.lckv import LCKV
-from kvtrain.training.base import TrainingModule
+from kvtrain.training.method import MethodModule
 from kvtrain.training.metrics import write_rows
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
 
 
-class _SharingModule(TrainingModule):
+class _SharingModule(MethodModule):
     """What training with a map adds: the map in the run folder, for reports, and a look at the serving form.
 
     Logs ``val_serving_gap``: by how much the held-out loss in the serving form is above that in the training form.
@@ -60,9 +60,9 @@ class _SharingModule(TrainingModule):
         same_layers = self.method.prefill_tolerance is None or self.trainer.world_size == 1
         return same_layers and not self.method.runs_layers_once(self.host_config())
 
-    def observe_validation(self, batch: Batch, arguments: dict[str, Any]) -> None:
+    def observe_validation(self, batch: Batch, arguments: dict[str, Any], output: Any) -> None:
         """Read the first batch in both forms."""
-        super().observe_validation(batch, arguments)
+        super().observe_validation(batch, arguments, output)
         if self._gap is None and self._compares_forms():
             valid = batch["document_ids"] > 0
             gap, targets = serving_gap(self.model, batch["input_ids"], valid), valid[:, 1:].sum()

@@ -9,10 +9,10 @@ from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.base import TrainingModule
+from kvtrain.training.method import MethodModule
 
 
-class PretrainModule(TrainingModule):
+class PretrainModule(MethodModule):
     """Pretrains a host.
 
     Args:

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from kvtrain.data.packing import Batch
 from kvtrain.training.base import TrainingModule
@@ -180,7 +180,7 @@ def rehearse(
         teacher = meter.live - model
         twin.on_train_start()
         optimizer = _warm_optimizer(twin, foreach=not on_cpu)
-        batch = _batch(batch_size, sequence_length)
+        batch = twin.rehearsal_batch(_batch(batch_size, sequence_length))
         activations = 0
         for step in _first_steps(twin):
             twin.trainer.global_step = step
@@ -203,25 +203,12 @@ def rehearse(
         )
 
 
-def base_config(module: TrainingModule) -> PreTrainedConfig:
-    """Configuration of a module's host as it is before a retrofit converts its heads.
-
-    Raises:
-        ValueError: It cannot be had.
-    """
-    plain = copy.copy(module)
-    if isinstance(plain, RetrofitModule):
-        plain.num_key_value_heads = None
-    return plain.host_config()
-
-
 def _twin(module: TrainingModule) -> Any:
     """A copy that needs neither a trainer nor weights."""
     twin: Any = copy.deepcopy(module)
-    config = base_config(module)
-    twin._load_base = lambda: AutoModelForCausalLM.from_config(
-        config, dtype=getattr(module, "base_dtype", torch.float32)
-    )
+    if isinstance(module, RetrofitModule):
+        config, dtype = module.plain_config(), module.base_dtype
+        twin._load_base = lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
     twin.log = lambda *_, **__: None
     # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
     twin.trainer = SimpleNamespace(

@@ -14,10 +14,10 @@ from kvtrain.models.gqa import convert_gqa, gqa_config
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.base import TrainingModule
+from kvtrain.training.method import MethodModule
 
 
-class RetrofitModule(TrainingModule):
+class RetrofitModule(MethodModule):
     """Continues the training of a pretrained host with a method in it.
 
     With ``Full`` it is the control of every retrofit: the same recipe, the method off.
@@ -57,12 +57,21 @@ class RetrofitModule(TrainingModule):
         Raises:
             ValueError: It cannot be had, or the heads do not divide.
         """
+        config = self.plain_config()
+        return gqa_config(config, self.num_key_value_heads) if self.num_key_value_heads else config
+
+    def plain_config(self) -> PreTrainedConfig:
+        """Configuration of the base as it is.
+
+        Raises:
+            ValueError: It cannot be had.
+        """
         path = find_config(self.base_config) if self.base_config else resolve(self.base)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
-        return gqa_config(config, self.num_key_value_heads) if self.num_key_value_heads else config
+        return config
 
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""

@@ -17,6 +17,7 @@ class Phase:
         decay_steps: Last steps, over which it falls linearly towards 0, no lower than ``final_learning_rate``; None:
             along a cosine from the warm-up on.
         initial_learning_rate: What the warm-up does not go below.
+        inverse_root: After the warm-up the learning rate falls with the root of the step instead, to no end.
 
     Raises:
         ValueError: A number is out of range.
@@ -29,6 +30,7 @@ class Phase:
     warmup_steps: int = 0
     decay_steps: int | None = None
     initial_learning_rate: float = 0.0
+    inverse_root: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -43,11 +45,18 @@ class Phase:
             raise ValueError(f"phase {self.name!r}: decay_steps must be from 1 to its steps without the warm-up")
         if self.decay_steps is not None and self.final_learning_rate is None:
             raise ValueError(f"phase {self.name!r}: decay_steps needs final_learning_rate, at which it stops")
+        if self.inverse_root and (self.final_learning_rate is not None or not self.warmup_steps):
+            raise ValueError(
+                f"phase {self.name!r}: inverse_root falls from the end of a warm-up and has no end of its own; "
+                "give warmup_steps, and leave final_learning_rate out"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the phase's own step, counted from 0."""
         if step < self.warmup_steps:
             return max(self.initial_learning_rate, self.learning_rate * (step + 1) / self.warmup_steps)
+        if self.inverse_root:
+            return self.learning_rate * math.sqrt(self.warmup_steps / (step + 1))
         if self.final_learning_rate is None:
             return self.learning_rate
         if self.decay_steps is not None:

@@ -16,7 +16,7 @@ from kvtrain.assets import HELDOUT
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.hf import export_run
 from kvtrain.kernels.quantisation import dequantise, quantise
-from tests.export.test_hf import write_run
+from tests.export.test_hf import card_of, write_run
 from tests.hosts import make_host, random_ids
 
 LAYERS, HEADS, DIM = 2, 2, 8
@@ -207,7 +207,12 @@ def test_the_setting_is_saved_and_exported(tmp_path, bits):
     model_of(bits).save_pretrained(tmp_path / "saved")
     assert kvtrain.load(str(tmp_path / "saved")).method == method
     write_run(tmp_path / "run", method)
-    opened = AutoModelForCausalLM.from_pretrained(export_run(tmp_path / "run", tmp_path / "out"), dtype="auto")
+    folder = export_run(tmp_path / "run", tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert opened.method == method
+    card = card_of(folder)
+    assert f"Key-value cache: FULL, {bits} bits a channel." in card
+    assert "it runs the model that was trained, with an ordinary cache that quantises nothing" in card
+    assert "uncompressed" not in card and "is not the model" not in card
     _, cache = read(opened, random_ids(1, 5), 5)
     assert cache.layers[0].pages.bits == bits

@@ -226,6 +226,8 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch):
     assert asked == [("org/name", "config", {"split": "test", "streaming": True})]
     with pytest.raises(ValueError, match=r"^hf:org/name:config: after row 2 \(reset\)$"):
         next(rows)
+    next(read_corpus("hf:org/name:config@validation"))
+    assert asked[-1] == ("org/name", "config", {"split": "validation", "streaming": True})
     assert refusal("hf:org/name", text_column="body").endswith(
         "row 1: no column 'body'; set text_column to one of 'text'"
     )

@@ -2,16 +2,19 @@
 
 import os
 import sys
+from collections import UserDict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from kvtrain.models.duo import Duo
 from kvtrain.models.host import retrofit
 from kvtrain.models.lckv import LCKV
-from tests.distributed.runs import LENGTH, SHARING, lckv_run
+from kvtrain.training.parameters import clamp_parameter, whole
+from tests.distributed.runs import GATE_RATE, GATE_STEPS, LENGTH, SHARING, duo_run, lckv_run
 from tests.hosts import make_host, random_ids
 
 # By name: the method, and whether layers are recomputed in the backward pass.
@@ -29,11 +32,7 @@ def gradients(case: tuple[LCKV, bool], rank: int = 0, world_size: int = 1) -> tu
     model = retrofit(make_host("qwen3", layers=5), method).train()
     if recompute:
         model.gradient_checkpointing_enable()
-    if world_size > 1:
-        mesh = init_device_mesh("cpu", (world_size,))
-        for layer in model.model.layers.children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    shard(model, world_size)
     ids = random_ids(ROWS, LENGTH)[rank::world_size]
     loss = model(ids, labels=ids, num_items=ROWS * (LENGTH - 1), use_cache=False).loss
     (loss * world_size).backward()  # FSDP2 takes the mean over ranks
@@ -44,12 +43,45 @@ def gradients(case: tuple[LCKV, bool], rank: int = 0, world_size: int = 1) -> tu
     return total, {name: p.grad.full_tensor() if world_size > 1 else p.grad for name, p in named}
 
 
+def gates(rank: int = 0, world_size: int = 1) -> list[Tensor]:
+    """Gates ``(layers, H_kv)`` before and after they are brought back, step by step, from the rows of all ranks."""
+    model = retrofit(make_host("qwen3", layers=3), Duo(sink=1, recent=3)).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".gates"))
+    shard(model, world_size)
+    stored = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, ids, history = torch.optim.AdamW(stored, lr=GATE_RATE), random_ids(ROWS, LENGTH)[rank::world_size], []
+    for _ in range(GATE_STEPS):
+        ledger: UserDict[int, tuple[Tensor, Tensor]] = UserDict()  # of a plain one FSDP2 gives layers copies
+        loss = model(ids, labels=ids, num_items=ROWS * (LENGTH - 1), use_cache=False, gate_ledger=ledger).loss
+        pull = torch.stack([gates.sum() for _, gates in ledger.values()]).sum()
+        (loss * world_size + 0.001 * pull).backward()  # FSDP2 takes the mean over ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(torch.stack([whole(gates) for gates in stored]))
+        for gate in stored:
+            clamp_parameter(gate, 0.0, 1.0)
+        history.append(torch.stack([whole(gates) for gates in stored]))
+    return history
+
+
+def shard(model: nn.Module, world_size: int) -> None:
+    """FSDP2, layer by layer, where there are several ranks."""
+    if world_size > 1:
+        mesh = init_device_mesh("cpu", (world_size,))
+        for layer in model.model.layers.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+
 def main(world_size: int, folder: Path) -> None:
     """Run everything, so that the imports are paid once, and leave the results of rank 0."""
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
     results = {
         "ddp": lckv_run(folder, rank, world_size, "ddp"),
+        "ddp gates": duo_run(folder / "duo", rank, world_size, "ddp"),
+        "fsdp2 gates": gates(rank, world_size),
         "fsdp2": {name: gradients(case, rank, world_size) for name, case in CASES.items()},
     }
     if rank == 0:

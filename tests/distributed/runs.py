@@ -1,6 +1,7 @@
 """Tiny runs that must end alike: plain Lightning in one process, DDP and DeepSpeed in several."""
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from transformers import PreTrainedConfig
 
 from kvtrain.data.packing import IGNORE_INDEX, Batch
 from kvtrain.models.dmc import DMC
+from kvtrain.models.duo import Duo
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.lckv import LCKV
-from kvtrain.training import DMCModule, LCKVModule, Phase, RetrofitModule
+from kvtrain.training import DMCModule, DuoModule, LCKVModule, Phase, RetrofitModule
+from kvtrain.training.parameters import whole
 from kvtrain.training.strategies import DeepSpeedZeRO
 from kvtrain.training.trainer import KVTrainer
 from tests.hosts import make_host, random_ids
@@ -31,6 +34,7 @@ STEPS = sum(phase.steps for phase in PHASES)
 # Layers 1 and 2 read layer 3, which makes its keys and values alone in all passes but the last; layer 4 reads it too.
 SHARING = LCKV(kv_map="0_3_3_3_3", forward_passes=1, backward_passes=3, prefill_block=8)
 LCKV_STEPS = 6
+GATE_STEPS, GATE_RATE = 8, 0.5
 
 
 class Rows:
@@ -102,6 +106,31 @@ class TinyLCKV(LCKVModule):
         self.held_out.append({name: logged[name].item() for name in ("val_loss", "val_serving_gap")})
 
 
+class TinyDuo(DuoModule):
+    """Gates that take large steps, and notes of what bringing them back between 0 and 1 does to them."""
+
+    def __init__(self) -> None:
+        phases, method = [Phase("gates", GATE_STEPS, GATE_RATE)], Duo(sink=1, recent=3)
+        told = {"regularisation": 0.2, "seed": 3, "activation_checkpointing": True}
+        super().__init__("unused", method, phases=phases, **told)
+        self.clamped: list[dict[str, Tensor]] = []
+
+    def build_model(self) -> nn.Module:
+        model = retrofit(make_host("qwen3", dtype=torch.float32, layers=3), self.method)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+        return model
+
+    def stored(self, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gates of all layers, or what else can be read of them."""
+        return torch.stack([read(module.gates).detach().clone() for module in self._gated()])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        before = self.stored(whole)
+        super().on_train_batch_start(batch, batch_idx)
+        self.clamped.append({"before": before, "after": self.stored(whole), "masters": self.stored(masters)})
+
+
 class TinySGD(RetrofitModule):
     """One plain host under SGD, whose steps show the size of the gradient."""
 
@@ -163,9 +192,9 @@ def borrowed(module: Any) -> float:
 
 
 def trainer(
-    folder: Path, world_size: int, stage: int | str | None, steps: int, window: int, **settings: Any
+    folder: Path, world_size: int, stage: int | str | DeepSpeedZeRO | None, steps: int, window: int, **settings: Any
 ) -> KVTrainer:
-    """Plain Lightning, one of its strategies by name, or ZeRO from the shipped configuration."""
+    """Plain Lightning, one of its strategies by name, or ZeRO, by stage from the shipped configuration."""
     return KVTrainer(
         default_root_dir=str(folder),
         strategy=DeepSpeedZeRO(zero_config(stage)) if isinstance(stage, int) else stage or "auto",
@@ -179,11 +208,16 @@ def trainer(
     )
 
 
-def zero_config(stage: int) -> dict[str, Any]:
-    """The shipped one; under stage 3 matrices are partitioned, which are small enough here to be kept whole."""
+def zero_config(stage: int, keep_whole: int = 100) -> dict[str, Any]:
+    """The shipped one; under stage 3 matrices are partitioned, which are small enough here to be kept whole.
+
+    Args:
+        stage: 2 or 3.
+        keep_whole: Parameters of fewer numbers are not partitioned.
+    """
     config: dict[str, Any] = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
     if stage == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = keep_whole
     return config
 
 
@@ -215,6 +249,34 @@ def lckv_run(folder: Path, rank: int, world_size: int, stage: int | str | None) 
     lengths = ([24, 5, 3, 16, 2, 2, 9, 24] * LCKV_STEPS)[: 4 * LCKV_STEPS]
     run.fit(module, Rows(lengths, 2, 2, **place), Rows([24, 0, 17, 20], 2, 2, **place))
     return {"weights": weights(module), "held_out": module.held_out}
+
+
+def duo_run(folder: Path, rank: int, world_size: int, stage: int | str | None) -> dict[str, Any]:
+    """Ragged rows. Under stage 3 even gates are partitioned, which as a rule are small enough to be kept whole."""
+    module, place = TinyDuo(), {"rank": rank, "world_size": world_size}
+    strategy = stage if stage != 3 else DeepSpeedZeRO(zero_config(3, keep_whole=1))
+    look = {"val_check_interval": 8, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    run = trainer(folder, world_size, strategy, GATE_STEPS, 2, enable_checkpointing=False, **look)
+    rows = Rows([24, 5, 3, 16, 2, 2, 9, 24] * (GATE_STEPS // 2), 2, 2, **place)
+    run.fit(module, rows, Rows([24, 9, 17, 20], 2, 2, **place))
+    held_out = run.callback_metrics["val_loss"].item()
+    return {"weights": weights(module), "clamped": module.clamped, "held_out": held_out}
+
+
+def assert_same_gates(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same gates and the same held-out loss; steps that leave the range are taken back, in the masters too."""
+    start = dict(TinyDuo().build_model().named_parameters())
+    for name, weight in expected["weights"].items():
+        astray, way = (found["weights"][name] - weight).norm(), (weight - start[name]).norm()
+        assert astray < 1e-3 * way if name.endswith(".gates") else astray == way == 0, f"{name}: {astray} on {way}"
+    assert abs(found["held_out"] - expected["held_out"]) < 2e-6
+    beyond = [note["before"] for note in found["clamped"] if note["before"].min() < -0.01]
+    assert beyond and not all((gates < 0).all() for gates in beyond)
+    for ours, theirs in zip(found["clamped"], expected["clamped"], strict=True):
+        torch.testing.assert_close(ours["before"], theirs["before"], atol=1e-4, rtol=0)
+        assert torch.equal(ours["after"], ours["masters"])
+        starts_step = not torch.equal(ours["after"], ours["before"])
+        assert not starts_step or torch.equal(ours["after"], ours["before"].clamp(0.0, 1.0))
 
 
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:

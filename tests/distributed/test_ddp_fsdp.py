@@ -1,11 +1,11 @@
-"""Layers that run again and again in two processes, replicated (DDP) or sharded (FSDP2), learn as in one."""
+"""Two processes, replicated (DDP) or sharded (FSDP2), learn as one does: layers that run again and again, and gates."""
 
 import pytest
 import torch
 
 from .launch import launch
-from .plain_worker import CASES, gradients
-from .runs import assert_same_run, lckv_run
+from .plain_worker import CASES, gates, gradients
+from .runs import assert_same_gates, assert_same_run, duo_run, lckv_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -28,3 +28,17 @@ def test_fsdp2_has_the_same_loss_and_gradients(ranks, case):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=0)
+
+
+def test_ddp_ends_with_the_same_gates(ranks, tmp_path):
+    assert_same_gates(ranks["ddp gates"], duo_run(tmp_path, 0, 1, None))
+
+
+def test_sharded_gates_take_the_same_steps_and_stay_between_0_and_1(ranks):
+    found, expected = ranks["fsdp2 gates"], gates()
+    beyond = torch.stack(expected[::2])
+    assert beyond.min() < -0.01 and beyond.max() > 1.01
+    for before, after in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(after, before.clamp(0.0, 1.0))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

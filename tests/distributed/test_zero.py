@@ -6,7 +6,7 @@ import torch
 from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 
 from .launch import launch
-from .runs import LEARNING_RATE, assert_same_run, dmc_run, lckv_run, make_host, sgd_step
+from .runs import LEARNING_RATE, assert_same_gates, assert_same_run, dmc_run, duo_run, lckv_run, make_host, sgd_step
 
 CLIP = 0.5  # between a quarter of the gradient's norm and the whole, so that dividing it twice would show
 
@@ -26,6 +26,7 @@ def plain(tmp_path_factory):
         "clipped": sgd_step(folder, 0, 1, None, CLIP),
         "dmc": dmc_run(folder, 0, 1, None, enable_checkpointing=False),
         "lckv": lckv_run(folder, 0, 1, None),
+        "duo": duo_run(folder, 0, 1, None),
     }
 
 
@@ -66,6 +67,10 @@ def test_three_phases_end_with_the_same_weights(plain, zero):
 
 def test_layers_that_run_many_times_end_with_the_same_weights(plain, zero):
     assert_same_run(zero["lckv"], plain["lckv"])
+
+
+def test_gates_end_the_same_and_stay_between_0_and_1(plain, zero):
+    assert_same_gates(zero["duo"], plain["duo"])
 
 
 @pytest.mark.parametrize("run", ["dmc", "half"])

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from kvtrain.mistakes import UsageError
 from kvtrain.training.parameters import zero_rows
-from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, lckv_run, sgd_step, trainer
+from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, duo_run, lckv_run, sgd_step, trainer
 
 
 def refusal(folder: Path, world_size: int, stage: int) -> str:
@@ -43,6 +43,7 @@ def main(world_size: int, folder: Path, stage: int, clip: float) -> None:
         # Qwen2 has biases; keys' are no match for a comparison of weights, their gradients being mere rounding.
         "half": dmc_run(folder / "half", *place, "qwen2", precision="bf16-mixed", enable_checkpointing=False),
         "lckv": lckv_run(folder / "lckv", *place),
+        "duo": duo_run(folder / "duo", *place),
         "refusal": refusal(folder / "dmc", world_size, stage),
         "sharded": sharded_rows(world_size),
     }

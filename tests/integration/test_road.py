@@ -30,8 +30,9 @@ class Road:
         phases: Their steps, by name. Checkpoints come every third step, so that one lies exactly on a boundary.
         kills: After these steps the run is killed.
         layers: Of the host.
-        settings: Of the method.
+        settings: Of the method, or of a model that has no host.
         data: Of the data, beyond what all roads share.
+        opens: Class of the exported model; one that is no host's starts from nothing.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class Road:
     layers: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    opens: str = "KVLlamaForCausalLM"
 
     @property
     def steps(self) -> int:
@@ -60,6 +62,13 @@ ROADS = {
         (3,),
         settings={"sink": 2, "recent": 8},
         data={"task": {"passkeys": 1, "words": 2}, "shortest": 112},
+    ),
+    "transnormer": Road(
+        "transnormer_t1",
+        {"pretrain": 8},
+        (3,),
+        settings={"hidden_size": 32, "num_hidden_layers": 3, "hidden_dropout": 0.1, "block_size": 16},
+        opens="TransNormerForCausalLM",
     ),
 }
 
@@ -93,13 +102,15 @@ def fit_command(road, base, run, resume=False):
         "trainer.val_check_interval": 10,
         "trainer.accumulate_grad_batches": 2,
         "trainer.num_threads": 1,
-        "model.init_args.base": base,
         "model.init_args.phases": json.dumps(phases),
         "data.sequence_length": 128,
         "data.batch_size": 4,
         "data.validation_rows": 4,
     }
-    settings |= {f"model.init_args.method.{name}": value for name, value in road.settings.items()}
+    part = "method" if road.opens.startswith("KV") else "config"
+    if part == "method":
+        settings["model.init_args.base"] = base
+    settings |= {f"model.init_args.{part}.{name}": value for name, value in road.settings.items()}
     settings |= {f"data.init_args.{name}": value for name, value in road.data.items()}
     if road.data:  # of another class, whose tokenizer is another model's
         settings["data.init_args.tokenizer"] = base
@@ -174,7 +185,7 @@ def test_the_road(road, base, tmp_path):
     )
     opened = run([sys.executable, "-c", program, str(exported)]).stdout.splitlines()[-1]
     name, sequence, kv_bytes = json.loads(opened)
-    assert name == "KVLlamaForCausalLM" and len(sequence) == 48 and kv_bytes > 0
+    assert name == road.opens and len(sequence) == 48 and kv_bytes > 0
 
     import kvtrain
 

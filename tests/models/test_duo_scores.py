@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import kvtrain
+from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
+from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.evaluation.passkey import passkey
 from kvtrain.models.duo.gates import choose_full_heads
 from kvtrain.models.duo.scores import RazorScores, free_signal, razor_gates, razor_scores
-from tests.hosts import make_host, random_ids
+from tests.hosts import VOCAB, make_host, random_ids
 
 METHODS = {"full": kvtrain.Full(), "duo": kvtrain.Duo(sink=2, recent=3)}
 
@@ -104,6 +108,31 @@ def test_a_large_vocabulary_gives_the_published_ids():
     assert 10_000 <= int(prompts[:, 1:].min()) < 10_010 and 12_490 < int(prompts[:, 1:].max()) <= 12_500
 
 
+def test_ids_are_drawn_from_a_vocabulary_that_is_given():
+    model, allowed = kvtrain.retrofit(make_host(), kvtrain.Full()), [7, 11, 40]
+    scores, prompts = prompts_of(model, period=30, rows=2, vocabulary=allowed)
+    assert prompts.shape == (2, 121) and set(prompts[:, 1:].unique().tolist()) == set(allowed)
+    copies = prompts[:, 1:].unflatten(1, (4, 30))
+    assert torch.equal(copies, copies[:, :1].expand_as(copies))
+    for same in (torch.tensor(allowed), np.array(allowed)):
+        assert torch.equal(razor_scores(model, period=30, rows=2, vocabulary=same).echo, scores.echo)
+    everything = razor_scores(model, period=30, vocabulary=range(3, VOCAB))  # all but the special ones
+    assert torch.equal(everything.induction, razor_scores(model, period=30).induction)
+
+
+def test_a_model_that_copies_some_words_shows_its_heads_on_those():
+    """Half of its heads, chosen on the words of its passkeys, find them; chosen on any ids, they find none."""
+    tokenizer, task = load_tokenizer("kvtrain:copy"), PasskeyTask(passkeys=4, words=8)
+    words = PasskeyWriter(tokenizer, task).vocabulary
+    host, found = kvtrain.load("kvtrain:copy", dtype=torch.float32), []
+    for vocabulary in (None, words):
+        model = kvtrain.retrofit(host, kvtrain.Duo(sink=4, recent=32))
+        scores = razor_scores(model, period=16, rows=8, vocabulary=vocabulary)
+        model.binarise(0.5, gates=razor_gates(scores))
+        found.append(passkey(model, tokenizer, "heldout", task, sequence_length=512, limit=8).accuracy)
+    assert found[0] < 0.1 and found[1] > 0.7, found
+
+
 def test_an_echo_head_is_found_and_kept():
     """Its queries and keys are the same reading of the token, where positions hardly turn."""
     host = make_host(layers=1, heads=8, kv_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
@@ -196,6 +225,9 @@ def test_refusals_name_the_remedy():
     for options in ({"period": 16}, {"period": 1}, {"repeats": 1}, {"repeats": 40}, {"rows": 0}, {"repeats": 0}):
         with pytest.raises(ValueError, match="make the period shorter"):
             razor_scores(full, **options)
+    for vocabulary in ([], [5, VOCAB], [-1], [0.5], [[3, 4]], torch.tensor(5)):
+        with pytest.raises(ValueError, match=f"from 0 to {VOCAB - 1}; give one or more, or leave it out"):
+            razor_scores(full, period=4, vocabulary=vocabulary)
     with pytest.raises(ValueError, match="settings=kvtrain"):
         free_signal(full, ids, ids > 0)
     with pytest.raises(ValueError, match="no token is supervised"):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from kvtrain.training.parameters import _local_part, clear_moments, zero_rows
+from kvtrain.training.parameters import _local_part, clamp_parameter, clear_moments, whole, zero_rows
 
 ROWS = slice(3, None, 4)
 
@@ -39,6 +39,21 @@ def test_rows_of_a_sharded_matrix(mesh, placement):
     zero_rows(parameter, ROWS)
     whole[ROWS] = 0
     assert torch.equal(parameter.full_tensor(), whole)
+
+
+def test_every_number_is_clipped():
+    parameter = nn.Parameter(torch.tensor([-0.5, 0.25, 1.5]))
+    clamp_parameter(parameter, 0.0, 1.0)
+    assert parameter.tolist() == [0.0, 0.25, 1.0]
+    assert parameter.requires_grad and parameter.is_leaf
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+def test_every_number_of_a_sharded_vector_is_clipped_and_gathered(mesh, placement):
+    parameter = nn.Parameter(distribute_tensor(torch.tensor([-0.5, 0.25, 1.5]), mesh, [placement]))
+    clamp_parameter(parameter, 0.0, 1.0)
+    found = whole(parameter)
+    assert type(found) is torch.Tensor and found.tolist() == [0.0, 0.25, 1.0] and not found.requires_grad
 
 
 def test_parts_of_a_vector_that_ranks_do_not_divide_evenly(monkeypatch):

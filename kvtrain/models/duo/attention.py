@@ -5,7 +5,7 @@ document and the latest ``recent``, itself included, at their true positions (no
 streaming head sees one token more, which stands for all others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class GatedAttention(HostAttention):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        gate_ledger: dict[int, tuple[Tensor, Tensor]] | None = None,
+        gate_ledger: MutableMapping[int, tuple[Tensor, Tensor]] | None = None,
         duo_step: DuoStep | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -91,7 +91,8 @@ class GatedAttention(HostAttention):
             attention_mask: ``(B, T)`` padding mask.
             position_ids: ``(B or 1, T)`` places within each document.
             document_ids: ``(B, T)``.
-            gate_ledger: Receives this layer's gates ``(H_kv,)`` as used and as stored, both with gradient.
+            gate_ledger: Receives this layer's gates ``(H_kv,)`` as used and as stored, both with gradient. Under FSDP2
+                no plain ``dict``, of which layers get copies, but a ``collections.UserDict``.
             duo_step: What training says; without it gates are used as they are.
         """
         step = duo_step or DuoStep()
@@ -104,7 +105,8 @@ class GatedAttention(HostAttention):
             return self.project_out(output), None
         gates = self.gate_values(step) if step.gates is None else step.gates[self.layer_idx]
         if gate_ledger is not None:
-            gate_ledger[self.layer_idx] = (gates, self.gates)
+            # A copy: where parameters are sharded, this one is gone when the loss looks at it.
+            gate_ledger[self.layer_idx] = (gates, self.gates.clone())
         if step.teacher is None:
             output = scope.mixed(query, key, value, gates)
         else:

@@ -1,7 +1,8 @@
 """The serving cache: one paged store for both kinds of heads, of which streaming ones stop growing.
 
 What leaves the window of a streaming head can be kept track of: summed up, for the token that stands for all of it, and
-set aside, so that the latest tokens can be taken back.
+set aside, so that the latest tokens can be taken back. Both are done with what pages hold of it, quantised or not, so
+that they agree, whichever tokens came with it.
 """
 
 import torch
@@ -15,7 +16,7 @@ from kvtrain.cache.state import StateStore
 from kvtrain.kernels.compensation import Dropped
 from kvtrain.models.windows import take_slots
 
-Entries = dict[str, Tensor]  # "keys" and "values", (B, H_streaming, n, D)
+Entries = dict[str, Tensor]  # "keys" and "values", (B, H_streaming, n, D), or what pages hold of them
 
 
 class _HeadPages(PagedStore):
@@ -28,12 +29,20 @@ class _HeadPages(PagedStore):
         head_dim: Channels of keys, and of values.
         page_size: Slots in a page.
         placement: Where tensors lie.
+        bits: Of a channel in quantised pages.
     """
 
     def __init__(
-        self, num_full: int, capacity: int, num_heads: int, head_dim: int, page_size: int, placement: Placement
+        self,
+        num_full: int,
+        capacity: int,
+        num_heads: int,
+        head_dim: int,
+        page_size: int,
+        placement: Placement,
+        bits: int | None,
     ) -> None:
-        super().__init__(num_heads, {"keys": head_dim, "values": head_dim}, page_size, placement)
+        super().__init__(num_heads, {"keys": head_dim, "values": head_dim}, page_size, placement, bits)
         self.num_full, self.capacity = num_full, capacity
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
@@ -66,13 +75,13 @@ class _Sums(StateStore):
 
 
 class _SetAside(StateStore):
-    """The latest tokens that have left the windows of a row: token ``p`` lies in slot ``p % slack``.
+    """The latest tokens that have left the windows of a row, as pages hold them: ``p`` lies in slot ``p % slack``.
 
     Its ``end`` is the position behind the last token that it ever took up; it holds those from ``end - slack`` on.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, slack: int, placement: Placement) -> None:
-        kind = ((num_heads, slack, head_dim), placement.dtype)
+    def __init__(self, num_heads: int, width: int, dtype: torch.dtype, slack: int, placement: Placement) -> None:
+        kind = ((num_heads, slack, width), dtype)
         super().__init__({"keys": kind, "values": kind, "end": ((), torch.long)}, placement)
         self.slack = slack
 
@@ -107,6 +116,7 @@ class DuoCacheLayer(KVCacheLayer):
         page_size: Slots in a page.
         compensation: Whether to sum up what streaming heads drop.
         slack: Latest ones of these tokens to set aside.
+        bits: Of a channel in quantised pages; None keeps keys and values as they are.
     """
 
     def __init__(
@@ -120,13 +130,15 @@ class DuoCacheLayer(KVCacheLayer):
         page_size: int,
         compensation: bool = False,
         slack: int = 0,
+        bits: int | None = None,
     ) -> None:
         self.num_full, self.head_dim, self.sink, self.recent = num_full, head_dim, sink, recent
         self.num_streaming = num_heads - num_full
-        self.pages = _HeadPages(num_full, sink + recent, num_heads, head_dim, page_size, placement)
-        tracks = self.num_streaming > 0
+        self.pages = _HeadPages(num_full, sink + recent, num_heads, head_dim, page_size, placement, bits)
+        tracks, page = self.num_streaming > 0, self.pages.pool.slots["keys"]
         self.sums = _Sums(self.num_streaming, head_dim, placement) if compensation and tracks else None
-        self.aside = _SetAside(self.num_streaming, head_dim, slack, placement) if slack and tracks else None
+        kind = (self.num_streaming, page.shape[-1], page.dtype, slack)
+        self.aside = _SetAside(*kind, placement) if slack and tracks else None
         super().__init__(*(store for store in (self.pages, self.sums, self.aside) if store is not None))
 
     def kv_tokens(self) -> Tensor:
@@ -149,7 +161,7 @@ class DuoCacheLayer(KVCacheLayer):
             self.aside.put(left, positions, leaves, past + valid.sum(-1) - self.recent)
         if self.sums is None:
             return None
-        return Dropped(**self.sums.add(left), number=(positions - self.sink + 1).clamp(min=0))
+        return Dropped(**self.sums.add(self._opened(left)), number=(positions - self.sink + 1).clamp(min=0))
 
     def write(self, keys: Tensor, values: Tensor, past: Tensor, valid: Tensor) -> None:
         """Keep new tokens, and let go what no later token will see.
@@ -220,13 +232,17 @@ class DuoCacheLayer(KVCacheLayer):
             returned = self.aside.take(positions, real)
             padded = {name: pad(states, (0, 0, 0, 0, self.num_full, 0)) for name, states in returned.items()}
             seen = real & (positions < left[:, None])
-            self.pages.write(padded, *self._by_head(positions, torch.zeros_like(seen), seen))
+            self.pages.write(padded, *self._by_head(positions, torch.zeros_like(seen), seen), packed=True)
             self.aside["end"] = self.aside["end"].masked_fill(nothing_dropped, 0)
         if self.sums is not None:
-            self.sums.take_out(returned, nothing_dropped)
+            self.sums.take_out(self._opened(returned), nothing_dropped)
+
+    def _opened(self, entries: Entries) -> Entries:
+        """Keys and values, from what pages hold of them."""
+        return {name: self.pages.unpack(name, states) for name, states in entries.items()}
 
     def _leaving(self, new: Entries, positions: Tensor, leaves: Tensor, held: Tensor) -> Entries:
-        """The tokens that leave as each of the ``new`` ones enters, zeros where none does.
+        """What pages hold of the tokens that leave as each of the ``new`` ones enters, zeros where none does.
 
         They are new ones themselves, ``recent`` places before, or those ``held (B, n)`` in the ring.
         """
@@ -235,10 +251,10 @@ class DuoCacheLayer(KVCacheLayer):
         slots = self._slot(positions[:, columns]).masked_fill(~held[:, columns], 0)
         left = {}
         for name, states in new.items():
-            shifted = pad(states, (0, 0, self.recent, 0))[:, :, : states.shape[2]]
+            shifted = pad(self.pages.pack(states), (0, 0, self.recent, 0))[:, :, : states.shape[2]]
             left[name] = torch.where((leaves & ~held)[:, None, :, None], shifted, 0)
             if columns.numel():
-                ring = self.pages.gather(name, slots, slice(self.num_full, None)).to(states.dtype)
+                ring = self.pages.gather_packed(name, slots, slice(self.num_full, None))
                 left[name][:, :, columns] = torch.where(held_here, ring, left[name][:, :, columns])
         return left
 

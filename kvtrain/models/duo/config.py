@@ -35,6 +35,9 @@ class Duo(Method):
         full_heads: The key-value heads of each layer that keep everything, as the base numbers them; set by rounding.
         page_size: Slots in a page of the serving cache.
         compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
+        kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``, in full and in streaming heads
+            alike: one attention reads both. The forward pass without a cache does not quantise. None keeps keys and
+            values in the model's dtype.
 
     Raises:
         ValueError: A value is out of range.
@@ -50,6 +53,7 @@ class Duo(Method):
     full_heads: Sequence[Sequence[int]] | None = None
     page_size: int = 32
     compensation: bool = False
+    kv_bits: Literal[4, 8] | None = None
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
@@ -64,6 +68,8 @@ class Duo(Method):
             raise ValueError(f"sparsity is the share of streaming heads, from 0 to 1, not {self.sparsity}")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
+        if self.kv_bits not in (None, 4, 8):
+            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantise nothing")
         if self.full_heads is not None:  # JSON and YAML know lists alone
             object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
 
@@ -131,7 +137,7 @@ class Duo(Method):
         heads, head_dim = key_value_shape(host_config)
         num_full = len(self.full_heads[layer_idx])
         shape = (num_full, heads, head_dim, self.sink, self.recent)
-        return DuoCacheLayer(*shape, placement, self.page_size, self.compensation, slack)
+        return DuoCacheLayer(*shape, placement, self.page_size, self.compensation, slack, self.kv_bits)
 
     def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
         """See ``Method.adapt_state``."""

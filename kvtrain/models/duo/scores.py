@@ -3,7 +3,7 @@
 ``model.binarise(sparsity, gates=...)`` takes what ``razor_gates`` and ``free_signal`` return.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,13 @@ class RazorScores(NamedTuple):
 
 @torch.no_grad()
 def razor_scores(
-    model: Any, *, period: int | None = None, repeats: int = 4, rows: int = 1, seed: int = 0
+    model: Any,
+    *,
+    period: int | None = None,
+    repeats: int = 4,
+    rows: int = 1,
+    seed: int = 0,
+    vocabulary: Sequence[int] | Tensor | None = None,
 ) -> RazorScores:
     """Let the model read random ids again and again, and see where its heads look.
 
@@ -51,9 +57,12 @@ def razor_scores(
         repeats: Copies of them.
         rows: Prompts, one after the other.
         seed: Of the ids.
+        vocabulary: Ids to draw from, for a model that copies only some words: on others none of its heads shows what
+            it does. Absent, they are drawn as published if the model's vocabulary has those ids, otherwise from all
+            but the special ones.
 
     Raises:
-        ValueError: The model has no plain attention to look at, or the prompt does not fit it.
+        ValueError: The model has no plain attention to look at, the prompt does not fit it, or it lacks an id.
     """
     config = _plain_model(model).config.host_config
     limit = int(config.max_position_embeddings)
@@ -67,8 +76,8 @@ def razor_scores(
     def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], _: dict[str, Any]) -> Tensor:
         return _repeats_seen(*heads, period, module.scaling)
 
-    generator = torch.Generator().manual_seed(seed)
-    prompts = (_prompt(config, period, repeats, generator).to(model.device) for _ in range(rows))
+    generator, ids = torch.Generator().manual_seed(seed), _ids_to_draw(config, vocabulary)
+    prompts = (_prompt(config, ids, period, repeats, generator).to(model.device) for _ in range(rows))
     total = torch.stack([_observe(model, prompt, look) for prompt in prompts]).mean(0)  # (layers, 2, H)
     grouped = total.unflatten(-1, (int(config.num_key_value_heads), -1)).amax(-1)
     return RazorScores(grouped[:, 0], grouped[:, 1])
@@ -189,17 +198,34 @@ def _observe(
     return torch.stack(seen)
 
 
-def _prompt(config: PreTrainedConfig, period: int, repeats: int, generator: torch.Generator) -> Tensor:
-    """``(1, 1 + period * repeats)``: a special token, and random ids that repeat.
-
-    Ids are drawn as published where the vocabulary has them, from all but the special ones otherwise.
-    """
+def _special_ids(config: PreTrainedConfig) -> list[int]:
+    """The one that prompts begin with comes first."""
     given = [getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
-    special = [token for ids in given if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
-    every = range(config.vocab_size)
-    allowed = [token for token in every if token not in special] if len(every) < _PUBLISHED_IDS.stop else _PUBLISHED_IDS
-    drawn = torch.tensor(allowed)[torch.randint(len(allowed), (period,), generator=generator)]
-    return torch.cat([torch.tensor(special[:1] or [0]), drawn.repeat(repeats)]).unsqueeze(0)
+    return [token for ids in given if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+
+
+def _ids_to_draw(config: PreTrainedConfig, vocabulary: Sequence[int] | Tensor | None) -> Tensor:
+    """Those asked for, ``(n,)``, or what ``razor_scores`` says otherwise.
+
+    Raises:
+        ValueError: There are none, or the model has no such ids.
+    """
+    size = int(config.vocab_size)
+    if vocabulary is None:
+        if size >= _PUBLISHED_IDS.stop:
+            return torch.tensor(_PUBLISHED_IDS)
+        special = _special_ids(config)
+        return torch.tensor([token for token in range(size) if token not in special])
+    ids = torch.as_tensor(vocabulary).cpu()
+    if ids.dim() != 1 or not ids.numel() or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"vocabulary is a list of ids, each from 0 to {size - 1}; give one or more, or leave it out")
+    return ids
+
+
+def _prompt(config: PreTrainedConfig, ids: Tensor, period: int, repeats: int, generator: torch.Generator) -> Tensor:
+    """``(1, 1 + period * repeats)``: a special token, and random ones of ``ids (n,)`` that repeat."""
+    drawn = ids[torch.randint(len(ids), (period,), generator=generator)]
+    return torch.cat([torch.tensor(_special_ids(config)[:1] or [0]), drawn.repeat(repeats)]).unsqueeze(0)
 
 
 def _repeats_seen(query: Tensor, key: Tensor, value: Tensor, period: int, scale: float) -> Tensor:

@@ -1,0 +1,188 @@
+"""TransNormer's two kinds of attention (arXiv 2210.10340, section 4)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvtrain.cache.base import KVCache
+from kvtrain.kernels.block_attention import block_attention
+from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
+from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.serving import NewTokens
+from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
+from kvtrain.models.transnormer.config import TransNormerConfig
+from kvtrain.models.transnormer.layers import RelativePosition, make_norm
+
+_DOCUMENT = 1 << 40  # no document has so many blocks,
+_PADDING = 1 << 62  # and no row so many documents
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of the input's tokens belong together; the same for every layer.
+
+    Attributes:
+        position_ids: ``(B, T)``, or ``(1, T)`` where all rows have the same.
+        document_ids: ``(B, T)``, 0 for padding; None where a row is one document without any.
+        aligned: Whether every row begins a block and goes on without a gap.
+    """
+
+    position_ids: Tensor
+    document_ids: Tensor | None
+    aligned: bool
+
+    @property
+    def real(self) -> Tensor | None:
+        """``(B, T)`` tokens that are none of padding; None where all are."""
+        return None if self.document_ids is None else self.document_ids > 0
+
+    def block_ids(self, block_size: int) -> Tensor | None:
+        """A number for each token's block ``(B, T)``, not negative; None where blocks begin at every w-th column."""
+        if self.aligned:
+            return None
+        blocks = self.position_ids // block_size
+        if self.document_ids is None:
+            return blocks
+        return torch.where(self.document_ids > 0, blocks + _DOCUMENT * (self.document_ids - 1), _PADDING)
+
+
+class TransNormerAttention(nn.Module):
+    """Projections, and what both kinds of attention do with relative positions.
+
+    Args:
+        config: Of the model.
+        layer_idx: Which layer this is.
+    """
+
+    def __init__(self, config: TransNormerConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, self.layer_idx = config.hidden_size, layer_idx
+        self.num_heads = config.heads(layer_idx)
+        self.head_dim = width // self.num_heads
+        self.causal, self.t1 = config.causal, config.variant == "T1"
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.relative_position = RelativePosition(self.head_dim, config.relative_position == "lrpe")
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(B, H, T, D)``."""
+        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
+
+    def turn(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys by their positions ``(B, T)``."""
+        cos, sin = self.relative_position.angles(position_ids, query.dtype)
+        mirror = self.relative_position.mirror(query.dtype).to(query.dtype)
+        turned = (apply_rotary(heads @ mirror, cos, sin, halves_repeat=True) for heads in (query, key))
+        return next(turned), next(turned)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Heads ``(B, H, T, D)`` side by side."""
+        return heads.transpose(1, 2).flatten(2)
+
+
+class DiagAttention(TransNormerAttention):
+    """Attention within blocks, positions beginning anew in each: softmax (T2), or ReLU and a norm (T1)."""
+
+    def __init__(self, config: TransNormerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.block_size, self.dropout = config.block_size, config.attention_dropout
+        self.weights: Literal["relu", "softmax"] = "relu" if self.t1 else "softmax"
+        if self.t1:
+            self.norm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: Layout,
+        past_key_values: KVCache | None = None,
+        new_tokens: NewTokens | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: ``(B, T, hidden)``.
+            layout: Of the tokens.
+            past_key_values: The model's cache.
+            new_tokens: What of the input is real, with a cache.
+        """
+        query, key, value = self.project(hidden_states)
+        query, key = self.turn(query, key, layout.position_ids % self.block_size)
+        settings: dict[str, Any] = {
+            "block_size": self.block_size,
+            "weights": self.weights,
+            "causal": self.causal,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer is not None and not layout.aligned:
+            assert isinstance(layer, DiagCacheLayer)
+            settings["past"] = layer.past()
+        output = block_attention(query, key, value, block_ids=layout.block_ids(self.block_size), **settings)
+        if layer is not None:
+            assert isinstance(layer, DiagCacheLayer) and new_tokens is not None
+            layer.append(key, value, new_tokens.valid)
+        merged = self.merge(output)
+        projected: Tensor = self.o_proj(self.norm(merged, layout.real) if self.t1 else merged)
+        return projected
+
+
+class NormAttention(TransNormerAttention):
+    """Linear attention without a denominator; a norm over all heads keeps its scale (equation 11)."""
+
+    def __init__(self, config: TransNormerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self._slopes = config.slopes(layer_idx)
+        self.norm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: Layout,
+        past_key_values: KVCache | None = None,
+        new_tokens: NewTokens | None = None,
+    ) -> Tensor:
+        """Attend; the arguments are those of ``DiagAttention``."""
+        query, key, value = self.project(hidden_states)
+        query, key = self.turn(self._features(query), self._features(key), layout.position_ids)
+        slopes = None if self._slopes is None else torch.tensor(self._slopes, device=query.device)
+        if past_key_values is None:
+            output, _ = linear_attention(
+                query, key, value, causal=self.causal, slopes=slopes, document_ids=layout.document_ids
+            )
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            assert isinstance(layer, NormCacheLayer) and new_tokens is not None
+            output = self._serve(query, key, value, slopes, layout, new_tokens, layer)
+        projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real))
+        return projected
+
+    def _features(self, heads: Tensor) -> Tensor:
+        """``elu`` (T1) or ``1 + elu`` (T2)."""
+        features = functional.elu(heads)
+        return features if self.t1 else 1 + features
+
+    def _serve(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slopes: Tensor | None,
+        layout: Layout,
+        new: NewTokens,
+        layer: NormCacheLayer,
+    ) -> Tensor:
+        """One token by the recurrence, many by chunks."""
+        if query.shape[2] == 1:
+            output, layer.state = linear_attention_step(query, key, value, layer.state, slopes=slopes, valid=new.valid)
+        else:
+            output, layer.state = linear_attention(
+                query, key, value, slopes=slopes, document_ids=layout.document_ids, state=layer.state
+            )
+        return output
