@@ -2,6 +2,7 @@
 
 import json
 from abc import abstractmethod
+from collections import UserDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ class Cost:
     layers: float
     kv_bytes_before: int
     kv_bytes_after: int
+
+
+class Ledger(UserDict[int, Any]):
+    """Where layers leave figures by their number. No plain ``dict``: FSDP2 hands layers copies of those."""
 
 
 class TrainingModule(pl.LightningModule):

@@ -9,6 +9,7 @@ from kvtrain.data.packing import Batch
 from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dmc.attention import DMCAttention, DMCStep
+from kvtrain.training.base import Ledger
 from kvtrain.training.parameters import zero_rows
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase, Place
@@ -65,7 +66,7 @@ class DMCModule(RetrofitModule):
         step = DMCStep(
             self.channel_scale(place), self.seed, self.global_step, batch["row_ids"], compression=self.target(place)
         )
-        return {**super().model_arguments(batch), "dmc_step": step, "ledger": {}}
+        return {**super().model_arguments(batch), "dmc_step": step, "ledger": Ledger()}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """The compression hinge."""
@@ -78,7 +79,7 @@ class DMCModule(RetrofitModule):
         return compression_hinge(fractions, self.target(place))
 
     def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        ledger: dict[int, Tensor] = arguments["ledger"]
+        ledger: Ledger = arguments["ledger"]
         if not ledger:
             return None
         return merged_fraction(ledger.values(), free_to_merge(batch["document_ids"]))

@@ -14,6 +14,7 @@ from kvtrain.losses.gates import gate_size, sparsity_penalty
 from kvtrain.models.duo import Duo
 from kvtrain.models.duo.attention import DuoStep, GatedAttention
 from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
+from kvtrain.training.base import Ledger
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
 
@@ -99,7 +100,7 @@ class DuoModule(RetrofitModule):
         arguments = super().model_arguments(batch)
         if self.trainer.validating or not self.model.training:
             return {**arguments, "duo_step": DuoStep(gates=self._rounded)}
-        return {**arguments, "duo_step": self._step(), "gate_ledger": {}}
+        return {**arguments, "duo_step": self._step(), "gate_ledger": Ledger()}
 
     def _step(self, **told: Any) -> DuoStep:
         return DuoStep(seed=self.seed, step=self.global_step, **told)

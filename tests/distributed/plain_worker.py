@@ -3,7 +3,9 @@
 import os
 import sys
 from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +15,43 @@ from torch.distributed.fsdp import fully_shard
 from kvtrain.models.duo import Duo
 from kvtrain.models.host import retrofit
 from kvtrain.models.lckv import LCKV
+from kvtrain.models.transnormer.config import TransNormerConfig
+from kvtrain.models.transnormer.heads import TransNormerForCausalLM
 from kvtrain.training.parameters import clamp_parameter, whole
 from tests.distributed.runs import GATE_RATE, GATE_STEPS, LENGTH, SHARING, duo_run, lckv_run
 from tests.hosts import make_host, random_ids
 
-# By name: the method, and whether layers are recomputed in the backward pass.
-CASES: dict[str, tuple[LCKV, bool]] = {
-    "iterated": (SHARING, False),
-    "iterated, recomputed": (SHARING, True),
-    "fused, recomputed": (LCKV(kv_map="0_1_1_1_4", value_map="first", residual=True), True),
+FUSED = LCKV(kv_map="0_1_1_1_4", value_map="first", residual=True)
+# By name: the model, and whether layers are recomputed in the backward pass.
+CASES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "iterated": (lambda: shared(SHARING), False),
+    "iterated, recomputed": (lambda: shared(SHARING), True),
+    "fused, recomputed": (lambda: shared(FUSED), True),
+    "transnormer": (lambda: transnormer("rms"), True),
+    "transnormer, batch norm": (lambda: transnormer("batch"), False),
 }
 ROWS = 4
 
 
-def gradients(case: tuple[LCKV, bool], rank: int = 0, world_size: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+def shared(method: LCKV) -> Any:
+    """A host whose layers share keys and values."""
+    return retrofit(make_host("qwen3", layers=5), method)
+
+
+def transnormer(norm: str) -> Any:
+    """Of both kinds of layers; batch norm counts the tokens of all ranks."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "block_size": 5}
+    config = TransNormerConfig(variant="T1", norm=norm, hidden_dropout=0.0, **sizes)
+    torch.manual_seed(0)
+    return TransNormerForCausalLM(config).double()
+
+
+def gradients(
+    case: tuple[Callable[[], Any], bool], rank: int = 0, world_size: int = 1
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients over all rows, every rank reading its own; several ranks shard every layer by FSDP2."""
-    method, recompute = case
-    model = retrofit(make_host("qwen3", layers=5), method).train()
+    build, recompute = case
+    model = build().train()
     if recompute:
         model.gradient_checkpointing_enable()
     shard(model, world_size)

@@ -85,6 +85,7 @@ def test_initial_angles_and_reflections(initialisation):
     for one, other in ((0, 1), (2, 3)):
         assert not torch.allclose(positions[one].reflection, positions[other].reflection)
     rope = fresh(relative_position="rope").model.layers[0].self_attn.relative_position
+    torch.testing.assert_close(rope.theta, positions[2].theta.detach(), rtol=0, atol=0)
     assert not rope.theta.requires_grad and rope.reflection is None
 
 

@@ -1,4 +1,4 @@
-"""TransNormer from its equations (arXiv 2210.10340), one row at a time under dense masks: it shares no code with kvtrain.
+"""TransNormer from its equations (arXiv 2210.10340), row by row under dense masks; it shares no code with kvtrain.
 
 Rows are lists of tensors of any lengths, each of them one document, so that padding and packing do not exist here.
 """
@@ -35,12 +35,24 @@ def small_model(head: type[TransNormerPreTrainedModel] | None = None, seed: int 
                 tensor.mul_(1 + 0.3 * torch.rand_like(tensor))
             if name.endswith("reflection"):
                 tensor.copy_(functional.normalize(tensor, dim=0))  # in float32 it is a unit vector to 1e-7 alone
-        for norm in (module for module in model.modules() if isinstance(module, TokenBatchNorm)):
-            for tensor in (norm.weight, norm.running_var):
-                tensor.copy_(0.5 + torch.rand_like(tensor))
-            for tensor in (norm.bias, norm.running_mean):
-                tensor.normal_()
-    return model
+        norms = [module for module in model.modules() if isinstance(module, TokenBatchNorm)]
+        for norm in norms:
+            norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
+            norm.bias.normal_()
+        if norms:
+            _warm(model.train(), norms)
+    return model.eval()
+
+
+def _warm(model, norms: list[TokenBatchNorm]) -> None:
+    """Let batch norms remember a batch: with statistics of nothing, linear attention would grow without bounds."""
+    decoder = model if isinstance(model, TransNormerModel) else model.model
+    for norm in norms:
+        norm.momentum = 1.0
+    decoder(torch.stack(random_rows(20, 20, seed=9)), use_cache=False)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.num_batches_tracked.zero_()
 
 
 def random_rows(*lengths: int, seed: int = 0) -> Rows:
@@ -154,14 +166,10 @@ class Reference:
 
     def _turn(self, heads: Tensor, positions: Tensor, name: str) -> Tensor:
         """LRPE: a reflection, then rotations of neighbouring channels; RoPE: the rotations alone."""
-        size = heads.shape[-1]
+        theta = self.weights[f"{name}.relative_position.theta"]
         if self.config.relative_position == "lrpe":
             mirror = self.weights[f"{name}.relative_position.reflection"]
             heads = heads - 2 * (heads @ mirror)[..., None] * mirror
-            theta = self.weights[f"{name}.relative_position.theta"]
-        else:
-            theta = 10000.0 ** (-2 * torch.arange(size // 2) / size)
-            theta = theta.double() if heads.dtype == torch.float64 else theta
         cos, sin = (positions[:, None] * theta).cos(), (positions[:, None] * theta).sin()
         even, odd = heads[..., 0::2], heads[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
@@ -190,7 +198,7 @@ class Reference:
         positions = torch.arange(len(stream))
         query, key, value = self._project(stream, name, self.config.num_attention_heads)
         shift = 0 if self.config.variant == "T1" else 1
-        query, key = (torch.where(x > 0, x, x.exp() - 1) + shift for x in (query, key))
+        query, key = (x.clamp(min=0) + x.clamp(max=0).exp() - 1 + shift for x in (query, key))
         query, key = (self._turn(part, positions, name) for part in (query, key))
         distance = (positions[:, None] - positions).abs()
         fading = torch.stack([torch.exp(-slope * distance.double()) for slope in self._slopes(layer)])

@@ -6,6 +6,7 @@ token counts in the slot's mean. Keys are pooled before rotation and rotate at t
 """
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ class DMCAttention(HostAttention):
         past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
-        ledger: dict[int, Tensor] | None = None,
+        ledger: MutableMapping[int, Tensor] | None = None,
         dmc_step: DMCStep | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:

@@ -151,7 +151,10 @@ class NormAttention(TransNormerAttention):
         """Attend; the arguments are those of ``DiagAttention``."""
         query, key, value = self.project(hidden_states)
         query, key = self.turn(self._features(query), self._features(key), layout.position_ids)
-        slopes = None if self._slopes is None else torch.tensor(self._slopes, device=query.device)
+        slopes = None
+        if self._slopes is not None:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            slopes = torch.tensor(self._slopes, dtype=wide, device=query.device)
         if past_key_values is None:
             output, _ = linear_attention(
                 query, key, value, causal=self.causal, slopes=slopes, document_ids=layout.document_ids

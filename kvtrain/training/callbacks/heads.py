@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kvtrain.losses.compression import free_to_merge
 from kvtrain.metrics import HEADS_FILE_NAME
+from kvtrain.training.base import Ledger
 from kvtrain.training.metrics import rows_before, write_rows
 
 
@@ -49,7 +50,7 @@ class HeadCompression(pl.Callback):
 
     def _count(self, _: nn.Module, __: Any, arguments: dict[str, Any], ___: Any) -> None:
         """Add up a batch's decisions, which are hard and ``(B, H_kv, T)`` a layer."""
-        ledger: dict[int, Tensor] = arguments.get("ledger") or {}
+        ledger: Ledger = arguments.get("ledger") or Ledger()
         if not ledger:
             return
         free = free_to_merge(arguments["document_ids"])
