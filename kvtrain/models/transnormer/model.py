@@ -151,17 +151,17 @@ class TransNormerModel(TransNormerPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(hidden, attention_mask, position_ids, document_ids, past_key_values, new_tokens)
         hidden = self._embed(hidden, layout)
-        states = [hidden]
-        for layer in self.layers:
-            hidden = layer(hidden, layout, past_key_values, new_tokens)
-            states.append(hidden)
-        if self.norm is not None:
-            hidden = states[-1] = self.norm(hidden, layout.real)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            states += (hidden,) if wanted else ()
+            hidden = layer(hidden, layout, past_key_values, new_tokens)
+        if self.norm is not None:
+            hidden = self.norm(hidden, layout.real)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
-            hidden_states=tuple(states) if wanted else None,
+            hidden_states=(*states, hidden) if wanted else None,
         )
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
