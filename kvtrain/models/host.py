@@ -147,6 +147,10 @@ class KVTrainMixin(CachedLanguageModel):
         """See ``CachedLanguageModel``; the method's."""
         return self.method.cache_layers(self.config.host_config, placements, **options)
 
+    def assisted_options(self) -> dict[str, Any] | None:
+        """See ``CachedLanguageModel``; the method's."""
+        return self.method.assisted_options()
+
     @property
     def servable(self) -> bool:
         """See ``CachedLanguageModel``."""

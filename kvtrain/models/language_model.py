@@ -52,6 +52,10 @@ class CachedLanguageModel(_Decoder):
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
         return True
 
+    def assisted_options(self) -> dict[str, Any] | None:
+        """Options of ``make_cache`` under which it takes tokens back, for assisted decoding; None where none does."""
+        return None
+
     def watch_decoder(self) -> None:
         """Check and complete the arguments of every forward pass of the decoder; once, when it has been built."""
         self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -211,7 +215,9 @@ class CachedLanguageModel(_Decoder):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError("this model brings its own cache; leave cache_implementation unset")
-        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        options = self.assisted_options() if assisted else {}
+        if options is None:
             raise ValueError("assisted decoding must take tokens back, which this cache cannot; use plain decoding")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.make_cache()
+            model_kwargs["past_key_values"] = self.make_cache(**options)

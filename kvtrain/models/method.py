@@ -75,6 +75,10 @@ class Method(ABC):
         """Whether a model with these settings has a cache; without one it runs all the same."""
         return True
 
+    def assisted_options(self) -> dict[str, Any] | None:
+        """Options of ``make_cache`` under which it takes tokens back, for assisted decoding; None where none does."""
+        return None
+
     def as_served(self, host_config: "PreTrainedConfig") -> "Method":
         """Settings of a model that these train, as far as they decide its cache's size."""
         return self

@@ -328,6 +328,18 @@ def test_drafts_that_are_taken_back_change_nothing(kind):
     assert torch.equal(text[:, : plain.shape[1]], plain) and {0, draft_length} < set(accepted)
 
 
+@pytest.mark.parametrize("kind", ["full", "duo", "duo+"])
+@pytest.mark.parametrize("guesser", ["prompt", "stranger", "itself"])
+def test_assisted_decoding_is_plain_decoding(kind, guesser):
+    """Guesses of which all, some or none are right: the cache is that of the model, with room to go back."""
+    model, ids = model_of(kind), random_ids(1, 20).repeat(1, 2)
+    plain = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    helpers = {"prompt": {"prompt_lookup_num_tokens": 3}, "itself": {"assistant_model": model}}
+    stranger = kvtrain.retrofit(make_host(heads=4, kv_heads=2, layers=3, seed=5), kvtrain.Full())
+    assisted = model.generate(ids, **plain, **helpers.get(guesser, {"assistant_model": stranger}))
+    assert torch.equal(assisted, model.generate(ids, **plain))
+
+
 def test_numbers_that_mean_nothing_are_refused():
     _, cache = fed(model_of("full"), random_ids(2, 8))
     for tokens, message in (
@@ -361,7 +373,7 @@ def test_rows_of_another_slack_cannot_join(mine, theirs):
     close(fed(model, ids[:1, 12:], cache)[0], model(ids[:1], use_cache=False).logits[:, 12:])
 
 
-@pytest.mark.parametrize("method", [name for name in CACHES if name.split("_")[0] in ("dmc", "lckv")])
+@pytest.mark.parametrize("method", [name for name in CACHES if name.split("_")[0] in ("dmc", "lckv", "transnormer")])
 def test_caches_that_merge_or_share_refuse_and_stay(method):
     model = CACHES[method].retrofit(make_host(layers=CACHES[method].layers))
     ids = random_ids(2, 20)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Mixing = Literal["self", "teacher"]
 GateKind = Literal["plain", "hard_concrete"]
+_GUESSES = 64  # tokens that assisted decoding may take back
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Duo(Method):
         if self.full_heads is None:
             return GatedAttention(host_attention, layer_idx, self)
         return RoundedAttention(host_attention, layer_idx, self)
+
+    def assisted_options(self) -> dict[str, Any]:
+        """See ``Method.assisted_options``; room for more guesses than assistants make at a time."""
+        return {"slack": _GUESSES}
 
     def cache_layers(
         self, host_config: "PreTrainedConfig", placements: "list[Placement]", slack: int = 0, **options: Any

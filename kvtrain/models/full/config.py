@@ -1,7 +1,7 @@
 """Settings of the identity method."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvtrain.models.method import Method, key_value_shape
 
@@ -39,6 +39,10 @@ class Full(Method):
         from kvtrain.models.full.attention import FullAttention
 
         return FullAttention(host_attention, layer_idx)
+
+    def assisted_options(self) -> dict[str, Any]:
+        """See ``Method.assisted_options``; nothing is ever dropped."""
+        return {}
 
     def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "FullCacheLayer":
         """See ``Method.cache_layer``."""
