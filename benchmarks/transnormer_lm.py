@@ -5,9 +5,11 @@ all held-out text, 1,024 tokens a window. Steps are timed by turns in one proces
 autocast. Runs are kept and go on where they stopped.
 
     python benchmarks/transnormer_lm.py --runs runs     # three quarters of an hour on two cores
+    python benchmarks/transnormer_lm.py                 # print what there is
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from kvtrain.run_folder import last_checkpoint
 from kvtrain.training.cli import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "transnormer_lm.jsonl"
 CONTENDERS = {"Llama": "transnormer_llama", "TransNormer T1": "transnormer_t1", "TransNormer T2": "transnormer_t2"}
 CONTEXT, ROWS = 4096, 8
 
@@ -67,22 +70,35 @@ def step(name: str) -> Any:
     return run
 
 
-def main() -> None:
-    """Train what is missing, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-    runs = parser.parse_args().runs.resolve()
+def figures(runs: Path) -> list[dict[str, Any]]:
+    """A row for every contender, trained as far as it was not."""
     folders = {name: trained(name, runs) for name in CONTENDERS}
     times = median_seconds({name: step(name) for name in CONTENDERS}, 1, 5)
-    print(machine())
-    columns = ("model", "parameters", "held-out perplexity", "tokens/s in training", "KV bytes after 4,096 tokens")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    rows = []
     for name, folder in folders.items():
         model, tokenizer = open_model(folder, dtype=torch.float32)
-        quality = perplexity(model, tokenizer, "heldout").perplexity
-        size = state_bytes(open_model(folder, dtype=torch.bfloat16)[0])
-        speed = ROWS * 1024 / times[name]
-        print(f"| {name} | {model.num_parameters():,} | {quality:.2f} | {speed:,.0f} | {size:,} |")
+        row = {
+            "model": name,
+            "parameters": model.num_parameters(),
+            "held-out perplexity": round(perplexity(model, tokenizer, "heldout").perplexity, 2),
+            "tokens/s in training": round(ROWS * 1024 / times[name]),
+            "KV bytes after 4,096 tokens": state_bytes(open_model(folder, dtype=torch.bfloat16)[0]),
+            "machine": machine(),
+        }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure if asked to, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="train what is missing there, and measure anew")
+    if runs := parser.parse_args().runs:
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in figures(runs.resolve())))
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
+    for row in rows:
+        print(f"| {' | '.join(f'{value:,}' if not isinstance(value, str) else value for value in row.values())} |")
 
 
 if __name__ == "__main__":

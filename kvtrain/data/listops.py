@@ -5,7 +5,6 @@ an argument is an expression of its own with probability 0.25 and a digit otherw
 is drawn again. The vocabulary is fixed, so there is no tokenizer and no file.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import DataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
 
@@ -44,7 +44,6 @@ _FUNCTIONS = list(_OPERATORS.values())
 _OPERATOR_SHARE = 0.25  # of the arguments
 _TRIES = 1000
 _MULTIPLE = 16  # batches are padded to one
-_ENDLESS = 1 << 40  # a trainer that does not know a length asks for a batch too many, and the place would be wrong
 _TRAINING, _HELD_OUT = 0, 1  # streams
 
 Node = tuple[int, int, int]  # arguments (0: a digit), operator, digit
@@ -264,8 +263,8 @@ class ListOpsDataModule(DataModule):
         )
 
 
-class ListOpsLoader:
-    """Batches of one rank; its place is a number, so that resuming is exact.
+class ListOpsLoader(EndlessLoader):
+    """Expressions with their values.
 
     A batch holds ``input_ids`` ``(B, T)``, padded on the right to a multiple of 16, ``document_ids`` of the same shape,
     1 and 0 for padding, ``labels`` and ``row_ids`` ``(B,)``, and in training ``num_items``, the labels of the whole
@@ -275,50 +274,15 @@ class ListOpsLoader:
         task: Which expressions are drawn.
         batch_size: Rows per batch and rank.
         seed: Of the training samples.
-        window: Batches per optimiser step.
-        rank: This rank.
-        world_size: Number of ranks.
-        validation_rows: Serve so many held-out samples, once, in place of endless training.
+        **place: See ``EndlessLoader``.
     """
 
-    def __init__(
-        self,
-        task: ListOpsTask,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        window: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        validation_rows: int | None = None,
-    ) -> None:
-        self.task, self.batch_size, self.seed, self.validation_rows = task, batch_size, seed, validation_rows
-        self.window, self.rank, self.world_size = window, rank, world_size
-        self.cursor = 0
+    def __init__(self, task: ListOpsTask, batch_size: int, *, seed: int = 0, **place: Any) -> None:
+        super().__init__(batch_size, **place)
+        self.task, self.seed = task, seed
 
-    def __len__(self) -> int:
-        if self.validation_rows is None:
-            return _ENDLESS
-        return math.ceil(self.validation_rows / (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.validation_rows is not None:
-            yield from self._validation(self.validation_rows)
-            return
-        while True:
-            number = self.cursor
-            self.cursor += 1
-            yield self._batch(number)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from; Lightning stores it in every checkpoint."""
-        return {"cursor": self.cursor}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly there."""
-        self.cursor = state["cursor"]
-
-    def _batch(self, number: int) -> Batch:
+    def training_batch(self, number: int) -> Batch:
+        """See ``EndlessLoader``."""
         first = self.rank * self.batch_size
         rows = range(first, first + self.batch_size)
         samples = [self.task.sample(_generator(self.seed, _TRAINING, number, row)) for row in rows]
@@ -327,14 +291,10 @@ class ListOpsLoader:
         batch["num_items"] = torch.tensor(self.batch_size * self.window * self.world_size)
         return batch
 
-    def _validation(self, rows: int) -> Iterator[Batch]:
-        """Rows in turn over the ranks; a rank past the end gets a row whose label is ignored."""
-        size = self.batch_size
-        for start in range(0, rows, size * self.world_size):
-            first = start + self.rank * size
-            mine = range(first, min(rows, first + size))
-            samples = [self.task.sample(_generator(0, _HELD_OUT, row)) for row in mine]
-            yield _collate(samples or [([_DIGITS[0]], IGNORE_INDEX)], first_row=first)
+    def validation_batch(self, rows: range, first_row: int) -> Batch:
+        """See ``EndlessLoader``."""
+        samples = [self.task.sample(_generator(0, _HELD_OUT, row)) for row in rows]
+        return _collate(samples or [([_DIGITS[0]], IGNORE_INDEX)], first_row=first_row)
 
 
 def _generator(seed: int, *place: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """A sized, seeded, shuffled loader whose place is a number, so that resuming is exact."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy.typing as npt
 import torch
 
 from kvtrain.data.packing import Batch, PackedRows
+
+# A trainer that does not know a length asks for a batch too many, and the place would be wrong.
+_ENDLESS = 1 << 40
 
 
 class PackedLoader:
@@ -109,3 +113,60 @@ class PackedLoader:
                 f"resume with {old_size} rows per batch over all ranks, as before"
             )
         self.epoch, self.cursor = state["epoch"], rows // size
+
+
+class EndlessLoader(ABC):
+    """Batches of samples that are made as they are needed; the place of one rank is a number.
+
+    Args:
+        batch_size: Rows per batch and rank of validation.
+        window: Batches per optimiser step.
+        rank: This rank.
+        world_size: Number of ranks.
+        validation_rows: Serve so many held-out samples, once, in place of endless training.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        window: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        validation_rows: int | None = None,
+    ) -> None:
+        self.batch_size, self.validation_rows = batch_size, validation_rows
+        self.window, self.rank, self.world_size = window, rank, world_size
+        self.cursor = 0
+
+    @abstractmethod
+    def training_batch(self, number: int) -> Batch:
+        """This rank's share of a batch, with ``num_items``."""
+
+    @abstractmethod
+    def validation_batch(self, rows: range, first_row: int) -> Batch:
+        """Held-out samples; without rows one that has no target, for a rank past the end."""
+
+    def __len__(self) -> int:
+        if self.validation_rows is None:
+            return _ENDLESS
+        return math.ceil(self.validation_rows / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.validation_rows is not None:
+            for start in range(0, self.validation_rows, self.batch_size * self.world_size):
+                first = start + self.rank * self.batch_size
+                yield self.validation_batch(range(first, min(self.validation_rows, first + self.batch_size)), first)
+            return
+        while True:
+            number = self.cursor
+            self.cursor += 1
+            yield self.training_batch(number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from; Lightning stores it in every checkpoint."""
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly there."""
+        self.cursor = state["cursor"]

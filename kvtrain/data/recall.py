@@ -1,12 +1,11 @@
 """Batches of tasks that need a long memory: passkeys in a haystack, and runs to be copied."""
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import PackedDataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
 from kvtrain.data.passkey import Ids, PasskeyTask, PasskeyWriter, copy_sample
@@ -15,7 +14,6 @@ from kvtrain.data.tokenizer import load_tokenizer
 
 _MULTIPLE = 16  # lengths are multiples of it
 _VALIDATION_ROWS = 64
-_ENDLESS = 1 << 40  # a trainer that does not know a length asks for a batch too many, and the place would be wrong
 
 
 class RecallDataModule(PackedDataModule):
@@ -90,67 +88,41 @@ class RecallDataModule(PackedDataModule):
         return self.rows(corpora).shards
 
 
-class RecallLoader:
-    """Batches of one rank; its place is a number, so that resuming is exact.
+class RecallLoader(EndlessLoader):
+    """Passkeys, and runs to be copied.
 
     Args:
         data: Settings of the samples.
         shards: The haystack.
-        window: Batches per optimiser step; ``num_items`` counts the targets of all of them, over all ranks.
-        rank: This rank.
-        world_size: Number of ranks.
-        validation_rows: Serve so many passkey samples of full length, once, in place of endless mixtures.
+        **place: See ``EndlessLoader``; validation has passkey samples of full length alone.
 
     Raises:
         ValueError: A sample cannot hold what the task asks for.
     """
 
-    def __init__(
-        self,
-        data: RecallDataModule,
-        shards: TokenShards,
-        *,
-        window: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        validation_rows: int | None = None,
-    ) -> None:
+    def __init__(self, data: RecallDataModule, shards: TokenShards, **place: Any) -> None:
+        super().__init__(data.batch_size, **place)
         assert data.tokenizer_name is not None
-        tokenizer = load_tokenizer(data.tokenizer_name)
-        self.data, self.shards, self.validation_rows = data, shards, validation_rows
-        self.window, self.rank, self.world_size = window, rank, world_size
-        self.writer = PasskeyWriter(tokenizer, data.task)
-        self.cursor = 0
+        self.data, self.shards = data, shards
+        self.writer = PasskeyWriter(load_tokenizer(data.tokenizer_name), data.task)
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
             self.writer.require(_rounded(data.shortest))  # complain before the training begins
 
-    def __len__(self) -> int:
-        if self.validation_rows is None:
-            return _ENDLESS
-        return math.ceil(self.validation_rows / (self.data.batch_size * self.world_size))
+    def training_batch(self, number: int) -> Batch:
+        """See ``EndlessLoader``; ``num_items`` counts the targets of all batches of the window, over all ranks."""
+        batch = self._batch(number, self.rank)
+        first = number - number % self.window
+        places = [(n, rank) for n in range(first, first + self.window) for rank in range(self.world_size)]
+        others = [self._batch(*place) for place in places if place != (number, self.rank)]
+        batch["num_items"] = torch.stack([_targets(one) for one in (batch, *others)]).sum()
+        return batch
 
-    def __iter__(self) -> Iterator[Batch]:
-        if self.validation_rows is not None:
-            yield from self._validation(self.validation_rows)
-            return
-        while True:
-            number = self.cursor
-            self.cursor += 1
-            batch = self._batch(number, self.rank)
-            first = number - number % self.window
-            places = [(n, rank) for n in range(first, first + self.window) for rank in range(self.world_size)]
-            others = [self._batch(*place) for place in places if place != (number, self.rank)]
-            batch["num_items"] = torch.stack([_targets(one) for one in (batch, *others)]).sum()
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from; Lightning stores it in every checkpoint."""
-        return {"cursor": self.cursor}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly there."""
-        self.cursor = state["cursor"]
+    def validation_batch(self, rows: range, first_row: int) -> Batch:
+        """See ``EndlessLoader``."""
+        length = self.data.sequence_length
+        samples = [self._passkey(np.random.default_rng([0, row]), length) for row in rows]
+        return _collate(samples or [_nothing(length)], first_row=first_row)
 
     def length(self, number: int) -> int:
         """Tokens of the samples of a batch."""
@@ -170,14 +142,6 @@ class RecallLoader:
         ]
         # No two rows of a run may share an id, and ids must not depend on the ranks: noise is keyed by them.
         return _collate(samples, first_row=(number << 32) + first)
-
-    def _validation(self, rows: int) -> Iterator[Batch]:
-        """Rows in turn over the ranks; a rank past the end gets a row without targets."""
-        size, length = self.data.batch_size, self.data.sequence_length
-        for first in range(0, rows, size * self.world_size):
-            mine = range(first + self.rank * size, min(rows, first + (self.rank + 1) * size))
-            samples = [self._passkey(np.random.default_rng([0, row]), length) for row in mine]
-            yield _collate(samples or [_nothing(length)], first_row=first + self.rank * size)
 
     def _mixed(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
         if rng.random() >= self.data.copy_share:

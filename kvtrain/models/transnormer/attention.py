@@ -1,7 +1,7 @@
 """TransNormer's two kinds of attention (arXiv 2210.10340, section 4)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.serving import NewTokens
 from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
 from kvtrain.models.transnormer.config import TransNormerConfig
-from kvtrain.models.transnormer.layers import RelativePosition, make_norm
+from kvtrain.models.transnormer.layers import Projection, RelativePosition, make_norm
 
 _DOCUMENT = 1 << 40  # no document has so many blocks,
 _PADDING = 1 << 62  # and no row so many documents
@@ -57,13 +57,16 @@ class TransNormerAttention(nn.Module):
         layer_idx: Which layer this is.
     """
 
+    gain: ClassVar[float] = 1.0
+
     def __init__(self, config: TransNormerConfig, layer_idx: int) -> None:
         super().__init__()
         width, self.layer_idx = config.hidden_size, layer_idx
         self.num_heads = config.heads(layer_idx)
         self.head_dim = width // self.num_heads
         self.causal, self.t1 = config.causal, config.variant == "T1"
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj = (Projection(width, self.gain) for _ in range(3))
+        self.o_proj = Projection(width, 1.0, zero_bias=True)
         self.relative_position = RelativePosition(self.head_dim, config.relative_position == "lrpe")
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +138,8 @@ class DiagAttention(TransNormerAttention):
 
 class NormAttention(TransNormerAttention):
     """Linear attention without a denominator; a norm over all heads keeps its scale (equation 11)."""
+
+    gain = 2**-0.5
 
     def __init__(self, config: TransNormerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.models.language_model import CachedLanguageModel
 from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
 from kvtrain.models.transnormer.config import TransNormerConfig
@@ -81,7 +82,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         hidden, loss = decoded.last_hidden_state, None
         if labels is not None:
             targets = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # few: no logits for the others
-            logits = self._logits(hidden.flatten(0, 1)[targets]).float()
+            logits = at_least_float32(self._logits(hidden.flatten(0, 1)[targets]))
             total = functional.cross_entropy(logits, labels.flatten()[targets], reduction="sum")
             loss = total / (max(1, len(targets)) if num_items is None else num_items)
         skip_logits = labels is not None and self.training if skip_logits is None else skip_logits
@@ -124,15 +125,16 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         decoded = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         logits, loss = self.classifier(self._pool(decoded.last_hidden_state, attention_mask)), None
         if labels is not None:
-            total = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            wide = at_least_float32(logits)
+            total = functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
             count = (labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = total / (count if num_items is None else num_items)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=decoded.hidden_states)
 
     def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """``(B, D)`` from ``(B, T, D)``."""
-        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        wide = at_least_float32(hidden)
+        real = torch.ones_like(wide[..., :1]) if mask is None else (mask > 0)[..., None].to(wide.dtype)
         if self.config.pooling == "first":
-            return hidden[torch.arange(len(hidden), device=hidden.device), real.to(torch.int8).argmax(1)]
-        share = (real / real.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
-        return (share[..., None] * hidden).sum(1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), real[..., 0].argmax(1)]
+        return ((real * wide).sum(1) / real.sum(1).clamp(min=1)).to(hidden.dtype)

@@ -72,6 +72,20 @@ def make_norm(config: TransNormerConfig) -> nn.Module:
     return TokenBatchNorm(config) if config.norm == "batch" else SimpleRMSNorm(config)
 
 
+class Projection(nn.Linear):
+    """A linear layer of attention, which knows how it begins: transformers shows initialisation no module around it.
+
+    Args:
+        width: Channels in and out.
+        gain: Of Xavier's initial weights.
+        zero_bias: Begin with a bias of zeros.
+    """
+
+    def __init__(self, width: int, gain: float, zero_bias: bool = False) -> None:
+        super().__init__(width, width)
+        self.gain, self.zero_bias = gain, zero_bias
+
+
 class TransNormerMLP(nn.Module):
     """A gated linear unit, or two plain layers; with biases."""
 

@@ -15,7 +15,7 @@ from kvtrain.cache.base import KVCache
 from kvtrain.models.serving import NewTokens, parallel_positions
 from kvtrain.models.transnormer.attention import DiagAttention, Layout, NormAttention, TransNormerAttention
 from kvtrain.models.transnormer.config import TransNormerConfig
-from kvtrain.models.transnormer.layers import RelativePosition, TransNormerMLP, make_norm
+from kvtrain.models.transnormer.layers import Projection, RelativePosition, TransNormerMLP, make_norm
 
 
 class TransNormerLayer(GradientCheckpointingLayer):
@@ -86,14 +86,12 @@ class TransNormerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[self.config.pad_token_id])
         elif isinstance(module, nn.Linear):
             _like_torch(module)
+            if isinstance(module, Projection):
+                init.xavier_uniform_(module.weight, gain=module.gain)
+            if isinstance(module, Projection) and module.zero_bias:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm1d):
             super()._init_weights(module)  # type: ignore[no-untyped-call]
-        elif isinstance(module, TransNormerAttention) and self.config.initialisation == "xavier":
-            gain = 1.0 if isinstance(module, DiagAttention) else 2**-0.5
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.xavier_uniform_(projection.weight, gain=gain)
-            init.xavier_uniform_(module.o_proj.weight)
-            init.zeros_(module.o_proj.bias)
 
 
 def _like_torch(linear: nn.Linear) -> None:
