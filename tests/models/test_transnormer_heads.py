@@ -216,3 +216,21 @@ def test_sizes_that_follow_from_others():
     assert TransNormerConfig(hidden_size=768, num_attention_heads=12).intermediate_size == 2048
     assert TransNormerConfig(gated_mlp=False).intermediate_size == 2048
     assert TransNormerConfig(num_block_heads=4).heads(2) == 4 and TransNormerConfig(num_block_heads=4).heads(3) == 8
+
+
+def test_sums_that_float16_cannot_hold_pass_through_the_norm():
+    """The norm takes the scale away, but the sums before it must be numbers."""
+    model = fresh(vocab_size=50).eval()
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.k_proj.bias.fill_(30.0)
+        attention.q_proj.bias.fill_(30.0)
+        attention.v_proj.bias.fill_(30.0)
+    ids = torch.randint(3, 50, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        half = model.half()
+        found, cached = half(ids, use_cache=False).logits, half(ids).logits
+    assert found.dtype == cached.dtype == torch.float16
+    for logits in (found, cached):
+        torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0)

@@ -156,6 +156,8 @@ class NormAttention(TransNormerAttention):
         """Attend; the arguments are those of ``DiagAttention``."""
         query, key, value = self.project(hidden_states)
         query, key = self.turn(self._features(query), self._features(key), layout.position_ids)
+        if value.dtype == torch.float16:  # which ends at 65,504: sums over a few thousand tokens do not
+            value = value.float()
         slopes = None
         if self._slopes is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
@@ -168,7 +170,7 @@ class NormAttention(TransNormerAttention):
             layer = past_key_values.layers[self.layer_idx]
             assert isinstance(layer, NormCacheLayer) and new_tokens is not None
             output = self._serve(query, key, value, slopes, layout, new_tokens, layer)
-        projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real))
+        projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected
 
     def _features(self, heads: Tensor) -> Tensor:
