@@ -170,10 +170,13 @@ class _MixedOnCPU(torch.autograd.Function):
         """Gradients of the four tensors; the gradient of a gradient is refused."""
         query, key, value, share, near, near_lse, full, far_lse = ctx.saved_tensors
         first, late_lse = ctx.window + ctx.sink, near_lse[:, :, ctx.window + ctx.sink :]
-        late, near_share = at_least_float32(grad[:, :, first:]), 1 - _far_weight(late_lse, far_lse)
-        gate_dtype, share = share.dtype, share.to(late.dtype)
+        late = at_least_float32(grad[:, :, first:])
         # What a gate moves, from the window to everything, along the gradient: (B, H, n, 1).
         along = (late * (at_least_float32(full) - at_least_float32(near[:, :, first:]))).sum(-1, keepdim=True)
+        grad_share = along.sum((0, 2), keepdim=True)[0].to(share.dtype)
+        if not any(ctx.needs_input_grad[:3]):  # below the first gate of a frozen model nothing learns
+            return None, None, None, grad_share, None, None, None
+        near_share, share = 1 - _far_weight(late_lse, far_lse), share.to(late.dtype)
         grad_near, grad_lse = grad.clone(), torch.zeros_like(near_lse)
         grad_near[:, :, first:] = (late * (1 - share + share * near_share)).to(grad.dtype)
         grad_lse[:, :, first:] = (-share * near_share * along).squeeze(-1)
@@ -186,4 +189,4 @@ class _MixedOnCPU(torch.autograd.Function):
             far = _flash_backward(grad_full, *slices, full, full_lse, 0.0, True, attn_mask=None, scale=ctx.scale)
         for part, more in zip(_far_slices(*grads, ctx.window, ctx.sink), far, strict=True):
             part += more
-        return *grads, along.sum((0, 2), keepdim=True)[0].to(gate_dtype), None, None, None
+        return *grads, grad_share, None, None, None

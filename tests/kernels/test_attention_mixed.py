@@ -94,6 +94,17 @@ def test_gates_stay_in_their_own_precision():
     torch.testing.assert_close(found[4].double(), expected[4], rtol=0.02, atol=0.3)
 
 
+def test_frozen_inputs_cost_no_backward_pass_of_attention(monkeypatch):
+    *inputs, gates = leaves(4, 2, 2, 2, 33)
+    tracked = [tensor.requires_grad_() for tensor in (*inputs, gates.double())]
+    weights = torch.randn(2, 4, 33, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected,) = torch.autograd.grad((mixed_attention(*tracked, window=5, sink=2) * weights).sum(), tracked[3:])
+    monkeypatch.setattr(attention_mixed, "chunked_backward", None)
+    frozen = [tensor.detach() for tensor in inputs]
+    output = mixed_attention(*frozen, tracked[3], window=5, sink=2)
+    assert torch.equal(torch.autograd.grad((output * weights).sum(), tracked[3:])[0], expected)
+
+
 def test_several_documents_need_their_positions():
     query, key, value, _ = leaves(0, 1, 1, 1, 8)
     with pytest.raises(ValueError, match="need position_ids"):
