@@ -7,14 +7,15 @@ import torch
 from transformers import PreTrainedModel
 
 import kvtrain
-from tests.hosts import dmc_at_rate, random_ids
+from tests.hosts import FAMILIES, dmc_at_rate, random_ids
 
 
 class Entry(NamedTuple):
-    """A way to retrofit a host of so many layers."""
+    """A way to retrofit a host of so many layers, or to build a model that only takes its sizes from one."""
 
     retrofit: Callable[[PreTrainedModel], PreTrainedModel]
     layers: int = 2
+    families: tuple[str, ...] = tuple(FAMILIES)
 
 
 def lckv(kv_map: str, **settings: object) -> Entry:
@@ -44,7 +45,7 @@ def transnormer(variant: str, **settings: object) -> Entry:
         torch.manual_seed(0)
         return kvtrain.TransNormerForCausalLM(config).to(host.dtype).eval()
 
-    return Entry(build, layers=3)
+    return Entry(build, layers=3, families=("llama",))
 
 
 # By method's name, or by one that begins with it.
