@@ -167,6 +167,8 @@ def test_a_mask_with_a_hole_is_refused(causal):
     mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]])
     with pytest.raises(ValueError, match="pad at the left or at the right"):
         model.model(input_ids=torch.ones_like(mask), attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match=r"pass the padding mask \(rows, tokens\)"):
+        TransNormerModel.forward(model.model, torch.ones_like(mask), mask[:, None, None] == 0)
 
 
 @VARIANTS

@@ -215,8 +215,10 @@ def _layout(
 
 def _check_mask(mask: Tensor) -> None:
     """Blocks are runs of columns, so padding may stand at a row's ends alone."""
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}; pass the padding mask (rows, tokens)")
     starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-    if mask.dim() != 2 or bool((starts.sum(1) + (mask[:, 0] > 0) > 1).any()):
+    if bool((starts.sum(1) + (mask[:, 0] > 0) > 1).any()):
         raise ValueError("each row's tokens must stand side by side: pad at the left or at the right, not in between")
 
 
