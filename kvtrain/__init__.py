@@ -10,7 +10,7 @@ heavy is loaded at first use.
 from typing import TYPE_CHECKING, Any
 
 from kvtrain.models.auto import register
-from kvtrain.models.registry import methods
+from kvtrain.models.registry import methods, own_models
 from kvtrain.models.transnormer.config import TransNormerConfig
 
 if TYPE_CHECKING:
@@ -57,10 +57,9 @@ def __getattr__(name: str) -> Any:
         from kvtrain.inference.load import load
 
         return load
-    if name.startswith("TransNormerFor"):
-        from kvtrain.models.transnormer import heads
-
-        return getattr(heads, name)
+    for own in own_models():
+        if name.startswith(f"{own.prefix}For"):
+            return own.head(name)
     for method in methods().values():
         if method.__name__ == name:
             return method

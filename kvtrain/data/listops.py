@@ -243,24 +243,11 @@ class ListOpsDataModule(DataModule):
 
     def train_dataloader(self) -> "ListOpsLoader":
         """Batches without end, with ``num_items``."""
-        trainer = self.trainer
-        assert trainer is not None
-        return ListOpsLoader(
-            self.task,
-            self.batch_size,
-            seed=self.seed,
-            window=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        return ListOpsLoader(self.task, self.batch_size, seed=self.seed, **self.training_place)
 
     def val_dataloader(self) -> "ListOpsLoader":
         """The same held-out samples every time."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return ListOpsLoader(
-            self.task, self.batch_size, rank=rank, world_size=world_size, validation_rows=self.validation_rows
-        )
+        return ListOpsLoader(self.task, self.batch_size, validation_rows=self.validation_rows, **self.validation_place)
 
 
 class ListOpsLoader(EndlessLoader):

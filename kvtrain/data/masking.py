@@ -162,30 +162,18 @@ class MaskedDataModule(PackedDataModule):
 
     def train_dataloader(self) -> "MaskedLoader":
         """Shuffled batches with ``num_items``."""
-        trainer = self.trainer
-        assert trainer is not None
-        return MaskedLoader(
-            self.rows(self.corpora),
-            self.batch_size,
-            masking=self.masking,
-            seed=self.seed,
-            window=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        rows = self.rows(self.corpora)
+        return MaskedLoader(rows, self.batch_size, masking=self.masking, seed=self.seed, **self.training_place)
 
     def val_dataloader(self) -> "MaskedLoader":
         """Held-out rows in order, with the same masks every time."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         return MaskedLoader(
             self.rows(self.validation_corpora),
             self.batch_size,
             masking=self.masking,
             seed=None,
-            rank=rank,
-            world_size=world_size,
             limit=self.validation_rows,
+            **self.validation_place,
         )
 
 

@@ -30,6 +30,20 @@ class DataModule(pl.LightningDataModule):
     sequence_length: int
     tokenizer_name: str | None
 
+    @property
+    def training_place(self) -> dict[str, int]:
+        """What a training loader must know of the trainer: its window, this rank, and how many there are."""
+        trainer = self.trainer
+        assert trainer is not None
+        return {"window": trainer.accumulate_grad_batches, **self.validation_place}
+
+    @property
+    def validation_place(self) -> dict[str, int]:
+        """What a loader of held-out rows must know; without a trainer there is one rank."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return {"rank": rank, "world_size": world_size}
+
 
 class PackedDataModule(DataModule):
     """Packed rows for training and validation.
@@ -82,25 +96,12 @@ class PackedDataModule(DataModule):
 
     def train_dataloader(self) -> PackedLoader:
         """Shuffled batches with ``num_items``."""
-        trainer = self.trainer
-        assert trainer is not None
-        return PackedLoader(
-            self.rows(self.corpora),
-            self.batch_size,
-            seed=self.seed,
-            window=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        return PackedLoader(self.rows(self.corpora), self.batch_size, seed=self.seed, **self.training_place)
 
     def val_dataloader(self) -> PackedLoader:
         """Held-out rows in order."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         rows = self.rows(self.validation_corpora)
-        return PackedLoader(
-            rows, self.batch_size, seed=None, rank=rank, world_size=world_size, limit=self.validation_rows
-        )
+        return PackedLoader(rows, self.batch_size, seed=None, limit=self.validation_rows, **self.validation_place)
 
     def rows(self, corpora: list[str]) -> PackedRows:
         """Packed rows of some corpora, tokenised first if need be."""

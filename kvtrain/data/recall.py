@@ -64,24 +64,12 @@ class RecallDataModule(PackedDataModule):
 
     def train_dataloader(self) -> "RecallLoader":  # type: ignore[override]
         """Batches without end, with ``num_items``."""
-        trainer = self.trainer
-        assert trainer is not None
-        return RecallLoader(
-            self,
-            self.shards(self.corpora),
-            window=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        return RecallLoader(self, self.shards(self.corpora), **self.training_place)
 
     def val_dataloader(self) -> "RecallLoader":  # type: ignore[override]
         """The same passkey samples of full length every time."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         rows = self.validation_rows or _VALIDATION_ROWS
-        return RecallLoader(
-            self, self.shards(self.validation_corpora), rank=rank, world_size=world_size, validation_rows=rows
-        )
+        return RecallLoader(self, self.shards(self.validation_corpora), validation_rows=rows, **self.validation_place)
 
     def shards(self, corpora: list[str]) -> TokenShards:
         """Tokens of some corpora, tokenised first if need be."""

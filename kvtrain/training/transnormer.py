@@ -12,6 +12,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.mistakes import unknown
+from kvtrain.models.transnormer.cache import cache_layers
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.heads import (
     TransNormerForCausalLM,
@@ -65,8 +66,7 @@ class TransNormerModule(TrainingModule):
         return Cost(config.variant, 1.0, before, self._cache_bytes(sequence_length))
 
     def _cache_bytes(self, sequence_length: int) -> int:
-        model: Any = self.skeleton()
-        layers = model.cache_layers([Placement(KV_DTYPE)] * self.config.num_hidden_layers)
+        layers = cache_layers(self.config, [Placement(KV_DTYPE)] * self.config.num_hidden_layers)
         return KVCache(layers).bytes_for(sequence_length, rows=1)
 
 
@@ -77,15 +77,15 @@ class _CachelessModule(TransNormerModule):
         """See ``TrainingModule``: there is no cache."""
         return Cost(self.config.variant, 1.0, 0, 0)
 
+    def num_targets(self, batch: Batch) -> Tensor:
+        """See ``TrainingModule``; labels stand at their own places."""
+        return (batch["labels"] != IGNORE_INDEX).sum()
+
 
 class TransNormerMaskedModule(_CachelessModule):
     """Trains a masked language model, on ``kvtrain.data.masking.MaskedDataModule``; see ``TransNormerModule``."""
 
     head = TransNormerForMaskedLM
-
-    def num_targets(self, batch: Batch) -> Tensor:
-        """See ``TrainingModule``; labels stand at their own places."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
 
 
 class TransNormerClassificationModule(_CachelessModule):
@@ -96,10 +96,6 @@ class TransNormerClassificationModule(_CachelessModule):
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """See ``TrainingModule``."""
         return {"attention_mask": batch["document_ids"]}
-
-    def num_targets(self, batch: Batch) -> Tensor:
-        """See ``TrainingModule``; a row has one label."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
 
     def rehearsal_batch(self, batch: Batch) -> Batch:
         """See ``TrainingModule``."""

@@ -8,6 +8,7 @@ from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore
 from kvtrain.kernels.block_attention import Past
+from kvtrain.models.transnormer.config import TransNormerConfig
 
 
 class NormCacheLayer(KVCacheLayer):
@@ -70,3 +71,16 @@ class DiagCacheLayer(KVCacheLayer):
         """See ``KVCacheLayer``."""
         heads = self.ring["keys"].shape[1]
         return self.ring["tokens"].clamp(max=self.block_size)[:, None].expand(-1, heads)
+
+
+def cache_layers(config: TransNormerConfig, placements: list[Placement]) -> list[KVCacheLayer]:
+    """An empty cache layer for every layer of a model, whose tensors lie where its placement says."""
+
+    def layer(index: int, placement: Placement) -> KVCacheLayer:
+        heads = config.heads(index)
+        head_dim = config.hidden_size // heads
+        if index < config.num_block_layers:
+            return DiagCacheLayer(heads, head_dim, config.block_size, placement)
+        return NormCacheLayer(heads, head_dim, placement)
+
+    return [layer(index, placement) for index, placement in enumerate(placements)]

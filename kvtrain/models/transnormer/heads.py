@@ -13,7 +13,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.models.language_model import CachedLanguageModel
-from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
+from kvtrain.models.transnormer.cache import cache_layers
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.model import TransNormerModel, TransNormerPreTrainedModel
 
@@ -36,14 +36,7 @@ class TransNormerForCausalLM(CachedLanguageModel, TransNormerPreTrainedModel, Ge
         """See ``CachedLanguageModel``."""
         if options:
             raise ValueError(f"TransNormer's caches have no option {next(iter(options))!r}; leave it out")
-        return [self._cache_layer(index, placement) for index, placement in enumerate(placements)]
-
-    def _cache_layer(self, index: int, placement: Placement) -> KVCacheLayer:
-        heads = self.config.heads(index)
-        head_dim = self.config.hidden_size // heads
-        if index < self.config.num_block_layers:
-            return DiagCacheLayer(heads, head_dim, self.config.block_size, placement)
-        return NormCacheLayer(heads, head_dim, placement)
+        return cache_layers(self.config, placements)
 
 
 class TransNormerForMaskedLM(TransNormerPreTrainedModel):
