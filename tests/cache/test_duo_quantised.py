@@ -11,7 +11,7 @@ import kvtrain
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.passkey import passkey
-from kvtrain.kernels.quantisation import dequantise, quantise
+from tests.cache.packed import packed_once, read
 from tests.hosts import make_host, random_ids
 
 SINK, RECENT, PAGE, DIM = 2, 5, 3, 8
@@ -43,17 +43,6 @@ def method_of(bits, compensation=False):
 
 def model_of(bits, compensation=False, dtype=torch.float64):
     return kvtrain.retrofit(make_host(layers=len(FULL_HEADS), dtype=dtype), method_of(bits, compensation))
-
-
-def read(model, ids, sizes, cache=None, **options):
-    """Logits of all tokens, so many at a time, and the cache."""
-    cache = cache or model.make_cache(**options)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, 1)]
-    return torch.cat(parts, 1), cache
-
-
-def packed_once(states, bits):
-    return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
 
 
 def close(actual, expected):

@@ -15,7 +15,7 @@ import kvtrain
 from kvtrain.assets import HELDOUT
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.hf import export_run
-from kvtrain.kernels.quantisation import dequantise, quantise
+from tests.cache.packed import packed_once, read
 from tests.export.test_hf import card_of, write_run
 from tests.hosts import make_host, random_ids
 
@@ -37,17 +37,6 @@ def bits(request):
 
 def model_of(bits, family="llama"):
     return kvtrain.retrofit(make_host(family), kvtrain.Full(kv_bits=bits))
-
-
-def read(model, ids, sizes, cache=None):
-    """Logits of all tokens, so many at a time, and the cache."""
-    cache = cache or model.make_cache()
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, 1)]
-    return torch.cat(parts, 1), cache
-
-
-def packed_once(states, bits):
-    return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
 
 
 def close(actual, expected):
