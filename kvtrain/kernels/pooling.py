@@ -9,12 +9,15 @@ with merge decisions ``a`` in [0, 1] and importances ``w``. It is a band matrix 
 diagonals, applied block by block as small dense products; nothing is sequential.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 
-_BLOCK = 64
+_BLOCK = 32
 
 
 def pool_segments(inputs: Tensor, merge: Tensor, importance: Tensor, window: int) -> Tensor:
@@ -27,7 +30,9 @@ def pool_segments(inputs: Tensor, merge: Tensor, importance: Tensor, window: int
         window: Tokens of a segment that count.
     """
     bands = band_weights(at_least_float32(merge), at_least_float32(importance), window)
-    return _apply_band(bands, at_least_float32(inputs))
+    with autocast_off(inputs):
+        pooled: Tensor = _BandProduct.apply(bands, inputs)  # type: ignore[no-untyped-call]
+    return pooled
 
 
 def band_weights(merge: Tensor, importance: Tensor, window: int) -> Tensor:
@@ -62,22 +67,88 @@ def _shift(tensor: Tensor, steps: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (steps, 0))[..., :length] if steps else tensor
 
 
-def _apply_band(bands: Tensor, inputs: Tensor) -> Tensor:
-    """Multiply the band matrix ``(B, H, T, window)`` with ``(B, H, T, C)``, block by block."""
-    length, window = bands.shape[2:]
-    block = max(min(_BLOCK, length), window)  # so that a band reaches no further back than one block
-    blocks = -(-length // block)
-    fill = (0, 0, 0, blocks * block - length)
-    bands = torch.nn.functional.pad(bands, fill).unflatten(2, (blocks, block))
-    inputs = torch.nn.functional.pad(inputs, fill).unflatten(2, (blocks, block))
-    before = torch.nn.functional.pad(inputs[:, :, :-1, block - window + 1 :], (0, 0, 0, 0, 1, 0))
-    pooled = _dense(bands) @ torch.cat([before, inputs], 3)
-    return pooled.flatten(2, 3)[:, :, :length]
+class _BandProduct(torch.autograd.Function):
+    """The band matrix ``(B, H, T, window)`` times ``(B, H, T, C)``; keeps its two factors and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, bands: Tensor, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(bands, inputs)
+        layout = _Layout(bands)
+        line = layout.blocks(inputs)
+        pooled = torch.empty_like(line)
+        torch.bmm(layout.dense(bands), layout.reach(line), out=pooled[:-1])
+        return layout.tokens(pooled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        bands, inputs = ctx.saved_tensors
+        layout = _Layout(bands)
+        with autocast_off(grad):
+            grad_blocks = layout.blocks(grad)[1:]
+            grad_bands = grad_inputs = None
+            if ctx.needs_input_grad[0]:
+                grad_bands = layout.bands(torch.bmm(grad_blocks, layout.reach(layout.blocks(inputs)).mT))
+            if ctx.needs_input_grad[1]:
+                reached = torch.bmm(layout.dense(bands).mT, grad_blocks)
+                grad_inputs = layout.tokens(layout.collect(reached)).to(inputs.dtype)
+        return grad_bands, grad_inputs
 
 
-def _dense(bands: Tensor) -> Tensor:
-    """Lay a block's diagonals ``(..., block, window)`` out as ``(..., block, block + window - 1)``."""
-    block, window = bands.shape[-2:]
-    wide = torch.nn.functional.pad(bands.flip(-1), (0, block)).flatten(-2)
-    dense: Tensor = wide[..., :-block].unflatten(-1, (block, block + window - 1))
-    return dense
+class _Layout:
+    """Blocks of tokens of all rows and heads in one line, an empty block before each head's first.
+
+    A block's tokens reach ``window - 1`` tokens back, which never is further than the block before; thanks to the
+    empty ones that is never another head's. What is computed for N blocks leaves out the very first, and so stands
+    one block earlier: each head's first block first, an empty one last.
+    """
+
+    def __init__(self, bands: Tensor) -> None:
+        self.rows, self.heads, self.length, self.window = bands.shape
+        self.block = max(min(_BLOCK, self.length), self.window)
+        self.per_head = -(-self.length // self.block)
+        self.width = self.block + self.window - 1  # tokens in reach of a block
+
+    def blocks(self, tokens: Tensor) -> Tensor:
+        """Lay out ``(B, H, T, C)`` as ``(N + 1, block, C)``."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        shape = (self.rows, self.heads, (self.per_head + 1) * self.block, tokens.shape[-1])
+        line = torch.zeros(shape, dtype=wide, device=tokens.device)
+        line[:, :, self.block : self.block + self.length] = tokens
+        return line.view(-1, self.block, tokens.shape[-1])
+
+    def tokens(self, blocks: Tensor) -> Tensor:
+        """A view ``(B, H, T, C)`` of ``(N + 1, block, C)``, whose last block counts for nothing."""
+        return blocks.view(self.rows, self.heads, -1, blocks.shape[-1])[:, :, : self.length]
+
+    def reach(self, blocks: Tensor) -> Tensor:
+        """A view ``(N, width, C)`` of what each block's tokens may reach."""
+        channels = blocks.shape[-1]
+        strides = (self.block * channels, channels, 1)
+        offset = (self.block - self.window + 1) * channels
+        return blocks.as_strided((len(blocks) - 1, self.width, channels), strides, offset)
+
+    def collect(self, reached: Tensor) -> Tensor:
+        """Add up the gradients ``(N, width, C)`` of what was reached more than once: ``(N + 1, block, C)``."""
+        total = reached.new_empty(len(reached) + 1, self.block, reached.shape[-1])
+        total[:-1] = reached[:, self.window - 1 :]
+        total[:-2, self.block - self.window + 1 :] += reached[1:, : self.window - 1]
+        return total
+
+    def dense(self, bands: Tensor) -> Tensor:
+        """Every block's diagonals as a matrix ``(N, block, width)``."""
+        line = self.blocks(bands.flip(-1))[1:]
+        dense = bands.new_zeros(len(line), self.block, self.width)
+        self._diagonals(dense).copy_(line)
+        return dense
+
+    def bands(self, dense: Tensor) -> Tensor:
+        """The other way round: ``(B, H, T, window)``."""
+        line = dense.new_empty(len(dense) + 1, self.block, self.window)
+        line[:-1] = self._diagonals(dense)
+        return self.tokens(line).flip(-1)
+
+    def _diagonals(self, dense: Tensor) -> Tensor:
+        """A view ``(N, block, window)``: what a token has for the tokens before it and itself."""
+        strides = (self.block * self.width, self.width + 1, 1)
+        return dense.as_strided((len(dense), self.block, self.window), strides)

@@ -79,6 +79,37 @@ def test_half_types_are_computed_in_float32():
     torch.testing.assert_close(pool_segments(inputs, merge, importance, 12), exact)
 
 
+def test_gradients_are_the_derivatives():
+    """Of the inputs and of both decision channels, over several blocks of two rows and heads."""
+    torch.manual_seed(2)
+    inputs = torch.randn(2, 2, 37, 2, dtype=torch.float64, requires_grad=True)
+    merge = torch.rand(2, 2, 37, dtype=torch.float64, requires_grad=True)
+    importance = (torch.rand(2, 2, 37, dtype=torch.float64) + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *tensors: pool_segments(*tensors, 5), (inputs, merge, importance))
+
+
+def test_autocast_rounds_nothing():
+    inputs = torch.randn(1, 2, 50, 4, dtype=torch.bfloat16)
+    merge, importance = torch.rand(1, 2, 50), torch.rand(1, 2, 50)
+    expected = pool_segments(inputs, merge, importance, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pool_segments(inputs, merge, importance, 12)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_heads_never_reach_each_other():
+    """Not even by a zero times what is not finite."""
+    torch.manual_seed(3)
+    inputs, merge, importance = torch.randn(2, 2, 40, 3), torch.rand(2, 2, 40), torch.rand(2, 2, 40)
+    expected = pool_segments(inputs, merge, importance, 12)
+    inputs[0, 1] = float("nan")
+    found = pool_segments(inputs, merge, importance, 12)
+    assert found[0, 1].isnan().all()
+    found[0, 1] = expected[0, 1]
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("window", [1, 5])
 def test_no_importance_means_zero_not_nan(window):
     pooled = pool_segments(torch.randn(1, 1, 8, 2), torch.ones(1, 1, 8), torch.zeros(1, 1, 8), window)
