@@ -6,9 +6,13 @@ The kernel knows causality, a mask without gradient and nothing else, so three t
 * a strict diagonal is the causal one on shifted slices (queries 1.., keys ..T-2), or on shifted queries;
 * an open diagonal is the strict one merged with the token's own key by log-sum-exp, and the backward
   pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact.
+
+Rows go a few at a time, which keeps them near the processor, and documents that are runs of tokens go one by one:
+the kernel computes what a mask hides, and reads the mask besides.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.slices import rows_in_cache
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -50,8 +55,6 @@ def is_narrow(visibility: Visibility, length: int) -> bool:
 def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:
     """Additive ``(B or 1, 1, T, T)`` mask, or None where causality alone decides."""
     documents = visibility.query_documents
-    if documents is not None and bool((documents == documents[:, :1]).all()):
-        documents = None
     if documents is None and visibility.window is None:
         return None
     positions = torch.arange(query.shape[-2])
@@ -61,6 +64,36 @@ def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
     return (mask if mask.dim() == 3 else mask[None]).unsqueeze(1)
+
+
+class _Piece(NamedTuple):
+    """Tokens that see none outside: a document of a row, or several whole rows."""
+
+    rows: slice
+    tokens: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece's part of ``(B, H, T, ...)``."""
+        return tensor[self.rows, :, self.tokens]
+
+
+def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibility]:
+    """What to attend to by itself, and the visibility within each piece."""
+    everything, documents = slice(None), visibility.query_documents
+    if visibility.window is not None:
+        return [_Piece(everything, everything)], visibility
+    borders = [] if documents is None else [(row[1:] != row[:-1]).nonzero().flatten().tolist() for row in documents]
+    alone = visibility._replace(query_documents=None, key_documents=None)
+    if documents is None or not any(borders):
+        rows = rows_in_cache(query)
+        return [_Piece(slice(start, start + rows), everything) for start in range(0, len(query), rows)], alone
+    if any(len(row.unique()) <= len(inner) for row, inner in zip(documents, borders, strict=True)):
+        return [_Piece(everything, everything)], visibility  # a document that was left comes again
+    pieces = []
+    for row, inner in enumerate(borders):
+        edges = [0, *(last + 1 for last in inner), query.shape[2]]
+        pieces += [_Piece(slice(row, row + 1), slice(*run)) for run in itertools.pairwise(edges)]
+    return pieces, alone
 
 
 class FlashAttentionCPU(torch.autograd.Function):
@@ -78,15 +111,14 @@ class FlashAttentionCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         ctx.set_materialize_grads(False)
-        mask = _mask(query, visibility)
-        if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
-            output, lse = _flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale)
-        else:
-            output, lse = _strict(query, key, value, key_bias, mask, scale)
-            if visibility.diagonal == "open":
-                output, lse = _merge_own(query, key, value, output, lse, scale)
-        ctx.save_for_backward(query, key, value, key_bias, mask, output, lse)
-        ctx.visibility, ctx.scale = visibility, scale
+        pieces, within = _pieces(query, visibility)
+        output, lse = torch.empty_like(query), torch.empty_like(at_least_float32(query[..., 0]))
+        for piece in pieces:
+            bias = None if key_bias is None else piece.of(key_bias)
+            part = _attend(piece.of(query), piece.of(key), piece.of(value), bias, within, scale)
+            piece.of(output)[:], piece.of(lse)[:] = part
+        ctx.save_for_backward(query, key, value, key_bias, output, lse)
+        ctx.pieces, ctx.within, ctx.visibility, ctx.scale = pieces, within, visibility, scale
         return output, lse
 
     @staticmethod
@@ -94,20 +126,39 @@ class FlashAttentionCPU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the four tensors; the gradient of a gradient is refused."""
         saved = ctx.saved_tensors  # checkpointing allows a single look
+        if grad_output is None:
+            grad_output = torch.zeros_like(saved[4])
         with autocast_off(saved[0]):
-            return *_gradients(saved, grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
+            if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
+                return *chunked_backward(saved, grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
+            grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved[:4]]
+            for piece in ctx.pieces:
+                parts = [None if tensor is None else piece.of(tensor) for tensor in saved]
+                found = _gradients(parts, piece.of(grad_output), ctx.within, ctx.scale)
+                for grad, part in zip(grads, found, strict=True):
+                    if grad is not None:
+                        piece.of(grad)[:] = part
+        return *grads, None, None
 
 
-def _gradients(
-    saved: tuple[Any, ...], grad_output: Tensor | None, grad_lse: Tensor | None, visibility: Visibility, scale: float
-) -> list[Tensor | None]:
-    """Gradients of query, key, value and bias."""
-    query, key, value, key_bias, mask, output, lse = saved
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
-    if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
-        parts = (query, key, value, key_bias, output, lse)
-        return list(chunked_backward(parts, grad_output, grad_lse, visibility, scale))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a piece."""
+    mask = _mask(query, visibility)
+    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
+        output, lse = _flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale)
+        return output, lse
+    output, lse = _strict(query, key, value, key_bias, mask, scale)
+    if visibility.diagonal == "open":
+        output, lse = _merge_own(query, key, value, output, lse, scale)
+    return output, lse
+
+
+def _gradients(saved: list[Any], grad_output: Tensor, visibility: Visibility, scale: float) -> list[Tensor | None]:
+    """Gradients of a piece's query, key, value and bias."""
+    query, key, value, key_bias, output, lse = saved
+    mask = _mask(query, visibility)
     if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
         grads = _flash_backward(
             grad_output, query, key, value, output, finite(lse), 0.0, True, attn_mask=mask, scale=scale
@@ -153,7 +204,7 @@ def _strict(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to earlier keys alone; the first query sees none."""
-    if bias is None and mask is None:
+    if mask is None and (bias is None or query.shape[2] == 1):
         return _strict_rolled(query, key, value, scale)
     parts, mask = _strict_slices(query, key, value, bias, mask, scale)
     past, past_lse = _flash(*parts, 0.0, True, attn_mask=mask, scale=scale)
@@ -185,6 +236,8 @@ def _strict_backward(
     lse: Tensor,
     scale: float,
 ) -> list[Tensor | None]:
+    if query.shape[2] == 1:
+        return [None if tensor is None else torch.zeros_like(tensor) for tensor in (query, key, value, bias)]
     parts, mask = _strict_slices(query, key, value, bias, mask, scale)
     pad = parts[0].shape[-1] - query.shape[-1]
     grad, out = (torch.nn.functional.pad(x[:, :, 1:], (0, pad)) for x in (grad_output, output))

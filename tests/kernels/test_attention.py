@@ -63,6 +63,23 @@ def test_a_long_odd_call(backend: str):
     assert_same(case.run(backend, chunk_size=256), case.run("reference"), 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("ids", "masks"), [([[1, 1, 2, 3, 3, 0], [4, 5, 5, 5, 6, 6]], 0), ([[1, 2, 2, 1, 1, 3]] * 2, 2)]
+)
+@pytest.mark.parametrize(("diagonal", "bias"), [("plain", "none"), ("open", "hiding"), ("closed", "none")])
+def test_documents_that_are_runs_need_no_mask(
+    monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], masks: int, diagonal: str, bias: str
+):
+    """Runs of a single token among them; a document that was left and comes again is masked, forward and backward."""
+    made: list[bool] = []
+    make = attention_cpu._mask
+    monkeypatch.setattr(attention_cpu, "_mask", lambda *args: made.append((mask := make(*args)) is not None) or mask)
+    case = make_case(20, num_queries=6, bias=bias, diagonal=diagonal)
+    case.options["query_documents"] = case.options["key_documents"] = torch.tensor(ids)
+    assert_same(case.run("flash_cpu", use_lse=False), case.run("reference", use_lse=False), 1e-10)
+    assert sum(made) == masks
+
+
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
 @pytest.mark.parametrize("diagonal", ["plain", "open", "closed"])
 def test_gradients_are_the_derivatives(backend: str, diagonal: str):
