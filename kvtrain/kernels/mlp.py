@@ -1,10 +1,14 @@
 """The gate of a SwiGLU feed-forward layer (Shazeer 2020, eq. 6)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerSwiGLU, takes_liger
+from kvtrain.kernels.slices import empty_like, slices
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -23,5 +27,28 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     if takes_liger("gate", backend, gate, up, fits=gate.shape == up.shape and gate.dtype == up.dtype):
         gated: Tensor = LigerSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
-    wide = torch.nn.functional.silu(at_least_float32(gate)) * at_least_float32(up)
-    return wide.to(up.dtype)
+    result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up as they came; wide copies of them live for a slice."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        result = empty_like(up)
+        for gates, ups, results in slices(gate, up, result):
+            results.copy_(torch.nn.functional.silu(at_least_float32(gates)) * ups)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = empty_like(gate), empty_like(up)
+        for gates, ups, grads, grad_gates, grad_ups in slices(gate, up, grad, grad_gate, grad_up):
+            gates, grads = at_least_float32(gates), at_least_float32(grads)
+            grad_ups.copy_(torch.nn.functional.silu(gates) * grads)
+            grad_gates.copy_(torch.ops.aten.silu_backward(grads * ups, gates))
+        return grad_gate, grad_up

@@ -1,10 +1,14 @@
 """Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4), computed in at least float32."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerRMSNorm, takes_liger
+from kvtrain.kernels.slices import empty_like, slices
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:
@@ -22,8 +26,41 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "
     if takes_liger("norm", backend, hidden, weight):
         normed: Tensor = LigerRMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
         return normed
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        result: Tensor = _RMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
+        return result
     wide = at_least_float32(hidden)
     return torch.nn.functional.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon).to(hidden.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Torch's forward pass; its backward pass takes three times as long as this one on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.epsilon = epsilon
+        return rms_norm(hidden, weight, epsilon)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight = ctx.saved_tensors
+        grad_hidden, grad_weight = empty_like(hidden), torch.zeros_like(at_least_float32(weight))
+        for inputs, grads, results in slices(hidden, grad, grad_hidden):
+            inputs, grads = at_least_float32(inputs), at_least_float32(grads)
+            inverse = _mean_product(inputs, inputs).add_(ctx.epsilon).rsqrt_()
+            unit = inputs * inverse
+            grad_weight += (grads * unit).sum(0)
+            grads = grads * weight
+            results.copy_(grads.sub_(unit * _mean_product(grads, unit)).mul_(inverse))
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def _mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """``(n, 1)`` of ``(n, D)`` each."""
+    mean: Tensor = torch.linalg.vecdot(left, right).unsqueeze(-1).div_(left.shape[-1])
+    return mean
 
 
 def simple_rms_norm(hidden: Tensor, epsilon: float, *, epsilon_in_root: bool = False) -> Tensor:

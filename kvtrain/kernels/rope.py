@@ -1,10 +1,14 @@
 """Rotary position embedding (Su et al. 2021), half-split layout, angles in at least float32."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerRotary, takes_liger
+from kvtrain.kernels.slices import rows_in_cache
 
 
 def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,7 +45,40 @@ def apply_rotary(
     if takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
         rotated: Tensor = LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
-    wide = at_least_float32(heads)
-    first, second = wide.chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return (wide * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(heads.dtype)
+    if cos.requires_grad or sin.requires_grad:
+        wide = at_least_float32(heads)
+        return (wide * cos.unsqueeze(1) + _turn(wide) * sin.unsqueeze(1)).to(heads.dtype)
+    result: Tensor = _Rotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Rotary(torch.autograd.Function):
+    """By angles that are not learnt: backward is a rotation, too, and nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(heads, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -torch.cat(sin.chunk(2, -1)[::-1], -1)), None, None
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A few rows at a time, so that what is wide stays near the processor."""
+    result, rows = torch.empty_like(heads), rows_in_cache(heads)
+    angles = (angle.expand(len(heads), -1, -1).unsqueeze(1) for angle in (cos, sin))
+    parts = zip(*(tensor.split(rows) for tensor in (heads, result, *angles)), strict=True)
+    for part, rotated, cosines, sines in parts:
+        wide = at_least_float32(part)
+        rotated.copy_((wide * cosines).add_(_turn(wide).mul_(sines)))
+    return result
+
+
+def _turn(heads: Tensor) -> Tensor:
+    """A quarter turn of every pair of channels ``d`` and ``d + D / 2``."""
+    first, second = heads.chunk(2, -1)
+    return torch.cat([-second, first], -1)

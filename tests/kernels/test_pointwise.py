@@ -124,16 +124,40 @@ def test_scores_depend_on_distance_alone():
     assert abs(score(12, 5) - score(12, 6)) > 1e-3
 
 
+@pytest.mark.parametrize("numbers", [1, 8, 2**17])
 @pytest.mark.parametrize("operation", ["norm", "swiglu", "rotary"])
-def test_gradients(operation: str):
+def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int):
+    """Whatever the size of a slice, in tensors that are not contiguous, too."""
+    monkeypatch.setattr("kvtrain.kernels.slices._NUMBERS", numbers)
     cos, sin = rotary_angles(torch.tensor([1.0, 0.1]), torch.tensor([[3, 4]]), torch.float64)
     calls: dict[str, tuple[Any, ...]] = {
-        "norm": (lambda x, w: rms_norm(x, w, 1e-5), normal(2, 3), normal(3, seed=1)),
-        "swiglu": (swiglu, normal(2, 3), normal(2, 3, seed=1)),
-        "rotary": (lambda x: apply_rotary(x, cos, sin), normal(1, 2, 2, 4)),
+        "norm": (lambda x, w: rms_norm(x.mT, w, 1e-5), normal(3, 5), normal(3, seed=1)),
+        "swiglu": (lambda x, y: swiglu(x.mT, y), normal(3, 5), normal(5, 3, seed=1)),
+        "rotary": (lambda x: apply_rotary(x.transpose(1, 2), cos, sin), normal(2, 2, 3, 4)),
     }
     function, *inputs = calls[operation]
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in inputs])
+
+
+def test_learnt_angles_have_gradients():
+    heads = normal(1, 2, 2, 4)
+    angles = [angle.requires_grad_() for angle in (normal(1, 2, 4, seed=1), normal(1, 2, 4, seed=2))]
+    assert torch.autograd.gradcheck(apply_rotary, (heads.requires_grad_(), *angles))
+
+
+def test_what_is_saved_for_the_backward_pass_is_not_wide():
+    """Half tensors in: the gate keeps its two inputs, the norm its input and weight, the rotation its angles."""
+    half = [normal(2, 3, 8, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in range(2)]
+    weight = normal(8, dtype=torch.float32).requires_grad_()
+    cos, sin = rotary_angles(torch.rand(4), torch.arange(3)[None], torch.float32)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.shape)) or t, lambda t: t):
+        swiglu(*half)
+        rms_norm(half[0], weight, 1e-6)
+        apply_rotary(half[0][None], cos, sin)
+    assert sorted(saved, key=str) == sorted(
+        [(torch.bfloat16, (2, 3, 8))] * 3 + [(torch.float32, (8,))] + [(torch.float32, (1, 3, 8))] * 2, key=str
+    )
 
 
 @pytest.mark.parametrize(
