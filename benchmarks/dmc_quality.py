@@ -1,8 +1,9 @@
 """What learned merging costs in perplexity, beside what it must beat, over seeds and rates, on the packaged model.
 
 Four arms after the same tokens: DMC, the method off (control), random merging at the same rate, and grouped-query
-attention at the same bytes. Each cell trains by its recipe, exports, and is measured through its serving cache on all
-held-out text. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+attention at the same bytes. Each cell trains by its recipe, with the learning rate that suits the arm and the steps of
+its rate, exports, and is measured through its serving cache on all held-out text. Cells that the results file holds
+already are left alone, so a stopped benchmark goes on.
 
     python benchmarks/dmc_quality.py --seeds 1 2 3     # hours on two cores
     python benchmarks/dmc_quality.py                   # print what there is
@@ -47,13 +48,21 @@ def cells(arms: Iterable[str], rates: Iterable[int], seeds: Iterable[int]) -> It
                     yield Cell(arm, rate, seed)
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """A recipe of the packaged model."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{name}.yaml").read_text())
+    return content
+
+
 def overrides(cell: Cell) -> list[str]:
     """The command line that turns the arm's recipe into the cell."""
-    schedule = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{SCHEDULES[cell.rate]}.yaml").read_text())
+    schedule, own = (recipe(name) for name in (SCHEDULES[cell.rate], RECIPES[cell.arm]))
+    learning_rate = own["model"]["init_args"]["phases"][0]["learning_rate"]
+    phases = [{**phase, "learning_rate": learning_rate} for phase in schedule["model"]["init_args"]["phases"]]
     options: dict[str, Any] = {
         "seed_everything": cell.seed,
         "trainer.max_steps": schedule["trainer"]["max_steps"],
-        "model.init_args.phases": json.dumps(schedule["model"]["init_args"]["phases"]),
+        "model.init_args.phases": json.dumps(phases),
         "model.init_args.seed": cell.seed,
         "data.init_args.seed": cell.seed + 1,
     }

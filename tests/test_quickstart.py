@@ -15,7 +15,8 @@ def test_the_control_is_the_recipe_with_the_method_off():
     assert dmc["trainer"].pop("default_root_dir") != control["trainer"].pop("default_root_dir")
     assert dmc["model"].pop("class_path").endswith("DMCModule")
     assert control["model"].pop("class_path").endswith("RetrofitModule")
-    assert dmc["model"]["init_args"].pop("method")["compression"] > 2
+    assert dmc["model"]["init_args"].pop("method")["compression"] == 2
+    assert not dmc["model"]["init_args"].pop("noisy_finetune")
     assert dmc == control
 
 

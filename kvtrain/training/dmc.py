@@ -26,11 +26,15 @@ class DMCModule(RetrofitModule):
     Args:
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: DMC's settings.
+        compression_weight: Of the compression hinge beside the mean loss of a token (released code: 1). The target is
+            reached where merging one more token in a hundred costs less than a hundredth of this.
+        noisy_finetune: Whether decisions keep their noise in the last phase (released code: yes). Without it the model
+            ends on the decisions that it is served with.
         **training: See ``RetrofitModule`` and ``TrainingModule``; phases carry the three names, in that order, each
             at most once.
 
     Raises:
-        ValueError: Phases of other names or in another order.
+        ValueError: Phases of other names or in another order, or a weight that pulls nowhere.
     """
 
     method: DMC
@@ -39,9 +43,14 @@ class DMCModule(RetrofitModule):
         self,
         base: str,
         method: DMC | None = None,
+        compression_weight: float = 1.0,
+        noisy_finetune: bool = True,
         **training: Any,
     ) -> None:
         super().__init__(base, method or DMC(), **training)
+        if compression_weight <= 0:
+            raise ValueError(f"compression_weight must be above 0, not {compression_weight}; 1 is the released code's")
+        self.compression_weight, self.noisy_finetune = compression_weight, noisy_finetune
         names = [phase.name for phase in self.schedule.phases]
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
@@ -63,9 +72,9 @@ class DMCModule(RetrofitModule):
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """Phase, noise key and a ledger for the decisions."""
         place = self.place()
-        step = DMCStep(
-            self.channel_scale(place), self.seed, self.global_step, batch["row_ids"], compression=self.target(place)
-        )
+        noisy = self.noisy_finetune or place.phase.name != FINETUNE
+        rows = batch["row_ids"] if noisy or self.method.decisions == "random" else None
+        step = DMCStep(self.channel_scale(place), self.seed, self.global_step, rows, compression=self.target(place))
         return {**super().model_arguments(batch), "dmc_step": step, "ledger": Ledger()}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
@@ -76,7 +85,7 @@ class DMCModule(RetrofitModule):
             return None
         self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
         self.log("compression_target", self.target(place), prog_bar=True)
-        return compression_hinge(fractions, self.target(place))
+        return self.compression_weight * compression_hinge(fractions, self.target(place))
 
     def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         ledger: Ledger = arguments["ledger"]

@@ -1,5 +1,7 @@
 """DMC's phases: what each step is told, what happens at a boundary, and that accumulation is exact."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -171,6 +173,21 @@ def test_the_hinge_pulls_towards_the_target(base, rows, tmp_path):
     with torch.no_grad():
         module.model.eval()(batch["input_ids"], use_cache=False, document_ids=batch["document_ids"], ledger=ledger)
     assert torch.stack(list(ledger.values())).mean() > 0.3
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_the_last_phase_may_decide_without_noise(base, rows, noisy):
+    """Ramps are noisy in any case, and random decisions are nothing but noise."""
+    batch = rows.batch(torch.arange(2).numpy())
+
+    def noise(step, method=None):
+        module = DMCModule(base, method, phases=phases(), noisy_finetune=noisy)
+        module.trainer = SimpleNamespace(validating=False, global_step=step, strategy=None)
+        return module.model_arguments(batch)["dmc_step"].row_ids is not None
+
+    assert noise(29)  # the last step of the ramp
+    assert noise(30) is noisy
+    assert noise(30, DMC(decisions="random"))
 
 
 def test_steps_beyond_the_phases_are_refused(base, rows, tmp_path):
