@@ -3,7 +3,7 @@
 The kernel knows causality, a mask without gradient and nothing else, so three things are put around it:
 
 * a key bias travels as one more channel, ``[q, 1] . [k, bias / scale]``: its gradient comes for free;
-* a strict diagonal is the causal one on shifted slices (queries 1.., keys ..T-2), or on shifted queries;
+* a strict diagonal is the causal one on shifted queries;
 * an open diagonal is the strict one merged with the token's own key by log-sum-exp, and the backward
   pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact.
 
@@ -192,35 +192,24 @@ def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
     )
 
 
-def _strict_slices(
+def _shifted(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    past = None if bias is None else bias[..., :-1]
-    parts = _with_bias(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1], past, scale)
-    return parts, None if mask is None else mask[..., 1:, :-1]
+    """Each query where the one before it stood, so that the causal diagonal is the strict one.
+
+    The kernel is faster on whole tensors than on slices. The first query stands last, and what it finds is dropped.
+    """
+    parts = _with_bias(query.roll(-1, 2), key, value, bias, scale)
+    return parts, None if mask is None else mask.roll(-1, -2)
 
 
 def _strict(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to earlier keys alone; the first query sees none."""
-    if mask is None and (bias is None or query.shape[2] == 1):
-        return _strict_rolled(query, key, value, scale)
-    parts, mask = _strict_slices(query, key, value, bias, mask, scale)
-    past, past_lse = _flash(*parts, 0.0, True, attn_mask=mask, scale=scale)
-    past_lse = _mark_empty(past_lse, mask)
-    output = torch.cat([torch.zeros_like(value[:, :1, :1]).expand_as(query[:, :, :1]), past[..., : query.shape[-1]]], 2)
-    first = past_lse.new_full((*past_lse.shape[:2], 1), float("-inf"))
-    return output, torch.cat([first, past_lse], 2)
-
-
-def _strict_rolled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same by one step that costs next to nothing: each query stands where the one before it stood.
-
-    The kernel is faster on whole tensors than on slices. The first query stands last, and what it finds is dropped.
-    """
-    output, lse = _flash(query.roll(-1, 2), key, value, 0.0, True, scale=scale)
-    output, lse = output.roll(1, 2), lse.roll(1, 2)
+    parts, mask = _shifted(query, key, value, bias, mask, scale)
+    output, lse = _flash(*parts, 0.0, True, attn_mask=mask, scale=scale)
+    output, lse = output[..., : value.shape[-1]].roll(1, 2), _mark_empty(lse, mask).roll(1, 2)
     output[:, :, 0], lse[:, :, 0] = 0, float("-inf")
     return output, lse
 
@@ -236,20 +225,15 @@ def _strict_backward(
     lse: Tensor,
     scale: float,
 ) -> list[Tensor | None]:
-    if query.shape[2] == 1:
-        return [None if tensor is None else torch.zeros_like(tensor) for tensor in (query, key, value, bias)]
-    parts, mask = _strict_slices(query, key, value, bias, mask, scale)
-    pad = parts[0].shape[-1] - query.shape[-1]
-    grad, out = (torch.nn.functional.pad(x[:, :, 1:], (0, pad)) for x in (grad_output, output))
-    grads = _flash_backward(grad, *parts, out, finite(lse[:, :, 1:]), 0.0, True, attn_mask=mask, scale=scale)
+    parts, mask = _shifted(query, key, value, bias, mask, scale)
     dim = query.shape[-1]
-    grad_query = torch.nn.functional.pad(grads[0][..., :dim], (0, 0, 1, 0))
-    grad_key = torch.nn.functional.pad(grads[1][..., :dim], (0, 0, 0, 1))
-    grad_value = torch.nn.functional.pad(grads[2][..., :dim], (0, 0, 0, 1))
-    grad_bias = None
-    if bias is not None:
-        grad_bias = torch.nn.functional.pad(grads[1][..., dim] / scale, (0, 1)).to(bias.dtype)
-    return [grad_query, grad_key, grad_value, grad_bias]
+    grad, out = (torch.nn.functional.pad(x.roll(-1, 2), (0, parts[0].shape[-1] - dim)) for x in (grad_output, output))
+    lse = finite(lse).roll(-1, 2)
+    lse[:, :, -1] = -_HIDDEN  # all weights of the query that is dropped are exp(-1e30)
+    grads = _flash_backward(grad, *parts, out, lse, 0.0, True, attn_mask=mask, scale=scale)
+    grad_query = grads[0][..., :dim].roll(1, 2)
+    grad_bias = None if bias is None else (grads[1][..., dim] / scale).to(bias.dtype)
+    return [grad_query, grads[1][..., :dim], grads[2][..., :dim], grad_bias]
 
 
 def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
