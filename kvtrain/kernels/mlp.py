@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     if takes_liger("gate", backend, gate, up, fits=gate.shape == up.shape and gate.dtype == up.dtype):
         gated: Tensor = LigerSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
-    result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    result: Tensor = _SwiGLU.apply(*torch.broadcast_tensors(gate, up))  # type: ignore[no-untyped-call]
     return result
 
 

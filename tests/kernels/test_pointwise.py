@@ -125,7 +125,7 @@ def test_scores_depend_on_distance_alone():
 
 
 @pytest.mark.parametrize("numbers", [1, 8, 2**17])
-@pytest.mark.parametrize("operation", ["norm", "swiglu", "rotary"])
+@pytest.mark.parametrize("operation", ["norm", "swiglu", "broadcast swiglu", "rotary"])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int):
     """Whatever the size of a slice, in tensors that are not contiguous, too."""
     monkeypatch.setattr("kvtrain.kernels.slices._NUMBERS", numbers)
@@ -133,6 +133,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int
     calls: dict[str, tuple[Any, ...]] = {
         "norm": (lambda x, w: rms_norm(x.mT, w, 1e-5), normal(3, 5), normal(3, seed=1)),
         "swiglu": (lambda x, y: swiglu(x.mT, y), normal(3, 5), normal(5, 3, seed=1)),
+        "broadcast swiglu": (swiglu, normal(5, 1), normal(3, seed=1)),
         "rotary": (lambda x: apply_rotary(x.transpose(1, 2), cos, sin), normal(2, 2, 3, 4)),
     }
     function, *inputs = calls[operation]
