@@ -164,7 +164,7 @@ def rehearse(
         sequence_length: Tokens a row; rows hold several documents.
         precision: Long name.
         accumulates: Whether gradients of several batches are summed.
-        on_cpu: Elsewhere attention needs no mask to tell documents apart, and AdamW updates all weights at a time.
+        on_cpu: Elsewhere AdamW updates all weights at a time.
     """
     if sequence_length > _LONG:
         settings: dict[str, Any] = {"precision": precision, "accumulates": accumulates, "on_cpu": on_cpu}

@@ -190,6 +190,21 @@ def test_the_last_phase_may_decide_without_noise(base, rows, noisy):
     assert noise(30, DMC(decisions="random"))
 
 
+def test_the_hinge_has_its_weight(base, rows, monkeypatch):
+    batch = rows.batch(torch.arange(2).numpy())
+    monkeypatch.setattr(DMCModule, "log", lambda *_, **__: None)
+
+    def hinge(**settings):
+        module = DMCModule(base, DMC(compression=4.0), phases=[Phase("finetune", 5, 1e-2)], **settings)
+        module.trainer = SimpleNamespace(validating=False, global_step=0)
+        return module.extra_loss(batch, {"ledger": {0: torch.zeros(2, 2, batch["input_ids"].shape[1])}})
+
+    assert hinge().item() == pytest.approx(0.75)
+    assert hinge(compression_weight=3.0).item() == pytest.approx(2.25)
+    with pytest.raises(ValueError, match="compression_weight must be above 0"):
+        hinge(compression_weight=0.0)
+
+
 def test_steps_beyond_the_phases_are_refused(base, rows, tmp_path):
     with pytest.raises(ValueError, match="set it to 35 or less"):
         train(DMCModule(base, phases=phases()), rows, tmp_path, 36)

@@ -74,7 +74,7 @@ def test_what_the_device_and_accumulation_change(host):
 
     module = RetrofitModule(host, phases=PHASES)
     plain, elsewhere = rehearse(module, **settings), rehearse(module, **settings, on_cpu=False)
-    assert plain.activations - elsewhere.activations == LAYERS * ROWS * LENGTH * LENGTH * 4  # masks of packed rows
+    assert plain.activations == elsewhere.activations  # nowhere a mask that tells packed documents apart
 
 
 def test_an_optimiser_that_updates_all_at_a_time_may_be_the_peak(host):
@@ -129,17 +129,17 @@ linux = pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux' account of
 
 @linux
 def test_a_training_takes_the_memory_that_was_foretold(tmp_path):
-    check_against_a_process(tmp_path, "dmc", "bf16-mixed", False, rows=8)
+    check_against_a_process(tmp_path, "dmc", "bf16-mixed", False, rows=12)
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), CASES)
 def test_trainings_take_the_memory_that_was_foretold(tmp_path, method, precision, checkpointing):
-    check_against_a_process(tmp_path, method, precision, checkpointing, rows=28 if checkpointing else 12)
+    check_against_a_process(tmp_path, method, precision, checkpointing, rows=40 if checkpointing else 24)
 
 
 @linux
 @pytest.mark.slow
 def test_accumulated_gradients_take_the_memory_that_was_foretold(tmp_path):
-    check_against_a_process(tmp_path, "full", "32-true", True, rows=28, accumulate=2)
+    check_against_a_process(tmp_path, "full", "32-true", True, rows=40, accumulate=2)
