@@ -2,7 +2,8 @@
 
 The kernel knows causality, a mask without gradient and nothing else, so three things are put around it:
 
-* a key bias travels as one more channel, ``[q, 1] . [k, bias / scale]``: its gradient comes for free;
+* a key bias travels as a channel, ``[q, 1] . [k, bias / scale]``: its gradient comes for free; one more channel, or
+  the last where queries and keys leave that empty, as DMC does;
 * a strict diagonal is the causal one on shifted queries;
 * an open diagonal is the strict one merged with the token's own key by log-sum-exp, and the backward
   pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact.
@@ -181,14 +182,17 @@ def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
-    """Carry the bias as channel D of query and key; the value is padded because the kernel wants one D."""
+    """Carry the bias as the last channel of query and key; the value is padded because the kernel wants one D."""
     if bias is None:
         return query, key, value
+    dim = query.shape[-1]
+    is_empty = not (query[..., -1].any() or key[..., -1].any())
+    kept = dim - 1 if is_empty else dim
     channel = (bias.clamp(min=_HIDDEN) / scale).unsqueeze(-1).to(key.dtype)
     return (
-        torch.cat([query, torch.ones_like(query[..., :1])], -1),
-        torch.cat([key, channel], -1),
-        torch.cat([value, torch.zeros_like(value[..., :1])], -1),
+        torch.cat([query[..., :kept], torch.ones_like(query[..., :1])], -1),
+        torch.cat([key[..., :kept], channel], -1),
+        value if is_empty else torch.nn.functional.pad(value, (0, 1)),
     )
 
 
@@ -231,9 +235,11 @@ def _strict_backward(
     lse = finite(lse).roll(-1, 2)
     lse[:, :, -1] = -_HIDDEN  # all weights of the query that is dropped are exp(-1e30)
     grads = _flash_backward(grad, *parts, out, lse, 0.0, True, attn_mask=mask, scale=scale)
-    grad_query = grads[0][..., :dim].roll(1, 2)
-    grad_bias = None if bias is None else (grads[1][..., dim] / scale).to(bias.dtype)
-    return [grad_query, grads[1][..., :dim], grads[2][..., :dim], grad_bias]
+    grad_bias = None
+    if bias is not None:
+        grad_bias = (grads[1][..., -1] / scale).to(bias.dtype)
+        grads[0][..., -1], grads[1][..., -1] = 0, 0  # an empty channel of one side leaves the other without gradient
+    return [grads[0][..., :dim].roll(1, 2), grads[1][..., :dim], grads[2][..., :dim], grad_bias]
 
 
 def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -252,9 +258,8 @@ def _merge_own(
 ) -> tuple[Tensor, Tensor]:
     own = _own_scores(query, key, scale)
     lse = torch.logaddexp(past_lse, own)
-    own_weight = _grouped(torch.exp(own - lse), key).unsqueeze(-1)
-    past_weight = _grouped(torch.exp(past_lse - lse), key).unsqueeze(-1)
-    merged = _grouped(past, key) * past_weight + at_least_float32(value).unsqueeze(2) * own_weight
+    weight = _grouped(torch.exp(own - lse), key).unsqueeze(-1)
+    merged = _grouped(past, key).lerp(at_least_float32(value).unsqueeze(2), weight)
     return merged.flatten(1, 2).to(query.dtype), lse
 
 
@@ -271,10 +276,16 @@ def _add_own_backward(
     """Add the gradient that flows through each token's own key; ``grads`` are q, k, v, bias."""
     grad_query, grad_key, grad_value = grads[:3]
     assert grad_query is not None and grad_key is not None and grad_value is not None
-    grad = _grouped(grad_output, key)
-    weight = _grouped(torch.exp(_own_scores(query, key, scale) - lse), key).unsqueeze(-1)
-    change = grad * (at_least_float32(value).unsqueeze(2) - _grouped(output, key))
-    grad_score = weight * change.sum(-1, keepdim=True) * scale
-    grad_query += (grad_score * at_least_float32(key).unsqueeze(2)).flatten(1, 2)
-    grad_key += (grad_score * _grouped(query, key)).sum(2)
-    grad_value += (weight * grad).sum(2)
+    grad, wide_query = _grouped(grad_output, key), _grouped(query, key)
+    wide_key, wide_value = at_least_float32(key).unsqueeze(2), at_least_float32(value).unsqueeze(2)
+    own = (wide_query * wide_key).sum(-1) * scale
+    weight = torch.exp(own - _grouped(lse, key)).unsqueeze(-1)
+    grad_score = weight * (grad * (wide_value - _grouped(output, key))).sum(-1, keepdim=True) * scale
+    grad_query += (grad_score * wide_key).flatten(1, 2)
+    grad_key += _over_groups(grad_score * wide_query)
+    grad_value += _over_groups(weight * grad)
+
+
+def _over_groups(tensor: Tensor) -> Tensor:
+    """Sum ``(B, H_kv, G, T, D)`` over the queries of a key; a sum of one would be a copy."""
+    return tensor.squeeze(2) if tensor.shape[2] == 1 else tensor.sum(2)

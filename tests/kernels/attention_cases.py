@@ -61,11 +61,12 @@ def make_case(
     bias: str = "none",
     documents: str = "none",
     sinks: bool = False,
+    empty: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Case:
     """Normal tensors; ``bias`` is none, finite or hiding (a third is -inf), ``documents`` none, shared or foreign,
-    ``sinks`` a mask of random keys."""
+    ``sinks`` a mask of random keys, ``empty`` the tensors whose last channel is 0, as DMC's queries and keys."""
     generator = torch.Generator().manual_seed(seed)
     num_keys = num_queries if num_keys is None else num_keys
 
@@ -80,6 +81,8 @@ def make_case(
         "key": normal(batch, kv_heads, num_keys, dim),
         "value": normal(batch, kv_heads, num_keys, value_dim or dim),
     }
+    for name in empty:
+        tensors[name][..., -1] = 0
     if bias != "none":
         tensors["key_bias"] = -normal(batch, kv_heads, num_keys).abs() * 3
     if bias == "hiding":
@@ -119,5 +122,6 @@ def cases(draw: st.DrawFn, *, square: bool) -> Case:
         window=window,
         sink=draw(st.integers(0, 4)) if window and not sinks else 0,
         sinks=sinks,
+        empty=draw(st.sampled_from([(), ("query",), ("key",), ("query", "key")])),
         scale=draw(st.sampled_from([None, 0.7])),
     )

@@ -56,6 +56,22 @@ def test_flash_cpu_is_the_definition(case: Case, use_lse: bool):
     assert_same(case.run("flash_cpu", use_lse=use_lse), case.run("reference", use_lse=use_lse), 1e-10)
 
 
+@pytest.mark.parametrize(("empty", "width"), [((), 9), (("query",), 9), (("key",), 9), (("query", "key"), 8)])
+def test_a_bias_travels_in_a_channel_that_both_sides_leave_empty(
+    monkeypatch: pytest.MonkeyPatch, empty: tuple[str, ...], width: int
+):
+    flash, widths = attention_cpu._flash, []
+
+    def spy(query, key, value, *rest, **options):
+        widths.append((query.shape[-1], key.shape[-1], value.shape[-1]))
+        return flash(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(attention_cpu, "_flash", spy)
+    case = make_case(5, batch=1, num_queries=23, dim=8, bias="hiding", diagonal="open", empty=empty)
+    assert_same(case.run("flash_cpu", use_lse=False), case.run("reference", use_lse=False), 1e-10)
+    assert widths == [(width, width, width)]
+
+
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
 def test_a_long_odd_call(backend: str):
     """Longer than the kernel's blocks and the default chunk."""
