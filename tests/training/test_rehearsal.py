@@ -136,7 +136,7 @@ def test_a_training_takes_the_memory_that_was_foretold(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), CASES)
 def test_trainings_take_the_memory_that_was_foretold(tmp_path, method, precision, checkpointing):
-    check_against_a_process(tmp_path, method, precision, checkpointing, rows=40 if checkpointing else 24)
+    check_against_a_process(tmp_path, method, precision, checkpointing, rows=48 if checkpointing else 24)
 
 
 @linux
