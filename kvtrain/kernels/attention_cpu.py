@@ -231,7 +231,9 @@ def _strict_backward(
 ) -> list[Tensor | None]:
     parts, mask = _shifted(query, key, value, bias, mask, scale)
     dim = query.shape[-1]
-    grad, out = (torch.nn.functional.pad(x.roll(-1, 2), (0, parts[0].shape[-1] - dim)) for x in (grad_output, output))
+    grad, out = grad_output.roll(-1, 2), output.roll(-1, 2)
+    if parts[0].shape[-1] > dim:
+        grad, out = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (grad, out))
     lse = finite(lse).roll(-1, 2)
     lse[:, :, -1] = -_HIDDEN  # all weights of the query that is dropped are exp(-1e30)
     grads = _flash_backward(grad, *parts, out, lse, 0.0, True, attn_mask=mask, scale=scale)
@@ -276,16 +278,13 @@ def _add_own_backward(
     """Add the gradient that flows through each token's own key; ``grads`` are q, k, v, bias."""
     grad_query, grad_key, grad_value = grads[:3]
     assert grad_query is not None and grad_key is not None and grad_value is not None
-    grad, wide_query = _grouped(grad_output, key), _grouped(query, key)
-    wide_key, wide_value = at_least_float32(key).unsqueeze(2), at_least_float32(value).unsqueeze(2)
-    own = (wide_query * wide_key).sum(-1) * scale
-    weight = torch.exp(own - _grouped(lse, key)).unsqueeze(-1)
-    grad_score = weight * (grad * (wide_value - _grouped(output, key))).sum(-1, keepdim=True) * scale
-    grad_query += (grad_score * wide_key).flatten(1, 2)
-    grad_key += _over_groups(grad_score * wide_query)
-    grad_value += _over_groups(weight * grad)
-
-
-def _over_groups(tensor: Tensor) -> Tensor:
-    """Sum ``(B, H_kv, G, T, D)`` over the queries of a key; a sum of one would be a copy."""
-    return tensor.squeeze(2) if tensor.shape[2] == 1 else tensor.sum(2)
+    weight = _grouped(torch.exp(_own_scores(query, key, scale) - lse), key).unsqueeze(-1)
+    change = (at_least_float32(value).unsqueeze(2) - _grouped(output, key)).mul_(_grouped(grad_output, key))
+    score = scale * weight * change.sum(-1, keepdim=True)  # its gradient
+    weight, score = weight.to(query.dtype), score.to(query.dtype)
+    groups = (key.shape[1], -1)
+    grad_query.unflatten(1, groups).addcmul_(key.unsqueeze(2), score)
+    grouped = (query.unflatten(1, groups), grad_output.unflatten(1, groups), score, weight)
+    for one_query, one_grad, one_score, one_weight in zip(*(tensor.unbind(2) for tensor in grouped), strict=True):
+        grad_key.addcmul_(one_query, one_score)
+        grad_value.addcmul_(one_grad, one_weight)

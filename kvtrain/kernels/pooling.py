@@ -29,21 +29,10 @@ def pool_segments(inputs: Tensor, merge: Tensor, importance: Tensor, window: int
         importance: ``(B, H, T)``, not negative.
         window: Tokens of a segment that count.
     """
-    bands = band_weights(at_least_float32(merge), at_least_float32(importance), window)
     with autocast_off(inputs):
+        bands = _BandWeights.apply(at_least_float32(merge), at_least_float32(importance), window)  # type: ignore[no-untyped-call]
         pooled: Tensor = _BandProduct.apply(bands, inputs)  # type: ignore[no-untyped-call]
     return pooled
-
-
-def band_weights(merge: Tensor, importance: Tensor, window: int) -> Tensor:
-    """Normalised weights ``(B, H, T, window)``; entry ``r`` belongs to the token ``r`` steps back."""
-    chain, columns = torch.ones_like(merge), [importance]
-    for back in range(1, window):
-        chain = chain * _shift(merge, back - 1)
-        columns.append(chain * _shift(importance, back))
-    weights = torch.stack(columns, -1)
-    # Zero importance everywhere means a slot that does not exist: its mean is 0, not 0 / 0.
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def pool_segments_reference(inputs: Tensor, merge: Tensor, importance: Tensor, window: int) -> Tensor:
@@ -61,10 +50,51 @@ def pool_segments_reference(inputs: Tensor, merge: Tensor, importance: Tensor, w
     return torch.stack(pooled, 2)
 
 
-def _shift(tensor: Tensor, steps: int) -> Tensor:
-    """Move ``(B, H, T)`` to later tokens; zeros come in."""
-    length = tensor.shape[-1]
-    return torch.nn.functional.pad(tensor, (steps, 0))[..., :length] if steps else tensor
+class _BandWeights(torch.autograd.Function):
+    """Normalised weights ``(B, H, T, window)``; entry ``r`` belongs to the token ``r`` steps back."""
+
+    @staticmethod
+    def forward(ctx: Any, merge: Tensor, importance: Tensor, window: int) -> Tensor:
+        weights = importance.new_zeros(window, *importance.shape)
+        for back, chain in enumerate(_chains(merge, window)):
+            weights[back, ..., back:] = chain * importance[..., : chain.shape[-1]]
+        # Zero importance everywhere means a slot that does not exist: its mean is 0, not 0 / 0.
+        total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
+        bands = torch.stack((weights / total).unbind(), -1)
+        ctx.save_for_backward(merge, importance, bands, total)
+        return bands
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        merge, importance, bands, total = ctx.saved_tensors
+        grad, bands = (tensor.movedim(-1, 0).contiguous() for tensor in (grad, bands))
+        grads = (grad - (grad * bands).sum(0)) / total
+        grad_merge, grad_importance = torch.zeros_like(merge), torch.zeros_like(importance)
+        chains = _chains(merge, len(grads))
+        carried: Tensor | float = 0.0  # the gradient of this chain that comes from the next
+        for back in range(len(chains) - 1, -1, -1):
+            chain = chains[back]
+            count = chain.shape[-1]
+            grad_weight = grads[back][..., back:]
+            grad_importance[..., :count] += grad_weight * chain
+            grad_chain = grad_weight * importance[..., :count] + carried
+            if back:
+                grad_merge[..., 1 : count + 1] += grad_chain * chains[back - 1][..., 1:]
+                carried = torch.nn.functional.pad(grad_chain * merge[..., 1 : count + 1], (1, 0))
+        return grad_merge, grad_importance, None
+
+
+def _chains(merge: Tensor, window: int) -> list[Tensor]:
+    """Of each distance ``r``, the product of the ``r`` decisions that tie a token to the one ``r`` steps back.
+
+    Entry ``r`` is ``(B, H, T - r)``: the first token has none before it. The list ends with the tokens.
+    """
+    chains = [torch.ones_like(merge)]
+    while len(chains) < min(window, merge.shape[-1]):
+        ties = merge[..., 1 : merge.shape[-1] - len(chains) + 1]
+        chains.append(chains[-1][..., 1:] * ties)
+    return chains
 
 
 class _BandProduct(torch.autograd.Function):
@@ -113,7 +143,8 @@ class _Layout:
         """Lay out ``(B, H, T, C)`` as ``(N + 1, block, C)``."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         shape = (self.rows, self.heads, (self.per_head + 1) * self.block, tokens.shape[-1])
-        line = torch.zeros(shape, dtype=wide, device=tokens.device)
+        line = torch.empty(shape, dtype=wide, device=tokens.device)
+        line[:, :, : self.block] = line[:, :, self.block + self.length :] = 0
         line[:, :, self.block : self.block + self.length] = tokens
         return line.view(-1, self.block, tokens.shape[-1])
 
