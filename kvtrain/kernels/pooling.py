@@ -51,16 +51,14 @@ def pool_segments_reference(inputs: Tensor, merge: Tensor, importance: Tensor, w
 
 
 class _BandWeights(torch.autograd.Function):
-    """Normalised weights ``(B, H, T, window)``; entry ``r`` belongs to the token ``r`` steps back."""
+    """Normalised weights ``(B, H, T, window)`` of the latest tokens, the oldest first and the token itself last."""
 
     @staticmethod
     def forward(ctx: Any, merge: Tensor, importance: Tensor, window: int) -> Tensor:
-        weights = importance.new_zeros(window, *importance.shape)
-        for back, chain in enumerate(_chains(merge, window)):
-            weights[back, ..., back:] = chain * importance[..., : chain.shape[-1]]
+        weights = _chains(merge, window) * _windows(importance, window)
         # Zero importance everywhere means a slot that does not exist: its mean is 0, not 0 / 0.
         total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-        bands = torch.stack((weights / total).unbind(), -1)
+        bands = (weights / total).movedim(0, -1).contiguous()
         ctx.save_for_backward(merge, importance, bands, total)
         return bands
 
@@ -69,32 +67,37 @@ class _BandWeights(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         merge, importance, bands, total = ctx.saved_tensors
         grad, bands = (tensor.movedim(-1, 0).contiguous() for tensor in (grad, bands))
-        grads = (grad - (grad * bands).sum(0)) / total
-        grad_merge, grad_importance = torch.zeros_like(merge), torch.zeros_like(importance)
-        chains = _chains(merge, len(grads))
-        carried: Tensor | float = 0.0  # the gradient of this chain that comes from the next
-        for back in range(len(chains) - 1, -1, -1):
-            chain = chains[back]
-            count = chain.shape[-1]
-            grad_weight = grads[back][..., back:]
-            grad_importance[..., :count] += grad_weight * chain
-            grad_chain = grad_weight * importance[..., :count] + carried
-            if back:
-                grad_merge[..., 1 : count + 1] += grad_chain * chains[back - 1][..., 1:]
-                carried = torch.nn.functional.pad(grad_chain * merge[..., 1 : count + 1], (1, 0))
-        return grad_merge, grad_importance, None
+        grad_weights = (grad - (grad * bands).sum(0)) / total
+        chains, ties = _chains(merge, len(bands)), _windows(merge, len(bands))
+        grad_chains = grad_weights * _windows(importance, len(bands))
+        for later in range(1, len(bands)):  # a chain is part of the one that reaches a token further back
+            grad_chains[later].addcmul_(grad_chains[later - 1], ties[later])
+        grad_ties = torch.cat([torch.zeros_like(chains[:1]), grad_chains[:-1] * chains[1:]])
+        return _sum_windows(grad_ties), _sum_windows(grad_weights * chains), None
 
 
-def _chains(merge: Tensor, window: int) -> list[Tensor]:
-    """Of each distance ``r``, the product of the ``r`` decisions that tie a token to the one ``r`` steps back.
-
-    Entry ``r`` is ``(B, H, T - r)``: the first token has none before it. The list ends with the tokens.
-    """
-    chains = [torch.ones_like(merge)]
-    while len(chains) < min(window, merge.shape[-1]):
-        ties = merge[..., 1 : merge.shape[-1] - len(chains) + 1]
-        chains.append(chains[-1][..., 1:] * ties)
+def _chains(merge: Tensor, window: int) -> Tensor:
+    """Products ``(window, B, H, T)`` of the decisions that tie a token to those before it, the furthest first."""
+    chains, ties = merge.new_empty(window, *merge.shape), _windows(merge, window)
+    chains[-1] = 1
+    for back in range(window - 2, -1, -1):
+        torch.mul(chains[back + 1], ties[back + 1], out=chains[back])
     return chains
+
+
+def _windows(tensor: Tensor, window: int) -> Tensor:
+    """A view ``(window, B, H, T)`` of what each of the latest tokens has in ``(B, H, T)``; 0 before the first."""
+    padded = torch.nn.functional.pad(tensor, (window - 1, 0))
+    return padded.unfold(-1, tensor.shape[-1], 1).movedim(2, 0)
+
+
+def _sum_windows(windows: Tensor) -> Tensor:
+    """Add up what ``_windows`` shows of each token: ``(B, H, T)``."""
+    length = windows.shape[-1]
+    total = windows.new_zeros(*windows.shape[1:-1], length + len(windows) - 1)
+    for start, part in enumerate(windows):
+        total[..., start : start + length] += part
+    return total[..., len(windows) - 1 :]
 
 
 class _BandProduct(torch.autograd.Function):
@@ -168,7 +171,7 @@ class _Layout:
 
     def dense(self, bands: Tensor) -> Tensor:
         """Every block's diagonals as a matrix ``(N, block, width)``."""
-        line = self.blocks(bands.flip(-1))[1:]
+        line = self.blocks(bands)[1:]
         dense = bands.new_zeros(len(line), self.block, self.width)
         self._diagonals(dense).copy_(line)
         return dense
@@ -177,7 +180,7 @@ class _Layout:
         """The other way round: ``(B, H, T, window)``."""
         line = dense.new_empty(len(dense) + 1, self.block, self.window)
         line[:-1] = self._diagonals(dense)
-        return self.tokens(line).flip(-1)
+        return self.tokens(line)
 
     def _diagonals(self, dense: Tensor) -> Tensor:
         """A view ``(N, block, window)``: what a token has for the tokens before it and itself."""
