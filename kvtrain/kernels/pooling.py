@@ -55,7 +55,7 @@ class _BandWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, merge: Tensor, importance: Tensor, window: int) -> Tensor:
-        weights = _chains(merge, window) * _windows(importance, window)
+        weights = _chains(_windows(merge, window)) * _windows(importance, window)
         # Zero importance everywhere means a slot that does not exist: its mean is 0, not 0 / 0.
         total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
         bands = (weights / total).movedim(0, -1).contiguous()
@@ -68,7 +68,8 @@ class _BandWeights(torch.autograd.Function):
         merge, importance, bands, total = ctx.saved_tensors
         grad, bands = (tensor.movedim(-1, 0).contiguous() for tensor in (grad, bands))
         grad_weights = (grad - (grad * bands).sum(0)) / total
-        chains, ties = _chains(merge, len(bands)), _windows(merge, len(bands))
+        ties = _windows(merge, len(bands))
+        chains = _chains(ties)
         grad_chains = grad_weights * _windows(importance, len(bands))
         for later in range(1, len(bands)):  # a chain is part of the one that reaches a token further back
             grad_chains[later].addcmul_(grad_chains[later - 1], ties[later])
@@ -76,11 +77,15 @@ class _BandWeights(torch.autograd.Function):
         return _sum_windows(grad_ties), _sum_windows(grad_weights * chains), None
 
 
-def _chains(merge: Tensor, window: int) -> Tensor:
-    """Products ``(window, B, H, T)`` of the decisions that tie a token to those before it, the furthest first."""
-    chains, ties = merge.new_empty(window, *merge.shape), _windows(merge, window)
+def _chains(ties: Tensor) -> Tensor:
+    """Products ``(window, B, H, T)`` of the decisions that tie a token to those before it, the furthest first.
+
+    Args:
+        ties: The decisions, as ``_windows`` shows them.
+    """
+    chains = ties.new_empty(ties.shape)
     chains[-1] = 1
-    for back in range(window - 2, -1, -1):
+    for back in range(len(ties) - 2, -1, -1):
         torch.mul(chains[back + 1], ties[back + 1], out=chains[back])
     return chains
 
