@@ -6,13 +6,16 @@ The kernel knows causality, a mask without gradient and nothing else, so three t
   the last where queries and keys leave that empty, as DMC does;
 * a strict diagonal is the causal one on shifted queries;
 * an open diagonal is the strict one merged with the token's own key by log-sum-exp, and the backward
-  pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact.
+  pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact. (To bias the own
+  key, too, and then give back what was taken needs no shift, but a bias that is the next token's decision would
+  reach this token's output as rounding.)
 
 Rows go a few at a time, which keeps them near the processor, and documents that are runs of tokens go one by one:
 the kernel computes what a mask hides, and reads the mask besides.
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
-from kvtrain.kernels.slices import rows_in_cache
+from kvtrain.kernels.slices import row_slices
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -78,6 +81,11 @@ class _Piece(NamedTuple):
         return tensor[self.rows, :, self.tokens]
 
 
+def _parts(piece: _Piece, tensors: Iterable[Tensor | None]) -> list[Any]:
+    """The piece's parts of those tensors that there are."""
+    return [None if tensor is None else piece.of(tensor) for tensor in tensors]
+
+
 def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibility]:
     """What to attend to by itself, and the visibility within each piece."""
     everything, documents = slice(None), visibility.query_documents
@@ -86,8 +94,7 @@ def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibi
     borders = [] if documents is None else [(row[1:] != row[:-1]).nonzero().flatten().tolist() for row in documents]
     alone = visibility._replace(query_documents=None, key_documents=None)
     if documents is None or not any(borders):
-        rows = rows_in_cache(query)
-        return [_Piece(slice(start, start + rows), everything) for start in range(0, len(query), rows)], alone
+        return [_Piece(rows, everything) for rows in row_slices(query)], alone
     if any(len(row.unique()) <= len(inner) for row, inner in zip(documents, borders, strict=True)):
         return [_Piece(everything, everything)], visibility  # a document that was left comes again
     pieces = []
@@ -114,11 +121,13 @@ class FlashAttentionCPU(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         pieces, within = _pieces(query, visibility)
         output, lse = torch.empty_like(query), torch.empty_like(at_least_float32(query[..., 0]))
+        own = None if key_bias is None else torch.empty_like(lse)
         for piece in pieces:
-            bias = None if key_bias is None else piece.of(key_bias)
-            part = _attend(piece.of(query), piece.of(key), piece.of(value), bias, within, scale)
-            piece.of(output)[:], piece.of(lse)[:] = part
-        ctx.save_for_backward(query, key, value, key_bias, output, lse)
+            found = _attend(_parts(piece, (query, key, value, key_bias)), within, scale)
+            for whole, part in zip((output, lse, own), found, strict=True):
+                if whole is not None and part is not None:
+                    piece.of(whole)[:] = part
+        ctx.save_for_backward(query, key, value, key_bias, output, lse, own)
         ctx.pieces, ctx.within, ctx.visibility, ctx.scale = pieces, within, visibility, scale
         return output, lse
 
@@ -131,44 +140,42 @@ class FlashAttentionCPU(torch.autograd.Function):
             grad_output = torch.zeros_like(saved[4])
         with autocast_off(saved[0]):
             if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
-                return *chunked_backward(saved, grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
+                return *chunked_backward(saved[:-1], grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
             grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved[:4]]
             for piece in ctx.pieces:
-                parts = [None if tensor is None else piece.of(tensor) for tensor in saved]
-                found = _gradients(parts, piece.of(grad_output), ctx.within, ctx.scale)
+                found = _gradients(_parts(piece, saved), piece.of(grad_output), ctx.within, ctx.scale)
                 for grad, part in zip(grads, found, strict=True):
                     if grad is not None:
                         piece.of(grad)[:] = part
         return *grads, None, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a piece."""
+def _attend(tensors: list[Any], visibility: Visibility, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output and log-sum-exp of a piece's query, key, value and bias; with a bias, each token's score with itself."""
+    query, key, value, bias = tensors
     mask = _mask(query, visibility)
-    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
-        output, lse = _flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale)
-        return output, lse
-    output, lse = _strict(query, key, value, key_bias, mask, scale)
-    if visibility.diagonal == "open":
-        output, lse = _merge_own(query, key, value, output, lse, scale)
-    return output, lse
+    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
+        return *_flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale), None
+    output, lse = _strict(query, key, value, bias, mask, scale)
+    if visibility.diagonal == "closed":
+        return output, lse, None
+    own = _own_scores(query, key, scale)
+    return *_merge_own(own, value, output, lse), own
 
 
 def _gradients(saved: list[Any], grad_output: Tensor, visibility: Visibility, scale: float) -> list[Tensor | None]:
     """Gradients of a piece's query, key, value and bias."""
-    query, key, value, key_bias, output, lse = saved
+    query, key, value, bias, output, lse, own = saved
     mask = _mask(query, visibility)
-    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and key_bias is None):
+    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
         grads = _flash_backward(
             grad_output, query, key, value, output, finite(lse), 0.0, True, attn_mask=mask, scale=scale
         )
         return [*grads, None]
-    grads = _strict_backward(grad_output, query, key, value, key_bias, mask, output, lse, scale)
-    if visibility.diagonal == "open":
-        _add_own_backward(grads, grad_output, query, key, value, output, lse, scale)
-    return list(grads)
+    grads = _strict_backward(grad_output, query, key, value, bias, mask, output, lse, scale)
+    if own is not None:
+        _add_own_backward(grads, grad_output, query, key, value, output, torch.exp(own - lse), scale)
+    return grads
 
 
 def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
@@ -255,14 +262,12 @@ def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
     return grouped
 
 
-def _merge_own(
-    query: Tensor, key: Tensor, value: Tensor, past: Tensor, past_lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    own = _own_scores(query, key, scale)
+def _merge_own(own: Tensor, value: Tensor, past: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join each token's own key, by its score ``own``, to what the past has given."""
     lse = torch.logaddexp(past_lse, own)
-    weight = _grouped(torch.exp(own - lse), key).unsqueeze(-1)
-    merged = _grouped(past, key).lerp(at_least_float32(value).unsqueeze(2), weight)
-    return merged.flatten(1, 2).to(query.dtype), lse
+    weight = _grouped(torch.exp(own - lse), value).unsqueeze(-1)
+    merged = _grouped(past, value).lerp(at_least_float32(value).unsqueeze(2), weight)
+    return merged.flatten(1, 2).to(value.dtype), lse
 
 
 def _add_own_backward(
@@ -272,13 +277,13 @@ def _add_own_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    lse: Tensor,
+    weight: Tensor,
     scale: float,
 ) -> None:
-    """Add the gradient that flows through each token's own key; ``grads`` are q, k, v, bias."""
+    """Add the gradient through each token's own key, which ``weight`` went to; ``grads`` are q, k, v, bias."""
     grad_query, grad_key, grad_value = grads[:3]
     assert grad_query is not None and grad_key is not None and grad_value is not None
-    weight = _grouped(torch.exp(_own_scores(query, key, scale) - lse), key).unsqueeze(-1)
+    weight = _grouped(weight, key).unsqueeze(-1)
     change = (at_least_float32(value).unsqueeze(2) - _grouped(output, key)).mul_(_grouped(grad_output, key))
     score = scale * weight * change.sum(-1, keepdim=True)  # its gradient
     weight, score = weight.to(query.dtype), score.to(query.dtype)

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.slices import row_slices
 
 _BLOCK = 32
 
 
 def pool_segments(inputs: Tensor, merge: Tensor, importance: Tensor, window: int) -> Tensor:
-    """Running means of every token's open segment, in at least float32; differentiable in all tensors.
+    """Running means of every token's open segment, in the dtype of ``inputs``; differentiable in all tensors.
+
+    Computed in at least float32.
 
     Args:
         inputs: ``(B, H, T, C)``.
@@ -51,14 +54,14 @@ def pool_segments_reference(inputs: Tensor, merge: Tensor, importance: Tensor, w
 
 
 class _BandWeights(torch.autograd.Function):
-    """Normalised weights ``(B, H, T, window)`` of the latest tokens, the oldest first and the token itself last."""
+    """Normalised weights ``(window, B, H, T)`` of the latest tokens, the oldest first and the token itself last."""
 
     @staticmethod
     def forward(ctx: Any, merge: Tensor, importance: Tensor, window: int) -> Tensor:
-        weights = _chains(_windows(merge, window)) * _windows(importance, window)
+        weights = _chains(_windows(merge, window)).mul_(_windows(importance, window))
         # Zero importance everywhere means a slot that does not exist: its mean is 0, not 0 / 0.
         total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-        bands = (weights / total).movedim(0, -1).contiguous()
+        bands = weights.div_(total)
         ctx.save_for_backward(merge, importance, bands, total)
         return bands
 
@@ -66,70 +69,81 @@ class _BandWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         merge, importance, bands, total = ctx.saved_tensors
-        grad, bands = (tensor.movedim(-1, 0).contiguous() for tensor in (grad, bands))
-        grad_weights = (grad - (grad * bands).sum(0)) / total
-        ties = _windows(merge, len(bands))
-        chains = _chains(ties)
-        grad_chains = grad_weights * _windows(importance, len(bands))
-        for later in range(1, len(bands)):  # a chain is part of the one that reaches a token further back
-            grad_chains[later].addcmul_(grad_chains[later - 1], ties[later])
-        grad_ties = torch.cat([torch.zeros_like(chains[:1]), grad_chains[:-1] * chains[1:]])
-        return _sum_windows(grad_ties), _sum_windows(grad_weights * chains), None
+        window = len(bands)
+        ties, importances = _windows(merge, window), _windows(importance, window)
+        chains, mean = _chains(ties), (grad * bands).sum(0)
+        grad_merge, grad_importance = (_padded(torch.zeros_like(total), window) for _ in range(2))
+        grad_ties, grad_importances = _latest(grad_merge, window), _latest(grad_importance, window)
+        grad_chain = torch.zeros_like(total)
+        for place in range(window):  # a chain is part of the one that reaches a token further back
+            grad_weight = (grad[place] - mean).div_(total)
+            grad_ties[place].addcmul_(grad_chain, chains[place])
+            grad_importances[place].addcmul_(grad_weight, chains[place])
+            grad_chain.mul_(ties[place]).addcmul_(grad_weight, importances[place])
+        return grad_merge[..., window - 1 :], grad_importance[..., window - 1 :], None
 
 
 def _chains(ties: Tensor) -> Tensor:
     """Products ``(window, B, H, T)`` of the decisions that tie a token to those before it, the furthest first.
+
+    What is too small to count is 0: left to shrink, products become denormal numbers, which slow a CPU down.
 
     Args:
         ties: The decisions, as ``_windows`` shows them.
     """
     chains = ties.new_empty(ties.shape)
     chains[-1] = 1
+    negligible = torch.finfo(ties.dtype).tiny ** 0.5  # 1e-19 in float32
     for back in range(len(ties) - 2, -1, -1):
         torch.mul(chains[back + 1], ties[back + 1], out=chains[back])
+        torch.threshold_(chains[back], negligible, 0.0)
     return chains
 
 
 def _windows(tensor: Tensor, window: int) -> Tensor:
     """A view ``(window, B, H, T)`` of what each of the latest tokens has in ``(B, H, T)``; 0 before the first."""
-    padded = torch.nn.functional.pad(tensor, (window - 1, 0))
-    return padded.unfold(-1, tensor.shape[-1], 1).movedim(2, 0)
+    return _latest(_padded(tensor, window), window)
 
 
-def _sum_windows(windows: Tensor) -> Tensor:
-    """Add up what ``_windows`` shows of each token: ``(B, H, T)``."""
-    length = windows.shape[-1]
-    total = windows.new_zeros(*windows.shape[1:-1], length + len(windows) - 1)
-    for start, part in enumerate(windows):
-        total[..., start : start + length] += part
-    return total[..., len(windows) - 1 :]
+def _padded(tensor: Tensor, window: int) -> Tensor:
+    """As many zeros before the first token as a window reaches back from it."""
+    return torch.nn.functional.pad(tensor, (window - 1, 0))
+
+
+def _latest(padded: Tensor, window: int) -> Tensor:
+    """The view that ``_windows`` describes, of what ``_padded`` has padded."""
+    return padded.unfold(-1, padded.shape[-1] - window + 1, 1).movedim(2, 0)
 
 
 class _BandProduct(torch.autograd.Function):
-    """The band matrix ``(B, H, T, window)`` times ``(B, H, T, C)``; keeps its two factors and nothing else."""
+    """The band matrix ``(window, B, H, T)`` times ``(B, H, T, C)``; keeps its two factors and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, bands: Tensor, inputs: Tensor) -> Tensor:
         ctx.save_for_backward(bands, inputs)
-        layout = _Layout(bands)
-        line = layout.blocks(inputs)
-        pooled = torch.empty_like(line)
-        torch.bmm(layout.dense(bands), layout.reach(line), out=pooled[:-1])
-        return layout.tokens(pooled)
+        pooled = torch.empty_like(inputs)
+        for rows in row_slices(inputs):
+            layout = _Layout(bands[:, rows])
+            products = torch.bmm(layout.dense(bands[:, rows]), layout.reach(layout.blocks(inputs[rows])))
+            pooled[rows] = layout.tokens(products)
+        return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         bands, inputs = ctx.saved_tensors
-        layout = _Layout(bands)
+        grad_bands = torch.empty_like(bands) if ctx.needs_input_grad[0] else None
+        grad_inputs = torch.empty_like(inputs) if ctx.needs_input_grad[1] else None
         with autocast_off(grad):
-            grad_blocks = layout.blocks(grad)[1:]
-            grad_bands = grad_inputs = None
-            if ctx.needs_input_grad[0]:
-                grad_bands = layout.bands(torch.bmm(grad_blocks, layout.reach(layout.blocks(inputs)).mT))
-            if ctx.needs_input_grad[1]:
-                reached = torch.bmm(layout.dense(bands).mT, grad_blocks)
-                grad_inputs = layout.tokens(layout.collect(reached)).to(inputs.dtype)
+            for rows in row_slices(inputs):
+                layout = _Layout(bands[:, rows])
+                grad_blocks = layout.blocks(grad[rows])[1:]
+                if grad_bands is not None:
+                    reach = layout.reach(layout.blocks(inputs[rows]))
+                    grad_bands[:, rows] = layout.bands(torch.bmm(grad_blocks, reach.mT))
+                if grad_inputs is not None:
+                    reached = torch.bmm(layout.dense(bands[:, rows]).mT, grad_blocks)
+                    grad_inputs[rows] = layout.tokens(layout.collect(reached))
         return grad_bands, grad_inputs
 
 
@@ -142,7 +156,7 @@ class _Layout:
     """
 
     def __init__(self, bands: Tensor) -> None:
-        self.rows, self.heads, self.length, self.window = bands.shape
+        self.window, self.rows, self.heads, self.length = bands.shape
         self.block = max(min(_BLOCK, self.length), self.window)
         self.per_head = -(-self.length // self.block)
         self.width = self.block + self.window - 1  # tokens in reach of a block
@@ -157,8 +171,10 @@ class _Layout:
         return line.view(-1, self.block, tokens.shape[-1])
 
     def tokens(self, blocks: Tensor) -> Tensor:
-        """A view ``(B, H, T, C)`` of ``(N + 1, block, C)``, whose last block counts for nothing."""
-        return blocks.view(self.rows, self.heads, -1, blocks.shape[-1])[:, :, : self.length]
+        """A view ``(B, H, T, C)`` of ``(N, block, C)``."""
+        per_head = (self.per_head + 1) * self.block * blocks.shape[-1]
+        shape = (self.rows, self.heads, self.length, blocks.shape[-1])
+        return blocks.as_strided(shape, (self.heads * per_head, per_head, blocks.shape[-1], 1))
 
     def reach(self, blocks: Tensor) -> Tensor:
         """A view ``(N, width, C)`` of what each block's tokens may reach."""
@@ -168,26 +184,28 @@ class _Layout:
         return blocks.as_strided((len(blocks) - 1, self.width, channels), strides, offset)
 
     def collect(self, reached: Tensor) -> Tensor:
-        """Add up the gradients ``(N, width, C)`` of what was reached more than once: ``(N + 1, block, C)``."""
-        total = reached.new_empty(len(reached) + 1, self.block, reached.shape[-1])
-        total[:-1] = reached[:, self.window - 1 :]
-        total[:-2, self.block - self.window + 1 :] += reached[1:, : self.window - 1]
+        """Add up the gradients ``(N, width, C)`` of what was reached more than once: ``(N, block, C)``."""
+        total = reached[:, self.window - 1 :].contiguous()
+        total[:-1, self.block - self.window + 1 :] += reached[1:, : self.window - 1]
         return total
 
     def dense(self, bands: Tensor) -> Tensor:
         """Every block's diagonals as a matrix ``(N, block, width)``."""
-        line = self.blocks(bands)[1:]
-        dense = bands.new_zeros(len(line), self.block, self.width)
-        self._diagonals(dense).copy_(line)
-        return dense
+        blocks = self.rows * self.heads * (self.per_head + 1) - 1
+        dense = bands.new_zeros(blocks + 1, self.block, self.width)
+        missing = self.per_head * self.block - self.length
+        if missing:
+            bands = torch.nn.functional.pad(bands, (0, missing))
+        self._diagonals(dense).copy_(bands.unflatten(3, (self.per_head, self.block)))
+        return dense[:-1]
 
     def bands(self, dense: Tensor) -> Tensor:
-        """The other way round: ``(B, H, T, window)``."""
-        line = dense.new_empty(len(dense) + 1, self.block, self.window)
-        line[:-1] = self._diagonals(dense)
-        return self.tokens(line)
+        """The other way round: ``(window, B, H, T)``."""
+        return self._diagonals(dense).flatten(3)[..., : self.length]
 
     def _diagonals(self, dense: Tensor) -> Tensor:
-        """A view ``(N, block, window)``: what a token has for the tokens before it and itself."""
-        strides = (self.block * self.width, self.width + 1, 1)
-        return dense.as_strided((len(dense), self.block, self.window), strides)
+        """A view ``(window, B, H, N / H, block)``: what a token has for the tokens before it and itself."""
+        matrix = self.block * self.width
+        per_head = (self.per_head + 1) * matrix
+        shape = (self.window, self.rows, self.heads, self.per_head, self.block)
+        return dense.as_strided(shape, (1, self.heads * per_head, per_head, matrix, self.width + 1))

@@ -15,6 +15,12 @@ def rows_in_cache(tensor: Tensor) -> int:
     return max(1, _NUMBERS // tensor[0].numel())
 
 
+def row_slices(tensor: Tensor) -> list[slice]:
+    """Where to cut the first axis so that each part has ``rows_in_cache`` entries, the last perhaps fewer."""
+    rows = rows_in_cache(tensor)
+    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+
+
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching parts of tensors, in order; views of those that are contiguous.
 

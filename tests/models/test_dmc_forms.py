@@ -257,7 +257,7 @@ def test_sums_are_exact_after_thousands_of_merges():
     from kvtrain.models.dmc.cache import DMCCacheLayer
 
     torch.manual_seed(0)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):  # of the rounded mean
         layer = DMCCacheLayer(1, 4, Placement(dtype), window=12, page_size=32)
         layer.segment.admit(1)
         valid, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, 1)

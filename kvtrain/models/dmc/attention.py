@@ -195,7 +195,7 @@ class DMCAttention(HostAttention):
 
     def _pool(self, key: Tensor, value: Tensor, merge: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         pooled = pool_segments(torch.cat([key, value], -1), merge, importance, self.settings.window)
-        keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
+        keys, values = pooled.split(self.head_dim, -1)
         return keys, values
 
     def _serve(
@@ -214,7 +214,7 @@ class DMCAttention(HostAttention):
         never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
         merge = decide(logits, never=never).values
         pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance, valid)
-        keys, values = pooled.to(key.dtype).split(self.head_dim, -1)
+        keys, values = pooled.split(self.head_dim, -1)
         angles = _without_borrowed_channel(angles)
         query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:

@@ -55,7 +55,7 @@ class DMCCacheLayer(KVCacheLayer):
             valid: ``(B, n)`` real tokens; padding stands before them and changes nothing.
 
         Returns:
-            Means ``(B, H, n, 2 D)`` in at least float32.
+            Means ``(B, H, n, 2 D)``, computed in at least float32.
         """
         kept, importance = self.window - 1, importance * valid[:, None]
         tokens, weights = self.segment["tokens"].to(inputs.dtype), self.segment["importance"]
@@ -99,7 +99,7 @@ class DMCCacheLayer(KVCacheLayer):
 def _mean(inputs: Tensor, importance: Tensor) -> Tensor:
     """The weighted mean ``(B, H, 1, C)`` of all tokens of ``(B, H, n, C)``; 0 where nothing weighs."""
     weights = importance / importance.sum(-1, keepdim=True).clamp(min=torch.finfo(importance.dtype).tiny)
-    return weights.unsqueeze(2) @ at_least_float32(inputs)
+    return (weights.unsqueeze(2) @ at_least_float32(inputs)).to(inputs.dtype)
 
 
 def _padding_first(kept: int, valid: Tensor) -> Tensor | None:
