@@ -1,8 +1,9 @@
 """What learned merging costs in perplexity, beside what it must beat, over seeds and rates, on the packaged model.
 
-Four arms after the same tokens: DMC, the method off (control), random merging at the same rate, and grouped-query
-attention at the same bytes. Each cell trains by the schedule of its rate, exports, and is measured through its serving
-cache on all held-out text. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+Five arms after the same tokens: DMC, the method off (control), random merging at the same rate, grouped-query
+attention at the same bytes, and both, where DMC merges two tokens a slot and fewer heads do the rest. Each cell trains
+by the schedule of its rate, exports, and is measured through its serving cache on all held-out text. Cells that the
+results file holds already are left alone, so a stopped benchmark goes on.
 
     python benchmarks/dmc_quality.py --seeds 1 2 3     # hours on two cores
     python benchmarks/dmc_quality.py                   # print what there is
@@ -22,13 +23,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dmc_quality.jsonl"
-ARMS = ("control", "dmc", "random", "gqa")
-RECIPES = {"control": "dmc_control", "random": "dmc_random", "gqa": "gqa"}
+ARMS = ("control", "dmc", "random", "gqa", "dmc_gqa")
+RECIPES = {"control": "dmc_control", "random": "dmc_random", "gqa": "gqa", "dmc_gqa": "dmc_gqa"}
 # DMC's recipe for each rate, by whose phases and batches the other arms train, too, and what a rate that has no recipe
 # of its own changes there.
 SCHEDULES = {2: "dmc", 4: "dmc4", 8: "dmc4"}
 CHANGES = {8: {"method.compression": 8.1, "compression_weight": 4.0}}
 HEADS = 8  # key-value heads of the packaged model
+MERGED = 2  # tokens a slot where fewer heads do the rest
 
 
 class Cell(NamedTuple):
@@ -40,11 +42,12 @@ class Cell(NamedTuple):
 
 
 def cells(arms: Iterable[str], rates: Iterable[int], seeds: Iterable[int]) -> Iterator[Cell]:
-    """All cells, seed by seed; rates of one schedule share their control."""
+    """All cells, seed by seed; rates of one schedule share their control, and at two tokens a slot both is DMC alone."""
     for seed in seeds:
         for rate in rates:
             for arm in arms:
-                if arm != "control" or rate == min(r for r in SCHEDULES if SCHEDULES[r] == SCHEDULES[rate]):
+                is_copy = arm == "control" and rate != min(r for r in SCHEDULES if SCHEDULES[r] == SCHEDULES[rate])
+                if not is_copy and (arm, rate) != ("dmc_gqa", MERGED):
                     yield Cell(arm, rate, seed)
 
 
@@ -76,6 +79,8 @@ def overrides(cell: Cell) -> list[str]:
         options["model.init_args.method.compression"] = cell.rate
     elif cell.arm == "gqa":
         options["model.init_args.num_key_value_heads"] = HEADS // cell.rate
+    elif cell.arm == "dmc_gqa":
+        options["model.init_args.num_key_value_heads"] = HEADS * MERGED // cell.rate
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -138,8 +143,9 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def _compression(arm: str, rate: int, found: list[dict[str, Any]]) -> str:
-    """Tokens a slot as measured; grouped-query attention keeps every token in fewer heads."""
-    return f"{rate}.00" if arm == "gqa" else _spread([r["compression"] for r in found], 2)
+    """Tokens a slot as measured, times what fewer heads save."""
+    saved = {"gqa": rate, "dmc_gqa": rate / MERGED}.get(arm, 1)
+    return _spread([saved * r["compression"] for r in found], 2)
 
 
 def main() -> None:
