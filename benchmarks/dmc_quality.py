@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def cells(arms: Iterable[str], rates: Iterable[int], seeds: Iterable[int]) -> Iterator[Cell]:
-    """All cells, seed by seed; rates of one schedule share their control, and two tokens a slot leave no heads to cut."""
+    """All cells, seed by seed; rates of one schedule share their control, and two tokens a slot leave heads alone."""
     for seed in seeds:
         for rate in rates:
             for arm in arms:
