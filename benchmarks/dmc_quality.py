@@ -61,7 +61,7 @@ def overrides(cell: Cell) -> list[str]:
     """The command line that turns the arm's recipe into the cell."""
     schedule = recipe(SCHEDULES[cell.rate])
     phases = schedule["model"]["init_args"]["phases"]
-    if cell.arm == "gqa":  # at its own learning rate, the better of two that were tried
+    if cell.arm == "gqa":  # at its own learning rate, the better of two that were tried at half the bytes
         own = recipe("gqa")["model"]["init_args"]["phases"][0]["learning_rate"]
         phases = [{**phase, "learning_rate": own} for phase in phases]
     options: dict[str, Any] = {
