@@ -46,9 +46,19 @@ def cells(arms: Iterable[str], rates: Iterable[int], seeds: Iterable[int]) -> It
     for seed in seeds:
         for rate in rates:
             for arm in arms:
-                is_copy = arm == "control" and rate != min(r for r in SCHEDULES if SCHEDULES[r] == SCHEDULES[rate])
+                is_copy = arm == "control" and rate != control_rate(rate)
                 if not is_copy and (arm, rate) != ("dmc_gqa", MERGED):
                     yield Cell(arm, rate, seed)
+
+
+def control_rate(rate: int) -> int:
+    """The rate by whose schedule the control was trained that this rate is judged by."""
+    return min(other for other in SCHEDULES if SCHEDULES[other] == SCHEDULES[rate])
+
+
+def fewer_heads(arm: str, rate: int) -> int:
+    """How many of the base's key-value heads become one."""
+    return {"gqa": rate, "dmc_gqa": rate // MERGED}.get(arm, 1)
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -77,10 +87,8 @@ def overrides(cell: Cell) -> list[str]:
         options |= {f"model.init_args.{name}": value for name, value in CHANGES.get(cell.rate, {}).items()}
     elif cell.arm == "random":
         options["model.init_args.method.compression"] = cell.rate
-    elif cell.arm == "gqa":
-        options["model.init_args.num_key_value_heads"] = HEADS // cell.rate
-    elif cell.arm == "dmc_gqa":
-        options["model.init_args.num_key_value_heads"] = HEADS * MERGED // cell.rate
+    elif cell.arm in ("gqa", "dmc_gqa"):
+        options["model.init_args.num_key_value_heads"] = HEADS // fewer_heads(cell.arm, cell.rate)
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -121,7 +129,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Perplexity of every arm and rate, mean and spread over seeds, and its ratio to the control of equal tokens."""
     lines = ["| rate | arm | perplexity | ratio to control | compression | seeds |", "|---|---|---|---|---|---|"]
     for rate in SCHEDULES:
-        first = min(other for other in SCHEDULES if SCHEDULES[other] == SCHEDULES[rate])
+        first = control_rate(rate)
         controls = {r["seed"]: r["perplexity"] for r in results if r["arm"] == "control" and r["rate"] == first}
         for arm in ARMS:
             found = [r for r in results if r["arm"] == arm and r["rate"] == (first if arm == "control" else rate)]
@@ -144,8 +152,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 def _compression(arm: str, rate: int, found: list[dict[str, Any]]) -> str:
     """Tokens a slot as measured, times what fewer heads save."""
-    saved = {"gqa": rate, "dmc_gqa": rate / MERGED}.get(arm, 1)
-    return _spread([saved * r["compression"] for r in found], 2)
+    return _spread([fewer_heads(arm, rate) * r["compression"] for r in found], 2)
 
 
 def main() -> None:

@@ -192,12 +192,12 @@ class _Layout:
     def dense(self, bands: Tensor) -> Tensor:
         """Every block's diagonals as a matrix ``(N, block, width)``."""
         blocks = self.rows * self.heads * (self.per_head + 1) - 1
-        dense = bands.new_zeros(blocks + 1, self.block, self.width)
+        dense = bands.new_zeros(blocks, self.block, self.width)
         missing = self.per_head * self.block - self.length
         if missing:
             bands = torch.nn.functional.pad(bands, (0, missing))
         self._diagonals(dense).copy_(bands.unflatten(3, (self.per_head, self.block)))
-        return dense[:-1]
+        return dense
 
     def bands(self, dense: Tensor) -> Tensor:
         """The other way round: ``(window, B, H, T)``."""

@@ -89,13 +89,14 @@ def test_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(lambda *tensors: pool_segments(*tensors, 5), (inputs, merge, importance))
 
 
-def test_autocast_rounds_nothing():
-    inputs = torch.randn(1, 2, 50, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_nothing(dtype):
+    inputs = torch.randn(1, 2, 50, 4, dtype=dtype)
     merge, importance = torch.rand(1, 2, 50), torch.rand(1, 2, 50)
     expected = pool_segments(inputs, merge, importance, 12)
     with torch.autocast("cpu", torch.bfloat16):
         found = pool_segments(inputs, merge, importance, 12)
-    assert found.dtype == torch.float32
+    assert found.dtype == dtype
     assert torch.equal(found, expected)
 
 
