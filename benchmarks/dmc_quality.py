@@ -126,8 +126,9 @@ def load() -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Perplexity of every arm and rate, mean and spread over seeds, and its ratio to the control of equal tokens."""
-    lines = ["| rate | arm | perplexity | ratio to control | compression | seeds |", "|---|---|---|---|---|---|"]
+    """Every arm and rate over its seeds: perplexity, its ratio to the control of equal tokens, and what was saved."""
+    head = ("rate", "arm", "perplexity", "ratio to control", "compression", "KV bytes / 1,024 tokens", "seeds")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for rate in SCHEDULES:
         first = control_rate(rate)
         controls = {r["seed"]: r["perplexity"] for r in results if r["arm"] == "control" and r["rate"] == first}
@@ -138,7 +139,8 @@ def table(results: list[dict[str, Any]]) -> str:
             ratios = [r["perplexity"] / controls[r["seed"]] for r in found if r["seed"] in controls]
             lines.append(
                 f"| {rate}x | {arm} | {_spread([r['perplexity'] for r in found], 2)} | {_spread(ratios, 3)} "
-                f"| {_compression(arm, rate, found)} | {len(found)} |"
+                f"| {_compression(arm, rate, found)} "
+                f"| {statistics.mean(r['kv_bytes_per_1024'] for r in found):,.0f} | {len(found)} |"
             )
     return "\n".join(lines)
 
