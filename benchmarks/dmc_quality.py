@@ -1,7 +1,7 @@
 """What learned merging costs in perplexity, beside what it must beat, over seeds and rates, on the packaged model.
 
 Five arms after the same tokens: DMC, the method off (control), random merging at the same rate, grouped-query
-attention at the same bytes, and both, where DMC merges two tokens a slot and fewer heads do the rest. Each cell trains
+attention at the same rate, and both, where DMC merges two tokens a slot and fewer heads do the rest. Each cell trains
 by the schedule of its rate, exports, and is measured through its serving cache on all held-out text. Cells that the
 results file holds already are left alone, so a stopped benchmark goes on.
 
