@@ -148,6 +148,7 @@ class KVTrainMixin(CachedLanguageModel):
         super().__init__(host_config)
         _operate(self, method)
         self.config = config
+        self.name_or_path = config.name_or_path  # not the host's: adapters write down what they were trained on
         config.architectures = [type(self).__name__]
         self.method = method
         self.watch_decoder()
