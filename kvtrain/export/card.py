@@ -124,8 +124,8 @@ def _remote_usage(model: PreTrainedModel) -> list[str]:
         clients = "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
     return _paragraph(
         f"Programs that do not import kvtrain ({clients}) open this folder with `trust_remote_code=True`, where "
-        f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else; after "
-        "`import kvtrain` nothing in this folder is run."
+        f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
+        "kvtrain is imported, nothing in this folder is run."
     )
 
 
