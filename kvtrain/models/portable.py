@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Travels in every folder, and must import nothing of the package but for the classes that `auto_map` names.
+# Travels in every folder. It imports the installed kvtrain and does nothing else.
 SHIM = Path(__file__).with_name("modeling_kvtrain.py")
 
 
@@ -22,8 +22,8 @@ class PortableConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As the base class's, which models call when they are saved; the file goes beside ``config.json``."""
         name = type(self).__name__
-        ours = {f"AutoModelFor{task}": f"{name.removesuffix('Config')}For{task}" for task in self.tasks}
-        self.auto_map = {auto: f"{SHIM.stem}.{ours_}" for auto, ours_ in {"AutoConfig": name, **ours}.items()}
+        heads = {f"AutoModelFor{task}": f"{name.removesuffix('Config')}For{task}" for task in self.tasks}
+        self.auto_map = {auto: f"{SHIM.stem}.{ours}" for auto, ours in {"AutoConfig": name, **heads}.items()}
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
         shutil.copyfile(SHIM, Path(save_directory) / SHIM.name)
 
