@@ -200,7 +200,7 @@ def pointwise_calls() -> dict[str, KernelCall]:
         "wide product": KernelCall(
             lambda left, right: wide_matmul(left, right.mT),
             lambda left, right: left @ right.mT,
-            dict(left=turned, right=turned.flip(2)),
+            {"left": turned, "right": turned.flip(2)},
         ),
     }
     for in_root in (False, True):
