@@ -12,7 +12,7 @@ import torch
 
 import benchmarks.gpu.__main__ as gpu_all
 from benchmarks.gpu.kernel_tests import Reporter
-from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.measure import Bench, DeviceLostError
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.wheels import install, provide, requirement
@@ -126,17 +126,67 @@ def test_a_process_hands_its_lines_on_and_is_stopped_in_time(tmp_path):
 def test_a_measurement_that_fails_is_a_line():
     lines = []
     section = bench(lines)
-    assert not section.measure("sum", lambda: 1 / 0)
-    assert section.measure("product", lambda: "6")
+    section.measure("sum", lambda: 1 / 0)
+    section.measure("product", lambda: "6")
     section.seconds = 0.0
     assert not section.cut
-    assert not section.measure("rest", lambda: "7")
+    section.measure("rest", lambda: "7")
     assert section.cut
     assert lines == [
         "  sum: error: ZeroDivisionError: division by zero",
         "  product: 6",
         "  rest: not run: no time left",
     ]
+
+
+def test_a_lost_device_ends_a_process_and_the_next_one_skips_what_is_done(monkeypatch):
+    lines = []
+    first = bench(lines)
+    monkeypatch.setattr(first, "lost", lambda: first.step == 2)
+    first.measure("one", lambda: "1")
+    with pytest.raises(DeviceLostError):
+        first.measure("two", lambda: 1 / 0)
+    second = Bench(first.device, 60.0, lines.append, small=True, skip=first.step)
+    for name in ("one", "two", "three"):
+        second.measure(name, lambda: "again")
+    assert lines == ["  one: 1", "  two: error: ZeroDivisionError: division by zero", "  three: again"]
+
+
+def test_a_section_goes_on_in_a_new_process(ending, tmp_path, monkeypatch):
+    """Until it is done, or no step is made any more."""
+    skips = []
+
+    def run_child(command, seconds, write, log):
+        log.write_text("gone")
+        if command[3] == "machine":
+            return 0
+        skips.append(int(command[5]))
+        if command[3] == "loss" and skips[-1] == 9:
+            return 0
+        write(f"!{skips[-1] + 4 if skips[-1] == 0 else 9}")
+        return gpu_all.LOST
+
+    monkeypatch.setattr(gpu_all, "run_child", run_child)
+    assert gpu_all.main(["--cpu", "--results", str(tmp_path), "--sections", "loss", "decode"]) == 1
+    assert skips == [0, 4, 9] * 2
+    (file,) = tmp_path.glob("*.txt")
+    assert "-- loss: done" in file.read_text() and "-- decode: error: exit code 4 after 0 s: gone" in file.read_text()
+    assert file.read_text().count("error: the device was lost at step 4; a new process goes on") == 2
+
+
+def test_tests_that_another_process_ran_are_left_out_and_a_lost_device_stops_them(monkeypatch):
+    section = bench([])
+    section.skip = 2
+    reporter, session = Reporter(section), SimpleNamespace(items=list("abcd"), shouldstop=False)
+    reporter.pytest_collection_finish(session)
+    assert session.items == ["c", "d"]
+    monkeypatch.setattr(section, "lost", lambda: True)
+    item = SimpleNamespace(session=session)
+    reporter.pytest_runtest_teardown(item, item)
+    assert not session.shouldstop  # nobody asks a device after a test that passed
+    reporter.pytest_runtest_logreport(report("failed", "illegal memory access"))
+    reporter.pytest_runtest_teardown(item, item)
+    assert session.shouldstop and reporter.lost and section.step == 4
 
 
 def report(outcome, longrepr=None, when="call"):

@@ -18,7 +18,8 @@ from benchmarks.gpu.sections import SECTIONS, Section
 from benchmarks.gpu.wheels import provide
 
 ROOT = Path(__file__).resolve().parents[2]
-CUT, GRACE = 3, 10  # child.py's exit code; seconds that a section has to notice that its time is over
+CUT, LOST = 3, 4  # child.py's exit codes
+GRACE = 10  # seconds that a section has to notice that its time is over
 START = 120  # seconds that the head of the results may take: the first import of torch is slow on a cold disk
 
 
@@ -86,6 +87,25 @@ def _stop(group: int) -> None:
         return
 
 
+class Lines:
+    """Passes on the lines of a section, and keeps the number of steps that it has made when it lost its device.
+
+    Args:
+        write: Where lines go.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write, self.steps = write, 0
+
+    def take(self, line: str) -> None:
+        """A line."""
+        if line.startswith("!"):
+            self.steps = int(line[1:])
+            self.write(f"  error: the device was lost at step {self.steps}; a new process goes on")
+        else:
+            self.write(line)
+
+
 def last_line(log: Path) -> str:
     """What a process said last."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -95,9 +115,14 @@ def last_line(log: Path) -> str:
 def run_section(section: Section, python: str, results: Results, seconds: float, options: list[str], log: Path) -> bool:
     """Run one, and write how it ended; returns whether it did well."""
     results.write(f"\n== {section.name}: {section.about}")
-    began, before = time.monotonic(), results.trouble
-    command = [python, "-m", "benchmarks.gpu.child", section.name, str(seconds), *options]
-    code = run_child(command, seconds + GRACE, results.write, log)
+    began, before, code, skip = time.monotonic(), results.trouble, LOST, 0
+    while code == LOST:  # a new process goes on behind what the old one did last
+        lines, left = Lines(results.write), seconds - (time.monotonic() - began)
+        command = [python, "-m", "benchmarks.gpu.child", section.name, str(left), str(skip), *options]
+        code = run_child(command, max(0.0, left) + GRACE, lines.take, log)
+        if code == LOST and lines.steps <= skip:
+            break
+        skip = lines.steps
     took = f"{time.monotonic() - began:.0f} s"
     if code == 0:
         results.write(f"{DONE.format(name=section.name)} in {took}")
@@ -115,7 +140,7 @@ def begin(python: str, results: Results, options: list[str], log: Path, named: s
         ValueError: There is no device, or no torch.
     """
     head: list[str] = []
-    command = [python, "-m", "benchmarks.gpu.child", "machine", str(START), *options]
+    command = [python, "-m", "benchmarks.gpu.child", "machine", str(START), "0", *options]
     if run_child(command, START, head.append, log) != 0:
         reason = last_line(log)
         if not results.path.exists():

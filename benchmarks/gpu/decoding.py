@@ -4,7 +4,8 @@ A host of 1.1B parameters, bfloat16. A prompt of one row is read and repeated, s
 """
 
 import copy
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,17 +30,21 @@ def read(model: Any, cache: Any, ids: torch.Tensor) -> Any:
 def repeated(model: Any, prompt: Any, rows: int) -> Any:
     """A prompt's cache for so many rows."""
     if isinstance(prompt, transformers.DynamicCache):
-        cache = copy.deepcopy(prompt)
+        grown = copy.deepcopy(prompt)
     else:
-        cache = model.make_cache()
-        cache.join(prompt)
-    cache.batch_repeat_interleave(rows)
-    return cache
+        grown = model.make_cache()
+        grown.join(prompt)
+    grown.batch_repeat_interleave(rows)
+    return grown
 
 
-def compare(bench: Bench, host: Any, prompt: Any, model: Any, own_prompt: Any, rows: int) -> str:
+Served = tuple[Any, Any]  # a model, and its cache after the prompt
+
+
+def compare(bench: Bench, served: Callable[[], Served], plain: Callable[[], Served], rows: int) -> str:
     """Steps of both, which take turns; caches grow by them."""
-    theirs, ours = repeated(host, prompt, rows), repeated(model, own_prompt, rows)
+    (model, own), (host, dynamic) = served(), plain()
+    theirs, ours = repeated(host, dynamic, rows), repeated(model, own, rows)
     sizes = plain_bytes(theirs) / 2**20, (ours.kv_bytes() - ours.free_bytes()) / 2**20
     calls = {"host": decoding(host, theirs, rows), "method": decoding(model, ours, rows)}
     times = bench.medians(calls, WARM_UP, STEPS)
@@ -50,26 +55,25 @@ def compare(bench: Bench, host: Any, prompt: Any, model: Any, own_prompt: Any, r
     )
 
 
+def serve(make: Callable[[Any], Any], host: Any, ids: torch.Tensor) -> Served:
+    """An architecture after the prompt."""
+    model = make(host)
+    return model, read(model, model.make_cache(), ids)
+
+
+def serve_plain(host: Any, ids: torch.Tensor) -> Served:
+    """The host after it."""
+    return host, read(host, transformers.DynamicCache(config=host.config), ids)
+
+
 @torch.no_grad()
 def run(bench: Bench) -> None:
     """A line for every length, architecture and number of rows."""
     host = make_host("1.1B", bench)
     for length in (70,) if bench.small else LENGTHS:
         ids = random_ids(1, length, host)
-        prompt = read(host, transformers.DynamicCache(config=host.config), ids)
+        plain = cache(partial(serve_plain, host, ids))
         for name, make in SERVED.items():
-            compare_architecture(bench, host, prompt, name, make, ids)
-
-
-def compare_architecture(bench: Bench, host: Any, prompt: Any, name: str, make: Any, ids: torch.Tensor) -> None:
-    """An architecture after one prompt."""
-    title, made = f"{ids.shape[1]:,} tokens, {name}", []
-
-    def prepare() -> str:
-        model = make(host)
-        made.extend((model, read(model, model.make_cache(), ids)))
-        return "prompt read"
-
-    if bench.measure(title, prepare):
-        for rows in (1, 3) if bench.small else ROWS:
-            bench.measure(f"{title}, rows {rows}", partial(compare, bench, host, prompt, *made, rows))
+            served = cache(partial(serve, make, host, ids))
+            for rows in (1, 3) if bench.small else ROWS:
+                bench.measure(f"{length:,} tokens, {name}, rows {rows}", partial(compare, bench, served, plain, rows))

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.measure import Bench, DeviceLostError
 
 if TYPE_CHECKING:
     import pytest
@@ -22,6 +22,12 @@ class Reporter:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.passed, self.failed, self.skipped = bench, 0, 0, Counter[str]()
+        self.lost = False
+
+    def pytest_collection_finish(self, session: "pytest.Session") -> None:
+        """Leave out what another process has run."""
+        del session.items[: self.bench.skip]
+        self.bench.step = self.bench.skip
 
     def pytest_collectreport(self, report: "pytest.CollectReport") -> None:
         """A file that could not be read."""
@@ -37,8 +43,12 @@ class Reporter:
             self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
     def pytest_runtest_teardown(self, item: "pytest.Item", nextitem: "pytest.Item | None") -> None:
-        """Stop when time is over."""
-        if nextitem is not None and self.bench.left() <= 0:
+        """Stop when time is over, or the device is lost."""
+        self.bench.step += 1
+        self.lost = self.failed > 0 and self.bench.lost()
+        if self.lost:
+            item.session.shouldstop = "the device is lost"
+        elif nextitem is not None and self.bench.left() <= 0:
             self.bench.cut = True
             item.session.shouldstop = "no time left"
 
@@ -70,5 +80,7 @@ def run(bench: Bench, *files: str) -> None:
     code = pytest.main([*options, "--rootdir", str(ROOT), "-m", marks, *paths], plugins=[reporter])
     for line in reporter.lines():
         bench.write(line)
+    if reporter.lost:
+        raise DeviceLostError
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not bench.cut:
         raise RuntimeError(f"pytest ended with {code!r}")

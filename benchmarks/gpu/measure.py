@@ -19,6 +19,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}"[:240]
 
 
+class DeviceLostError(Exception):
+    """After some errors a GPU answers nothing more in this process."""
+
+
 @dataclass
 class Bench:
     """A section while it runs.
@@ -28,8 +32,10 @@ class Bench:
         seconds: What is not begun by then is not run.
         write: Takes a line of the results.
         small: Tiny shapes, to see that everything runs.
+        skip: Steps, measurements or tests, that another process has made.
 
     Attributes:
+        step: Steps that were made or skipped.
         cut: Something was left out, for want of time.
     """
 
@@ -37,7 +43,9 @@ class Bench:
     seconds: float
     write: Callable[[str], None]
     small: bool = False
+    skip: int = 0
     dtype: torch.dtype = torch.bfloat16
+    step: int = 0
     cut: bool = False
     _began: float = field(default_factory=time.monotonic)
 
@@ -45,22 +53,39 @@ class Bench:
         """Seconds that are left."""
         return self._began + self.seconds - time.monotonic()
 
-    def measure(self, title: str, call: Callable[[], str]) -> bool:
-        """Write what the call answers, or in one line why it did not; returns whether it did."""
+    def lost(self) -> bool:
+        """Whether the device answers no more."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def measure(self, title: str, call: Callable[[], str]) -> None:
+        """Write what the call answers, or in one line why it did not.
+
+        Raises:
+            DeviceLostError: Nothing more can be measured in this process.
+        """
+        self.step += 1
+        if self.step <= self.skip:
+            return
         if self.left() <= 0:
             self.cut = True
             self.write(f"  {title}: not run: no time left")
-            return False
-        problem = None
+            return
         try:
             answer = call()
         except Exception as error:  # whatever happens, the next measurement is made
-            answer = problem = f"error: {one_line(error)}"
+            answer = f"error: {one_line(error)}"
         self.write(f"  {title}: {answer}")
+        if self.lost():
+            raise DeviceLostError
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return problem is None
 
     def medians(self, contenders: Mapping[str, Callable[[], Any]], warm_up: int, steps: int) -> dict[str, float]:
         """Median seconds of a call of each contender, which take turns; fewer turns where all is tiny."""

@@ -45,7 +45,7 @@ class Results:
 
     def write(self, line: str) -> None:
         """Add a line, and show it."""
-        self.trouble += line.startswith("  failed: ") or ": error: " in line
+        self.trouble += line.startswith(("  failed: ", "  error: ")) or ": error: " in line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
         print(line, flush=True)
