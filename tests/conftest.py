@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["OMP_NUM_THREADS"] = "1"  # the processes that share the tests fill the cores; theirs inherit it
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alike() -> None:
+    """Whatever ran before in this process."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
