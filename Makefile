@@ -29,8 +29,8 @@ test: setup ## The tests that run anywhere in minutes
 test-roads: $(EXTRAS) ## What gates a change too and takes longer: several processes, other libraries' trainers and suites
 	$(PYTEST) -m "$(ROADS)"
 
-test-all: $(EXTRAS) ## Everything, in full grids, and for a GPU where there is one
-	$(PYTEST) -m "not soak"
+test-all: $(EXTRAS) ## Everything, in full grids, on new random examples, and for a GPU where there is one
+	$(PYTEST) --hypothesis-profile=random -m "not soak"
 
 soak: $(EXTRAS) ## The endurance tests, for hours
 	$(BIN)/python -m pytest -m soak

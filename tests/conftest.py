@@ -13,8 +13,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the processes that share the tests fill t
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", deadline=None, print_blob=True)  # `make test-all`: --hypothesis-profile=random
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

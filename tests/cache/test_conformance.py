@@ -171,7 +171,7 @@ class RowsMachine(RuleBasedStateMachine):
 
 def _machine(name):
     machine = type(f"RowsMachine_{name}", (RowsMachine,), {"method": name})
-    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
+    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
     return machine.TestCase
 
 
@@ -195,7 +195,7 @@ def test_any_chunks_are_the_parallel_form(method, family):
         assert cache.get_seq_length() == LENGTH == begin
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(st.data())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows_are_rows_alone(family, data):

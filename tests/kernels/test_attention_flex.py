@@ -15,7 +15,7 @@ from kvtrain.kernels.visibility import Visibility, visible_pairs
 
 from .attention_cases import assert_same, make_case
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=600, database=None)
+PROPERTY = settings(max_examples=600)
 CPU = torch.device("cpu")
 
 

@@ -54,7 +54,7 @@ def test_forms_agree_in_float64(family, kv_heads, rate):
         assert_forms_agree(model, ids[:, :length], 1e-9, [third, length - 2 * third, third])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(st.data())
 def test_forms_agree_on_random_shapes(data):
     """T6 with random groups, windows, pages, rates and chunks, on every family."""
