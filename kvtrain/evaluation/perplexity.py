@@ -154,7 +154,7 @@ def _pad(windows: list[_Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
 def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_Tally") -> None:
     """Read a batch of windows into a cache, and look at the cache wherever a bucket ends."""
     ids, mask, targets = (tensor.to(model.device) for tensor in _pad(batch, padding))
-    cache, head = model.make_cache(), model.get_output_embeddings().weight
+    cache, head = model.make_cache(), model.get_output_embeddings()
     for bucket, begin, end in tally.spans(ids.shape[1]):
         for first in range(begin, end, chunk):
             columns = slice(first, min(first + chunk, end))

@@ -166,14 +166,14 @@ class CachedLanguageModel(_Decoder):
         teacher: TeacherHead | None,
         distillation: Distillation,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        targets, weight = labels[:, 1:].flatten(), self.lm_head.weight
+        targets, head = labels[:, 1:].flatten(), self.lm_head
         hidden = hidden[:, :-1].flatten(0, 1)
         parts: dict[str, Tensor] = {}
         if teacher is None:
-            total = linear_cross_entropy_sum(hidden, weight, targets)
+            total = linear_cross_entropy_sum(hidden, head, targets)
         else:
-            flat = TeacherHead(teacher.hidden[:, :-1].flatten(0, 1), teacher.weight)
-            total, parts = distillation_sum(hidden, weight, flat, targets, distillation)
+            flat = TeacherHead(teacher.hidden[:, :-1].flatten(0, 1), teacher.head)
+            total, parts = distillation_sum(hidden, head, flat, targets, distillation)
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
 
