@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import DataCollatorWithFlattening
+from transformers.utils import output_capturing
 
 import kvtrain
 from kvtrain.models.compat import CACHE, NEWEST_TESTED, say_if_untested
@@ -51,7 +52,7 @@ def config(model):
 # Packed rows.
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_a_position_of_0_begins_a_document(data):
     """Rows packed by ``position_ids`` are the rows fed apart, whatever stands before and behind them."""
@@ -185,7 +186,7 @@ def test_some_hidden_states_of_padded_rows(name):
     every = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     close(every[1][1, :4], model(ids[1:, :4], output_hidden_states=True).hidden_states[1][0])
     some = model(ids, attention_mask=mask, output_hidden_states=[0, 1]).hidden_states
-    assert some[-1] is None or len(some) == 2
+    assert (some[-1] is None) == hasattr(output_capturing, "selected_hidden_states")  # older ones give all
     close(some[0], every[0])
     close(some[1], every[1])
 
