@@ -178,6 +178,7 @@ def test_hidden_states_by_argument_and_by_configuration(model, config):
     assert model(ids, output_hidden_states=False).hidden_states is None
 
 
+@pytest.mark.skipif(not hasattr(output_capturing, "selected_hidden_states"), reason="older ones count otherwise")
 @pytest.mark.parametrize("name", ONCE)
 def test_some_hidden_states_of_padded_rows(name):
     """Padding behind real tokens moves to the front and back; states that nobody asked for are None."""
@@ -186,7 +187,7 @@ def test_some_hidden_states_of_padded_rows(name):
     every = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     close(every[1][1, :4], model(ids[1:, :4], output_hidden_states=True).hidden_states[1][0])
     some = model(ids, attention_mask=mask, output_hidden_states=[0, 1]).hidden_states
-    assert (some[-1] is None) == hasattr(output_capturing, "selected_hidden_states")  # older ones give all
+    assert some[-1] is None
     close(some[0], every[0])
     close(some[1], every[1])
 
