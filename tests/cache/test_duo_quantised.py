@@ -4,6 +4,8 @@ As in a full cache (``test_quantised.py``), tokens of one forward pass see each 
 quantised. What stands for dropped tokens is summed up from what pages hold or would hold of them.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.passkey import passkey
 from tests.cache.packed import packed_once, read
 from tests.hosts import make_host, random_ids
+from tests.thinning import thinned
 
 SINK, RECENT, PAGE, DIM = 2, 5, 3, 8
 FULL_HEADS, HEADS = ((1,), (), (0, 1)), 2
@@ -142,8 +145,10 @@ def held(cache):
     return torch.cat([slots.flatten() for slots in pages])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 3, 6])
+TAKEN = [*product((1, 3, 6), (torch.float64, torch.bfloat16))]
+
+
+@pytest.mark.parametrize(("count", "dtype"), thinned(TAKEN, [(3, torch.float64), (6, torch.bfloat16)]))
 def test_what_is_taken_back_leaves_the_same_bytes(bits, compensation, dtype, count):
     """Again and again, one token at a time and all at once; in half types too."""
     model, ids = model_of(bits, compensation, dtype), random_ids(2, 40)
