@@ -8,7 +8,7 @@ EXTRAS := $(VENV)/.kvtrain-extras-installed
 FAST   := not roads and not slow and not gpu and not soak
 ROADS  := roads and not slow and not gpu and not soak
 
-# Tests share WORKERS processes, file by file, in the order that tests/conftest.py gives.
+# WORKERS processes share the tests, file by file, in the order of their names.
 WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

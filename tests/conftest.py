@@ -1,5 +1,6 @@
 """What every test shares: a quiet machine, no network, and the same random numbers each time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: garbage collections, of which there are many, need not look at it."""
+    gc.collect()
+    gc.freeze()

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 
+def slow(*values: Any) -> Any:
+    """A point of a grid for ``parametrize`` that the gating tiers leave out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def thinned(grid: Iterable[Any], sample: Collection[Any]) -> list[Any]:
-    """All points of a grid for ``parametrize``, and ``slow`` what is not in the sample, each of whose points exists."""
+    """All points of a grid for ``parametrize``, ``slow`` where not in the sample; a tuple is several values."""
     points = list(grid)
     assert all(point in points for point in sample)
-    return [point if point in sample else pytest.param(*_values(point), marks=pytest.mark.slow) for point in points]
-
-
-def _values(point: Any) -> tuple[Any, ...]:
-    return point if isinstance(point, tuple) else (point,)
+    return [point if point in sample else slow(*(point if isinstance(point, tuple) else (point,))) for point in points]

@@ -5,6 +5,7 @@ a cache and without. What stands for dropped tokens is summed up from what pages
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvtrain.evaluation.passkey import passkey
 from kvtrain.models.duo.attention import DuoStep
 from tests.cache.packed import packing, read
 from tests.hosts import make_host, random_ids
+from tests.thinning import thinned
 
 SINK, RECENT, PAGE, DIM = 2, 5, 3, 8
 FULL_HEADS, HEADS = ((1,), (), (0, 1)), 2
@@ -139,8 +141,10 @@ def held(cache):
     return torch.cat([slots.flatten() for slots in pages])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 3, 6])
+TAKEN = [*product((1, 3, 6), (torch.float64, torch.bfloat16))]
+
+
+@pytest.mark.parametrize(("count", "dtype"), thinned(TAKEN, [(3, torch.float64), (6, torch.bfloat16)]))
 def test_what_is_taken_back_leaves_the_same_bytes(bits, compensation, dtype, count):
     """Again and again, one token at a time and all at once; in half types too."""
     model, ids = model_of(bits, compensation, dtype), random_ids(2, 40)
