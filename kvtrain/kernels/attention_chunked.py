@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
+from kvtrain.kernels.slices import spans
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Queries at a time; with a window a chunk wastes what its first query sees and its last does not.
@@ -52,10 +53,8 @@ class _Problem:
         self.chunk_size = chunk_size
 
     def chunks(self) -> list[_Chunk]:
-        return [
-            self._chunk(start, min(start + self.chunk_size, self.num_queries))
-            for start in range(0, max(self.num_queries, 1), self.chunk_size)
-        ]
+        cuts = spans(max(self.num_queries, 1), self.chunk_size)
+        return [self._chunk(cut.start, min(cut.stop, self.num_queries)) for cut in cuts]
 
     def _chunk(self, start: int, stop: int) -> _Chunk:
         causal, window = self.visibility.causal, self.visibility.window
@@ -153,14 +152,15 @@ class ChunkedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         problem = _Problem(query, key, visibility, chunk_size)
-        outputs, lses = [], []
+        output = value.new_empty((*query.shape[:3], value.shape[-1]))
+        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for chunk in problem.chunks():
+            rows = slice(chunk.start, chunk.stop)
             scores = problem.scores(query, key, key_bias, scale, chunk)
-            lse = torch.logsumexp(scores, dim=-1)  # (B, H_kv, G, c)
-            weights = scores.sub_(finite(lse).unsqueeze(-1)).exp_().flatten(2, 3)
-            outputs.append(problem.unfold(weights.to(value.dtype) @ chunk.keys(value), chunk))
-            lses.append(lse.flatten(1, 2))
-        output, lse = torch.cat(outputs, 2), torch.cat(lses, 2)
+            part_lse = torch.logsumexp(scores, dim=-1)  # (B, H_kv, G, c)
+            weights = scores.sub_(finite(part_lse).unsqueeze(-1)).exp_().flatten(2, 3)
+            output[:, :, rows] = problem.unfold(weights.to(value.dtype) @ chunk.keys(value), chunk)
+            lse[:, :, rows] = part_lse.flatten(1, 2)
         ctx.save_for_backward(query, key, value, key_bias, output, lse)
         ctx.visibility, ctx.scale, ctx.chunk_size = visibility, scale, chunk_size
         return output, lse

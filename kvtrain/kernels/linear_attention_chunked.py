@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvtrain.kernels.slices import spans
+
 
 class Layout(NamedTuple):
     """Where documents and padding lie.
@@ -90,9 +92,9 @@ def scan_chunks(
     if state is not None:
         running.copy_(state)
     output = query.new_empty((batch, heads, length, value_dim), dtype=dtype)
-    spans = [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
-    alike = [True] * len(spans) if layout is None else _alike(layout, spans)
-    for (start, stop), plain in list(zip(spans, alike, strict=True))[:: -1 if reverse else 1]:
+    cuts = [(cut.start, min(cut.stop, length)) for cut in spans(length, chunk_size)]
+    alike = [True] * len(cuts) if layout is None else _alike(layout, cuts)
+    for (start, stop), plain in list(zip(cuts, alike, strict=True))[:: -1 if reverse else 1]:
         own = slice(start, stop)
         part = chunks.attend(
             query[:, :, own],
@@ -106,9 +108,9 @@ def scan_chunks(
     return output, running
 
 
-def _alike(layout: Layout, spans: list[tuple[int, int]]) -> list[bool]:
+def _alike(layout: Layout, cuts: list[tuple[int, int]]) -> list[bool]:
     """Whether a chunk goes on, in every row, with the document before it, and holds nothing else and no padding."""
-    starts, stops = torch.tensor(spans, device=layout.counts.device, dtype=torch.long).view(-1, 2).unbind(1)
+    starts, stops = torch.tensor(cuts, device=layout.counts.device, dtype=torch.long).view(-1, 2).unbind(1)
     tokens = layout.counts[:, stops] - layout.counts[:, starts]
     alike = (tokens == stops - starts) & (layout.segments[:, stops] == layout.segments[:, starts])
     found: list[bool] = alike.all(0).tolist()

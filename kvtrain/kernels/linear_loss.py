@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.head import Head, logits_by, matmul_dtype, weight_of
+from kvtrain.kernels.slices import spans
 
 
 class Objective(Protocol):
@@ -94,8 +95,7 @@ class _LinearLossSum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(at_least_float32(weight)) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
+        for rows in spans(len(hidden), chunk_size):
             part = hidden[rows].to(dtype)
             logits = at_least_float32(part @ head.T)
             loss += objective.loss(logits, rows)

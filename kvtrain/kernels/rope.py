@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerRotary, takes_liger
-from kvtrain.kernels.slices import rows_in_cache
+from kvtrain.kernels.slices import row_slices
 
 
 def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,12 +69,11 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A few rows at a time, so that what is wide stays near the processor."""
-    result, rows = torch.empty_like(heads), rows_in_cache(heads)
-    angles = (angle.expand(len(heads), -1, -1).unsqueeze(1) for angle in (cos, sin))
-    parts = zip(*(tensor.split(rows) for tensor in (heads, result, *angles)), strict=True)
-    for part, rotated, cosines, sines in parts:
-        wide = at_least_float32(part)
-        rotated.copy_((wide * cosines).add_(_turn(wide).mul_(sines)))
+    result = torch.empty_like(heads)
+    cos, sin = (angle.expand(len(heads), -1, -1).unsqueeze(1) for angle in (cos, sin))
+    for rows in row_slices(heads):
+        wide = at_least_float32(heads[rows])
+        result[rows].copy_((wide * cos[rows]).add_(_turn(wide).mul_(sin[rows])))
     return result
 
 

@@ -1,11 +1,35 @@
 """Work in slices: what several passes read and write should stay in a processor's cache."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 _NUMBERS = 2**17  # 512 KiB of float32; several tensors of that size fit into the second level of a cache
+_WITHOUT_VALUES = ContextVar("without_values", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Compute nothing of use, as where memory is foretold on tensors without values: slices alike are worked on once.
+
+    What is held at most is the same to the byte: a whole slice after a whole one shows it, and a shorter one after it.
+    """
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
+def spans(length: int, size: int) -> list[slice]:
+    """Slices of ``size`` that cover ``length`` entries, the last perhaps shorter; ``without_values`` the last few."""
+    starts = range(0, length, size)
+    if _WITHOUT_VALUES.get():
+        starts = starts[-3:] if length % size else starts[-2:]
+    return [slice(start, start + size) for start in starts]
 
 
 def rows_in_cache(tensor: Tensor) -> int:
@@ -17,8 +41,7 @@ def rows_in_cache(tensor: Tensor) -> int:
 
 def row_slices(tensor: Tensor) -> list[slice]:
     """Where to cut the first axis so that each part has ``rows_in_cache`` entries, the last perhaps fewer."""
-    rows = rows_in_cache(tensor)
-    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+    return spans(len(tensor), rows_in_cache(tensor))
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -28,8 +51,9 @@ def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         *tensors: ``(..., D)`` each, with the same leading axes.
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    rows = rows_in_cache(flat[0])
-    return zip(*(tensor.split(rows) for tensor in flat), strict=True)
+    cuts = row_slices(flat[0])
+    first = cuts[0].start if cuts else 0
+    return zip(*(tensor[first:].split(rows_in_cache(flat[0])) for tensor in flat), strict=True)
 
 
 def empty_like(tensor: Tensor) -> Tensor:

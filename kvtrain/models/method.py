@@ -1,9 +1,11 @@
 """What an architecture has to say for itself: one frozen dataclass with a few questions answered."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +79,19 @@ class Method(ABC):
     def training_cost(self, host_config: "PreTrainedConfig") -> float:
         """Layers that a training step runs, backward ones counted as two, as a multiple of the plain host's."""
         return 1.0
+
+    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+        """Which groups of layers cost the same: without one of them the model is a smaller one of the same make."""
+        return [[(layer,) for layer in range(host_config.num_hidden_layers)]]
+
+    def simplified(self, dropped: Collection[int], host_config: "PreTrainedConfig") -> Self:
+        """Settings as an estimate rehearses them: what repeats and holds nothing new is done less often.
+
+        Args:
+            dropped: Layers that are left out, whole groups of ``repeats``.
+            host_config: The host with all its layers.
+        """
+        return self
 
     @property
     def survives_reentrant_checkpointing(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections import UserDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.models.config import CHECKPOINT_KEY
+from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, Place, Schedule
 
@@ -89,6 +91,22 @@ class TrainingModule(pl.LightningModule):
     @abstractmethod
     def cost(self, sequence_length: int) -> Cost:
         """What training and serving rows of so many tokens cost."""
+
+    def repeats(self) -> list[Repeat]:
+        """Which groups of layers cost the same, for estimates, which then rehearse a few of each."""
+        return []
+
+    def unlike_phases(self) -> list[int]:
+        """Numbers of phases whose steps differ in what they hold, for estimates; mostly the first one tells of all."""
+        return [0]
+
+    def simplify(self, dropped: Collection[int]) -> None:
+        """Before the model is built: let it be as an estimate rehearses it.
+
+        Args:
+            dropped: Layers that are left out, whole groups of ``repeats``.
+        """
+        assert not dropped, f"{type(self).__name__} names no layers that repeat"
 
     def configure_model(self) -> None:
         """Build the model, under whatever device and precision the strategy has set."""

@@ -93,6 +93,11 @@ class DMCModule(RetrofitModule):
             return None
         return merged_fraction(ledger.values(), free_to_merge(batch["document_ids"]))
 
+    def unlike_phases(self) -> list[int]:
+        """See ``TrainingModule``; no phase holds more than ``retrofit``, and ``finetune`` as much, if it has noise."""
+        names = [phase.name for phase in self.schedule.phases]
+        return [next(names.index(name) for name in (RETROFIT, FINETUNE, ZERO_OUT) if name in names)]
+
     def unfinished(self) -> str | None:
         """The borrowed channel decides nothing until zero-out has ended."""
         if self.schedule.place(self._seen_step()).phase.name != ZERO_OUT:

@@ -2,15 +2,16 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Collection
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
 from kvtrain.models.host import retrofit
-from kvtrain.models.method import Method, key_value_shape
+from kvtrain.models.method import Method, Repeat, key_value_shape
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
 
 
@@ -18,6 +19,25 @@ class MethodModule(TrainingModule):
     """What modules that train a retrofitted host have in common."""
 
     method: Method
+    _dropped: Collection[int] = ()
+
+    def repeats(self) -> list[Repeat]:
+        """See ``TrainingModule``; the method knows."""
+        return self.method.repeats(self.host_config())
+
+    def simplify(self, dropped: Collection[int]) -> None:
+        """See ``TrainingModule``."""
+        self.method, self._dropped = self.method.simplified(dropped, self.host_config()), dropped
+
+    def read_config(self, path: str) -> PreTrainedConfig:
+        """A host's configuration, without the layers that are dropped.
+
+        Raises:
+            OSError: There is none, or none to be had.
+            ValueError: It names no model type.
+        """
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        return without_layers(config, self._dropped) if self._dropped else config
 
     @abstractmethod
     def host_config(self) -> PreTrainedConfig:
@@ -40,6 +60,15 @@ class MethodModule(TrainingModule):
             kv_bytes_before=sequence_length * kv_bytes_per_token(self.plain_config()),
             kv_bytes_after=cache_bytes(config, self.method, sequence_length),
         )
+
+
+def without_layers(config: PreTrainedConfig, dropped: Collection[int]) -> PreTrainedConfig:
+    """A configuration of the same host with fewer layers."""
+    kept = [layer for layer in range(config.num_hidden_layers) if layer not in dropped]
+    settings = {**config.to_dict(), "num_hidden_layers": len(kept)}
+    if settings.get("layer_types"):
+        settings["layer_types"] = [settings["layer_types"][layer] for layer in kept]
+    return type(config).from_dict(settings)
 
 
 def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:

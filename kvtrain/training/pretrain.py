@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
@@ -33,10 +33,9 @@ class PretrainModule(MethodModule):
             ValueError: The file is not there.
         """
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(find_config(self.model_config))
+            return self.read_config(find_config(self.model_config))
         except (OSError, ValueError) as error:
             raise ValueError(f"no model configuration at {self.model_config!r}") from error
-        return config
 
     def build_model(self) -> PreTrainedModel:
         """A host with random weights that depend on the seed alone."""

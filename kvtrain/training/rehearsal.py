@@ -4,32 +4,28 @@ The module's own step runs, forward and backward, custom autograd functions incl
 its birth to its death. Unseen stay what a kernel uses within itself and what an allocator wastes.
 """
 
+import contextlib
 import copy
-import itertools
 import logging
-import weakref
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorConverter,
-    FakeTensorMode,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from kvtrain.data.packing import Batch
+from kvtrain.kernels import slices
+from kvtrain.models.method import Repeat
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.memory import Held, TrainingMemory
+from kvtrain.training.meter import START, LayerMarks, MemoryMeter, Reading
 from kvtrain.training.retrofit import RetrofitModule
 
 _PLUGINS: dict[str, Precision] = {
@@ -41,83 +37,9 @@ _PLUGINS: dict[str, Precision] = {
     "64-true": DoublePrecision(),
 }
 _ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
-_ITEM, _NONZERO = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
 # Longer rows are not rehearsed: memory grows evenly with a row's length, and two lengths tell how fast.
 _LONG, _LENGTHS = 8192, (512, 1024)
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes of one device that shards nothing.
-
-    Attributes:
-        parameters: Weights of the model, shared ones once.
-        gradients: Of the trained ones.
-        optimizer: Its state.
-        teacher: A second model that does not train; 0 without one.
-        activations: What the forward pass leaves for the backward pass, weights cast to half precision among it.
-        peak: All of these, and the temporary tensors of the moment at which most is held.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    activations: int
-    peak: int
-
-    def at(self, length: int, longer: "TrainingMemory", lengths: tuple[int, int]) -> "TrainingMemory":
-        """For rows of another length, from this and from ``longer``, which are those of two ``lengths``."""
-        share = (length - lengths[0]) / (lengths[1] - lengths[0])
-        pairs = zip(astuple(self), astuple(longer), strict=True)
-        return TrainingMemory(*(round(low + share * (high - low)) for low, high in pairs))
-
-
-class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of every storage that operations bring into being, until it is freed.
-
-    Args:
-        condition: What a Boolean that depends on the values of fake tensors comes to.
-
-    Attributes:
-        live: Bytes held at present.
-        peak: Most that were held.
-    """
-
-    def __init__(self, condition: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.condition = condition
-        self.live = self.peak = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at what it returns."""
-        try:
-            outputs = func(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            if func is not _ITEM or args[0].dtype is not torch.bool:
-                raise
-            return self.condition
-        except DynamicOutputShapeException:
-            if func is not _NONZERO:
-                raise
-            # Such as the sinks before a chunk: nothing to speak of beside the tokens of its window.
-            outputs = args[0].new_empty(0, args[0].dim(), dtype=torch.long)
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
-                self._count(leaf.untyped_storage())
-        return outputs
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self._storages:
-            self._storages[address] = weakref.ref(storage, lambda _: self._forget(address, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def _forget(self, address: int, size: int) -> None:
-        del self._storages[address]
-        self.live -= size
+_FEW = 5  # of layers alike: as many as are rehearsed in place of any more, two and then three
 
 
 class _Forgetful(FakeTensorConverter):
@@ -153,10 +75,14 @@ def rehearse(
     precision: str = "32-true",
     accumulates: bool = False,
     on_cpu: bool = True,
+    every_layer: bool = False,
 ) -> TrainingMemory:
     """Take a step of every phase, its optimiser's state and its gradients in place, as from the second step on.
 
-    Rows of more than 8,192 tokens are not read: their memory follows from that of two shorter lengths.
+    Phases alike are rehearsed once.
+    Of layers that come again, alike, the first and the last one are rehearsed, and once more with another between
+    them: what that one adds, all others add. Rows of more than 8,192 tokens are not read either: their memory follows
+    from that of two shorter lengths.
 
     Args:
         module: The module, its model not yet built; stays as it is.
@@ -165,13 +91,71 @@ def rehearse(
         precision: Long name.
         accumulates: Whether gradients of several batches are summed.
         on_cpu: Elsewhere AdamW updates all weights at a time.
+        every_layer: Rehearse all phases, layers, and slices of operations that work in slices. That takes minutes
+            where models are large; it is what the quick way has to agree with.
     """
-    if sequence_length > _LONG:
-        settings: dict[str, Any] = {"precision": precision, "accumulates": accumulates, "on_cpu": on_cpu}
-        short, long = (rehearse(module, batch_size=batch_size, sequence_length=n, **settings) for n in _LENGTHS)
-        return short.at(sequence_length, long, _LENGTHS)
-    meter, plugin, twin = MemoryMeter(condition=not on_cpu), _PLUGINS[precision], _twin(module)
-    with _silence(), _without_values(), meter:
+    run = _Run(module, every_layer, batch_size, precision, accumulates, on_cpu)
+    depths = [(1.0, frozenset[int]())] if every_layer else _depths(module.repeats())
+    with contextlib.nullcontext() if every_layer else slices.without_values():
+        parts = [
+            (weight * share, run.memory(length, dropped))
+            for weight, length in _lengths(sequence_length)
+            for share, dropped in depths
+        ]
+    return TrainingMemory.blend(parts)
+
+
+def _depths(repeats: list[Repeat]) -> list[tuple[float, frozenset[int]]]:
+    """Weights of shallower models, the shallowest one first, and the layers that each leaves out."""
+    long = [units for units in repeats if len(units) > _FEW]
+    dropped = frozenset(layer for units in long for unit in units[1:-1] for layer in unit)
+    deeper = [(len(units) - 2.0, dropped - set(units[1])) for units in long]
+    return [(1.0 - sum(weight for weight, _ in deeper), dropped), *deeper]
+
+
+def _lengths(sequence_length: int) -> list[tuple[float, int]]:
+    """Weights and lengths of the rows to rehearse."""
+    if sequence_length <= _LONG:
+        return [(1.0, sequence_length)]
+    short, long = _LENGTHS
+    weight = (sequence_length - short) / (long - short)
+    return [(1.0 - weight, short), (weight, long)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rehearsals of a module at several depths and lengths; attributes as the arguments of ``rehearse``."""
+
+    module: TrainingModule
+    every_layer: bool
+    batch_size: int
+    precision: str
+    accumulates: bool
+    on_cpu: bool
+
+    def memory(self, length: int, dropped: frozenset[int]) -> TrainingMemory:
+        """With rows of ``length`` tokens, and a model without the ``dropped`` layers."""
+        meter, twin = MemoryMeter(condition=not self.on_cpu), _twin(self.module)
+        if not self.every_layer:
+            twin.simplify(dropped)
+        phases = range(len(twin.schedule.phases)) if self.every_layer else twin.unlike_phases()
+        marks = LayerMarks(meter, dropped)
+        with _silence(), _without_values(), meter:
+            teacher = self._build(twin, marks)
+            optimizer = self._warm_optimizer(twin, marks)
+            batch = twin.rehearsal_batch(_batch(self.batch_size, length))
+            kept = tuple(self._step(twin, batch, optimizer, marks, phase) for phase in phases)
+            parameters, gradients = _bytes(twin.parameters()), _bytes(_trained(twin))
+            state = _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+        moments = {
+            moment: _held(reading, parameters, 0 if moment == START else state)
+            for moment, reading in meter.peaks.items()
+        }
+        return TrainingMemory(parameters, gradients, state, teacher, kept, moments)
+
+    def _build(self, twin: Any, marks: LayerMarks) -> int:
+        """Model and teacher; returns the teacher's bytes."""
+        meter, plugin = marks.meter, _PLUGINS[self.precision]
         with plugin.module_init_context():
             twin.configure_model()
         plugin.convert_module(twin)
@@ -179,36 +163,59 @@ def rehearse(
         twin.on_fit_start()
         teacher = meter.live - model
         twin.on_train_start()
-        optimizer = _warm_optimizer(twin, foreach=not on_cpu)
-        batch = twin.rehearsal_batch(_batch(batch_size, sequence_length))
-        activations = 0
-        for step in _first_steps(twin):
-            twin.trainer.global_step = step
-            held = meter.live
-            twin.on_train_batch_start(batch, 0)
-            with plugin.train_step_context():
-                loss = twin.training_step(batch, 0)
-            activations = max(activations, meter.live - held)
-            if not accumulates:
-                optimizer.zero_grad()
-            loss.backward()
-            del loss
-        return TrainingMemory(
-            parameters=_bytes(twin.parameters()),
-            gradients=_bytes(p for p in twin.parameters() if p.requires_grad),
-            optimizer=_bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)),
-            teacher=teacher,
-            activations=activations,
-            peak=meter.peak,
-        )
+        marks.watch(twin.model)
+        if not self.accumulates:
+            meter.count_gradients(_trained(twin))
+        return teacher
+
+    def _warm_optimizer(self, twin: Any, marks: LayerMarks) -> torch.optim.Optimizer:
+        """The optimiser after two steps, the second of which finds all gradients and moments in place."""
+        optimizer: torch.optim.Optimizer = twin.configure_optimizers()["optimizer"]
+        marks.open_stage("first update")
+        for group in optimizer.param_groups:
+            group["foreach"] = not self.on_cpu
+            for parameter in group["params"]:
+                parameter.grad = torch.empty_like(parameter)
+        marks.meter.gradients = _bytes(_trained(twin))
+        optimizer.step()
+        groups = optimizer.param_groups
+        for index, group in enumerate(groups):  # each by itself: matrices grow with the depth, embeddings do not
+            marks.open_stage(("update", index))
+            optimizer.param_groups = [group]
+            optimizer.step()
+        optimizer.param_groups = groups
+        return optimizer
+
+    def _step(self, twin: Any, batch: Batch, optimizer: torch.optim.Optimizer, marks: LayerMarks, phase: int) -> int:
+        """Forward and backward as a phase begins; returns what the one leaves for the other."""
+        meter, held = marks.meter, marks.meter.live
+        twin.trainer.global_step = sum(before.steps for before in twin.schedule.phases[:phase])
+        marks.open_stage(("step", phase))
+        twin.on_train_batch_start(batch, 0)
+        with _PLUGINS[self.precision].train_step_context():
+            loss = twin.training_step(batch, 0)
+        kept = meter.live - held
+        if not self.accumulates:
+            optimizer.zero_grad()
+            meter.gradients = 0
+        loss.backward()
+        return kept
+
+
+def _held(reading: Reading, parameters: int, optimizer: int) -> Held:
+    others = reading.live - parameters - reading.gradients - optimizer
+    return Held(parameters, reading.gradients, optimizer, others)
+
+
+def _trained(twin: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in twin.parameters() if parameter.requires_grad]
 
 
 def _twin(module: TrainingModule) -> Any:
     """A copy that needs neither a trainer nor weights."""
     twin: Any = copy.deepcopy(module)
     if isinstance(module, RetrofitModule):
-        config, dtype = module.plain_config(), module.base_dtype
-        twin._load_base = lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+        twin._load_base = lambda: AutoModelForCausalLM.from_config(twin.plain_config(), dtype=module.base_dtype)
     twin.log = lambda *_, **__: None
     # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
     twin.trainer = SimpleNamespace(
@@ -222,27 +229,17 @@ def _twin(module: TrainingModule) -> Any:
     return twin
 
 
-@contextmanager
+@contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """A rehearsal's log lines would tell of a run that never was."""
+    """A rehearsal's log lines and warnings would tell of a run that never was."""
     level = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
-
-
-def _warm_optimizer(twin: Any, *, foreach: bool) -> torch.optim.Optimizer:
-    """The optimiser after two steps, the second of which finds all gradients and moments in place."""
-    optimizer: torch.optim.Optimizer = twin.configure_optimizers()["optimizer"]
-    for group in optimizer.param_groups:
-        group["foreach"] = foreach
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.step()
-    return optimizer
 
 
 def _batch(batch_size: int, sequence_length: int) -> Batch:
@@ -252,12 +249,6 @@ def _batch(batch_size: int, sequence_length: int) -> Batch:
     documents = 1 + (torch.arange(sequence_length) >= sequence_length // 2).long()
     batch["document_ids"] = documents.expand(ids.shape).contiguous()
     return {**batch, "row_ids": torch.arange(batch_size), "num_items": torch.tensor(1.0)}
-
-
-def _first_steps(module: TrainingModule) -> list[int]:
-    """Global steps at which phases begin."""
-    steps = (phase.steps for phase in module.schedule.phases)
-    return [0, *itertools.accumulate(steps)][:-1]
 
 
 def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:

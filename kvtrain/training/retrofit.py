@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
@@ -68,10 +68,9 @@ class RetrofitModule(MethodModule):
         """
         path = find_config(self.base_config) if self.base_config else resolve(self.base)
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+            return self.read_config(path)
         except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
             raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
-        return config
 
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""

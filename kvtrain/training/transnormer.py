@@ -1,5 +1,7 @@
 """Training a TransNormer from nothing: next tokens, masked tokens, or classes."""
 
+import copy
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.mistakes import unknown
+from kvtrain.models.method import Repeat
 from kvtrain.models.transnormer.cache import cache_layers
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.heads import (
@@ -58,6 +61,16 @@ class TransNormerModule(TrainingModule):
         """See ``TrainingModule``."""
         with torch.device("meta"):
             return self.head(self.config)
+
+    def repeats(self) -> list[Repeat]:
+        """See ``TrainingModule``; a layer of each kind together, since the first half of all layers is of one kind."""
+        depth, blocks = self.config.num_hidden_layers, self.config.num_block_layers
+        return [[(layer, depth - blocks + layer) for layer in range(blocks)]]
+
+    def simplify(self, dropped: Collection[int]) -> None:
+        """See ``TrainingModule``."""
+        self.config = copy.deepcopy(self.config)
+        self.config.num_hidden_layers -= len(dropped)
 
     def cost(self, sequence_length: int) -> Cost:
         """See ``TrainingModule``; the cache before is that of softmax attention of the same width and depth."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from kvtrain.models.method import Method, key_value_shape
+from kvtrain.models.method import Method, Repeat, key_value_shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,6 +73,10 @@ class Duo(Method):
             raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantise nothing")
         if self.full_heads is not None:  # JSON and YAML know lists alone
             object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
+
+    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+        """See ``Method.repeats``; of a rounded model each layer is its own."""
+        return [] if self.full_heads is not None else super().repeats(host_config)
 
     @property
     def servable(self) -> bool:

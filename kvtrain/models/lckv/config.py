@@ -1,11 +1,12 @@
 """Settings of cross-layer sharing: LCKV (Wu and Tu 2024, arXiv 2405.10637) and its kin (2410.14442)."""
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from kvtrain.models.lckv.kv_map import KVMap, parse_map, values_map
-from kvtrain.models.method import Method
+from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
+from kvtrain.models.method import Method, Repeat
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,6 +112,20 @@ class LCKV(Method):
                 forward += (self.passes - 1) * (stage.last - stage.first)
                 backward += (self.backward_passes - 1) * (stage.last - stage.first)
         return (forward + 2 * backward) / (3 * depth)
+
+    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+        """See ``Method.repeats``."""
+        return repeats(*self.maps(host_config.num_hidden_layers))
+
+    def simplified(self, dropped: Collection[int], host_config: "PreTrainedConfig") -> Self:
+        """See ``Method.simplified``; of passes without gradient the second is like all after it."""
+        keys, values = (kv_map.without(dropped) for kv_map in self.maps(host_config.num_hidden_layers))
+        return replace(
+            self,
+            kv_map=str(keys),
+            value_map=None if self.value_map is None else str(values),
+            forward_passes=min(self.forward_passes, 2),
+        )
 
     def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
         """See ``Method.runs_layers_once``."""

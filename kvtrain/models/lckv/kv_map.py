@@ -7,7 +7,7 @@ above (LCKV): such a cyclic layer never sees its own token, and is trained and p
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 _ENTRY = re.compile(r"(\d+)(s?)")
@@ -60,6 +60,13 @@ class KVMap:
     def readers(self, owner: int) -> list[int]:
         """Layers that read an owner's keys and values, itself included."""
         return [layer_idx for layer_idx, source in enumerate(self.sources) if source == owner]
+
+    def without(self, dropped: Collection[int]) -> "KVMap":
+        """The map of the other layers, numbered anew; none of them may read a layer that is dropped."""
+        kept = [layer for layer in range(self.depth) if layer not in dropped]
+        return KVMap(
+            tuple(kept.index(self.sources[layer]) for layer in kept), tuple(self.sliding[layer] for layer in kept)
+        )
 
     def stages(self) -> list[Stage]:
         """The order of a forward pass: cyclic stages, and the runs of plain layers between them."""
@@ -209,3 +216,45 @@ def values_map(text: str | None, keys: KVMap) -> KVMap:
     if values.sliding != keys.sliding:
         raise ValueError("kv_map and value_map must mark the same layers with 's'")
     return values
+
+
+def repeats(keys: KVMap, values: KVMap) -> list[list[tuple[int, ...]]]:
+    """Groups of layers that come again: parts of the same pattern side by side, and in a part its readers of one owner.
+
+    Args:
+        keys: The map of keys.
+        values: The map of values, of the same depth.
+    """
+
+    def pattern(part: range) -> list[tuple[int, int, bool]]:
+        return [(keys.sources[layer] - layer, values.sources[layer] - layer, keys.sliding[layer]) for layer in part]
+
+    def reads(layer: int) -> tuple[int, int] | int:
+        owns = layer in (keys.sources[layer], values.sources[layer])
+        return layer if owns else (keys.sources[layer], values.sources[layer])
+
+    found: list[list[tuple[int, ...]]] = []
+    for _, alike in itertools.groupby(_closed_parts(keys, values), pattern):
+        parts = [tuple(part) for part in alike]
+        if len(parts) > 1:
+            found.append(parts)
+        else:
+            runs = (list(run) for _, run in itertools.groupby(parts[0], reads))
+            found += [[(layer,) for layer in run] for run in runs if len(run) > 1]
+    return found
+
+
+def _closed_parts(keys: KVMap, values: KVMap) -> Iterator[range]:
+    """The smallest runs of layers that read each other and nobody else."""
+    reach = list(range(keys.depth))
+    for layer, sources in enumerate(zip(keys.sources, values.sources, strict=True)):
+        for source in sources:
+            low, high = min(layer, source), max(layer, source)
+            reach[low] = max(reach[low], high)
+    first = 0
+    while first < keys.depth:
+        last = first
+        while (further := max(reach[first : last + 1])) > last:
+            last = further
+        yield range(first, last + 1)
+        first = last + 1
