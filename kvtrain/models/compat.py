@@ -6,22 +6,22 @@ Callers may use either name under any version.
 
 import logging
 from collections.abc import MutableMapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 from packaging.version import Version
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import ModelOutput
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 logger = logging.getLogger("kvtrain")
 
 # The versions that `make test-versions` runs; constraints.txt and constraints-newest.txt pin those between.
 OLDEST_TESTED, NEWEST_TESTED = "5.17", "5.24"
 
-Output = TypeVar("Output", bound=ModelOutput)
+Output = TypeVar("Output", bound="ModelOutput")
 _NAMES = ("cache", "past_key_values")
-CACHE = "past_key_values" if "past_key_values" in {f.name for f in fields(BaseModelOutputWithPast)} else "cache"
+CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 """How this version of transformers calls a forward pass' cache."""
 
 
