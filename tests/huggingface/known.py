@@ -34,7 +34,6 @@ class Known:
         subjects: The models.
         tests: Names.
         covered: For internals, the test of ours that covers the behaviour, ``file::name``.
-        generation: Whether they are ``GenerationTesterMixin``'s, and so not always there.
     """
 
     kind: Literal["refusal", "internals"]
@@ -43,10 +42,101 @@ class Known:
     subjects: tuple[str, ...]
     tests: tuple[str, ...]
     covered: str = ""
-    generation: bool = False
 
 
-TABLE: tuple[Known, ...] = ()
+def refusal(why: str, says: str, subjects: tuple[str, ...], *tests: str) -> Known:
+    """What a model does not do, and says so."""
+    return Known("refusal", why, says, subjects, tests)
+
+
+def internals(why: str, says: str, covered: str, subjects: tuple[str, ...], *tests: str) -> Known:
+    """What a model does in another way than its host."""
+    return Known("internals", why, says, subjects, tests, covered)
+
+
+WEIGHTS = ("attention weights are never materialised", "set output_attentions=False")
+
+MODEL = (
+    refusal(*WEIGHTS, OURS, "test_attention_outputs"),
+    refusal(*WEIGHTS, RETROFITS, "test_capture_outputs_decorator"),
+    refusal(*WEIGHTS, ("dmc",), "test_sliding_window_mask"),
+    refusal(
+        "attention is the method's own, and is not to be had as eager or sdpa",
+        "False is not true|Unexpected attn_implementation",
+        RETROFITS,
+        "test_can_set_attention_dynamically",
+        "test_config_attn_implementation_setter",
+        "test_sdpa_can_dispatch_non_composite_models",
+    ),
+    refusal(
+        "a folder of the plain host is retrofitted, not opened",
+        "",
+        RETROFITS,
+        "test_correct_missing_keys",
+    ),
+    refusal(
+        "reentrant checkpointing loses the gradients of decisions",
+        "use_reentrant=False",
+        ("dmc", "lckv", "duo"),
+        "test_training_gradient_checkpointing_use_reentrant_true",
+    ),
+    internals(
+        "two layers are allowed, and lckv-w2 has one of its own at each end",
+        "assert 4 <= 2",
+        "tests/models/test_lckv_forms.py::test_enough_passes_are_token_by_token",
+        ("lckv",),
+        "test_num_layers_is_small",
+    ),
+    internals(
+        "buffers are to come out of two initialisations alike, and the reflection is drawn",
+        "not properly handled in `_init_weights",
+        "tests/models/test_transnormer_heads.py::test_initial_angles_and_reflections",
+        ("transnormer",),
+        "test_init_weights_can_init_buffers",
+    ),
+)
+
+GENERATION = (
+    refusal(
+        "of masks, those of padding alone are honoured",
+        "pass the padding mask",
+        RETROFITS,
+        "test_custom_4d_attention_mask",
+    ),
+    refusal(
+        "the cache is the model's own, not a static one",
+        "brings its own cache",
+        RETROFITS,
+        "test_generate_compilation_all_outputs",
+        "test_generate_from_inputs_embeds_with_static_cache",
+        "test_generate_with_static_cache",
+        "test_static_cache_no_recompile_with_smaller_length",
+    ),
+    refusal(
+        "what has been merged cannot be taken back",
+        "assisted decoding must take tokens back",
+        ("dmc", "lckv", "transnormer"),
+        "test_assisted_decoding_matches_greedy_search_0_random",
+        "test_assisted_decoding_matches_greedy_search_1_same",
+        "test_assisted_decoding_sample",
+    ),
+    internals(
+        "it compares a DynamicCache with a static one",
+        "False is not true",
+        "tests/models/test_generation.py::test_outputs_are_those_without_a_cache",
+        RETROFITS,
+        "test_generate_compile_model_forward_fullgraph",
+    ),
+    internals(
+        "it looks for GenerationMixin among the class's own bases; the host's class has it",
+        "False is not true",
+        "tests/models/test_generation.py::test_outputs_are_those_without_a_cache",
+        RETROFITS,
+        "test_inherits_generation_mixin",
+    ),
+)
+
+TABLE = (*MODEL, *GENERATION)
 
 
 def known_failures(subject: str) -> dict[str, Known]:

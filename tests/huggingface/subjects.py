@@ -59,7 +59,9 @@ def transnormer(variant: str) -> Subject:
     """A model without a host."""
     sizes = {**COMMON, "num_hidden_layers": 2, "intermediate_size": 48}
     config = kvtrain.TransNormerConfig
-    return Subject("transnormer", kvtrain.TransNormerForCausalLM, lambda: config(variant=variant, block_size=4, **sizes))
+    return Subject(
+        "transnormer", kvtrain.TransNormerForCausalLM, lambda: config(variant=variant, block_size=4, **sizes)
+    )
 
 
 SUBJECTS = {

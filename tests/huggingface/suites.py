@@ -44,6 +44,8 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     """All of their tests on one model; a subclass names it, and is a ``unittest.TestCase`` too."""
 
     subject: ClassVar[str]
+    training_overfit_steps = 100
+    training_overfit_learning_rate = 5e-3
     pytestmark: ClassVar = [pytest.mark.roads]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -78,13 +80,13 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         if self.subject == "host":
             super()._check_past_key_values_for_generate(batch_size, past_key_values, seq_length, config)
             return
-        self.assertIsInstance(past_key_values, KVCache)
-        self.assertEqual(len(past_key_values.layers), config.num_hidden_layers)
-        self.assertEqual((len(past_key_values.tokens), past_key_values.get_seq_length()), (batch_size, seq_length))
+        assert isinstance(past_key_values, KVCache)
+        assert len(past_key_values.layers) == config.num_hidden_layers
+        assert (len(past_key_values.tokens), past_key_values.get_seq_length()) == (batch_size, seq_length)
 
     def _check_caches_are_equal(self, cache1: Cache, cache2: Cache) -> None:
         """As above; what they hold is compared by ``tests/cache``."""
         if self.subject == "host":
             super()._check_caches_are_equal(cache1, cache2)
             return
-        self.assertTrue(torch.equal(cache1.tokens, cache2.tokens))
+        assert torch.equal(cache1.tokens, cache2.tokens)
