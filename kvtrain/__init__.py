@@ -10,6 +10,7 @@ heavy is loaded at first use.
 from typing import TYPE_CHECKING, Any
 
 from kvtrain.models.auto import register
+from kvtrain.models.compat import say_if_untested
 from kvtrain.models.registry import methods, own_models
 from kvtrain.models.transnormer.config import TransNormerConfig
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 register()
+say_if_untested()
 
 
 def __getattr__(name: str) -> Any:

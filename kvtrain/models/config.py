@@ -1,5 +1,6 @@
 """One Hugging Face configuration for every retrofitted model: the host's, nested, and the method's."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -15,7 +16,7 @@ CHECKPOINT_KEY = "kvtrain_export"
 class KVTrainConfig(PreTrainedConfig):
     """Configuration of a host with a method in it; ``model_type`` is ``"kvtrain"``.
 
-    Fields that are not here (``vocab_size``, ``num_hidden_layers`` ...) are the host's.
+    Fields that are not here (``vocab_size``, ``use_cache``, ``num_hidden_layers`` ...) are the host's, read and set.
 
     Args:
         text_config: The whole host configuration.
@@ -37,8 +38,16 @@ class KVTrainConfig(PreTrainedConfig):
 
     @property
     def host_config(self) -> PreTrainedConfig:
-        """The host's configuration."""
-        assert isinstance(self.text_config, PreTrainedConfig)
+        """The host's configuration.
+
+        Raises:
+            ValueError: There is none, as where a plain model's folder was opened.
+        """
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise ValueError(
+                "this configuration names no host (text_config): open a plain model with AutoModelForCausalLM and give "
+                "it a method with kvtrain.retrofit"
+            )
         return self.text_config
 
     @property
@@ -49,6 +58,14 @@ class KVTrainConfig(PreTrainedConfig):
             ValueError: ``config.json`` names no method that this kvtrain knows.
         """
         return method_from_dict(self.method_config or {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        host = self.__dict__.get("text_config")
+        own = name.startswith("_") or name in {field.name for field in fields(self)}
+        if not own and isinstance(host, PreTrainedConfig) and hasattr(host, name):
+            setattr(host, name, value)
+        else:
+            super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         host = self.__dict__.get("text_config")

@@ -1,6 +1,7 @@
 """The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets new organs."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,7 @@ from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.language_model import CachedLanguageModel
+from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
 
@@ -48,8 +49,7 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     Raises:
         ValueError: The host is of no supported family, or uses something the method cannot honour.
     """
-    if isinstance(host.config, KVTrainConfig):
-        raise ValueError("this model is retrofitted already; retrofit its host, or load it with kvtrain.load")
+    _check_host(host)
     host_config: PreTrainedConfig = type(host.config).from_dict(host.config.to_dict())
     config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
     with torch.device("meta"):
@@ -64,6 +64,20 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     model.generation_config = host.generation_config
     model.train(host.training)
     return model
+
+
+def _check_host(host: Any) -> None:
+    """Refuse what is no plain decoder.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if hasattr(host, "merge_and_unload") or getattr(host, "_hf_peft_config_loaded", False):
+        raise ValueError("this model has adapters; retrofit what its merge_and_unload() (of peft.PeftModel) returns")
+    if not isinstance(host, PreTrainedModel):
+        raise ValueError(f"a host is a transformers model with a language-model head, not a {type(host).__name__}")
+    if isinstance(host.config, KVTrainConfig):
+        raise ValueError("this model is retrofitted already; retrofit its host, or load it with kvtrain.load")
 
 
 @functools.cache
@@ -135,6 +149,7 @@ class KVTrainMixin(CachedLanguageModel):
         host_config, method = config.host_config, config.method
         validate_host(host_config)
         method.validate(host_config)
+        check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
         super().__init__(host_config)
         _operate(self, method)
@@ -142,6 +157,8 @@ class KVTrainMixin(CachedLanguageModel):
         config.architectures = [type(self).__name__]
         self.method = method
         self.watch_decoder()
+        if config.__dict__.pop("gradient_checkpointing", False):  # an old way to ask for it, which Trainer still knows
+            self.gradient_checkpointing_enable()
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``CachedLanguageModel``; the method's."""
@@ -157,9 +174,13 @@ class KVTrainMixin(CachedLanguageModel):
         return self.method.servable
 
     @property
-    def runs_layers_once(self) -> bool:
-        """See ``CachedLanguageModel``."""
-        return self.method.runs_layers_once(self.config.host_config)
+    def survives_reentrant_checkpointing(self) -> bool:
+        """See ``CachedLanguageModel``; the method's."""
+        return self.method.survives_reentrant_checkpointing
+
+    def recorded_states(self) -> Sequence[int] | None:
+        """See ``CachedLanguageModel``; the method's."""
+        return self.method.recorded_states(self.config.host_config)
 
     def binarise(self, sparsity: float | None = None, **options: Any) -> Self:
         """Round the gates of a model whose heads learn to stream (``kvtrain.Duo``), in place.

@@ -1,11 +1,13 @@
 """A decoder with a head: its forward pass, its losses, and the matching cache, which nobody passes by hand."""
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils.generic import can_return_tuple
 
 from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.cache.budget import ByteBudget
@@ -13,8 +15,17 @@ from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
+from kvtrain.models.compat import CACHE, rename_cache, with_cache
 from kvtrain.models.outputs import LanguageModelOutput
-from kvtrain.models.serving import check_cache, enter_cache, leave_cache, named_arguments, parallel_positions
+from kvtrain.models.recording import RecordedStates
+from kvtrain.models.serving import (
+    check_cache,
+    enter_cache,
+    enter_parallel,
+    leave_cache,
+    named_arguments,
+    packed_documents,
+)
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerationMixin
@@ -48,9 +59,13 @@ class CachedLanguageModel(_Decoder):
         return True
 
     @property
-    def runs_layers_once(self) -> bool:
-        """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
+    def survives_reentrant_checkpointing(self) -> bool:
+        """Whether all that layers hand over is their hidden states, which is all that reentrant checkpointing sees."""
         return True
+
+    def recorded_states(self) -> Sequence[int] | None:
+        """Layers whose input has a single value, where the stack records hidden states by itself; see ``Method``."""
+        return None
 
     def assisted_options(self) -> dict[str, Any] | None:
         """Options of ``make_cache`` under which it takes tokens back, for assisted decoding; None where none does."""
@@ -80,18 +95,27 @@ class CachedLanguageModel(_Decoder):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As the host's, but never reentrant: side channels would lose their gradients.
+        """As the host's, but not reentrant unless asked for.
 
         Raises:
-            ValueError: ``use_reentrant=True`` was asked for.
+            ValueError: ``use_reentrant=True`` was asked for, and gradients would be lost.
         """
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if settings["use_reentrant"]:
-            raise ValueError("reentrant checkpointing loses the gradients of decisions; use use_reentrant=False")
+        if settings["use_reentrant"] and not self.survives_reentrant_checkpointing:
+            raise ValueError("reentrant checkpointing loses gradients of this model; use use_reentrant=False")
         with warnings.catch_warnings():  # the name is deprecated from 5.20 on, and the only one before
             warnings.simplefilter("ignore", FutureWarning)
             super().gradient_checkpointing_enable(settings, **kwargs)  # type: ignore[no-untyped-call]
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused: attention is the model's own.
+
+        Raises:
+            ValueError: Another implementation than the model's was asked for.
+        """
+        check_attention(attn_implementation, self.config._attn_implementation)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -102,24 +126,29 @@ class CachedLanguageModel(_Decoder):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_items: Tensor | int | None = None,
+        cache: KVCache | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         teacher: TeacherHead | None = None,
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> LanguageModelOutput:
-        """The host's forward pass, with five additions.
+        """The host's forward pass, with four additions.
 
         Args:
             input_ids: ``(B, T)``.
             attention_mask: ``(B, past + T)`` padding mask; with a cache the new tokens' columns are enough.
-            position_ids: ``(B, T)``; derived from documents, padding or the cache where absent.
+            position_ids: ``(B, T)``; derived from documents, padding or the cache where absent. Without a cache a
+                position of 0 after a row's first real token begins a document, which sees nothing before it.
             past_key_values: A cache from ``make_cache``. It holds constants: no gradient flows into it.
             inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
             labels: ``(B, T)``, unshifted; ``-100`` counts nothing.
-            use_cache: Whether to fill a cache; off while training.
+            use_cache: Whether to fill a cache; off while training, and for packed rows.
             logits_to_keep: As the host's.
-            num_items: The summed loss is divided by it; the number of targets where absent.
+            cache: The same as ``past_key_values``.
+            shift_labels: ``(B, T)``, shifted already: each stands where it is predicted. Instead of ``labels``.
+            num_items_in_batch: The summed loss is divided by it; the number of targets where absent.
             skip_logits: Do not build logits; on while training, where there are labels. Without labels the last hidden
                 states are given instead.
             teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
@@ -136,43 +165,46 @@ class CachedLanguageModel(_Decoder):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
         loss = parts = None
-        if labels is not None:
-            loss, parts = self._loss(hidden, labels, num_items, teacher, distillation or Distillation())
-        skip_logits = labels is not None and self.training if skip_logits is None else skip_logits
+        targets = _targets(labels, shift_labels)
+        if targets is not None:
+            loss, parts = self._loss(hidden, targets, num_items_in_batch, teacher, distillation or Distillation())
+        skip_logits = targets is not None and self.training if skip_logits is None else skip_logits
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return LanguageModelOutput(
+        output = LanguageModelOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             loss_parts=parts or None,
             last_hidden_state=hidden if loss is None and logits is None else None,
         )
+        return with_cache(output, outputs.get(CACHE))
 
     def _loss(
         self,
         hidden: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         num_items: Tensor | int | None,
         teacher: TeacherHead | None,
         distillation: Distillation,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        targets, weight = labels[:, 1:].flatten(), self.lm_head.weight
-        hidden = hidden[:, :-1].flatten(0, 1)
+        """Loss and its parts of ``targets (B, n)``, which stand where they are predicted."""
+        length, weight = targets.shape[1], self.lm_head.weight
+        hidden, targets = hidden[:, :length].flatten(0, 1), targets.flatten()
         parts: dict[str, Tensor] = {}
         if teacher is None:
             total = linear_cross_entropy_sum(hidden, weight, targets)
         else:
-            flat = TeacherHead(teacher.hidden[:, :-1].flatten(0, 1), teacher.weight)
+            flat = TeacherHead(teacher.hidden[:, :length].flatten(0, 1), teacher.weight)
             total, parts = distillation_sum(hidden, weight, flat, targets, distillation)
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
@@ -180,28 +212,67 @@ class CachedLanguageModel(_Decoder):
     def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
         kwargs = named_arguments(args, kwargs)
+        self._enter_recording(kwargs)
+        cache, asked = kwargs.get(CACHE), kwargs.get("use_cache")
+        documents = packed_documents(kwargs) if cache is None else None
+        if asked is None:
+            serves = self.servable and not self.training and documents is None
+            asked = serves and self.config.use_cache
+        if asked and cache is None:
+            cache = self.make_cache()
+        kwargs.update({CACHE: cache, "use_cache": cache is not None})
+        if cache is not None:
+            check_cache(cache, self.training)
+            enter_cache(kwargs, cache)
+        else:
+            enter_parallel(kwargs, documents)
+        return (), kwargs
+
+    def _enter_recording(self, kwargs: dict[str, Any]) -> None:
+        """What is to be recorded: an argument decides, or the configuration, of which the decoder knows another."""
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("attention weights are never materialised here; set output_attentions=False")
-        wants_layers = kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        if wants_layers and not self.runs_layers_once:
-            raise ValueError("layers that iterate have no single hidden state; set output_hidden_states=False")
-        cache, documents = kwargs.get("past_key_values"), kwargs.get("document_ids")
-        if kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = self.config.get_text_config().use_cache and self.servable and not self.training
-        if kwargs["use_cache"] and cache is None and documents is None:
-            cache = self.make_cache()
-        kwargs.update(past_key_values=cache, use_cache=cache is not None)
-        if cache is not None:
-            check_cache(cache, self.training, documents)
-            enter_cache(kwargs, cache)
-        elif kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = parallel_positions(kwargs.get("attention_mask"), documents)
-        return (), kwargs
+        if kwargs.get("output_hidden_states") is None:
+            kwargs["output_hidden_states"] = self.config.output_hidden_states
+        known, wanted = self.recorded_states(), kwargs["output_hidden_states"]
+        if known is not None and wanted is not None and wanted is not False:
+            depth = self.config.get_text_config().num_hidden_layers
+            kwargs.update(recorded=RecordedStates(wanted, known, depth), output_hidden_states=False)
 
     def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """After the decoder has run."""
-        cache = kwargs["past_key_values"]
-        return output if cache is None else leave_cache(output, cache, kwargs["new_tokens"])
+        if kwargs.get("recorded") is not None:
+            states = kwargs["recorded"].tuple_with(output[0])
+            if isinstance(output, tuple):
+                output = (*output, states)
+            else:
+                output.hidden_states = states
+        return output if kwargs[CACHE] is None else leave_cache(output, kwargs["new_tokens"])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, with the matching cache, and in evaluation mode even between two steps of training."""
+        rename_cache(kwargs)
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for module in training:
+                module.training = True
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, and with it ``generate_batch``: it brings a cache and an attention of its own.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "generate_batch brings transformers' own cache, which this model cannot use; call model.generate on padded "
+            "rows, or let rows join and leave a cache from model.make_cache()"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prefill(  # type: ignore[override]
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
@@ -219,5 +290,29 @@ class CachedLanguageModel(_Decoder):
         options = self.assisted_options() if assisted else {}
         if options is None:
             raise ValueError("assisted decoding must take tokens back, which this cache cannot; use plain decoding")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.make_cache(**options)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = self.make_cache(**options)
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    """Next tokens ``(B, T - 1)``, or ``(B, T)`` where the caller has shifted them; None where there are none."""
+    if shift_labels is not None:
+        return shift_labels
+    return None if labels is None else labels[:, 1:]
+
+
+def check_attention(requested: Any, own: str | None) -> None:
+    """Refuse a choice of attention that would do nothing.
+
+    Args:
+        requested: What ``attn_implementation=`` asked for; None leaves the choice to the model.
+        own: What the model has.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if requested not in (None, own):
+        raise ValueError(
+            f"attn_implementation={requested!r} would do nothing: this model has an attention of its own; leave it out "
+            "(KVTRAIN_AVOID=flash,flex in the environment passes over kernels)"
+        )

@@ -1,6 +1,7 @@
 """What an architecture has to say for itself: one frozen dataclass with a few questions answered."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -66,9 +67,21 @@ class Method(ABC):
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
         return True
 
+    def recorded_states(self, host_config: "PreTrainedConfig") -> Sequence[int] | None:
+        """Layers whose input has a single value, for methods whose stack records hidden states by itself.
+
+        None leaves that to transformers, which sees every layer run once.
+        """
+        return None
+
     def training_cost(self, host_config: "PreTrainedConfig") -> float:
         """Layers that a training step runs, backward ones counted as two, as a multiple of the plain host's."""
         return 1.0
+
+    @property
+    def survives_reentrant_checkpointing(self) -> bool:
+        """Whether layers hand over nothing with a gradient but hidden states; reentrant checkpointing sees no more."""
+        return False
 
     @property
     def servable(self) -> bool:

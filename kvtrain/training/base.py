@@ -128,7 +128,7 @@ class TrainingModule(pl.LightningModule):
         """One micro-batch, scaled so that the sum over the optimiser window is the mean over its targets."""
         batch, told = self.consult_teacher(batch)
         arguments = {**self.model_arguments(batch), **told}
-        output = self.model(batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, **arguments)
+        output = self.model(**_summed(batch), **arguments)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss: Tensor = output.loss * (scale / batch["num_items"])
         extra = self.extra_loss(batch, arguments)
@@ -144,9 +144,7 @@ class TrainingModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum losses and targets of the held-out rows."""
         arguments = self.model_arguments(batch)
-        output = self.model(
-            batch["input_ids"], labels=batch["labels"], num_items=1, use_cache=False, skip_logits=True, **arguments
-        )
+        output = self.model(**_summed(batch), skip_logits=True, **arguments)
         self.observe_validation(batch, arguments, output)
         self._validation_loss += output.loss.double()
         self._validation_targets += self.num_targets(batch)
@@ -233,6 +231,16 @@ class TrainingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _summed(batch: Batch) -> dict[str, Any]:
+    """What the model is told of any batch: to sum its loss, without a cache."""
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": batch["labels"],
+        "num_items_in_batch": 1,
+        "use_cache": False,
+    }
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -86,7 +86,7 @@ def serving_gap(model: Any, input_ids: Tensor, valid: Tensor) -> Tensor:
     """
     labels = input_ids.masked_fill(~valid, IGNORE_INDEX)
     # Padding is read with the rest, which it cannot change: ranks that share parameters must run the same blocks.
-    told = {"labels": labels, "num_items": valid[:, 1:].sum().clamp(min=1), "skip_logits": True}
+    told = {"labels": labels, "num_items_in_batch": valid[:, 1:].sum().clamp(min=1), "skip_logits": True}
     with torch.no_grad():
         served, trained = (model(input_ids, use_cache=use_cache, **told).loss.float() for use_cache in (True, False))
     gap: Tensor = served - trained

@@ -56,7 +56,7 @@ def gradients(
         model.gradient_checkpointing_enable()
     shard(model, world_size)
     ids = random_ids(ROWS, LENGTH)[rank::world_size]
-    loss = model(ids, labels=ids, num_items=ROWS * (LENGTH - 1), use_cache=False).loss
+    loss = model(ids, labels=ids, num_items_in_batch=ROWS * (LENGTH - 1), use_cache=False).loss
     (loss * world_size).backward()  # FSDP2 takes the mean over ranks
     total = loss.detach().clone()
     if world_size > 1:
@@ -75,7 +75,7 @@ def gates(rank: int = 0, world_size: int = 1) -> list[Tensor]:
     optimizer, ids, history = torch.optim.AdamW(stored, lr=GATE_RATE), random_ids(ROWS, LENGTH)[rank::world_size], []
     for _ in range(GATE_STEPS):
         ledger: UserDict[int, tuple[Tensor, Tensor]] = UserDict()  # of a plain one FSDP2 gives layers copies
-        loss = model(ids, labels=ids, num_items=ROWS * (LENGTH - 1), use_cache=False, gate_ledger=ledger).loss
+        loss = model(ids, labels=ids, num_items_in_batch=ROWS * (LENGTH - 1), use_cache=False, gate_ledger=ledger).loss
         pull = torch.stack([gates.sum() for _, gates in ledger.values()]).sum()
         (loss * world_size + 0.001 * pull).backward()  # FSDP2 takes the mean over ranks
         optimizer.step()

@@ -33,7 +33,6 @@ class WindowAttention(HostAttention):
         hidden_states,
         position_embeddings,
         attention_mask=None,
-        past_key_values=None,
         new_tokens=None,
         position_ids=None,
         document_ids=None,
@@ -43,7 +42,7 @@ class WindowAttention(HostAttention):
             self.split_heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (apply_rotary(heads, *position_embeddings) for heads in (query, key))
-        if past_key_values is None:
+        if new_tokens is None:
             documents = parallel_documents(document_ids, attention_mask)
             output, _lse = attention(
                 query,
@@ -56,7 +55,7 @@ class WindowAttention(HostAttention):
                 scale=self.scaling,
             )
         else:
-            ring = past_key_values.layers[self.layer_idx].ring
+            ring = new_tokens.layer(self.layer_idx).ring
             output = self._serve(query, key, value, position_ids, new_tokens.valid, ring)
             ring.write(key, value, new_tokens.valid)
         return self.project_out(output), None

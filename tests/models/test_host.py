@@ -119,7 +119,7 @@ def test_loss_is_the_hosts_loss():
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=1e-4)
     assert model(ids, labels=labels, skip_logits=True).logits is None
     counted = int((labels[:, 1:] >= 0).sum())
-    torch.testing.assert_close(model(ids, labels=labels, num_items=1).loss, expected.loss * counted)
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=1).loss, expected.loss * counted)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

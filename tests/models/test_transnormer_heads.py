@@ -104,7 +104,7 @@ def test_the_causal_loss_is_that_of_the_next_token(variant):
     out = model(ids, labels=labels)
     expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert_near(out.loss, expected)
-    assert_near(model(ids, labels=labels, num_items=50).loss, expected * 21 / 50)
+    assert_near(model(ids, labels=labels, num_items_in_batch=50).loss, expected * 21 / 50)
     trained = model.train()(ids, labels=labels)
     assert trained.logits is None
     assert_near(trained.loss, expected)
@@ -120,7 +120,7 @@ def test_the_masked_loss_is_that_of_the_targets(variant):
     hidden = functional.layer_norm(hidden, (16,), model.dense_norm.weight, model.dense_norm.bias)
     assert_near(out.logits, hidden @ model.model.embed_tokens.weight.T + model.lm_head.bias)
     assert_near(out.loss, expected)
-    assert_near(model(ids, labels=labels, num_items=10).loss, out.loss * int((labels >= 0).sum()) / 10)
+    assert_near(model(ids, labels=labels, num_items_in_batch=10).loss, out.loss * int((labels >= 0).sum()) / 10)
     assert model(ids, labels=labels, skip_logits=True).logits is None
     trained = model.train()(ids, labels=labels)
     assert trained.logits is None and torch.equal(trained.loss, out.loss)
@@ -128,13 +128,13 @@ def test_the_masked_loss_is_that_of_the_targets(variant):
     assert model(ids).loss is None
 
 
-@pytest.mark.parametrize("num_items", [None, 7])
+@pytest.mark.parametrize("num_items_in_batch", [None, 7])
 @pytest.mark.parametrize("head", [TransNormerForMaskedLM, TransNormerForSequenceClassification])
-def test_without_a_target_the_loss_is_zero(head, num_items):
+def test_without_a_target_the_loss_is_zero(head, num_items_in_batch):
     """And every weight has a gradient, which other ranks wait for."""
     model, ids = small_model(head, causal=False).train(), torch.stack(random_rows(13, 13))
     labels = torch.full_like(ids, -100) if head is TransNormerForMaskedLM else torch.tensor([-100, -100])
-    loss = model(ids, labels=labels, num_items=num_items).loss
+    loss = model(ids, labels=labels, num_items_in_batch=num_items_in_batch).loss
     loss.backward()
     assert loss == 0
     for name, parameter in model.named_parameters():
@@ -166,7 +166,7 @@ def test_the_classifiers_loss():
     out = model(ids, labels=labels)
     expected = functional.cross_entropy(out.logits[[0, 2]], labels[[0, 2]])
     assert_near(out.loss, expected)
-    assert_near(model(ids, labels=labels, num_items=8).loss, expected / 4)
+    assert_near(model(ids, labels=labels, num_items_in_batch=8).loss, expected / 4)
 
 
 def test_heads_refuse_the_wrong_direction():

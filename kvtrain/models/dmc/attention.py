@@ -5,6 +5,8 @@ channel decides whether its token merges into the slot before it; the queries' c
 token counts in the slot's mean. Keys are pooled before rotation and rotate at their last token (P3).
 """
 
+import functools
+import logging
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -13,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtrain.cache.base import KVCache
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.noise import keyed_logistic
@@ -29,6 +30,8 @@ from kvtrain.models.serving import NewTokens
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
 # the same in float32; it is bfloat16's own epsilon, which the released checkpoints used (P10).
 IMPORTANCE_FLOOR = 2.0**-7
+
+logger = logging.getLogger("kvtrain")
 
 Angles = tuple[Tensor, Tensor]
 
@@ -77,7 +80,6 @@ class DMCAttention(HostAttention):
         position_embeddings: Angles,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
         ledger: MutableMapping[int, Tensor] | None = None,
@@ -91,13 +93,14 @@ class DMCAttention(HostAttention):
             position_embeddings: Cosines and sines ``(B, T, D)``.
             attention_mask: ``(B, T)`` padding mask, without a cache.
             position_ids: ``(B or 1, T)`` places within each row.
-            past_key_values: The model's cache.
-            new_tokens: What of the input is real, with a cache.
+            new_tokens: What of the input is real, and the cache it enters; None without a cache.
             document_ids: ``(B, T)``, without a cache.
             ledger: Receives this layer's decisions ``(B, H_kv, T)``, straight-through.
             dmc_step: What training says; without it decisions are soft and noiseless in training
                 mode, hard in evaluation mode.
         """
+        if self.training and dmc_step is None:
+            _say_untargeted()
         scale = None if dmc_step is None else dmc_step.channel_scale
         query, key, value = self._project(hidden_states, scale)
         documents = parallel_documents(document_ids, attention_mask)
@@ -107,15 +110,15 @@ class DMCAttention(HostAttention):
             output, _lse = attention(
                 query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
             )
-        elif past_key_values is None:
+        elif new_tokens is None:
             output, decisions = self._parallel(
                 query, key, value, position_embeddings, position_ids, documents, dmc_step
             )
             if ledger is not None:
                 ledger[self.layer_idx] = decisions.straight_through()
         else:
-            layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, DMCCacheLayer) and new_tokens is not None
+            layer = new_tokens.layer(self.layer_idx)
+            assert isinstance(layer, DMCCacheLayer)
             output = self._serve(query, key, value, position_embeddings, position_ids, new_tokens.valid, layer)
         return self.project_out(output), None
 
@@ -240,6 +243,15 @@ class DMCAttention(HostAttention):
             parts.append(self.attend_pages(query, layer.pages, layer.pages.lengths - absorbed))
         layer.write(keys, values, merge, valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+
+
+@functools.cache
+def _say_untargeted() -> None:
+    """Say once that the training loop around this model is none of kvtrain's."""
+    logger.warning(
+        "this training gives DMC no target: decisions stay soft and noiseless, and nothing pulls on their rate; train "
+        "them with `kvtrain fit` (recipes/tiny/dmc.yaml), and use other loops on what it exports, if at all"
+    )
 
 
 def _without_borrowed_channel(angles: Angles) -> Angles:

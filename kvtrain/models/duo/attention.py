@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtrain.cache.base import KVCache
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.models.attention import HostAttention
@@ -134,7 +133,6 @@ class RoundedAttention(HostAttention):
         position_embeddings: Angles,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
         **_: Any,
@@ -146,18 +144,17 @@ class RoundedAttention(HostAttention):
             position_embeddings: Cosines and sines ``(B, T, D)``.
             attention_mask: ``(B, T)`` padding mask, without a cache.
             position_ids: ``(B or 1, T)`` places within each document.
-            past_key_values: The model's cache.
-            new_tokens: What of the input is real, with a cache.
+            new_tokens: What of the input is real, and the cache it enters; None without a cache.
             document_ids: ``(B, T)``, without a cache.
         """
         query, key, value = self.project(hidden_states, position_embeddings)
-        if past_key_values is None:
+        if new_tokens is None:
             scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
             output = self._by_class(scope.everything, scope.streaming, query, key, value)
         else:
-            layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, DuoCacheLayer) and new_tokens is not None
-            output = self._serve(query, key, value, past_key_values.tokens, new_tokens.valid, layer)
+            layer = new_tokens.layer(self.layer_idx)
+            assert isinstance(layer, DuoCacheLayer)
+            output = self._serve(query, key, value, new_tokens.cache.tokens, new_tokens.valid, layer)
         return self.project_out(output), None
 
     def _serve(

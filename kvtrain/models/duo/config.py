@@ -79,6 +79,11 @@ class Duo(Method):
         """See ``Method.servable``."""
         return self.full_heads is not None
 
+    @property
+    def survives_reentrant_checkpointing(self) -> bool:
+        """See ``Method.survives_reentrant_checkpointing``: gates that train go another way."""
+        return self.full_heads is not None
+
     def validate(self, host_config: "PreTrainedConfig") -> None:
         """See ``Method.validate``."""
         if self.full_heads is None:

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kvtrain.cache.base import KVCache
 from kvtrain.kernels.attention import attention
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
@@ -19,7 +18,6 @@ class FullAttention(HostAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
         **_: Any,
@@ -30,19 +28,18 @@ class FullAttention(HostAttention):
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
             attention_mask: ``(B, T)`` padding mask, without a cache.
-            past_key_values: The model's cache.
-            new_tokens: What of the input is real, with a cache.
+            new_tokens: What of the input is real, and the cache it enters; None without a cache.
             document_ids: ``(B, T)``, without a cache.
         """
         query, key, value = self.project(hidden_states, position_embeddings)
-        if past_key_values is None:
+        if new_tokens is None:
             documents = parallel_documents(document_ids, attention_mask)
             output, _lse = attention(
                 query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
             )
         else:
-            layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, FullCacheLayer) and new_tokens is not None
+            layer = new_tokens.layer(self.layer_idx)
+            assert isinstance(layer, FullCacheLayer)
             output = self._serve(query, key, value, new_tokens.valid, layer)
         return self.project_out(output), None
 

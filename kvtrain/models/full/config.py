@@ -40,6 +40,11 @@ class Full(Method):
 
         return FullAttention(host_attention, layer_idx)
 
+    @property
+    def survives_reentrant_checkpointing(self) -> bool:
+        """See ``Method.survives_reentrant_checkpointing``."""
+        return True
+
     def assisted_options(self) -> dict[str, Any]:
         """See ``Method.assisted_options``; nothing is ever dropped."""
         return {}

@@ -116,6 +116,15 @@ class LCKV(Method):
         """See ``Method.runs_layers_once``."""
         return not any(stage.cyclic for stage in self.maps(host_config.num_hidden_layers)[0].stages())
 
+    def recorded_states(self, host_config: "PreTrainedConfig") -> list[int]:
+        """See ``Method.recorded_states``; what a stage that iterates begins with counts, what is inside does not."""
+        stages = self.maps(host_config.num_hidden_layers)[0].stages()
+        return [
+            index
+            for stage in stages
+            for index in range(stage.first, stage.first + 1 if stage.cyclic else stage.last + 1)
+        ]
+
     def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
         """See ``Method.attention``."""
         from kvtrain.models.lckv.attention import SharedAttention

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from kvtrain.cache.base import KVCache
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.lckv.reading import Reader, RingContent
+from kvtrain.models.recording import RecordedStates
+from kvtrain.models.serving import NewTokens
 from kvtrain.models.windows import take_slots
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def serve(
     stack: "SharingStack",
     hidden: Tensor,
     arguments: dict[str, Any],
-    cache: KVCache,
-    valid: Tensor,
+    new_tokens: NewTokens,
     prefill: bool | None,
+    recorded: RecordedStates | None,
 ) -> Tensor:
     """All layers over new tokens, which enter the cache.
 
@@ -38,18 +39,23 @@ def serve(
         stack: The layers.
         hidden: ``(B, n, hidden)`` inputs of the lowest one.
         arguments: Of a host's layer.
-        cache: The model's.
-        valid: ``(B, n)`` real tokens; in every row the padding stands before them.
+        new_tokens: What of the input is real, and the cache it enters.
         prefill: One token a row, too, is part of a prompt.
+        recorded: Receives what enters the layers.
 
     Returns:
         ``(B, n, hidden)``.
+
+    Raises:
+        ValueError: Hidden states are wanted of a prompt that an endless cache must read in parts.
     """
-    layers = cast("list[LCKVCacheLayer]", cache.layers)
-    endless, tokens, new = layers[0].endless, cache.tokens, valid.sum(1)
+    layers, valid = cast("list[LCKVCacheLayer]", new_tokens.layers()), new_tokens.valid
+    endless, tokens, new = layers[0].endless, new_tokens.cache.tokens, valid.sum(1)
     reads = (new > 0) if prefill else (new > 1)
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
-        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, reads)
+        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, reads, recorded)
+    if recorded is not None:
+        raise ValueError("an endless cache reads long prompts in parts; feed single tokens, or no output_hidden_states")
     fits = valid & (tokens[:, None] + valid.cumsum(1) <= endless.capacity)
     order = fits.to(torch.int8).argsort(dim=1, stable=True)
     chunk = _serve_chunk(stack, _take(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
@@ -71,6 +77,7 @@ def _serve_chunk(
     tokens: Tensor,
     valid: Tensor,
     reads: Tensor,
+    recorded: RecordedStates | None = None,
 ) -> Tensor:
     """As ``serve``; ``reads (B,)`` are the rows whose new tokens are part of a prompt."""
     positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
@@ -80,6 +87,8 @@ def _serve_chunk(
     reader = Reader(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
     shared: Shared = {}
     for stage in stack.plan:
+        if stage.cyclic and recorded is not None:
+            recorded[stage.first] = hidden
         if stage.cyclic and not decodes:
             prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, reads)
             hidden = _read_prompt(stack, stage, prompt, shared, arguments, reader)
@@ -87,7 +96,7 @@ def _serve_chunk(
         pending = layers[stage.first].pending
         if stage.cyclic and pending is not None and bool((pending.counts > 0).any()):
             pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
-        hidden = stack.once(stage, hidden, shared, arguments, reader=reader)
+        hidden = stack.once(stage, hidden, shared, arguments, None if stage.cyclic else recorded, reader=reader)
     return hidden
 
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.models.attention import parallel_documents
+from kvtrain.models.compat import CACHE
 from kvtrain.models.lckv.attention import Call, KeyValue
 from kvtrain.models.lckv.kv_map import Stage
+from kvtrain.models.recording import RecordedStates
+from kvtrain.models.serving import NewTokens
 
 if TYPE_CHECKING:
     from kvtrain.models.lckv.config import LCKV
@@ -81,19 +84,22 @@ class SharingStack(nn.ModuleList):
 
     def run(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """All layers over ``(B, T, hidden)``; arguments are those of a host's layer and what serving adds."""
-        cache, new_tokens = kwargs.pop("past_key_values", None), kwargs.pop("new_tokens", None)
-        prefill = kwargs.pop("prefill", None)
+        kwargs.pop(CACHE, None)
+        new_tokens: NewTokens | None = kwargs.pop("new_tokens", None)
+        prefill, recorded = kwargs.pop("prefill", None), kwargs.pop("recorded", None)
         documents = parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
-        if cache is not None:
+        if new_tokens is not None:
             from kvtrain.models.lckv.serving import serve
 
-            return serve(self, hidden_states, kwargs, cache, new_tokens.valid, prefill)
+            return serve(self, hidden_states, kwargs, new_tokens, prefill, recorded)
         shared: Shared = {}
         for stage in self.plan:
             if stage.cyclic:
+                if recorded is not None:
+                    recorded[stage.first] = hidden_states
                 hidden_states = self._iterate(stage, hidden_states, shared, kwargs, documents)
             else:
-                hidden_states = self.once(stage, hidden_states, shared, kwargs, documents=documents)
+                hidden_states = self.once(stage, hidden_states, shared, kwargs, recorded, documents=documents)
         return hidden_states
 
     def _iterate(
@@ -119,12 +125,26 @@ class SharingStack(nn.ModuleList):
         hidden = self._pass(range(stage.first, stage.last), hidden, shared, kwargs, **call)
         self._pass([stage.last], hidden, shared, kwargs, key_value_only=True, **call)
 
-    def once(self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any) -> Tensor:
+    def once(
+        self,
+        stage: Stage,
+        hidden: Tensor,
+        shared: Shared,
+        kwargs: dict[str, Any],
+        recorded: RecordedStates | None = None,
+        **call: Any,
+    ) -> Tensor:
         """A pass through all layers of a stage; ``call`` is what every ``Call`` says besides."""
-        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, **call)
+        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, recorded, **call)
 
     def _pass(
-        self, layers: Iterable[int], hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any
+        self,
+        layers: Iterable[int],
+        hidden: Tensor,
+        shared: Shared,
+        kwargs: dict[str, Any],
+        recorded: RecordedStates | None = None,
+        **call: Any,
     ) -> Tensor:
         """Layers in order; ``shared`` gains what they make.
 
@@ -132,6 +152,8 @@ class SharingStack(nn.ModuleList):
         """
         before = dict(shared) if self.settings.stale_target else shared
         for layer_idx in layers:
+            if recorded is not None:
+                recorded[layer_idx] = hidden
             key_layer, value_layer = self.keys.sources[layer_idx], self.values.sources[layer_idx]
             stale = self.settings.stale_target and self._is_target(key_layer)
             source = before if stale else shared

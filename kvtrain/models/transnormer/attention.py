@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvtrain.cache.base import KVCache
 from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
 from kvtrain.kernels.rope import apply_rotary
@@ -104,7 +103,6 @@ class DiagAttention(TransNormerAttention):
         self,
         hidden_states: Tensor,
         layout: Layout,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
     ) -> Tensor:
         """Attend.
@@ -112,8 +110,7 @@ class DiagAttention(TransNormerAttention):
         Args:
             hidden_states: ``(B, T, hidden)``.
             layout: Of the tokens.
-            past_key_values: The model's cache.
-            new_tokens: What of the input is real, with a cache.
+            new_tokens: What of the input is real, and the cache it enters; None without a cache.
         """
         query, key, value = self.project(hidden_states)
         query, key = self.turn(query, key, layout.position_ids % self.block_size)
@@ -123,13 +120,13 @@ class DiagAttention(TransNormerAttention):
             "causal": self.causal,
             "dropout": self.dropout if self.training else 0.0,
         }
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if new_tokens is None else new_tokens.layer(self.layer_idx)
         if layer is not None and not layout.aligned:
             assert isinstance(layer, DiagCacheLayer)
             settings["past"] = layer.past()
         output = block_attention(query, key, value, block_ids=layout.block_ids(self.block_size), **settings)
-        if layer is not None:
-            assert isinstance(layer, DiagCacheLayer) and new_tokens is not None
+        if new_tokens is not None:
+            assert isinstance(layer, DiagCacheLayer)
             layer.append(key, value, new_tokens.valid)
         merged = self.merge(output)
         projected: Tensor = self.o_proj(self.norm(merged, layout.real) if self.t1 else merged)
@@ -150,7 +147,6 @@ class NormAttention(TransNormerAttention):
         self,
         hidden_states: Tensor,
         layout: Layout,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
     ) -> Tensor:
         """Attend; the arguments are those of ``DiagAttention``."""
@@ -162,13 +158,13 @@ class NormAttention(TransNormerAttention):
         if self._slopes is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             slopes = torch.tensor(self._slopes, dtype=wide, device=query.device)
-        if past_key_values is None:
+        if new_tokens is None:
             output, _ = linear_attention(
                 query, key, value, causal=self.causal, slopes=slopes, document_ids=layout.document_ids
             )
         else:
-            layer = past_key_values.layers[self.layer_idx]
-            assert isinstance(layer, NormCacheLayer) and new_tokens is not None
+            layer = new_tokens.layer(self.layer_idx)
+            assert isinstance(layer, NormCacheLayer)
             output = self._serve(query, key, value, slopes, layout, new_tokens, layer)
         projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected

@@ -84,7 +84,7 @@ class TransNormerConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     variant: str = "T2"
     vocab_size: int = 32000

@@ -58,7 +58,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        num_items: Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
@@ -67,7 +67,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         Args:
             input_ids: ``(B, T)``.
             labels: ``(B, T)``, each at its own place; ``-100`` counts nothing.
-            num_items: The summed loss is divided by it; the number of targets where absent.
+            num_items_in_batch: The summed loss is divided by it; the number of targets where absent.
             skip_logits: Give the loss alone; on while training, where there are labels.
             **kwargs: As for ``TransNormerModel``.
         """
@@ -77,7 +77,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
             targets = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # few: no logits for the others
             logits = at_least_float32(self._logits(hidden.flatten(0, 1)[targets]))
             total = functional.cross_entropy(logits, labels.flatten()[targets], reduction="sum")
-            loss = total / (max(1, len(targets)) if num_items is None else num_items)
+            loss = total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
         skip_logits = labels is not None and self.training if skip_logits is None else skip_logits
         return MaskedLMOutput(
             loss=loss, logits=None if skip_logits else self._logits(hidden), hidden_states=decoded.hidden_states
@@ -103,7 +103,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        num_items: Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Run rows through the model.
@@ -112,7 +112,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
             input_ids: ``(B, T)``.
             attention_mask: ``(B, T)`` padding mask.
             labels: ``(B,)`` classes; ``-100`` counts nothing.
-            num_items: The summed loss is divided by it; the number of labels where absent.
+            num_items_in_batch: The summed loss is divided by it; the number of labels where absent.
             **kwargs: As for ``TransNormerModel``.
         """
         decoded = self.model(input_ids, attention_mask=attention_mask, **kwargs)
@@ -121,7 +121,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
             wide = at_least_float32(logits)
             total = functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
             count = (labels != IGNORE_INDEX).sum().clamp(min=1)
-            loss = total / (count if num_items is None else num_items)
+            loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=decoded.hidden_states)
 
     def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
 
-from kvtrain.cache.base import KVCache
-from kvtrain.models.serving import NewTokens, parallel_positions
+from kvtrain.models.compat import with_cache
+from kvtrain.models.serving import NewTokens, packed_documents, parallel_positions
 from kvtrain.models.transnormer.attention import DiagAttention, Layout, NormAttention, TransNormerAttention
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.layers import Projection, RelativePosition, TransNormerMLP, make_norm
@@ -38,13 +39,12 @@ class TransNormerLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         layout: Layout,
-        past_key_values: KVCache | None = None,
         new_tokens: NewTokens | None = None,
     ) -> Tensor:
         """Run ``(B, T, D)`` through the layer; the arguments are those of its attention."""
         real = layout.real
         inputs = self.attention_norm(hidden_states, real) if self.pre_norm else hidden_states
-        attended = self.self_attn(inputs, layout, past_key_values, new_tokens)
+        attended = self.self_attn(inputs, layout, new_tokens)
         hidden_states = hidden_states + self._drop(attended)
         if not self.pre_norm:
             hidden_states = self.attention_norm(hidden_states, real)
@@ -64,6 +64,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransNormerLayer"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": TransNormerLayer}  # noqa: RUF012
     # In bfloat16 an angle is off by 1/500: half a turn after 800 tokens.
     _keep_in_fp32_modules_strict = {"relative_position"}  # noqa: RUF012
 
@@ -117,17 +118,15 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
-        output_hidden_states: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run tokens through the stack.
@@ -136,31 +135,25 @@ class TransNormerModel(TransNormerPreTrainedModel):
             input_ids: ``(B, T)``.
             attention_mask: ``(B, T)`` padding mask; each row's tokens stand side by side.
             position_ids: ``(B, T)``; derived from documents or padding where absent. Blocks follow them.
-            past_key_values: A cache from ``make_cache``.
             inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
-            use_cache: Known to callers; the cache itself decides.
-            new_tokens: What of the input is real, with a cache.
+            new_tokens: What of the input is real, and the cache it enters; None without a cache.
             document_ids: ``(B, T)`` packed documents, 0 for padding.
-            output_hidden_states: Give what enters every layer, and what leaves the last norm.
 
         Raises:
             ValueError: A row's tokens are not side by side, or a position is beyond the learnt ones.
         """
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        layout = _layout(hidden, attention_mask, position_ids, document_ids, past_key_values, new_tokens)
+        if new_tokens is None:
+            told = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
+            document_ids = packed_documents({**told, "inputs_embeds": hidden})
+        layout = _layout(hidden, attention_mask, position_ids, document_ids, new_tokens)
         hidden = self._embed(hidden, layout)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states: tuple[Tensor, ...] = ()
         for layer in self.layers:
-            states += (hidden,) if wanted else ()
-            hidden = layer(hidden, layout, past_key_values, new_tokens)
+            hidden = layer(hidden, layout, new_tokens)
         if self.norm is not None:
             hidden = self.norm(hidden, layout.real)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=(*states, hidden) if wanted else None,
-        )
+        cache = None if new_tokens is None else new_tokens.cache
+        return with_cache(BaseModelOutputWithPast(last_hidden_state=hidden), cache)
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Scale ``(B, T, D)``, add absolute positions, normalise."""
@@ -192,12 +185,11 @@ def _layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     document_ids: Tensor | None,
-    cache: KVCache | None,
     new: NewTokens | None,
 ) -> Layout:
     """What layers must know of ``(B, T, D)`` tokens' places."""
-    if cache is not None:
-        assert new is not None and position_ids is not None
+    if new is not None:
+        assert position_ids is not None
         whole = bool(new.valid.all())
         return Layout(position_ids, None if whole else new.valid.long(), whole and not bool(position_ids[:, 0].any()))
     if attention_mask is not None and bool(attention_mask.all()):
@@ -210,7 +202,7 @@ def _layout(
         position_ids = parallel_positions(None, document_ids)
     if position_ids is None:
         position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return Layout(position_ids, document_ids, aligned)
+    return Layout(position_ids if aligned else position_ids.expand(tokens.shape[:2]), document_ids, aligned)
 
 
 def _check_mask(mask: Tensor) -> None:
