@@ -6,11 +6,15 @@ from typing import Literal
 RETROFITS = ("full", "dmc", "lckv", "duo")
 OURS = (*RETROFITS, "transnormer")
 
-# These ask for attention weights on the way to something else, and test the rest where they are told of none.
-BY_THE_WAY = (
+ASSISTED = (
     "test_assisted_decoding_matches_greedy_search_0_random",
     "test_assisted_decoding_matches_greedy_search_1_same",
     "test_assisted_decoding_sample",
+)
+
+# These ask for attention weights on the way to something else, and test the rest where they are told of none.
+ASK_FOR_WEIGHTS = (
+    *ASSISTED,
     "test_beam_sample_generate_dict_output",
     "test_beam_search_generate_dict_output",
     "test_beam_search_generate_dict_outputs_use_cache",
@@ -19,6 +23,17 @@ BY_THE_WAY = (
     "test_model_outputs_equivalence",
     "test_retain_grad_hidden_states_attentions",
     "test_sample_generate_dict_output",
+)
+
+# These choose an implementation of attention on the way, and get ours in place of a refusal.
+CHOOSE_ATTENTION = (
+    *ASSISTED,
+    "test_attention_outputs",
+    "test_eager_padding_matches_padding_free_with_position_ids",
+    "test_generate_compilation_all_outputs",
+    "test_retain_grad_hidden_states_attentions",
+    "test_sdpa_padding_matches_padding_free_with_position_ids",
+    "test_sliding_window_mask",
 )
 
 
@@ -116,9 +131,7 @@ GENERATION = (
         "what has been merged cannot be taken back",
         "assisted decoding must take tokens back",
         ("dmc", "lckv", "transnormer"),
-        "test_assisted_decoding_matches_greedy_search_0_random",
-        "test_assisted_decoding_matches_greedy_search_1_same",
-        "test_assisted_decoding_sample",
+        *ASSISTED,
     ),
     internals(
         "it compares a DynamicCache with a static one",

@@ -27,17 +27,19 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be tested: its class, and a new configuration each time."""
+    """A model to be tested: its class, a new configuration each time, and hidden states without a single value."""
 
     name: str
     model_class: type[PreTrainedModel]
     config: Callable[[], PreTrainedConfig]
+    iterated: tuple[int, ...] = ()
 
 
 def host_config(family: str, layers: int) -> PreTrainedConfig:
     """Of a decoder as small as their own."""
     sizes = {"num_hidden_layers": layers, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
-    return FAMILIES[family](**COMMON, **sizes, max_position_embeddings=512, sliding_window=None)
+    windows = {"sliding_window": None} if family == "mistral" else {}
+    return FAMILIES[family](**COMMON, **sizes, **windows, max_position_embeddings=512)
 
 
 def host(family: str) -> Subject:
@@ -46,13 +48,13 @@ def host(family: str) -> Subject:
     return Subject("host", model_class, lambda: host_config(family, 2))
 
 
-def retrofit(family: str, method: Method, layers: int = 2) -> Subject:
+def retrofit(family: str, method: Method, layers: int = 2, iterated: tuple[int, ...] = ()) -> Subject:
     """A decoder with a method in it."""
 
     def config() -> KVTrainConfig:
         return KVTrainConfig(text_config=host_config(family, layers), method_config=method.to_dict())
 
-    return Subject(method.name, retrofitted_class(host_config(family, layers)), config)
+    return Subject(method.name, retrofitted_class(host_config(family, layers)), config, iterated)
 
 
 def transnormer(variant: str) -> Subject:
@@ -70,7 +72,7 @@ SUBJECTS = {
         host("llama"),
         retrofit("llama", kvtrain.Full()),
         retrofit("qwen3", kvtrain.DMC(init_bias=0.0)),  # about half of the tokens merge
-        retrofit("mistral", kvtrain.LCKV(kv_map="lckv-w2"), layers=4),
+        retrofit("mistral", kvtrain.LCKV(kv_map="lckv-w2"), layers=4, iterated=(2,)),
         retrofit("llama", kvtrain.Duo(full_heads=((0,), (1,)), sink=2, recent=4)),
         transnormer("T2"),
     )

@@ -6,13 +6,14 @@ import re
 import unittest
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from transformers import Cache, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
-from tests.huggingface.known import BY_THE_WAY, Known, known_failures
+from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, Known, known_failures
 from tests.huggingface.source import mixin
 from tests.huggingface.subjects import SUBJECTS, Tester
 
@@ -58,6 +59,8 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         subject = SUBJECTS[self.subject]
         self.model_tester = Tester(subject)
         self.all_model_classes = (subject.model_class,)
+        if self._testMethodName in CHOOSE_ATTENTION:
+            self.enterContext(mock.patch("kvtrain.models.host.check_attention"))
 
     def subTest(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
         """The first failure is the test's."""
@@ -65,13 +68,23 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     @property
     def has_attentions(self) -> bool:
-        """Whether a test may ask for attention weights; one that does so by the way tests the rest without."""
-        return self.subject == "host" or self._testMethodName not in BY_THE_WAY
+        """Whether a test may ask for attention weights, or for transformers' attentions to compare."""
+        asks = self._testMethodName in ASK_FOR_WEIGHTS or "eager_matches_sdpa" in self._testMethodName
+        return self.subject == "host" or not asks
 
     def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[PreTrainedConfig, dict[str, Any]]:
         """Prompts without padding: what is generated would follow upon the padding on their right."""
         config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
         return config, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+    def _check_hidden_states_for_generate(
+        self, batch_size: int, hidden_states: tuple[tuple[torch.Tensor | None, ...], ...], *sizes: Any, **options: Any
+    ) -> None:
+        """Theirs, of the states that have a single value; None stands for the others."""
+        single = tuple(tuple(state for state in step if state is not None) for step in hidden_states)
+        missing = {tuple(at for at, state in enumerate(step) if state is None) for step in hidden_states}
+        assert missing == {SUBJECTS[self.subject].iterated}
+        super()._check_hidden_states_for_generate(batch_size, single, *sizes, **options)
 
     def _check_past_key_values_for_generate(
         self, batch_size: int, past_key_values: Cache, seq_length: int, config: PreTrainedConfig

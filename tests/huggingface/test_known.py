@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.huggingface.known import BY_THE_WAY, MODEL, OURS, TABLE
+from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, MODEL, OURS, TABLE
 from tests.huggingface.source import CHECKOUT, checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,9 +46,9 @@ def test_what_stands_in_the_table_exists():
 
 
 @pytest.mark.roads
-def test_what_asks_for_weights_by_the_way_exists():
+def test_what_asks_by_the_way_exists():
     if checkout() is None:
         pytest.skip(f"{CHECKOUT} names no checkout of transformers: its tests of generation do not run")
     from tests.huggingface.suites import Suite
 
-    assert [test for test in BY_THE_WAY if not hasattr(Suite, test)] == []
+    assert [test for test in (*ASK_FOR_WEIGHTS, *CHOOSE_ATTENTION) if not hasattr(Suite, test)] == []
