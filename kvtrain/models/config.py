@@ -61,7 +61,7 @@ class KVTrainConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("text_config")
-        own = name.startswith("_") or name in {field.name for field in fields(self)}
+        own = name.startswith("_") or hasattr(type(self), name) or name in {field.name for field in fields(self)}
         if not own and isinstance(host, PreTrainedConfig) and hasattr(host, name):
             setattr(host, name, value)
         else:
