@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.full import Full
+from kvtrain.models.portable import SHIM
 from kvtrain.models.transnormer.config import TransNormerConfig
 
 
@@ -34,6 +35,7 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         _summary(model),
         "",
         *(_usage(ours) if _task(model)[0] == "text-generation" else _other_usage(model)),
+        *(_remote_usage(model) if ours else []),
         *_host_class(model),
         *_settings(model),
     ]
@@ -115,6 +117,22 @@ def _other_usage(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def _remote_usage(model: PreTrainedModel) -> list[str]:
+    """How programs open the folder in which nobody can write ``import kvtrain``."""
+    clients = "`pipeline`"
+    if _task(model)[0] == "text-generation":
+        clients = "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
+    return _paragraph(
+        f"Programs that do not import kvtrain ({clients}) open this folder with `trust_remote_code=True`, where "
+        f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
+        "kvtrain is imported, nothing in this folder is run."
+    )
+
+
+def _paragraph(text: str) -> list[str]:
+    return [*textwrap.wrap(text, 110, break_on_hyphens=False), ""]
+
+
 def _host_class(model: PreTrainedModel) -> list[str]:
     """What comes of opening the folder without kvtrain."""
     config = model.config
@@ -135,12 +153,11 @@ def _host_class(model: PreTrainedModel) -> list[str]:
             "it runs the trained weights that it knows with an ordinary, uncompressed cache, which is not the model "
             "that was trained."
         )
-    paragraph = (
-        "`generate` builds the matching cache by itself. Without `import kvtrain` the `Auto*` classes refuse this "
+    return _paragraph(
+        "`generate` builds the matching cache by itself. Without either of these the `Auto*` classes refuse this "
         f"folder. Opening it with the host's own class ({config.host_config.model_type}) by name cannot be refused: "
         f"{outcome}"
     )
-    return [*textwrap.wrap(paragraph, 110, break_on_hyphens=False), ""]
 
 
 def _settings(model: PreTrainedModel) -> list[str]:

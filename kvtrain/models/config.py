@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from kvtrain.models.method import Method
+from kvtrain.models.portable import PortableConfig
 from kvtrain.models.registry import method_from_dict
 
 MODEL_TYPE = "kvtrain"
@@ -13,7 +14,7 @@ MODEL_TYPE = "kvtrain"
 CHECKPOINT_KEY = "kvtrain_export"
 
 
-class KVTrainConfig(PreTrainedConfig):
+class KVTrainConfig(PortableConfig):
     """Configuration of a host with a method in it; ``model_type`` is ``"kvtrain"``.
 
     Fields that are not here (``vocab_size``, ``use_cache``, ``num_hidden_layers`` ...) are the host's, read and set.

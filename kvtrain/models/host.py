@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -14,12 +14,12 @@ from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.families import HOSTS, retrofitted_name, retrofitted_names
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
 
 ATTENTION_NAME = "kvtrain"
-HOSTS = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -82,7 +82,16 @@ def _check_host(host: Any) -> None:
 
 @functools.cache
 def _subclass(host_class: type[PreTrainedModel]) -> type["KVTrainMixin"]:
-    return type(f"KV{host_class.__name__}", (KVTrainMixin, host_class), {"config_class": KVTrainConfig})
+    name = retrofitted_name(host_class.__name__)
+    return type(name, (KVTrainMixin, host_class), {"config_class": KVTrainConfig})
+
+
+def __getattr__(name: str) -> Any:
+    """The retrofitted classes are made at first use; ``pickle`` and ``import`` find them here by their names."""
+    for host, retrofitted in retrofitted_names().items():
+        if name == retrofitted:
+            return _subclass(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[host]])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def retrofitted_class(host_config: PreTrainedConfig) -> type["KVTrainMixin"]:
@@ -154,6 +163,7 @@ class KVTrainMixin(CachedLanguageModel):
         super().__init__(host_config)
         _operate(self, method)
         self.config = config
+        self.name_or_path = config.name_or_path  # not the host's: adapters write down what they were trained on
         config.architectures = [type(self).__name__]
         self.method = method
         self.watch_decoder()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 import kvtrain
 from kvtrain.export.hf import export_run
 from kvtrain.models.config import CHECKPOINT_KEY
+from kvtrain.models.portable import SHIM
 from tests.hosts import make_host, random_ids
 
 # Of four layers: one that iterates and owns nothing; and maps that read from below, keys and values apart or mixed.
@@ -51,9 +52,11 @@ def test_what_comes_out_computes_what_went_in(tmp_path, method):
         torch.testing.assert_close(opened(ids).logits, trained(ids).logits, atol=1e-5, rtol=1e-4)
     if method.name == "full":
         assert type(opened).__name__ == "Qwen3ForCausalLM"
-        assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
+        written = json.loads((folder / "config.json").read_text())
+        assert written["model_type"] == "qwen3" and "auto_map" not in written and not list(folder.glob("*.py"))
     else:
         assert type(opened) is type(trained) and opened.method == method
+        assert (folder / SHIM.name).is_file()
     half = AutoModelForCausalLM.from_pretrained(export_run(tmp_path / "run", tmp_path / "half"), dtype="auto")
     assert half.dtype == torch.bfloat16
 
@@ -64,6 +67,7 @@ def test_card_and_tokenizer(tmp_path):
     card = card_of(folder)
     for part in ("# my-run", "library_name: kvtrain", "import kvtrain", '"compression": 3.0', "uncompressed cache"):
         assert part in card, part
+    assert "open this folder with `trust_remote_code=True`" in card and "transformers serve" in card
     assert (folder / "tokenizer.json").is_file()
     assert not list(folder.glob("*.bin")) and list(folder.glob("*.safetensors"))
 

@@ -1,5 +1,6 @@
-"""Every attention backend of the GPU against the dense definition in float64 on the CPU, forward and backward."""
+"""Every attention backend against the dense definition in float64 on the CPU, forward and backward."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.dispatch import log_backend
 from tests.kernels.attention_cases import Case, make_case
-
-pytestmark = pytest.mark.gpu
 
 INF = float("inf")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -31,12 +31,14 @@ MASKS: dict[str, dict[str, Any]] = {
     "blind": {"diagonal": "closed", "window": 1},
 }
 KNOWN_TO_FLASH = ("plain", "closed", "window", "closed, window", "both ways")
+NEEDED = ("closed", "open, hiding bias, documents", "sink")  # by LCKV, DMC and Duo
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     yield
-    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.compiler.reset()
 
 
 def backends_for(mask: str, dtype: torch.dtype) -> list[str]:
@@ -44,27 +46,40 @@ def backends_for(mask: str, dtype: torch.dtype) -> list[str]:
     return ["chunked", "flex", *(["flash"] if flash else [])]
 
 
+def marks_for(backend: str, mask: str, dtype: torch.dtype) -> list[pytest.MarkDecorator]:
+    """Compilations take seconds: in other types than bfloat16 only those that an architecture needs."""
+    long = backend == "flex" and dtype != torch.bfloat16 and mask not in NEEDED
+    return [pytest.mark.gpu, *([pytest.mark.slow] if long else [])]
+
+
 def combinations() -> list[Any]:
+    """On a GPU all of them, and on the CPU what runs there too."""
     return [
-        pytest.param(backend, mask, dtype, id=f"{backend}-{mask}-{dtype}")
-        for dtype in TOLERANCES
-        for mask in MASKS
-        for backend in backends_for(mask, dtype)
+        *(pytest.param("cpu", "chunked", mask, torch.bfloat16, id=f"cpu-chunked-{mask}") for mask in NEEDED),
+        *(
+            pytest.param("cuda", backend, mask, dtype, id=f"{backend}-{mask}-{dtype}", marks=marks)
+            for dtype in TOLERANCES
+            for mask in MASKS
+            for backend in backends_for(mask, dtype)
+            for marks in [marks_for(backend, mask, dtype)]
+        ),
     ]
 
 
-def run(case: Case, backend: str, *, use_lse: bool = True, checkpointed: bool = False) -> dict[str, torch.Tensor]:
-    """``Case.run`` on the GPU."""
-    leaves = {name: tensor.cuda().requires_grad_() for name, tensor in case.tensors.items()}
-    options = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in case.options.items()}
+def run(
+    case: Case, backend: str, device: str = "cuda", *, use_lse: bool = True, checkpointed: bool = False
+) -> dict[str, torch.Tensor]:
+    """``Case.run`` on a device."""
+    leaves = {name: tensor.to(device).detach().requires_grad_() for name, tensor in case.tensors.items()}
+    options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in case.options.items()}
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         return attention(**leaves, **options, backend=backend)
 
     output, lse = checkpoint(call, use_reentrant=False) if checkpointed else call()
     generator = torch.Generator().manual_seed(case.seed)
-    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).cuda()).sum()
-    weights = torch.randn(lse.shape, generator=generator, dtype=torch.float64).cuda()
+    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(device)).sum()
+    weights = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(device)
     if use_lse:
         loss = loss + (lse.masked_fill(lse == -INF, 0.0) * weights).sum()
     loss.backward()
@@ -96,16 +111,17 @@ def skip_without(backend: str) -> None:
         pytest.importorskip("flash_attn", reason="needs flash-attn")
 
 
-@pytest.mark.parametrize(("backend", "mask", "dtype"), combinations())
-def test_a_backend_is_the_definition(backend: str, mask: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("device", "backend", "mask", "dtype"), combinations())
+def test_a_backend_is_the_definition(device: str, backend: str, mask: str, dtype: torch.dtype):
     """A first length, and an odd one for which what was compiled serves any length."""
     skip_without(backend)
     for seed, length in enumerate((257, 389)):
         case = make_case(seed, num_queries=length, dim=64, dtype=dtype, **MASKS[mask])
-        assert_near(run(case, backend), exactly(case), dtype)
-    assert_near(run(case, backend, use_lse=False), exactly(case, use_lse=False), dtype)
+        assert_near(run(case, backend, device), exactly(case), dtype)
+    assert_near(run(case, backend, device, use_lse=False), exactly(case, use_lse=False), dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flex", "flash"])
 @pytest.mark.parametrize("shape", [{"groups": 1}, {"groups": 4, "kv_heads": 1}, {"batch": 1}, {"dim": 80}], ids=str)
 def test_shapes(backend: str, shape: dict[str, int]):
@@ -114,6 +130,7 @@ def test_shapes(backend: str, shape: dict[str, int]):
     assert_near(run(case, backend), exactly(case), torch.bfloat16)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flex", "flash"])
 def test_under_checkpointing(backend: str):
     skip_without(backend)
@@ -121,6 +138,7 @@ def test_under_checkpointing(backend: str):
     assert_near(run(case, backend, checkpointed=True), exactly(case), torch.bfloat16)
 
 
+@pytest.mark.gpu
 def test_a_mask_of_inference_serves_training():
     case = make_case(5, num_queries=256, dim=64, dtype=torch.bfloat16, window=100)
     with torch.inference_mode():
@@ -128,12 +146,14 @@ def test_a_mask_of_inference_serves_training():
     assert_near(run(case, "flex"), exactly(case), torch.bfloat16)
 
 
+@pytest.mark.gpu
 def test_more_keys_than_queries_on_flash():
     skip_without("flash")
     case = make_case(6, num_queries=70, num_keys=201, dim=64, dtype=torch.bfloat16, window=33)
     assert_near(run(case, "flash"), exactly(case), torch.bfloat16)
 
 
+@pytest.mark.gpu
 def test_memory_does_not_grow_with_the_square():
     """Forward and backward over 8,192 tokens hold less than one matrix of scores."""
     length, heads = 8192, 4
@@ -144,3 +164,16 @@ def test_memory_does_not_grow_with_the_square():
     output, lse = attention(*leaves[:3], key_bias=leaves[3], diagonal="open", backend="flex")
     (output.float().sum() + lse.sum()).backward()
     assert torch.cuda.max_memory_allocated() - before < heads * length * length * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", ["none", "finite"])
+def test_auto_takes_a_kernel_of_the_gpu(bias: str, caplog: pytest.LogCaptureFixture):
+    """Also where flash-attn is not installed, or does not know the call."""
+    log_backend.cache_clear()
+    case = make_case(8, num_queries=256, dim=64, dtype=torch.bfloat16, bias=bias)
+    with caplog.at_level(logging.INFO, logger="kvtrain"):
+        run(case, "auto")
+    taken = {record.message for record in caplog.records if record.message.startswith("attention ")}
+    possible = ["flash", "flex"] if bias == "none" else ["flex"]
+    assert len(taken) == 1 and taken <= {f"attention runs on the {name} backend" for name in possible}

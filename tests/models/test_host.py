@@ -58,7 +58,7 @@ def test_names_weights_and_ties_are_the_hosts(method, tied):
 def test_save_and_load(tmp_path, family, method):
     model, ids = kvtrain.retrofit(make_host(family, dtype=torch.float32), method), random_ids(2, 20)
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".py", ".safetensors"]
     for load in (AutoModelForCausalLM.from_pretrained, kvtrain.load):
         again = load(str(tmp_path))
         assert type(again) is type(model)

@@ -41,17 +41,24 @@ class SharingLayer(nn.Module):
         output = super().forward(hidden_states, call=call, made=made, **kwargs)
         return output, made["key_value"]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """No module has this class by its name, and pickle finds the host's."""
+        return _empty_layer, type(self).__bases__[1:], vars(self)
+
 
 @functools.cache
 def _sharing_class(host_class: Any) -> type[nn.Module]:
     return type(f"Sharing{host_class.__name__}", (SharingLayer, host_class), {})
 
 
+def _empty_layer(host_class: Any) -> Any:
+    sharing = _sharing_class(host_class)
+    return sharing.__new__(sharing)
+
+
 def sharing_layer(layer: nn.Module) -> nn.Module:
     """A layer with the parameters of ``layer`` that hands out keys and values."""
-    host_class: Any = type(layer)
-    sharing = _sharing_class(host_class)
-    adopted = sharing.__new__(sharing)
+    adopted: nn.Module = _empty_layer(type(layer))
     adopted.__setstate__(vars(layer).copy())
     return adopted
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self, get_args
 
-from transformers import PreTrainedConfig
+from kvtrain.models.portable import PortableConfig
 
 Variant = Literal["T1", "T2"]
 NormKind = Literal["rms", "batch"]
@@ -45,7 +45,7 @@ _LRA = {
 _PRESETS: dict[str, dict[str, Any]] = {"lm": _LM, "roberta": _ROBERTA, "lra": _LRA}
 
 
-class TransNormerConfig(PreTrainedConfig):
+class TransNormerConfig(PortableConfig):
     """Settings of a TransNormer: the first half of its layers attend within blocks (Diag), the others linearly (Norm).
 
     The defaults are those of the published causal language model but for its sizes; ``preset`` has them all.
@@ -142,6 +142,11 @@ class TransNormerConfig(PreTrainedConfig):
         if name not in _PRESETS:
             raise ValueError(f"there is no preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls(variant=variant, **{**_PRESETS[name], **changes})
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See ``PortableConfig``; classifiers read in either direction."""
+        return ("CausalLM" if self.causal else "MaskedLM", "SequenceClassification")
 
     @property
     def num_block_layers(self) -> int:
