@@ -94,7 +94,7 @@ MODEL = (
         "test_can_capture_specific_layers_hidden_states",
     ),
     refusal(
-        "reentrant checkpointing sees hidden states alone, and loses the gradients of what layers hand over beside them",
+        "reentrant checkpointing loses the gradients of what layers hand over beside their hidden states",
         "use_reentrant=False",
         ("dmc", "lckv"),
         "test_training_gradient_checkpointing_use_reentrant_true",

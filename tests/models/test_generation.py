@@ -48,28 +48,26 @@ def generate(model, **asked):
     return model.generate(**{**told, **asked})
 
 
-def everything(model):
-    """All outputs that a model has."""
-    names = ["return_dict_in_generate", "output_scores", "output_logits"]
-    return dict.fromkeys([*names, "output_hidden_states"] if model.runs_layers_once else names, True)
+EVERYTHING = dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"), True)
 
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
-def check_hidden_states(found, expected, count):
+def check_hidden_states(found, expected, missing):
     """One tuple a step; with a cache of the prompt and then of single tokens, without one of all so far."""
     for step, (new, whole) in enumerate(zip(found, expected, strict=True)):
-        assert len(new) == len(whole) == count
-        assert {states.shape[1] for states in new} == {PROMPT if step == 0 else 1}
-        assert {states.shape[1] for states in whole} == {PROMPT + step}
-        close([states[:, -1] for states in new], [states[:, -1] for states in whole])
+        assert [at for at, state in enumerate(new) if state is None] == missing
+        pairs = [(one, all_) for one, all_ in zip(new, whole, strict=True) if one is not None]
+        assert {one.shape[1] for one, _ in pairs} == {PROMPT if step == 0 else 1}
+        assert {all_.shape[1] for _, all_ in pairs} == {PROMPT + step}
+        close([one[:, -1] for one, _ in pairs], [all_[:, -1] for _, all_ in pairs])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_are_those_without_a_cache(model, mode):
-    asked = {**prompts(), **MODES[mode], **everything(model)}
+    asked = {**prompts(), **MODES[mode], **EVERYTHING}
     found, expected = (generate(model, **asked, use_cache=use) for use in (True, False))
     assert type(found) is (GenerateBeamDecoderOnlyOutput if "beam" in mode else GenerateDecoderOnlyOutput)
     assert torch.equal(found.sequences, expected.sequences) and found.sequences.shape[1] == PROMPT + NEW
@@ -82,8 +80,9 @@ def test_outputs_are_those_without_a_cache(model, mode):
     assert isinstance(found.past_key_values, KVCache) and expected.past_key_values is None
     lengths = torch.tensor([PROMPT - 4, PROMPT]).repeat_interleave(ROWS_OF_MODE[mode] // 2) + NEW - 1
     assert torch.equal(found.past_key_values.tokens, lengths)
-    if model.runs_layers_once:
-        check_hidden_states(found.hidden_states, expected.hidden_states, model.config.num_hidden_layers + 1)
+    layers = range(model.config.num_hidden_layers)
+    missing = sorted(set(layers) - set(layers if model.recorded_states() is None else model.recorded_states()))
+    check_hidden_states(found.hidden_states, expected.hidden_states, missing)
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
@@ -111,7 +110,7 @@ def test_logits_to_keep_does_not_change_what_is_generated(model):
 def test_assisted_decoding_gives_greedy_outputs(model, helper):
     """Not the tokens alone (``tests/cache/test_rollback.py``): the scores and logits of each, too."""
     helpers = {"itself": {"assistant_model": model}, "prompt": {"prompt_lookup_num_tokens": 2}}[helper]
-    asked = {"input_ids": random_ids(1, 6).repeat(1, 2), **everything(model)}
+    asked = {"input_ids": random_ids(1, 6).repeat(1, 2), **EVERYTHING}
     if model.assisted_options() is None:
         with pytest.raises(ValueError, match="plain decoding"):
             generate(model, **asked, **helpers)
