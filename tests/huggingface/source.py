@@ -19,6 +19,8 @@ import pytest
 import transformers
 from filelock import FileLock
 
+from kvtrain.data.module import default_cache
+
 PACKAGE = "transformers_tests"
 CHECKOUT = "KVTRAIN_TRANSFORMERS_TESTS"
 SECONDS = 240
@@ -26,8 +28,7 @@ SECONDS = 240
 
 def cache_folder() -> Path:
     """Where the tests of the installed version are kept, ``$KVTRAIN_CACHE/transformers-tests/<version>``."""
-    cache = Path(os.environ.get("KVTRAIN_CACHE", "~/.cache/kvtrain")).expanduser()
-    return cache / "transformers-tests" / transformers.__version__
+    return default_cache() / "transformers-tests" / transformers.__version__
 
 
 def checkout() -> Path | None:
