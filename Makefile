@@ -5,10 +5,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvtrain-installed
 EXTRAS := $(VENV)/.kvtrain-extras-installed
-FAST   := not slow and not distributed and not gpu and not soak
+FAST   := not roads and not slow and not gpu and not soak
+ROADS  := roads and not slow and not gpu and not soak
+
+# Tests share WORKERS processes, file by file, in the order that tests/conftest.py gives.
+WORKERS ?= 2
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all soak lint format bench clean
+.PHONY: help setup quickstart test test-roads test-all soak lint format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,10 +24,13 @@ quickstart: setup ## Retrofit the packaged model, export it, measure it, generat
 	$(BIN)/python -m kvtrain.quickstart
 
 test: setup ## The tests that run anywhere in minutes
-	$(BIN)/python -m pytest -m "$(FAST)"
+	$(PYTEST) -m "$(FAST)"
 
-test-all: $(EXTRAS) ## Also the long and the multi-process tests, and those for a GPU where there is one
-	$(BIN)/python -m pytest -m "not soak"
+test-roads: $(EXTRAS) ## What gates a change too and takes longer: several processes, other libraries' trainers and suites
+	$(PYTEST) -m "$(ROADS)"
+
+test-all: $(EXTRAS) ## Everything, in full grids, on new random examples, and for a GPU where there is one
+	$(PYTEST) --hypothesis-profile=random -m "not soak"
 
 soak: $(EXTRAS) ## The endurance tests, for hours
 	$(BIN)/python -m pytest -m soak
@@ -64,5 +72,5 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,wandb]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,interop,wandb]'
 	@touch $@

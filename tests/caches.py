@@ -62,3 +62,9 @@ CACHES: dict[str, Entry] = {
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),
 }
+# The first of each method, without its variants.
+MAIN = tuple({name.split("_")[0]: name for name in reversed(CACHES)}.values())
+
+# Every cache in every family; and every cache in one family, and every family with one cache.
+PAIRS = [(name, family) for name, entry in CACHES.items() for family in entry.families]
+SOME_PAIRS = [(name, family) for name, family in PAIRS if name == "dmc" or family == "llama"]

@@ -1,5 +1,6 @@
 """Every recipe parses, builds without weights, and says what it is for."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,24 @@ from kvtrain.mistakes import UsageError
 from kvtrain.recipes import describe, list_recipes, nearest_recipe, read_recipe_file, recipes_folder, shown
 from kvtrain.training.cli import read_recipe
 from kvtrain.training.estimate import estimate
+from tests.thinning import thinned
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+TINY = [path for path in RECIPES if path.parent.name == "tiny"]
+SOME = ("dmc", "duo", "gqa", "lckv", "listops", "pretrain", "transnormer_t1")  # one a module that trains
 FEWEST = 2
 
 
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@cache
+def built(path):
+    """The recipe's modules, which tests only look at."""
+    return read_recipe(["--config", str(path)])
 
 
 def skeleton_at_hand(recipe):
@@ -36,19 +46,25 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_builds_its_modules(path):
-    recipe = read_recipe(["--config", str(path)])
+    recipe = built(path)
     assert 0 < recipe.trainer["max_steps"] <= recipe.module.schedule.total_steps
     assert recipe.trainer["default_root_dir"].startswith("runs/")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_s_model_builds_without_weights(path):
-    recipe = read_recipe(["--config", str(path)])
-    model = skeleton_at_hand(recipe)
+    model = skeleton_at_hand(built(path))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    if path.parent.name == "tiny":  # rehearsing a step of billions of parameters takes its time
-        figures = estimate(recipe.module, batch_size=1, sequence_length=64, precision=recipe.trainer["precision"])
-        assert figures.parameters > 100_000
+
+
+@pytest.mark.parametrize(
+    "path", thinned(TINY, [path for path in TINY if path.stem in SOME]), ids=lambda path: path.stem
+)
+def test_a_recipe_can_be_estimated(path):
+    """A tiny one: rehearsing a step of billions of parameters takes its time."""
+    recipe = built(path)
+    figures = estimate(recipe.module, batch_size=1, sequence_length=64, precision=recipe.trainer["precision"])
+    assert figures.parameters > 100_000
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -153,6 +153,8 @@ class KVTrainMixin(CachedLanguageModel):
     """What a retrofitted model can do that its host cannot; mixed in before the host's class."""
 
     config: KVTrainConfig
+    # The host's attention is gone, and with it the choice of another one; trainers and suites ask for these.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
 
     def __init__(self, config: KVTrainConfig) -> None:
         host_config, method = config.host_config, config.method

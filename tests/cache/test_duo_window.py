@@ -42,7 +42,7 @@ class ShiftBuffer:
         return [*self.first, *self.latest]
 
 
-@settings(derandomize=True, deadline=None, max_examples=40, database=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_ring_is_a_shift_buffer_in_another_order(data):
     """Rows of any length, in chunks of any size with padding before them; attention does not ask for the order."""

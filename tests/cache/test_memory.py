@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.roads
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_compressed_cache_occupies_less_than_a_third():
     """8,192 tokens at 4 tokens a slot: at most 0.3 of the host's own cache, by its account and the process'."""

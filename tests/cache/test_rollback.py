@@ -166,7 +166,7 @@ class RollbackMachine(RuleBasedStateMachine):
 
 def _machine(kind, slack=SLACK):
     machine = type(f"RollbackMachine_{kind}_{slack}", (RollbackMachine,), {"kind": kind, "slack": slack})
-    machine.TestCase.settings = settings(max_examples=25, stateful_step_count=16, deadline=None, derandomize=True)
+    machine.TestCase.settings = settings(max_examples=25, stateful_step_count=16)
     return machine.TestCase
 
 

@@ -14,7 +14,7 @@ from kvtrain.cache.state import StateStore
 from .test_conformance import reachable_bytes
 
 MOST_ROWS = 6
-RUN = settings(max_examples=80, stateful_step_count=20, deadline=None, derandomize=True)
+RUN = settings(max_examples=80, stateful_step_count=20)
 
 
 class RowMachine(RuleBasedStateMachine):

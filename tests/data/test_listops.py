@@ -24,7 +24,7 @@ from kvtrain.data.listops import (
 )
 from kvtrain.data.packing import IGNORE_INDEX
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+PROPERTY = settings(max_examples=25)
 SMALL = ListOpsTask(max_depth=5, max_arguments=5, shortest=10, longest=60)
 PAPER = "[MAX 4 3 [MIN 2 3 ] 1 0 [MEDIAN 1 5 8 9 2 ] ]"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvtrain.data.loader import PackedLoader
 from kvtrain.data.packing import IGNORE_INDEX, PackedRows
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=40, database=None)
+PROPERTY = settings(max_examples=40)
 LENGTH = 6
 
 

@@ -17,7 +17,7 @@ from kvtrain.data.shards import TokenShards
 
 from .conftest import fill
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=20, database=None)
+PROPERTY = settings(max_examples=20)
 LENGTH, SIZE = 32, 500
 START, SPECIAL, MASK = 0, 1, 2  # of the text: how documents begin and end, what is inside some, and what hides
 MASKING = Masking(MASK, frozenset({START, SPECIAL}), SIZE)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtrain.data.packing import IGNORE_INDEX, PackedRows
 from kvtrain.data.shards import ShardWriter, TokenShards
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+PROPERTY = settings(max_examples=60)
 NAMES = ("input_ids", "position_ids", "document_ids", "labels")
 
 

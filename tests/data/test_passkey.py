@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.data.passkey import WORDS, PasskeyTask, PasskeyWriter, copy_sample, passkey_texts
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=40, database=None)
+PROPERTY = settings(max_examples=40)
 BOOK = 10**6  # tokens of the haystack begin here, where no tokenizer's do
 HAYSTACK = np.arange(BOOK, BOOK + 50_000)
 NUMBERS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]

@@ -18,7 +18,7 @@ from kvtrain.data.tokenizer import load_tokenizer
 
 from .conftest import fill
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+PROPERTY = settings(max_examples=25)
 # Tokens of the training text and of the held-out one, which no tokenizer has.
 TEXT, HELDOUT = range(10**6, 10**6 + 6000), range(2 * 10**6, 2 * 10**6 + 3000)
 LONGEST, BATCH = 256, 2

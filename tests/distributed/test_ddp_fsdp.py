@@ -7,7 +7,7 @@ from .launch import launch
 from .plain_worker import CASES, gates, gradients
 from .runs import assert_same_gates, assert_same_run, duo_run, lckv_run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.roads, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

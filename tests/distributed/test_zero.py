@@ -11,7 +11,7 @@ from .runs import LEARNING_RATE, assert_same_gates, assert_same_run, dmc_run, du
 CLIP = 0.5  # between a quarter of the gradient's norm and the whole, so that dividing it twice would show
 
 pytestmark = [
-    pytest.mark.distributed,
+    pytest.mark.roads,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(not DEEPSPEED_INSTALLED, reason="needs DeepSpeed: pip install kvtrain[deepspeed]"),
 ]

@@ -1,24 +1,19 @@
-"""The whole road in real processes: fit, SIGKILL, resume to the same bits, export, open elsewhere, generate."""
+"""The whole road in processes of its own: fit, SIGKILL, resume to the same bits, export, open elsewhere, generate."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import kvtrain
+from kvtrain import run_folder
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.metrics import read_metrics
 from tests.hosts import make_host
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import KVTRAIN, Forked, Fresh, kill_when, run
+from tests.training.small_runs import write_place
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ ROADS = {
         {"gates": 8},
         (3,),
         settings={"sink": 2, "recent": 8},
-        data={"task": {"passkeys": 1, "words": 2}, "shortest": 112},
+        data={"task": {"passkeys": 1, "words": 2}, "shortest": 112, "sequence_length": 128},
     ),
     "transnormer": Road(
         "transnormer_t1",
@@ -73,29 +68,27 @@ ROADS = {
 }
 
 
-@pytest.fixture(params=list(ROADS))
-def road(request):
-    return ROADS[request.param]
+OPEN = """
+import json, sys, torch, kvtrain
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+out = model.generate(torch.arange(5, 45)[None], max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+print(json.dumps([type(model).__name__, out.sequences[0].tolist(), out.past_key_values.kv_bytes()]))
+"""
 
 
-@pytest.fixture
-def base(road, tmp_path):
-    folder = tmp_path / "base"
+def save_base(road, folder):
     host = make_host("llama", dtype=torch.float32, layers=road.layers, vocab_size=4096, tie_word_embeddings=True)
     host.save_pretrained(folder)
     load_tokenizer("kvtrain:tiny").save_pretrained(folder)
-    return folder
+    write_place(folder)
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "kvtrain_cli", *map(str, arguments)]
-
-
-def fit_command(road, base, run, resume=False):
+def fit_arguments(road, base, folder, resume=False):
     curve = {"learning_rate": 1e-3, "final_learning_rate": 1e-4, "initial_learning_rate": 0, "decay_steps": None}
     phases = [{"name": name, "steps": steps, "warmup_steps": 0, **curve} for name, steps in road.phases.items()]
     settings = {
-        "trainer.default_root_dir": run,
+        "trainer.default_root_dir": folder,
         "trainer.max_steps": road.steps,
         "trainer.checkpoint_every": 3,
         "trainer.log_every_n_steps": 1,
@@ -103,9 +96,12 @@ def fit_command(road, base, run, resume=False):
         "trainer.accumulate_grad_batches": 2,
         "trainer.num_threads": 1,
         "model.init_args.phases": json.dumps(phases),
-        "data.sequence_length": 128,
-        "data.batch_size": 4,
-        "data.validation_rows": 4,
+        "data.corpus": base / "train.jsonl",
+        "data.validation_corpus": base / "held.jsonl",
+        "data.cache_dir": base / "cache",
+        "data.sequence_length": 64,
+        "data.batch_size": 2,
+        "data.validation_rows": 2,
     }
     part = "method" if road.opens.startswith("KV") else "config"
     if part == "method":
@@ -116,79 +112,54 @@ def fit_command(road, base, run, resume=False):
         settings["data.init_args.tokenizer"] = base
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]
     resuming = ["--ckpt_path", "last"] if resume else []
-    return command("fit", "--config", ROOT / f"recipes/tiny/{road.recipe}.yaml", *options, *resuming)
+    return [str(word) for word in ("fit", "--config", f"recipes/tiny/{road.recipe}.yaml", *options, *resuming)]
 
 
-def run(arguments, **settings):
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True, **settings)
-
-
-@contextmanager
-def beside(arguments, log):
-    """Run a command next to what the block does; at its end the command must have succeeded."""
-    with log.open("w") as file:
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        yield
-        assert process.wait(timeout=280) == 0, log.read_text()[-3000:]
-    finally:
-        process.kill()
-
-
-def weights(run_folder, steps):
-    checkpoint = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
+def weights(folder, steps):
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps
     return checkpoint["state_dict"]
 
 
-def kill_after(arguments, run_folder, step):
-    """Start a run and kill it, without mercy, once a checkpoint of at least ``step`` steps exists."""
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        saved = [int(path.stem.split("-")[1]) for path in run_folder.glob("checkpoints/step-*.ckpt")]
-        if max(saved, default=0) >= step:
-            break
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+def has_saved(folder, step):
+    """Whether a checkpoint of at least so many steps exists."""
+    return any(run_folder.step_of(path) >= step for path in folder.glob("checkpoints/step-*.ckpt"))
 
 
-def test_the_road(road, base, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with beside(fit_command(road, base, whole), tmp_path / "whole.log"):
-        for number, step in enumerate(road.kills):
-            kill_after(fit_command(road, base, killed, resume=number > 0), killed, step)
-        run(fit_command(road, base, killed, resume=True))
-    expected, resumed = weights(whole, road.steps), weights(killed, road.steps)
-    assert expected.keys() == resumed.keys()
+def assert_same_run(road, resumed, whole):
+    """The same bits in the weights and in all metrics that time has no part in."""
+    expected, found = weights(whole, road.steps), weights(resumed, road.steps)
+    assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, resumed[name]), name
+        assert torch.equal(tensor, found[name]), name
     # A kill between a checkpoint and its step's row of metrics loses that row, and nothing else.
-    rows = [{int(row["step"]): row for row in read_metrics(path)} for path in (whole, killed)]
+    rows = [{int(row["step"]): row for row in read_metrics(path)} for path in (whole, resumed)]
     assert len(rows[0]) == road.steps and len(rows[1]) >= road.steps - len(road.kills)
     for step, row in rows[1].items():
         for name in COMPARED & row.keys():
             assert row[name] == rows[0][step][name], (step, name)
 
-    exported = tmp_path / "exported"
-    run(command("export", killed, exported))
-    program = (
-        "import sys, json, torch, kvtrain\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "ids = torch.arange(5, 45)[None]\n"
-        "out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)\n"
-        "cache = out.past_key_values\n"
-        "print(json.dumps([type(model).__name__, out.sequences[0].tolist(), cache.kv_bytes()]))\n"
-    )
-    opened = run([sys.executable, "-c", program, str(exported)]).stdout.splitlines()[-1]
-    name, sequence, kv_bytes = json.loads(opened)
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [*((name, Forked) for name in ROADS), pytest.param("dmc", Fresh, marks=pytest.mark.roads)],
+)
+def test_the_road(name, start, tmp_path):
+    road, base, whole, killed = ROADS[name], *(tmp_path / folder for folder in ("base", "whole", "killed"))
+    log = tmp_path / "log"
+    save_base(road, base)
+    run(start, KVTRAIN, fit_arguments(road, base, whole), log)
+    for number, step in enumerate(road.kills):
+        arguments = fit_arguments(road, base, killed, resume=number > 0)
+        kill_when(lambda step=step: has_saved(killed, step), start, KVTRAIN, arguments, log)
+        for checkpoint in run_folder.step_files(killed):  # what has its name is whole
+            assert torch.load(checkpoint, weights_only=True)["global_step"] == run_folder.step_of(checkpoint)
+    run(start, KVTRAIN, fit_arguments(road, base, killed, resume=True), log)
+    assert_same_run(road, killed, whole)
+
+    exported = str(tmp_path / "exported")
+    run(start, KVTRAIN, ["export", str(killed), exported], log)
+    name, sequence, kv_bytes = json.loads(run(start, OPEN, [exported], log).splitlines()[-1])
     assert name == road.opens and len(sequence) == 48 and kv_bytes > 0
-
-    import kvtrain
-
-    model = kvtrain.load(str(exported))
-    ids = torch.arange(5, 45)[None]
-    assert model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist() == sequence
+    again = kvtrain.load(exported).generate(torch.arange(5, 45)[None], max_new_tokens=8, do_sample=False)
+    assert again[0].tolist() == sequence

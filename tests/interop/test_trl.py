@@ -1,5 +1,7 @@
 """TRL's trainers: supervised tuning on packed rows, preferences, and learning from samples of its own."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -45,17 +47,15 @@ def host_of(layers=2):
 
 def sft_loss(model, tokenizer, folder, **options):
     """Logged loss of one step over all texts."""
-    arguments = trl.SFTConfig(output_dir=str(folder), max_length=64, **{**COMMON, "max_steps": 1, **options})
+    arguments = trl.SFTConfig(output_dir=str(folder), **{**COMMON, "max_length": 64, **options})
     data = Dataset.from_dict({"text": TEXTS})
     trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-    with torch.no_grad():
-        trainer.model.eval()
     losses = []
     compute = trainer.compute_loss
 
     def record(*args, **kwargs):
         loss = compute(*args, **kwargs)
-        losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
         return loss
 
     trainer.compute_loss = record
@@ -63,7 +63,9 @@ def sft_loss(model, tokenizer, folder, **options):
     return losses[0]
 
 
-@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True}], ids=["packing", "padding_free"])
+@pytest.mark.parametrize(
+    "options", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=["packing", "padding_free"]
+)
 def test_packed_rows_have_the_hosts_loss(options, tokenizer, tmp_path):
     """The host keeps documents apart by their positions."""
     host = host_of()
@@ -82,21 +84,28 @@ def test_packing_is_no_packing(name, tokenizer, tmp_path):
             layer.dropout = 0.0
     every = {"per_device_train_batch_size": len(TEXTS)}
     apart = sft_loss(model, tokenizer, tmp_path, **every)
-    together = sft_loss(model, tokenizer, tmp_path, padding_free=True, **every)
+    together = sft_loss(model, tokenizer, tmp_path, padding_free=True, max_length=None, **every)
     assert together == pytest.approx(apart, abs=1e-5)
 
 
-def test_preferences(tokenizer, tmp_path):
-    """A step of DPO, whose loss at equal models is log 2."""
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [(kvtrain.Full(), 1e-4), (kvtrain.DMC(init_bias=0.0), 0.02)], ids=["full", "dmc"]
+)
+def test_preferences(method, tolerance, tokenizer, tmp_path):
+    """A step of DPO, whose loss at equal models is log 2; DMC's decisions are soft in the one that trains."""
     rows = {"prompt": ["import os"] * 4, "chosen": ["\nimport sys\n"] * 4, "rejected": ["\nprint(1)\n"] * 4}
     arguments = trl.DPOConfig(output_dir=str(tmp_path), max_length=64, **COMMON)
-    model = kvtrain.retrofit(host_of(), kvtrain.DMC(init_bias=0.0))
+    model = kvtrain.retrofit(host_of(), method)
     trainer = trl.DPOTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses == [pytest.approx(0.6931, abs=1e-3)]
+    assert losses == [pytest.approx(0.6931, abs=tolerance)]
 
 
 @pytest.mark.parametrize("method", [kvtrain.Full(), kvtrain.DMC(init_bias=0.0)], ids=lambda m: m.name)

@@ -15,7 +15,7 @@ from kvtrain.kernels.attention import attention, merge_attention
 from .attention_cases import Case, assert_same, cases, make_case
 from .tensor_sizes import TensorSizes
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=250, database=None)
+PROPERTY = settings(max_examples=250)
 FEW = settings(PROPERTY, max_examples=30)
 INF = float("inf")
 

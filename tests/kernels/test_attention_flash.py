@@ -16,7 +16,7 @@ from kvtrain.kernels.visibility import Visibility
 
 from .attention_cases import Case, assert_same, make_case
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=200, database=None)
+PROPERTY = settings(max_examples=200)
 INF = float("inf")
 ON_GPU = attention_flash._on_gpu
 

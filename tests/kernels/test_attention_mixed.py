@@ -10,7 +10,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.models.serving import parallel_positions
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=120, database=None)
+PROPERTY = settings(max_examples=120)
 
 
 def leaves(seed: int, rows: int, heads: int, groups: int, length: int, dim: int = 4, dtype=torch.float64):

@@ -9,7 +9,7 @@ from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 
 from .tensor_sizes import TensorSizes
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+PROPERTY = settings(max_examples=60)
 
 
 def problem(

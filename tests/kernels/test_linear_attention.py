@@ -118,7 +118,7 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, options
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(call=calls(), chunk_size=st.integers(1, 24))
 def test_chunks_recurrence_and_definition_are_one(call: tuple[dict[str, Tensor], dict[str, Any]], chunk_size: int):
     tensors, options = call
@@ -127,7 +127,7 @@ def test_chunks_recurrence_and_definition_are_one(call: tuple[dict[str, Tensor],
     assert_same(run(linear_attention_reference, tensors, **options), expected)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(call=calls(), chunk_size=st.integers(1, 24))
 def test_both_ways_is_either_way_less_the_diagonal(call: tuple[dict[str, Tensor], dict[str, Any]], chunk_size: int):
     tensors, options = call

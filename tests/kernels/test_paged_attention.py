@@ -14,7 +14,7 @@ from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
 
 from .tensor_sizes import TensorSizes
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=120, database=None)
+PROPERTY = settings(max_examples=120)
 BACKENDS = ["flash_cpu", "chunked"]
 GARBAGE = 1e6  # in free pages and unused slots
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvtrain.kernels.quantisation import dequantise, packed_channels, packed_width, quantise
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=150, database=None)
+PROPERTY = settings(max_examples=150)
 BITS = [8, 4]
 LARGEST = 65504.0  # of float16
 

@@ -14,7 +14,7 @@ from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.serving import parallel_positions
 from tests.hosts import make_host, random_ids
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=20, database=None)
+PROPERTY = settings(max_examples=20)
 TOLERANCE = 1e-9  # float64
 
 

@@ -12,7 +12,7 @@ import kvtrain
 from kvtrain.models.duo.attention import DuoStep
 from tests.hosts import FAMILIES, make_host, random_ids
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+PROPERTY = settings(max_examples=25)
 SINK, RECENT, LENGTH = 2, 5, 21
 # Fractions on both sides of one half, and both ends: two layers of two key-value heads.
 FRACTIONS = torch.tensor([[0.1, 0.85], [0.0, 0.55]])

@@ -23,7 +23,7 @@ from kvtrain.models.duo.gates import (
 from tests.hosts import make_host, random_ids
 from tests.models.test_duo_forms import FRACTIONS, LENGTH, Dense, close, gated, gates_for, host_of, rounded, states
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+PROPERTY = settings(max_examples=60)
 
 # Which heads are full.
 

@@ -12,7 +12,7 @@ from kvtrain.cache.paged import PagedStore
 from tests.hosts import random_ids
 from tests.models.test_duo_forms import FRACTIONS, RECENT, SINK, Dense, close, gated, gates_for, host_of, rounded
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=20, database=None)
+PROPERTY = settings(max_examples=20)
 FULL_HEADS = ((1,), (), (0, 1))
 # Sinks and latest tokens; rings that wrap at every token, at a page's end and in its middle.
 WINDOWS = [(2, 5), (0, 3), (3, 1), (0, 1), (4, 4), (1, 6)]

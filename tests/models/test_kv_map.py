@@ -96,7 +96,7 @@ def any_map(draw):
     return KVMap(tuple(sources), tuple(sliding))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(any_map())
 def test_any_map_is_read_as_it_is_written_and_runs_in_order(kv_map):
     with warnings.catch_warnings():

@@ -55,7 +55,7 @@ def test_packed_documents_are_rows_alone(variant, causal, norm, told):
 
 @VARIANTS
 @WAYS
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_documents_of_any_lengths(variant, causal, data):
     """With decay, in chunks' order of lengths or not, and positions that need no learning."""

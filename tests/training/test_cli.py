@@ -4,9 +4,6 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,9 @@ from kvtrain import run_folder
 from kvtrain.cli import main
 from kvtrain.help import FOLDER
 from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
+from tests.thinning import thinned
 
-from .small_runs import ROOT, STEPS, acting, fit, recipe_text, refused, steps_saved
+from .small_runs import STEPS, acting, fit, recipe_text, refused, steps_saved
 
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # what two equal runs do not share
 
@@ -42,14 +40,11 @@ def whole(place, tmp_path_factory):
     return folder / "run"
 
 
-def assert_same_run(run: Path, whole: Path, lost_rows: int = 0) -> None:
+def assert_same_run(run: Path, whole: Path) -> None:
     ours, theirs = weights(run), weights(whole)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    rows = metrics(run)
-    steps = {row["step"] for row in rows}
-    assert len(metrics(whole)) - len(rows) <= lost_rows
-    assert rows == [row for row in metrics(whole) if row["step"] in steps]
+    assert metrics(run) == metrics(whole)
 
 
 def test_every_option_on_the_page_exists(recipe):
@@ -108,7 +103,7 @@ def test_the_opening_line_says_what_trains(recipe, capsys):
         assert foreign not in words
 
 
-@pytest.mark.parametrize("batch", [3, 7, 10, 17])
+@pytest.mark.parametrize("batch", thinned([3, 7, 10, 17], [3, 10]))
 def test_a_crash_costs_nothing(recipe, whole, batch):
     with pytest.raises(RuntimeError, match="planted"):
         fit(recipe, *acting("crash", batch))
@@ -117,7 +112,7 @@ def test_a_crash_costs_nothing(recipe, whole, batch):
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("batch", [4, 9, 20])
+@pytest.mark.parametrize("batch", thinned([4, 9, 20], [4, 9]))
 def test_sigterm_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, batch):
     before = signal.getsignal(signal.SIGTERM)
     assert fit(recipe, *acting(int(signal.SIGTERM), batch)) == 143
@@ -163,33 +158,6 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(recipe, whole, capsys):
     assert_same_run(recipe.parent / "run", whole)
 
 
-@pytest.mark.timeout(600)  # a fresh process on a machine that may be busy
-def test_kill_leaves_a_run_that_goes_on(place, tmp_path):
-    steps = 30
-    for name in ("killed", "whole"):
-        text = recipe_text(place, tmp_path / name, steps).replace("checkpoint_every: 3", "checkpoint_every: 1")
-        (tmp_path / f"{name}.yaml").write_text(text)
-    command = [sys.executable, "-m", "kvtrain", "fit", "--config", str(tmp_path / "killed.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 400
-    while max(steps_saved_so_far(tmp_path / "killed"), default=0) < 7 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    last = run_folder.last_checkpoint(tmp_path / "killed")
-    assert 6 <= run_folder.step_of(last) < steps
-    assert torch.load(last, weights_only=True)["global_step"] == run_folder.step_of(last)
-    assert fit(tmp_path / "killed.yaml", "--ckpt_path", "last") == 0
-    assert fit(tmp_path / "whole.yaml") == 0
-    # A kill between a checkpoint and its step's row of metrics loses that row, and nothing else.
-    assert_same_run(tmp_path / "killed", tmp_path / "whole", lost_rows=1)
-
-
-def steps_saved_so_far(run: Path) -> list[int]:
-    return [run_folder.step_of(path) for path in (run / "checkpoints").glob("step-*.ckpt")]
-
-
 def snapshot(run: Path) -> dict[str, tuple[int, int]]:
     files = [path for path in run.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
@@ -232,17 +200,19 @@ def test_going_on_with_another_recipe_warns(recipe, whole, capsys, tmp_path):
     assert (config["data"]["init_args"]["seed"], config["ckpt_path"]) == (6, None)
 
 
-def test_another_number_of_threads_warns(recipe, capsys):
-    current = torch.get_num_threads()
-    try:
-        assert fit(recipe, "--trainer.max_steps", "3", "--trainer.num_threads", "1") == 0
-        assert torch.get_num_threads() == 1
-        torch.set_num_threads(2)
-        capsys.readouterr()
-        assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
-    finally:
-        torch.set_num_threads(current)
+def test_another_number_of_threads_warns(recipe, capsys, monkeypatch):
+    assert fit(recipe, "--trainer.max_steps", "3", "--trainer.num_threads", "1") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
     assert "trained on 1 CPU threads and goes on with 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("2", 2)])
+def test_a_run_takes_the_threads_that_it_is_given(recipe, asked, threads):
+    """Of a single step, for threads that wait for each other are a burden on busy cores."""
+    assert fit(recipe, "--trainer.max_steps", "1", "--trainer.num_threads", asked) == 0
+    assert torch.get_num_threads() == threads
 
 
 def test_a_damaged_checkpoint_is_named_with_another_to_try(recipe, whole, capsys):

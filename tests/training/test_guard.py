@@ -182,7 +182,7 @@ def one_process(rows, tmp_path_factory):
     }
 
 
-@pytest.mark.distributed
+@pytest.mark.roads
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "stage",

@@ -128,6 +128,7 @@ linux = pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux' account of
 
 
 @linux
+@pytest.mark.roads
 def test_a_training_takes_the_memory_that_was_foretold(tmp_path):
     check_against_a_process(tmp_path, "dmc", "bf16-mixed", False, rows=12)
 
