@@ -32,7 +32,6 @@ CHOOSE_ATTENTION = (
     "test_eager_padding_matches_padding_free_with_position_ids",
     "test_generate_compilation_all_outputs",
     "test_retain_grad_hidden_states_attentions",
-    "test_sdpa_padding_matches_padding_free_with_position_ids",
     "test_sliding_window_mask",
 )
 
@@ -98,13 +97,6 @@ MODEL = (
         "use_reentrant=False",
         ("dmc", "lckv"),
         "test_training_gradient_checkpointing_use_reentrant_true",
-    ),
-    internals(
-        "the configuration is to name sdpa, and names the attention that there is",
-        "False is not true",
-        "tests/models/test_contract.py::test_another_attention_is_refused",
-        RETROFITS,
-        "test_sdpa_can_dispatch_non_composite_models",
     ),
     internals(
         "a choice of attention is to reach the host's configuration, and the model refuses any",

@@ -68,9 +68,8 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     @property
     def has_attentions(self) -> bool:
-        """Whether a test may ask for attention weights, or for transformers' attentions to compare."""
-        asks = self._testMethodName in ASK_FOR_WEIGHTS or "eager_matches_sdpa" in self._testMethodName
-        return self.subject == "host" or not asks
+        """Whether a test may ask for attention weights; one that does so on the way tests the rest without."""
+        return self.subject == "host" or self._testMethodName not in ASK_FOR_WEIGHTS
 
     def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[PreTrainedConfig, dict[str, Any]]:
         """Prompts without padding: what is generated would follow upon the padding on their right."""
