@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-roads test-all soak lint format bench clean
+.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,10 @@ test: setup ## The tests that run anywhere in minutes
 
 test-roads: $(EXTRAS) ## What gates a change too and takes longer: several processes, other libraries' trainers and suites
 	$(PYTEST) -m "$(ROADS)"
+	$(BIN)/python -m tests.versions newest
+
+test-versions: setup ## Named tests under the oldest, the pinned and the newest tested versions, and today's
+	$(BIN)/python -m tests.versions
 
 test-all: $(EXTRAS) ## Everything, in full grids, on new random examples, and for a GPU where there is one
 	$(PYTEST) --hypothesis-profile=random -m "not soak"

@@ -79,9 +79,8 @@ def perplexity(
             A document's first window scores all. None leaves no overlap.
         limit: Windows to read; None reads all.
         chunk: Tokens fed at a time; 1 decodes. None feeds a position bucket (a sixteenth of a window), and more
-            than that is never fed at once. The figures do not depend on it, with two exceptions: where layers
-            iterate, decoding is exact and reading a prompt is not quite; and with ``kv_bits``, tokens that are fed
-            together see each other unquantised, so smaller chunks cost slightly more, and 1 is what generation pays.
+            than that is never fed at once. The figures do not depend on it, with one exception: where layers
+            iterate, decoding is exact and reading a prompt is not quite.
 
     Raises:
         ValueError: The corpus cannot be read or holds no text, or a length is out of range.
@@ -154,7 +153,7 @@ def _pad(windows: list[_Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
 def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_Tally") -> None:
     """Read a batch of windows into a cache, and look at the cache wherever a bucket ends."""
     ids, mask, targets = (tensor.to(model.device) for tensor in _pad(batch, padding))
-    cache, head = model.make_cache(), model.get_output_embeddings().weight
+    cache, head = model.make_cache(), model.get_output_embeddings()
     for bucket, begin, end in tally.spans(ids.shape[1]):
         for first in range(begin, end, chunk):
             columns = slice(first, min(first + chunk, end))

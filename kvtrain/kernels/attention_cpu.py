@@ -24,15 +24,15 @@ from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.flash_cpu import flash, flash_backward
 from kvtrain.kernels.slices import row_slices
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
 _HIDDEN = -1e30
 _NARROW = 4
+
+_QKV = tuple[Tensor, Tensor, Tensor]  # query, key and value
 
 
 def flash_cpu_can_run(
@@ -155,7 +155,7 @@ def _attend(tensors: list[Any], visibility: Visibility, scale: float) -> tuple[T
     query, key, value, bias = tensors
     mask = _mask(query, visibility)
     if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
-        return *_flash(query, key, value, 0.0, True, attn_mask=mask, scale=scale), None
+        return *flash(query, key, value, causal=True, mask=mask, scale=scale), None
     output, lse = _strict(query, key, value, bias, mask, scale)
     if visibility.diagonal == "closed":
         return output, lse, None
@@ -168,10 +168,8 @@ def _gradients(saved: list[Any], grad_output: Tensor, visibility: Visibility, sc
     query, key, value, bias, output, lse, own = saved
     mask = _mask(query, visibility)
     if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
-        grads = _flash_backward(
-            grad_output, query, key, value, output, finite(lse), 0.0, True, attn_mask=mask, scale=scale
-        )
-        return [*grads, None]
+        known = (query, key, value, output, finite(lse))
+        return [*flash_backward(grad_output, *known, causal=True, mask=mask, scale=scale), None]
     grads = _strict_backward(grad_output, query, key, value, bias, mask, output, lse, scale)
     if own is not None:
         _add_own_backward(grads, grad_output, query, key, value, output, torch.exp(own - lse), scale)
@@ -188,7 +186,7 @@ def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
     return lse.masked_fill(empty, float("-inf"))
 
 
-def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> _QKV:
     """Carry the bias as the last channel of query and key; the value is padded because the kernel wants one D."""
     if bias is None:
         return query, key, value
@@ -205,7 +203,7 @@ def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 
 def _shifted(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+) -> tuple[_QKV, Tensor | None]:
     """Each query where the one before it stood, so that the causal diagonal is the strict one.
 
     The kernel is faster on whole tensors than on slices. The first query stands last, and what it finds is dropped.
@@ -219,7 +217,7 @@ def _strict(
 ) -> tuple[Tensor, Tensor]:
     """Attention to earlier keys alone; the first query sees none."""
     parts, mask = _shifted(query, key, value, bias, mask, scale)
-    output, lse = _flash(*parts, 0.0, True, attn_mask=mask, scale=scale)
+    output, lse = flash(*parts, causal=True, mask=mask, scale=scale)
     output, lse = output[..., : value.shape[-1]].roll(1, 2), _mark_empty(lse, mask).roll(1, 2)
     output[:, :, 0], lse[:, :, 0] = 0, float("-inf")
     return output, lse
@@ -243,7 +241,7 @@ def _strict_backward(
         grad, out = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (grad, out))
     lse = finite(lse).roll(-1, 2)
     lse[:, :, -1] = -_HIDDEN  # all weights of the query that is dropped are exp(-1e30)
-    grads = _flash_backward(grad, *parts, out, lse, 0.0, True, attn_mask=mask, scale=scale)
+    grads = flash_backward(grad, *parts, out, lse, causal=True, mask=mask, scale=scale)
     grad_bias = None
     if bias is not None:
         grad_bias = (grads[1][..., -1] / scale).to(bias.dtype)

@@ -18,9 +18,8 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_chunked import CHUNK_IN_WINDOW, chunked_backward
 from kvtrain.kernels.attention_cpu import flash_cpu_can_run
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.flash_cpu import flash_backward
 from kvtrain.kernels.visibility import Visibility
-
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def mixed_attention(
@@ -186,7 +185,7 @@ class _MixedOnCPU(torch.autograd.Function):
             grads = chunked_backward(saved, grad_near, grad_lse, visibility, ctx.scale, CHUNK_IN_WINDOW)[:3]
             slices = _far_slices(query, key, value, ctx.window, ctx.sink)
             full_lse, grad_full = torch.logaddexp(late_lse, far_lse), (share * late).to(query.dtype)
-            far = _flash_backward(grad_full, *slices, full, full_lse, 0.0, True, attn_mask=None, scale=ctx.scale)
+            far = flash_backward(grad_full, *slices, full, full_lse, causal=True, mask=None, scale=ctx.scale)
         for part, more in zip(_far_slices(*grads, ctx.window, ctx.sink), far, strict=True):
             part += more
         return *grads, grad_share, None, None, None

@@ -1,36 +1,35 @@
-"""Cross-entropy of a linear head without ever holding ``[tokens, vocabulary]`` logits."""
+"""Cross-entropy of a head without ever holding ``[tokens, vocabulary]`` logits."""
 
 import torch
 from torch import Tensor
 
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.head import Head, logits_by, matmul_dtype, weight_of
 from kvtrain.kernels.liger import LigerLinearCrossEntropy, takes_liger
-from kvtrain.kernels.linear_loss import linear_loss_sum, matmul_dtype
+from kvtrain.kernels.linear_loss import linear_loss_sum
 
 IGNORE_INDEX = -100
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024, backend: str = "auto"
+    hidden: Tensor, head: Head, targets: Tensor, *, chunk_size: int = 1024, backend: str = "auto"
 ) -> Tensor:
-    """Summed next-token loss of ``softmax(hidden @ weight.T)``, differentiable in both factors.
-
-    The gradients are computed in the forward pass, chunk by chunk, because the loss is a scalar.
+    """Summed next-token loss of a head's logits, differentiable in the hidden states and in all that the head has.
 
     Args:
         hidden: ``(N, D)``.
-        weight: ``(V, D)``, the rows of the language-model head.
+        head: Of the language model: its matrix ``(V, D)``, or the module.
         targets: ``(N,)`` token ids; ``-100`` counts nothing.
         chunk_size: Tokens whose logits exist at one time; Liger chooses by itself.
-        backend: ``"auto"``, ``"liger"`` or ``"torch"``.
+        backend: ``"auto"``, ``"liger"`` (of a matrix alone) or ``"torch"``.
 
     Raises:
         ValueError: There is not one target for each row of ``hidden``, or the backend cannot run this call.
     """
     _check_rows(hidden, targets)
-    dtype = matmul_dtype(hidden)
-    if not takes_liger("cross-entropy", backend, hidden, weight):
-        return linear_loss_sum(hidden, weight, CrossEntropy(targets), chunk_size=chunk_size)
+    dtype, weight = matmul_dtype(hidden), weight_of(head)
+    fast = takes_liger("cross-entropy", backend, hidden, *([] if weight is None else [weight]), fits=weight is not None)
+    if weight is None or not fast:
+        return linear_loss_sum(hidden, head, CrossEntropy(targets), chunk_size=chunk_size)
     _check_range(targets, weight.shape[0])
     if not torch.is_grad_enabled():  # an autograd function sees only what its inputs require
         hidden, weight = hidden.detach(), weight.detach()
@@ -39,12 +38,12 @@ def linear_cross_entropy_sum(
 
 
 @torch.no_grad()
-def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 1024) -> Tensor:
+def linear_token_losses(hidden: Tensor, head: Head, targets: Tensor, *, chunk_size: int = 1024) -> Tensor:
     """Loss of each token, ``(N,)`` in at least float32, without gradient; ignored targets get 0.
 
     Args:
         hidden: ``(N, D)``.
-        weight: ``(V, D)``, the rows of the language-model head.
+        head: Of the language model: its matrix ``(V, D)``, or the module.
         targets: ``(N,)`` token ids; ``-100`` counts nothing.
         chunk_size: Tokens whose logits exist at one time.
 
@@ -52,10 +51,9 @@ def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chun
         ValueError: There is not one target for each row of ``hidden``.
     """
     _check_rows(hidden, targets)
-    dtype = matmul_dtype(hidden)
-    head = weight.to(dtype)
+    logits = logits_by(head, hidden)
     losses = [
-        _token_losses(at_least_float32(part.to(dtype) @ head.T), target)
+        _token_losses(logits(part), target)
         for part, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     ]
     return torch.cat(losses)

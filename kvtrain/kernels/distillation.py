@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, CrossEntropy
-from kvtrain.kernels.dispatch import at_least_float32
-from kvtrain.kernels.linear_loss import WeightedSum, linear_loss_sum, matmul_dtype
+from kvtrain.kernels.head import Head, logits_by
+from kvtrain.kernels.linear_loss import WeightedSum, linear_loss_sum
 
 Direction = Literal["forward", "reverse"]
 
 
 class TeacherHead(NamedTuple):
-    """Where a teacher's logits come from: ``hidden @ weight.T``.
+    """Where a teacher's logits come from.
 
     Attributes:
         hidden: ``(N, D_t)``, or ``(B, T, D_t)`` on its way there.
-        weight: ``(V, D_t)``.
+        head: Its matrix ``(V, D_t)``, or the module.
     """
 
     hidden: Tensor
-    weight: Tensor
+    head: Head
 
 
 class MixedSum(NamedTuple):
@@ -40,7 +40,7 @@ class MixedSum(NamedTuple):
 
 def linear_kl_sum(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     teacher: TeacherHead,
     counted: Tensor,
     *,
@@ -48,14 +48,14 @@ def linear_kl_sum(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Summed divergence over the vocabulary, differentiable in the student's two factors.
+    """Summed divergence over the vocabulary, differentiable in the student's hidden states and head.
 
     Both models' logits are divided by the temperature ``T`` and the divergence is multiplied by ``T^2``, so that
     its gradient keeps its size (Hinton et al. 2015, section 2.1).
 
     Args:
         hidden: The student's, ``(N, D)``.
-        weight: The student's head, ``(V, D)``.
+        head: The student's, a matrix ``(V, D)`` or the module.
         teacher: The teacher's, without gradient.
         counted: ``(N,)`` tokens that count.
         direction: ``"forward"`` is ``KL(teacher || student)``, ``"reverse"`` is ``KL(student || teacher)``.
@@ -65,13 +65,13 @@ def linear_kl_sum(
     Raises:
         ValueError: Student and teacher differ in tokens or vocabulary.
     """
-    divergence = _divergence(hidden, weight, teacher, counted, direction, temperature)
-    return linear_loss_sum(hidden, weight, divergence, chunk_size=chunk_size)
+    divergence = _divergence(hidden, teacher, counted, direction, temperature)
+    return linear_loss_sum(hidden, head, divergence, chunk_size=chunk_size)
 
 
 def linear_mixed_sum(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     teacher: TeacherHead,
     targets: Tensor,
     *,
@@ -84,7 +84,7 @@ def linear_mixed_sum(
 
     Args:
         hidden: The student's, ``(N, D)``.
-        weight: The student's head, ``(V, D)``.
+        head: The student's, a matrix ``(V, D)`` or the module.
         teacher: The teacher's, without gradient.
         targets: ``(N,)`` token ids; ``-100`` counts nothing in either loss.
         divergence_weight: Share ``w`` of the divergence; cross-entropy, at temperature 1, has ``1 - w``.
@@ -95,17 +95,17 @@ def linear_mixed_sum(
     Raises:
         ValueError: Student and teacher differ in tokens or vocabulary.
     """
-    divergence = _divergence(hidden, weight, teacher, targets != IGNORE_INDEX, direction, temperature)
+    divergence = _divergence(hidden, teacher, targets != IGNORE_INDEX, direction, temperature)
     mixed = WeightedSum((divergence_weight, divergence), (1.0 - divergence_weight, CrossEntropy(targets)))
-    total = linear_loss_sum(hidden, weight, mixed, chunk_size=chunk_size)
+    total = linear_loss_sum(hidden, head, mixed, chunk_size=chunk_size)
     return MixedSum(total, *mixed.sums)
 
 
 def _divergence(
-    hidden: Tensor, weight: Tensor, teacher: TeacherHead, counted: Tensor, direction: Direction, temperature: float
+    hidden: Tensor, teacher: TeacherHead, counted: Tensor, direction: Direction, temperature: float
 ) -> "_KLDivergence":
-    if len(teacher.hidden) != len(hidden) or teacher.weight.shape[0] != weight.shape[0]:
-        raise ValueError("student and teacher must have the same tokens and the same vocabulary")
+    if len(teacher.hidden) != len(hidden):
+        raise ValueError(f"student and teacher must have the same tokens, not {len(hidden)} and {len(teacher.hidden)}")
     return _KLDivergence(teacher, counted, direction, temperature)
 
 
@@ -114,17 +114,26 @@ class _KLDivergence:
 
     def __init__(self, teacher: TeacherHead, counted: Tensor, direction: Direction, temperature: float) -> None:
         self.hidden = teacher.hidden.detach()
-        self.head = teacher.weight.detach().to(matmul_dtype(teacher.hidden))
+        self.teacher = logits_by(teacher.head, teacher.hidden)
         self.counted = counted.unsqueeze(-1)
         self.forward, self.temperature = direction == "forward", temperature
         self._teacher = self._student = self._token_losses = torch.zeros(0)
 
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
-        teacher = at_least_float32(self.hidden[rows].to(self.head.dtype) @ self.head.T).to(logits.dtype)
-        self._teacher, self._student = self._log_softmax(teacher), self._log_softmax(logits)
-        true, model = (self._teacher, self._student) if self.forward else (self._student, self._teacher)
-        self._token_losses = (true.exp() * (true - model)).sum(-1, keepdim=True)
-        return (self._token_losses * self.counted[rows]).sum() * self.temperature**2
+        teacher, student = self._teacher_log_softmax(logits, rows), self._log_softmax(logits)
+        true, model = (teacher, student) if self.forward else (student, teacher)
+        losses = (true.exp() * (true - model)).sum(-1, keepdim=True)
+        # Kept as constants: what leads back to a graph that refers to this object would never be freed.
+        self._teacher, self._student, self._token_losses = teacher, student.detach(), losses.detach()
+        return (losses * self.counted[rows]).sum() * self.temperature**2
+
+    @torch.no_grad()
+    def _teacher_log_softmax(self, logits: Tensor, rows: slice) -> Tensor:
+        teacher = self.teacher(self.hidden[rows]).to(logits.dtype)
+        if teacher.shape != logits.shape:
+            sizes = f"{logits.shape[-1]} and {teacher.shape[-1]} tokens"
+            raise ValueError(f"student and teacher must have the same vocabulary, not {sizes}")
+        return self._log_softmax(teacher)
 
     def gradient(self, logits: Tensor, rows: slice) -> Tensor:
         gradient = self._student.exp()

@@ -54,7 +54,7 @@ def scan_triton(
             final if state is None else state.float().contiguous(),  # something must stand where nothing is read
             final,
             final if slopes is None else slopes.float().contiguous(),
-            *((final,) * 3 if layout is None else (layout.counts, layout.segments, layout.valid.view(torch.uint8))),
+            *((final,) * 3 if layout is None else _by_rows(layout)),
             query.stride(),
             key.stride(),
             value.stride(),
@@ -74,6 +74,12 @@ def scan_triton(
             num_warps=8 if dim > 64 else 4,
         )
     return output, final
+
+
+def _by_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel reads of a layout, each row's tokens side by side: document ids may lie anyhow."""
+    valid = layout.valid.view(torch.uint8)
+    return layout.counts.contiguous(), layout.segments.contiguous(), valid.contiguous()
 
 
 def _block(channels: int) -> int:

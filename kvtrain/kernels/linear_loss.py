@@ -1,6 +1,7 @@
-"""Losses of a linear head, in chunks: ``[tokens, vocabulary]`` logits never exist.
+"""Losses of a head, in chunks: ``[tokens, vocabulary]`` logits never exist.
 
-The loss is a scalar, so its gradients are computed in the forward pass, while a chunk's logits are there.
+The loss is a scalar, so its gradients in a matrix are computed in the forward pass, while a chunk's logits are there.
+A head that is a module is left to autograd, and its logits are made again in the backward pass.
 """
 
 from typing import Any, Protocol
@@ -8,15 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.head import Head, logits_by, matmul_dtype, weight_of
 
 
 class Objective(Protocol):
     """A sum over tokens of a loss of their logits."""
 
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
-        """Summed loss of a chunk, from its logits ``(n, V)`` in at least float32."""
+        """Summed loss of a chunk, from its logits ``(n, V)`` in at least float32; differentiable."""
 
     def gradient(self, logits: Tensor, rows: slice) -> Tensor:
         """Gradient with respect to the logits, a new ``(n, V)``; called after ``loss`` of the same chunk."""
@@ -39,7 +42,7 @@ class WeightedSum:
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
         """Weighted sum of the objectives' losses."""
         losses = [objective.loss(logits, rows) for _, objective in self.terms]
-        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+        self.sums = [total + loss.detach() for total, loss in zip(self.sums, losses, strict=True)]
         return torch.stack([factor * loss for (factor, _), loss in zip(self.terms, losses, strict=True)]).sum()
 
     def gradient(self, logits: Tensor, rows: slice) -> Tensor:
@@ -50,27 +53,36 @@ class WeightedSum:
         return total
 
 
-def linear_loss_sum(hidden: Tensor, weight: Tensor, objective: Objective, *, chunk_size: int = 1024) -> Tensor:
-    """Sum an objective over the logits ``hidden @ weight.T``; differentiable in both factors.
+def linear_loss_sum(hidden: Tensor, head: Head, objective: Objective, *, chunk_size: int = 1024) -> Tensor:
+    """Sum an objective over the logits of a head; differentiable in the hidden states and in all that the head has.
 
     Args:
         hidden: ``(N, D)``.
-        weight: ``(V, D)``.
+        head: The matrix ``(V, D)``, or a module.
         objective: What is summed.
         chunk_size: Tokens whose logits exist at one time.
     """
+    weight = weight_of(head)
+    if weight is None:
+        return _module_loss_sum(hidden, head, objective, chunk_size)
     if not torch.is_grad_enabled():  # an autograd function sees only what its inputs require
         hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearLossSum.apply(hidden, weight, objective, matmul_dtype(hidden), chunk_size)  # type: ignore[no-untyped-call]
     return loss
 
 
-def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """What autocast would multiply in; an autograd function does not see it by itself."""
-    device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return hidden.dtype
-    return torch.get_autocast_dtype(device)
+def _module_loss_sum(hidden: Tensor, head: Head, objective: Objective, chunk_size: int) -> Tensor:
+    """By autograd; the arguments are those of ``linear_loss_sum``."""
+    logits = logits_by(head, hidden)
+
+    def chunk_loss(part: Tensor, rows: slice) -> Tensor:
+        return objective.loss(logits(part), rows)
+
+    loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for number, part in enumerate(hidden.split(chunk_size)):
+        rows = slice(number * chunk_size, (number + 1) * chunk_size)
+        loss = loss + checkpoint(chunk_loss, part, rows, use_reentrant=False)
+    return loss
 
 
 class _LinearLossSum(torch.autograd.Function):

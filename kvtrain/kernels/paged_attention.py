@@ -15,10 +15,9 @@ from torch.nn.functional import pad
 
 from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
+from kvtrain.kernels.flash_cpu import flash
 from kvtrain.kernels.quantisation import dequantise, packed_channels
 from kvtrain.kernels.visibility import finite, log_sum_exp
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 _RUN = 1024  # slots of one head that are copied at a time
 _SCRATCH = 4 * 2**20  # bytes of dequantised keys and values at a time, unless a single run takes more
@@ -194,7 +193,7 @@ def _attend_blocks(
     if chosen == "flash_cpu":
         mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
         mask = mask[:, None, None].expand(-1, -1, query.shape[2], -1)
-        output, lse = _flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        output, lse = flash(query, keys, values, causal=False, mask=mask, scale=scale)
     else:
         bias = torch.zeros(hidden.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
         bias = bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)

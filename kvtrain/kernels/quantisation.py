@@ -9,8 +9,11 @@ This keeps every channel within half a scale of what it was, and makes quantisin
 or wider give the same bytes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.dispatch import at_least_float32
 
@@ -91,6 +94,35 @@ def dequantise(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> 
     constants = packed[..., -_CONSTANTS:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(compute)
     scale, zero = constants.chunk(2, -1)
     return _codes(packed, bits).to(compute).mul_(scale).add_(zero).to(dtype)
+
+
+def read_back(states: Tensor, bits: int | None) -> Tensor:
+    """Vectors as they are read again once they have been kept in so many bits.
+
+    A gradient passes as if nothing had been rounded.
+
+    Args:
+        states: ``(..., D)``.
+        bits: 8 or 4; None keeps them as they are.
+
+    Raises:
+        ValueError: See ``packed_width``.
+    """
+    if bits is None:
+        return states
+    result: Tensor = _ReadBack.apply(states, bits)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ReadBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, bits: int) -> Tensor:
+        return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _codes(packed: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.distillation import Direction, TeacherHead, linear_kl_sum, linear_mixed_sum
+from kvtrain.kernels.head import Head
 
 Target = Literal["logits", "hidden"]
 
@@ -47,14 +48,14 @@ class Distillation:
 
 
 def distillation_sum(
-    hidden: Tensor, weight: Tensor, teacher: TeacherHead, targets: Tensor, settings: Distillation
+    hidden: Tensor, head: Head, teacher: TeacherHead, targets: Tensor, settings: Distillation
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss of a student that learns from a teacher.
 
     Args:
         hidden: The student's, ``(N, D)``.
-        weight: The student's head, ``(V, D)``.
-        teacher: The teacher's ``(N, D_t)`` and ``(V, D_t)``.
+        head: The student's, a matrix ``(V, D)`` or the module.
+        teacher: The teacher's ``(N, D_t)`` and head.
         targets: ``(N,)`` token ids; ``-100`` counts nothing.
         settings: What is minimised.
 
@@ -65,14 +66,14 @@ def distillation_sum(
         ValueError: Student and teacher differ in tokens or vocabulary.
     """
     if settings.of == "hidden":
-        return _hidden_sum(hidden, weight, teacher.hidden, targets, settings.weight)
+        return _hidden_sum(hidden, head, teacher.hidden, targets, settings.weight)
     direction, temperature = settings.direction, settings.temperature
     if settings.weight == 1.0:
         counted = targets != IGNORE_INDEX
-        return linear_kl_sum(hidden, weight, teacher, counted, direction=direction, temperature=temperature), {}
+        return linear_kl_sum(hidden, head, teacher, counted, direction=direction, temperature=temperature), {}
     mixed = linear_mixed_sum(
         hidden,
-        weight,
+        head,
         teacher,
         targets,
         divergence_weight=settings.weight,
@@ -83,7 +84,7 @@ def distillation_sum(
 
 
 def _hidden_sum(
-    hidden: Tensor, weight: Tensor, teacher: Tensor, targets: Tensor, share: float
+    hidden: Tensor, head: Head, teacher: Tensor, targets: Tensor, share: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As ``distillation_sum``, of hidden states."""
     if hidden.shape != teacher.shape:
@@ -95,6 +96,6 @@ def _hidden_sum(
     distance = (difference.square().mean(-1) * (targets != IGNORE_INDEX)).sum()
     if share == 1.0:
         return distance, {}
-    cross_entropy = linear_cross_entropy_sum(hidden, weight, targets)
+    cross_entropy = linear_cross_entropy_sum(hidden, head, targets)
     total = share * distance + (1.0 - share) * cross_entropy
     return total, {"divergence": distance.detach(), "cross_entropy": cross_entropy.detach()}

@@ -72,9 +72,10 @@ def _check_host(host: Any) -> None:
     Raises:
         ValueError: With the remedy.
     """
-    if hasattr(host, "merge_and_unload") or getattr(host, "_hf_peft_config_loaded", False):
-        raise ValueError("this model has adapters; retrofit what its merge_and_unload() (of peft.PeftModel) returns")
-    if not isinstance(host, PreTrainedModel):
+    is_model = isinstance(host, PreTrainedModel)
+    if hasattr(host, "merge_and_unload") or (is_model and any(".base_layer." in name for name in host.state_dict())):
+        raise ValueError("this model has adapters; retrofit what merge_and_unload() of its peft.PeftModel returns")
+    if not is_model:
         raise ValueError(f"a host is a transformers model with a language-model head, not a {type(host).__name__}")
     if isinstance(host.config, KVTrainConfig):
         raise ValueError("this model is retrofitted already; retrofit its host, or load it with kvtrain.load")

@@ -198,14 +198,14 @@ class CachedLanguageModel(_Decoder):
         distillation: Distillation,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts of ``targets (B, n)``, which stand where they are predicted."""
-        length, weight = targets.shape[1], self.lm_head.weight
+        length, head = targets.shape[1], self.lm_head
         hidden, targets = hidden[:, :length].flatten(0, 1), targets.flatten()
         parts: dict[str, Tensor] = {}
         if teacher is None:
-            total = linear_cross_entropy_sum(hidden, weight, targets)
+            total = linear_cross_entropy_sum(hidden, head, targets)
         else:
-            flat = TeacherHead(teacher.hidden[:, :length].flatten(0, 1), teacher.weight)
-            total, parts = distillation_sum(hidden, weight, flat, targets, distillation)
+            flat = TeacherHead(teacher.hidden[:, :length].flatten(0, 1), teacher.head)
+            total, parts = distillation_sum(hidden, head, flat, targets, distillation)
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
 

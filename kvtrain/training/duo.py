@@ -131,7 +131,7 @@ class DuoModule(RetrofitModule):
             hidden = hidden[:, columns]
             told["duo_step"] = self._step(teacher={layer: seen[:, :, columns] for layer, seen in step.record.items()})
         if self.distillation is not None:
-            told["teacher"] = TeacherHead(hidden, self.model.lm_head.weight)
+            told["teacher"] = TeacherHead(hidden, self.model.lm_head)
             told["distillation"] = self.distillation
         return batch, told
 

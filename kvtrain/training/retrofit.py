@@ -95,7 +95,7 @@ class RetrofitModule(MethodModule):
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
-        return batch, {"teacher": TeacherHead(hidden, teacher.lm_head.weight), "distillation": self.distillation}
+        return batch, {"teacher": TeacherHead(hidden, teacher.lm_head), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
         """Load the base, convert its heads and retrofit it."""

@@ -14,3 +14,16 @@ def read(model, ids, sizes, cache=None, **options):
 
 def packed_once(states, bits):
     return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+
+
+def packing(monkeypatch, model, bits):
+    """The model, whose keys and values are packed once, right after they are made."""
+    for layer in model.model.layers:
+        project = layer.self_attn.project
+
+        def packed(*args, project=project):
+            query, key, value = project(*args)
+            return query, packed_once(key, bits), packed_once(value, bits)
+
+        monkeypatch.setattr(layer.self_attn, "project", packed)
+    return model

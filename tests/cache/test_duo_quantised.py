@@ -1,8 +1,10 @@
 """Full and streaming heads in 8 or 4 bits: what they compute, what comes back, what they take.
 
-As in a full cache (``test_quantised.py``), tokens of one forward pass see each other as they are and all earlier ones
-quantised. What stands for dropped tokens is summed up from what pages hold or would hold of them.
+As in a full cache (``test_quantised.py``), every token reads all keys and values as pages hold them, its own too, with
+a cache and without. What stands for dropped tokens is summed up from what pages hold or would hold of them.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import kvtrain
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.passkey import passkey
-from tests.cache.packed import packed_once, read
+from kvtrain.models.duo.attention import DuoStep
+from tests.cache.packed import packing, read
 from tests.hosts import make_host, random_ids
 
 SINK, RECENT, PAGE, DIM = 2, 5, 3, 8
@@ -52,41 +55,35 @@ def close(actual, expected):
 # What they compute.
 
 
-def test_token_by_token_is_attention_over_packed_keys_and_values(monkeypatch, bits, compensation):
-    """The parallel form of a model whose keys and values are packed once, right after they are made."""
-    ids, plain = random_ids(2, 24), model_of(None, compensation)
-    found, _ = read(model_of(bits, compensation), ids, 1)
-    for layer in plain.model.layers:
-        project = layer.self_attn.project
-
-        def packing(*args, project=project):
-            query, key, value = project(*args)
-            return query, packed_once(key, bits), packed_once(value, bits)
-
-        monkeypatch.setattr(layer.self_attn, "project", packing)
-    close(found, plain(ids, use_cache=False).logits)
+def test_without_a_cache_it_is_attention_over_packed_keys_and_values(monkeypatch, bits, compensation):
+    ids = random_ids(2, 24)
+    expected = packing(monkeypatch, model_of(None, compensation), bits)(ids, use_cache=False).logits
+    close(model_of(bits, compensation)(ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("sizes", [[40], [17, 2, 12, 9], [4] * 10, [30, 10]], ids=str)
-def test_several_tokens_at_a_time_see_packed_ones_before_them(bits, compensation, sizes):
-    """An unquantised cache that is given packed keys and values to keep, and to count among the dropped ones."""
-    ids, plain = random_ids(2, 40), model_of(None, compensation)
-    cache = plain.make_cache()
-    for layer in cache.layers:
-        layer.pages.pack = lambda states: packed_once(states, bits)
-    found, _ = read(model_of(bits, compensation), ids, sizes)
-    close(found, read(plain, ids, sizes, cache)[0])
-    at_once = len(sizes) == 1 and not compensation
-    assert at_once == torch.allclose(found, plain(ids, use_cache=False).logits, atol=TOLERANCE, rtol=0)
+@pytest.mark.parametrize("sizes", [1, [40], [17, 2, 12, 9], [4] * 10, [30, 1, 9]], ids=str)
+def test_any_cut_is_what_there_is_without_a_cache(bits, compensation, sizes):
+    ids, model = random_ids(2, 40), model_of(bits, compensation)
+    close(read(model, ids, sizes)[0], model(ids, use_cache=False).logits)
+
+
+def test_gates_are_judged_as_they_will_be_served(bits, compensation):
+    """Open and shut gates in evaluation mode are the rounded heads; training mode does not quantise."""
+    ids, host = random_ids(2, 24), make_host(layers=len(FULL_HEADS))
+    model, plain = (kvtrain.retrofit(host, replace(method_of(b, compensation), full_heads=None)) for b in (bits, None))
+    gates = [torch.tensor([float(head in full) for head in range(HEADS)]) for full in FULL_HEADS]
+    told = {"use_cache": False, "duo_step": DuoStep(gates=dict(enumerate(gates)))}
+    close(model(ids, **told).logits, model_of(bits, compensation)(ids, use_cache=False).logits)
+    close(model.train()(ids, **told).logits, plain(ids, **told).logits)
+    rounded = model_of(bits, compensation).train()(ids, use_cache=False).logits
+    close(rounded, model_of(None, compensation)(ids, use_cache=False).logits)
 
 
 def test_logits_stay_near_the_unquantised_ones(bits, compensation):
-    """As a share of their norm, however the text is cut. Attention in these hosts is ten times too sharp."""
-    ids, model = random_ids(2, 40, seed=3), model_of(bits, compensation)
-    exact = model(ids, use_cache=False).logits
-    for sizes in (10, [20] + [1] * 20, 1):
-        off = (read(model, ids, sizes)[0] - exact).norm() / exact.norm()
-        assert 1e-5 < off < {8: 3e-3, 4: 5e-2}[bits]
+    """As a share of their norm. Attention in these hosts is ten times too sharp."""
+    ids = random_ids(2, 40, seed=3)
+    exact, found = (model_of(b, compensation)(ids, use_cache=False).logits for b in (None, bits))
+    assert 1e-5 < (found - exact).norm() / exact.norm() < {8: 3e-3, 4: 5e-2}[bits]
 
 
 def test_passkeys_are_found_in_8_and_4_bits():

@@ -27,7 +27,7 @@ def problem(dtype=torch.float64, tokens=37, dim=6, teacher_dim=4, vocab=23):
 def dense_kl(hidden, weight, teacher, counted, direction, temperature):
     """The definition, with all logits at once."""
     student = torch.softmax(hidden @ weight.T / temperature, -1)[counted]
-    wanted = torch.softmax(teacher.hidden @ teacher.weight.T / temperature, -1)[counted]
+    wanted = torch.softmax(teacher.hidden @ teacher.head.T / temperature, -1)[counted]
     true, model = (wanted, student) if direction == "forward" else (student, wanted)
     return temperature**2 * (true * (true / model).log()).sum()
 
@@ -91,7 +91,7 @@ def test_a_model_is_its_own_best_student(direction, temperature):
 def test_ignored_tokens_change_nothing(direction, temperature):
     hidden, weight, teacher, targets = problem()
     counted = targets != IGNORE_INDEX
-    other = TeacherHead(torch.where(counted[:, None], teacher.hidden, 100.0), teacher.weight)
+    other = TeacherHead(torch.where(counted[:, None], teacher.hidden, 100.0), teacher.head)
     changed = torch.where(counted[:, None], hidden, -50.0).detach().requires_grad_()
     settings = {"divergence_weight": 0.7, "direction": direction, "temperature": temperature}
     ours = linear_mixed_sum(hidden, weight, teacher, targets, **settings)

@@ -57,7 +57,7 @@ def call(
     documents: bool = False,
     state: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, turned so that heads lie innermost but one, and options; padding holds NaN."""
+    """Tensors, turned so that heads lie innermost but one, and options, ids by columns; padding holds NaN."""
     heads = 2
     tensors = {
         name: normal(batch, length, heads, channels, seed=seed).to(device, dtype).transpose(1, 2)
@@ -71,7 +71,7 @@ def call(
         tensors = {
             name: tensor.masked_fill((ids == 0)[:, None, :, None], float("nan")) for name, tensor in tensors.items()
         }
-        options["document_ids"] = ids
+        options["document_ids"] = ids.mT.contiguous().mT
     if slopes:
         options["slopes"] = torch.tensor([0.0, 0.3], device=device)
     if state:

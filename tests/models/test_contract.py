@@ -337,7 +337,8 @@ def test_continuous_batching_is_refused_at_once(model):
 def test_models_that_are_no_plain_hosts_are_refused(tmp_path):
     host = make_host(dtype=torch.float32)
     adapted = make_host(dtype=torch.float32)
-    adapted._hf_peft_config_loaded = True
+    projection = adapted.model.layers[0].self_attn.q_proj
+    adapted.model.layers[0].self_attn.q_proj = torch.nn.ModuleDict({"base_layer": projection})
     with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
         kvtrain.retrofit(adapted, kvtrain.Full())
     with pytest.raises(ValueError, match="not a Linear"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
+from kvtrain.kernels.quantisation import read_back
 from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
@@ -96,6 +97,8 @@ class GatedAttention(HostAttention):
         """
         step = duo_step or DuoStep()
         query, key, value = self.project(hidden_states, position_embeddings)
+        bits = None if self.training else self.settings.kv_bits
+        key, value = read_back(key, bits), read_back(value, bits)
         scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
         if step.everything:
             output = scope.everything(query, key, value)
@@ -150,6 +153,8 @@ class RoundedAttention(HostAttention):
         query, key, value = self.project(hidden_states, position_embeddings)
         if new_tokens is None:
             scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+            bits = None if self.training else self.settings.kv_bits
+            key, value = read_back(key, bits), read_back(value, bits)
             output = self._by_class(scope.everything, scope.streaming, query, key, value)
         else:
             layer = new_tokens.layer(self.layer_idx)
@@ -181,7 +186,8 @@ class RoundedAttention(HostAttention):
             )
             return near[0] if dropped is None else add_compensation(near, query, dropped, self.scaling)[0]
 
-        output = self._by_class(everything, streaming, query, key, value)
+        read = (read_back(states, self.settings.kv_bits) for states in (key, value))
+        output = self._by_class(everything, streaming, query, *read)
         layer.write(key, value, past, valid)
         return output
 

@@ -37,8 +37,8 @@ class Duo(Method):
         page_size: Slots in a page of the serving cache.
         compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
         kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``, in full and in streaming heads
-            alike: one attention reads both. The forward pass without a cache does not quantise. None keeps keys and
-            values in the model's dtype.
+            alike: one attention reads both. Training mode alone does not quantise. None keeps keys and values in the
+            model's dtype.
 
     Raises:
         ValueError: A value is out of range.

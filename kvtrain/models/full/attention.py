@@ -2,16 +2,27 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.quantisation import read_back
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
 from kvtrain.models.serving import NewTokens
 
 
 class FullAttention(HostAttention):
-    """The host's attention, unchanged in what it computes."""
+    """The host's attention, unchanged in what it computes but for a cache's bits.
+
+    Args:
+        host_attention: The module to replace.
+        layer_idx: Its layer.
+        bits: Of a channel, in which every key and value is kept and read, by its own token too; None: as they are.
+    """
+
+    def __init__(self, host_attention: nn.Module, layer_idx: int, bits: int | None = None) -> None:
+        super().__init__(host_attention, layer_idx)
+        self.bits = bits
 
     def forward(
         self,
@@ -34,6 +45,8 @@ class FullAttention(HostAttention):
         query, key, value = self.project(hidden_states, position_embeddings)
         if new_tokens is None:
             documents = parallel_documents(document_ids, attention_mask)
+            bits = None if self.training else self.bits
+            key, value = read_back(key, bits), read_back(value, bits)
             output, _lse = attention(
                 query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
             )
@@ -48,6 +61,7 @@ class FullAttention(HostAttention):
         if query.shape[2] == 1:
             layer.append(key, value, valid)
             return self.attend_pages(query, layer.pages)[0]
-        output = self.attend_beside_pages(query, key, value, valid, layer.pages)
+        read = read_back(key, self.bits), read_back(value, self.bits)
+        output = self.attend_beside_pages(query, *read, valid, layer.pages)
         layer.append(key, value, valid)
         return output

@@ -19,8 +19,9 @@ class Full(Method):
 
     Args:
         kv_bits: Bits of a channel in the serving cache, 8 or 4; every token's key and value in every head has a scale
-            and a zero of its own, 4 bytes more. The forward pass without a cache does not quantise. None keeps them in
-            the model's dtype.
+            and a zero of its own, 4 bytes more. Every token reads all keys and values so, its own too: however a text
+            is cut, and in evaluation mode without a cache, a model computes the same. Training mode alone does not
+            quantise. None keeps them in the model's dtype.
 
     Raises:
         ValueError: Other bits.
@@ -38,7 +39,7 @@ class Full(Method):
         """See ``Method.attention``."""
         from kvtrain.models.full.attention import FullAttention
 
-        return FullAttention(host_attention, layer_idx)
+        return FullAttention(host_attention, layer_idx, self.kv_bits)
 
     @property
     def survives_reentrant_checkpointing(self) -> bool:
