@@ -1,7 +1,13 @@
 """Every test of transformers that fails on a model of ours, and why. What fails and is not here is a defect."""
 
+import functools
+import re
+import unittest
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import pytest
 
 RETROFITS = ("full", "dmc", "lckv", "duo")
 OURS = (*RETROFITS, "transnormer")
@@ -165,3 +171,22 @@ TABLE = (*MODEL, *GENERATION)
 def known_failures(subject: str) -> dict[str, Known]:
     """By test, what is known of a model."""
     return {test: known for known in TABLE if subject in known.subjects for test in known.tests}
+
+
+def must_fail(test: Callable[[Any], None], known: Known) -> Callable[[Any], None]:
+    """A test of the table: it fails with the words that stand there, or the table is wrong."""
+
+    @functools.wraps(test)
+    def held(self: unittest.TestCase) -> None:
+        try:
+            test(self)
+        except unittest.SkipTest as skipped:
+            raise AssertionError(f"known.py says that this fails, and it is skipped: {skipped}") from skipped
+        except Exception as error:
+            if not re.search(known.says, str(error)):
+                raise
+        else:
+            raise AssertionError(f"this passes now; take it out of known.py, where it stands because {known.why}")
+        pytest.xfail(f"{known.kind}: {known.why}")
+
+    return held

@@ -66,7 +66,7 @@ def fetch() -> Path | str:
     """The folder of the tests, or why there is none."""
     target = cache_folder()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
+    with FileLock(f"{target}.lock"):
         if target.is_dir():
             return target
         try:

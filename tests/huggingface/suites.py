@@ -1,10 +1,6 @@
 """transformers' mixins in one class, to be run on one model after another, and held against the table of failures."""
 
 import contextlib
-import functools
-import re
-import unittest
-from collections.abc import Callable
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -13,32 +9,13 @@ import torch
 from transformers import Cache, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
-from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, Known, known_failures
+from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, known_failures, must_fail
 from tests.huggingface.source import mixin
 from tests.huggingface.subjects import SUBJECTS, Tester
 
 ModelTesterMixin = mixin("test_modeling_common", "ModelTesterMixin")
 GenerationTesterMixin = mixin("generation.test_utils", "GenerationTesterMixin")
 TrainingTesterMixin = mixin("test_training_mixin", "TrainingTesterMixin")
-
-
-def must_fail(test: Callable[[Any], None], known: Known) -> Callable[[Any], None]:
-    """A test of the table: it fails with the words that stand there, or the table is wrong."""
-
-    @functools.wraps(test)
-    def held(self: unittest.TestCase) -> None:
-        try:
-            test(self)
-        except unittest.SkipTest as skipped:
-            raise AssertionError(f"known.py says that this fails, and it is skipped: {skipped}") from skipped
-        except Exception as error:
-            if not re.search(known.says, str(error)):
-                raise
-        else:
-            raise AssertionError(f"this passes now; take it out of known.py, where it stands because {known.why}")
-        pytest.xfail(f"{known.kind}: {known.why}")
-
-    return held
 
 
 class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):

@@ -1,12 +1,13 @@
 """The table of failures is short, names what exists, and says what covers the rest."""
 
 import ast
+import unittest
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, MODEL, OURS, TABLE
+from tests.huggingface.known import ASK_FOR_WEIGHTS, CHOOSE_ATTENTION, MODEL, OURS, TABLE, must_fail, refusal
 from tests.huggingface.source import CHECKOUT, checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,25 @@ def test_what_looks_into_the_host_is_covered_by_ours(known):
         file, _, name = known.covered.partition("::")
         functions = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
         assert name in {node.name for node in functions if isinstance(node, ast.FunctionDef)}
+
+
+def raising(error):
+    def test(_):
+        if error is not None:
+            raise error
+
+    return must_fail(test, refusal("it may not", "words of the refusal", OURS, "test"))
+
+
+def test_the_table_is_held_to_its_word():
+    with pytest.raises(pytest.xfail.Exception, match="refusal: it may not"):
+        raising(ValueError("the words of the refusal"))(None)
+    with pytest.raises(ValueError, match="something else"):
+        raising(ValueError("something else"))(None)
+    with pytest.raises(AssertionError, match=r"passes now; take it out of known\.py"):
+        raising(None)(None)
+    with pytest.raises(AssertionError, match="it is skipped: here"):
+        raising(unittest.SkipTest("here"))(None)
 
 
 @pytest.mark.roads
