@@ -1,0 +1,1 @@
+"""transformers' own tests, run on our models."""
