@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.cache.base import KVCache
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.noise import keyed_logistic
@@ -198,6 +199,7 @@ class DMCAttention(HostAttention):
         keys, values = pooled.split(self.head_dim, -1)
         return keys, values
 
+    @bookkeeping
     def _serve(
         self,
         query: Tensor,

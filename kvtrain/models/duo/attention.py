@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.cache.base import KVCache
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.quantisation import read_back
@@ -165,6 +166,7 @@ class RoundedAttention(HostAttention):
             output = self._serve(query, key, value, past_key_values.tokens, new_tokens.valid, layer)
         return self.project_out(output), None
 
+    @bookkeeping
     def _serve(
         self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
     ) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvtrain.cache.base import KVCache
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
 from kvtrain.kernels.rope import apply_rotary
@@ -178,6 +179,7 @@ class NormAttention(TransNormerAttention):
         features = functional.elu(heads)
         return features if self.t1 else 1 + features
 
+    @bookkeeping
     def _serve(
         self,
         query: Tensor,
