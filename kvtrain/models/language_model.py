@@ -14,6 +14,7 @@ from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.outputs import LanguageModelOutput
+from kvtrain.models.placement import execution_device
 from kvtrain.models.serving import check_cache, enter_cache, leave_cache, named_arguments, parallel_positions
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class CachedLanguageModel(_Decoder):
             ValueError: The model's cache has no such option.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
-        devices = [layer.self_attn.o_proj.weight.device for layer in self.model.layers]
+        devices = [execution_device(layer.self_attn.o_proj) for layer in self.model.layers]
         placements = [Placement(self.dtype, device, budget) for device in devices]
         return KVCache(self.cache_layers(placements, **options), budget)
 

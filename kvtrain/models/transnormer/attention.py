@@ -81,8 +81,7 @@ class TransNormerAttention(nn.Module):
 
     def turn(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys by their positions ``(B, T)``."""
-        cos, sin = self.relative_position.angles(position_ids, query.dtype)
-        mirror = self.relative_position.mirror(query.dtype).to(query.dtype)
+        cos, sin, mirror = self.relative_position(position_ids, query.dtype)
         turned = (apply_rotary(heads @ mirror, cos, sin, halves_repeat=True) for heads in (query, key))
         return next(turned), next(turned)
 
