@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvtrain.cache.budget import ByteBudget
-from kvtrain.cache.rows import RowSnapshot, RowStore
+from kvtrain.cache.rows import RowSnapshot, RowStore, bookkeeping
 from kvtrain.cache.state import StateStore
 
 
@@ -152,6 +152,7 @@ class KVCache(Cache):
         """
         return sum(store.bytes_for(tokens, rows) for store in self._stores)
 
+    @bookkeeping
     def prepare(self, batch: int, tokens: int) -> None:
         """Called before a forward pass: admits the rows of the first one, and checks what could fail half-way.
 
@@ -174,6 +175,7 @@ class KVCache(Cache):
         if fresh:
             self.admit(batch)
 
+    @bookkeeping
     def advance(self, valid: Tensor) -> None:
         """Called after a forward pass: counts its tokens, ``valid (B, n)`` bool."""
         self.seen += valid.shape[1]

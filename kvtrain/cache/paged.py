@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.cache.pool import PagePool
-from kvtrain.cache.rows import Placement, RowSnapshot, RowStore
+from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
 from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
 
 
@@ -57,6 +57,7 @@ class PagedStore(RowStore):
         """See ``RowStore``."""
         return self.lengths.shape[0]
 
+    @bookkeeping
     def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor, packed: bool = False) -> None:
         """Put entries into slots, taking pages as they are needed.
 
@@ -79,6 +80,7 @@ class PagedStore(RowStore):
             kept = states.detach()[row, head, entry]
             self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
+    @bookkeeping
     def truncate(self, lengths: Tensor) -> None:
         """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
         beyond = torch.arange(self.table.shape[2], device=lengths.device) >= _pages(lengths, self.page_size)[..., None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvtrain.cache.rows import Placement
+from kvtrain.cache.rows import Placement, bookkeeping
 from kvtrain.cache.state import StateStore
 
 
@@ -43,6 +43,7 @@ class RingStore(StateStore):
         values = ((num_heads, slots, value_dim or head_dim), placement.dtype)
         super().__init__({"keys": keys, "values": values, "tokens": ((), torch.long)}, placement)
 
+    @bookkeeping
     def write(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Append the real tokens of every row.
 

@@ -1,8 +1,9 @@
 """What every store of a cache can do with its rows; nothing here knows attention."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from torch import Tensor
 from kvtrain.cache.budget import ByteBudget
 
 RowSnapshot = dict[str, Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def bookkeeping(function: Function) -> Function:
+    """Keep ``torch.compile`` out of a function: how much it takes and where it writes depends on what tensors hold."""
+    return cast("Function", torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)

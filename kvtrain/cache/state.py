@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvtrain.cache.rows import Placement, RowSnapshot, RowStore
+from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
 
 StateShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -29,6 +29,7 @@ class StateStore(RowStore):
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
 
+    @bookkeeping
     def __setitem__(self, name: str, value: Tensor) -> None:
         """Replace a tensor; ``value`` is the store's from now on, detached, and copied if part of something larger.
 

@@ -73,12 +73,12 @@ class _BandWeights(torch.autograd.Function):
         ties, importances = _windows(merge, window), _windows(importance, window)
         chains, mean = _chains(ties), (grad * bands).sum(0)
         grad_merge, grad_importance = (_padded(torch.zeros_like(total), window) for _ in range(2))
-        grad_ties, grad_importances = _latest(grad_merge, window), _latest(grad_importance, window)
         grad_chain = torch.zeros_like(total)
         for place in range(window):  # a chain is part of the one that reaches a token further back
             grad_weight = (grad[place] - mean).div_(total)
-            grad_ties[place].addcmul_(grad_chain, chains[place])
-            grad_importances[place].addcmul_(grad_weight, chains[place])
+            latest = slice(place, place + merge.shape[-1])  # what the windows have in this place
+            grad_merge[..., latest].addcmul_(grad_chain, chains[place])
+            grad_importance[..., latest].addcmul_(grad_weight, chains[place])
             grad_chain.mul_(ties[place]).addcmul_(grad_weight, importances[place])
         return grad_merge[..., window - 1 :], grad_importance[..., window - 1 :], None
 
@@ -102,17 +102,12 @@ def _chains(ties: Tensor) -> Tensor:
 
 def _windows(tensor: Tensor, window: int) -> Tensor:
     """A view ``(window, B, H, T)`` of what each of the latest tokens has in ``(B, H, T)``; 0 before the first."""
-    return _latest(_padded(tensor, window), window)
+    return _padded(tensor, window).unfold(-1, tensor.shape[-1], 1).movedim(2, 0)
 
 
 def _padded(tensor: Tensor, window: int) -> Tensor:
     """As many zeros before the first token as a window reaches back from it."""
     return torch.nn.functional.pad(tensor, (window - 1, 0))
-
-
-def _latest(padded: Tensor, window: int) -> Tensor:
-    """The view that ``_windows`` describes, of what ``_padded`` has padded."""
-    return padded.unfold(-1, padded.shape[-1] - window + 1, 1).movedim(2, 0)
 
 
 class _BandProduct(torch.autograd.Function):

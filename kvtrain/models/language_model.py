@@ -17,6 +17,7 @@ from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.compat import CACHE, rename_cache, with_cache
 from kvtrain.models.outputs import LanguageModelOutput
+from kvtrain.models.placement import execution_device
 from kvtrain.models.recording import RecordedStates
 from kvtrain.models.serving import (
     check_cache,
@@ -88,7 +89,7 @@ class CachedLanguageModel(_Decoder):
             ValueError: The model's cache has no such option.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
-        devices = [layer.self_attn.o_proj.weight.device for layer in self.model.layers]
+        devices = [execution_device(layer.self_attn.o_proj) for layer in self.model.layers]
         placements = [Placement(self.dtype, device, budget) for device in devices]
         return KVCache(self.cache_layers(placements, **options), budget)
 

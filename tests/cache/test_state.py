@@ -1,6 +1,7 @@
 """Constant state a row; and the machine that the rows of every store go through."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -207,3 +208,21 @@ def test_a_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"state 'sums' is \(1, 2, 3\), not"):
         store["sums"] = torch.zeros(shape)
     assert store["sums"].eq(0).all()
+
+
+def test_a_compiled_function_puts_in_what_it_computes():
+    """Of any number of rows: a graph that knows no sizes asks none."""
+    torch._dynamo.reset()
+    store = StateStore({"sums": ((2, 3), torch.float32)}, Placement())
+
+    @functools.partial(torch.compile, backend="eager", dynamic=True)
+    def double(tensor):
+        store["sums"] = (tensor + store["sums"]).mT.mT[:, :]
+
+    expected = torch.zeros(0, 2, 3)
+    for rows in (1, 2, 3):
+        store.admit(1)
+        added = torch.randn(rows, 2, 3)
+        expected = torch.cat([expected, torch.zeros(1, 2, 3)]) + added
+        double(added)
+        assert torch.equal(store["sums"], expected)

@@ -126,3 +126,16 @@ def test_chains_that_no_longer_count_are_zero():
     assert not ((bands != 0) & (bands.abs() < torch.finfo(torch.float32).tiny)).any()
     exact = pool_segments_reference(*(tensor.double() for tensor in (inputs, merge, importance)), 12)
     torch.testing.assert_close(pool_segments(inputs, merge, importance, 12).double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_with_gradients():
+    """As far as the graphs that a compiler would get, in which what is written to may not overlap."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    tensors = [torch.randn(1, 2, 9, 3), torch.rand(1, 2, 9), torch.rand(1, 2, 9) + 0.1]
+    tensors = [tensor.double().requires_grad_() for tensor in tensors]
+    results = []
+    for function in (pool_segments, torch.compile(pool_segments, backend="aot_eager")):
+        pooled = function(*tensors, 4)
+        results.append((pooled, *torch.autograd.grad(pooled.square().sum(), tensors)))
+    torch.testing.assert_close(*results)

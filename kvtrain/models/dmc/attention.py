@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.noise import keyed_logistic
@@ -201,6 +202,7 @@ class DMCAttention(HostAttention):
         keys, values = pooled.split(self.head_dim, -1)
         return keys, values
 
+    @bookkeeping
     def _serve(
         self,
         query: Tensor,

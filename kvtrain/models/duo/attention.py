@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.quantisation import read_back
@@ -162,6 +163,7 @@ class RoundedAttention(HostAttention):
             output = self._serve(query, key, value, new_tokens.cache.tokens, new_tokens.valid, layer)
         return self.project_out(output), None
 
+    @bookkeeping
     def _serve(
         self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
     ) -> Tensor:

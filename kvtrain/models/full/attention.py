@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.quantisation import read_back
 from kvtrain.models.attention import HostAttention, parallel_documents
@@ -56,6 +57,7 @@ class FullAttention(HostAttention):
             output = self._serve(query, key, value, new_tokens.valid, layer)
         return self.project_out(output), None
 
+    @bookkeeping
     def _serve(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer) -> Tensor:
         """New tokens, one or many, over the slots before them."""
         if query.shape[2] == 1:

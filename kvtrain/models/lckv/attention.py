@@ -50,6 +50,17 @@ class Call:
     reader: "Reader | None" = None
 
 
+@dataclass
+class Made:
+    """What one call of one layer makes. No ``dict``: offloading and sharding hand modules copies of those.
+
+    Attributes:
+        key_value: Keys and values that the layer owns.
+    """
+
+    key_value: KeyValue = (None, None)
+
+
 class SharedAttention(HostAttention):
     """A host's attention without the projections that nobody needs.
 
@@ -98,7 +109,7 @@ class SharedAttention(HostAttention):
         hidden_states: Tensor,
         position_embeddings: Angles,
         call: Call | None = None,
-        made: dict[str, KeyValue] | None = None,
+        made: Made | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Attend to what the call says.
@@ -107,10 +118,12 @@ class SharedAttention(HostAttention):
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
             call: What to read.
-            made: Receives ``key_value`` under that name.
+            made: Receives what the layer makes; where that is all that is wanted, the output is the input.
         """
         assert call is not None and made is not None
-        made["key_value"] = own_key, own_value = self.key_value(hidden_states, position_embeddings, call.first)
+        made.key_value = own_key, own_value = self.key_value(hidden_states, position_embeddings, call.first)
+        if call.key_value_only:
+            return hidden_states, None
         key = own_key if call.own and self.key_layer == self.layer_idx else call.key
         value = own_value if call.own and self.value_layer == self.layer_idx else call.value
         if call.reader is None and (key is None or value is None):
@@ -120,7 +133,7 @@ class SharedAttention(HostAttention):
             query = self._norm_heads(self.q_norm, query)
         query = apply_rotary(query, *position_embeddings, halves_repeat=True)
         if call.reader is not None:
-            output = call.reader.attend(self, query, key, value, made["key_value"])
+            output = call.reader.attend(self, query, key, value, made.key_value)
         else:
             assert key is not None and value is not None
             output, _lse = attention(
@@ -137,8 +150,8 @@ class SharedAttention(HostAttention):
 
     def _nothing(self, hidden: Tensor) -> Tensor:
         """Output ``(B, T, hidden)`` of attention to no keys: zeros, projected."""
-        bias = self.o_proj.bias
-        return torch.zeros_like(hidden) if bias is None else torch.zeros_like(hidden) + bias
+        nothing = (len(hidden), self.num_heads, hidden.shape[1], self.head_dim)
+        return torch.zeros_like(hidden) if self.o_proj.bias is None else self.project_out(hidden.new_zeros(nothing))
 
 
 def absent_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:

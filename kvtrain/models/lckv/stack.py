@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvtrain.models.attention import parallel_documents
 from kvtrain.models.compat import CACHE
-from kvtrain.models.lckv.attention import Call, KeyValue
+from kvtrain.models.lckv.attention import Call, KeyValue, Made
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.recording import RecordedStates
 from kvtrain.models.serving import NewTokens
@@ -34,12 +34,13 @@ class SharingLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, call: Call, **kwargs: Any) -> tuple[Tensor | None, KeyValue]:
         """The host layer's output, and what the layer owns; the output is None where only that is wanted."""
+        made = Made()
         if call.key_value_only:
             normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
-            return None, self.self_attn.key_value(normed, kwargs["position_embeddings"], call.first)
-        made: dict[str, KeyValue] = {}
+            self.self_attn(normed, kwargs["position_embeddings"], call=call, made=made)
+            return None, made.key_value
         output = super().forward(hidden_states, call=call, made=made, **kwargs)
-        return output, made["key_value"]
+        return output, made.key_value
 
     def __reduce__(self) -> tuple[Any, ...]:
         """No module has this class by its name, and pickle finds the host's."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
 from kvtrain.kernels.rope import apply_rotary
@@ -79,8 +80,7 @@ class TransNormerAttention(nn.Module):
 
     def turn(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys by their positions ``(B, T)``."""
-        cos, sin = self.relative_position.angles(position_ids, query.dtype)
-        mirror = self.relative_position.mirror(query.dtype).to(query.dtype)
+        cos, sin, mirror = self.relative_position(position_ids, query.dtype)
         turned = (apply_rotary(heads @ mirror, cos, sin, halves_repeat=True) for heads in (query, key))
         return next(turned), next(turned)
 
@@ -174,6 +174,7 @@ class NormAttention(TransNormerAttention):
         features = functional.elu(heads)
         return features if self.t1 else 1 + features
 
+    @bookkeeping
     def _serve(
         self,
         query: Tensor,

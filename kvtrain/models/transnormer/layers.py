@@ -153,6 +153,10 @@ class RelativePosition(nn.Module):
         if self.reflection is not None:
             self.reflection.copy_(functional.normalize(torch.randn_like(self.reflection), dim=0))
 
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The angles of positions ``(B, T)``, and the mirror in ``dtype``."""
+        return *self.angles(position_ids, dtype), self.mirror(dtype).to(dtype)
+
     def mirror(self, dtype: torch.dtype) -> Tensor:
         """The reflection as a matrix ``(D, D)`` for rows; its columns give all even channels first, then the odd ones.
 
