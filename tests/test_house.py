@@ -220,6 +220,15 @@ def test_the_tested_set_is_exact_and_names_no_index():
         assert "://" not in (ROOT / name).read_text(), f"{name} names an address"
 
 
+def test_every_marker_is_a_tier_that_make_test_leaves_out():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    markers = [line.split(":")[0] for line in settings["markers"]]
+    fast = re.search(r"^FAST +:= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert fast and fast[1].split(" and ") == [f"not {marker}" for marker in markers]
+    tiers = (ROOT / "CONTRIBUTING.md").read_text().split("## Tests")[1]
+    assert re.findall(r"^\| [\w ]+ \| `(\w+)` \|", tiers, re.MULTILINE) == markers
+
+
 def test_no_dependency_has_an_upper_bound():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = chain(project["dependencies"], *project["optional-dependencies"].values())
