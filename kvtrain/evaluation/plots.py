@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, Normalize
@@ -15,20 +16,16 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 Rows = Sequence[dict[str, float]]
-Grid = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (layers, heads)
+Grid = npt.NDArray[np.float64]  # (layers, heads), or any part of it
 
-# Okabe and Ito's palette: distinct to the colour-blind, and in print.
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, distinct to the colour-blind and in print
 
-_SIZE = (7.2, 4.2)  # inches
 _STEPS = "optimiser step"
+_SIZE = (7.2, 4.2)  # inches
 _WINDOWS = 20  # a smoothed curve averages over the twentieth part of its points
 _FEW = 60  # up to so many held-out points each gets a marker
-# Even in lightness and distinct to the colour-blind.
-_COLOURS = matplotlib.colormaps["viridis"]
-# Tokens a slot at which pictures end. What a head keeps that merges everything depends on how much text was read, and
-# from here on hardly any memory is left to save.
-_MOST = 64
+_COLOURS = matplotlib.colormaps["viridis"]  # even in lightness, and distinct to the colour-blind
+_MOST = 64  # tokens a slot at which pictures end
 _COMPRESSIONS = (1, 2, 4, 8, 16, 32, _MOST)
 _MANY = 16  # more heads than that leave no room for a number in every cell, nor for a mark at each
 _DIRECTIONS = ((VERMILLION, "from above: trained by iteration"), (GREY, "from below"))
@@ -101,7 +98,8 @@ def loss_figure(rows: Rows, distilled: bool = False) -> Figure:
     if distilled and training and held_out:
         return _loss_panels(training, held_out)
     figure, axes = _canvas("Loss", "nats per token")
-    _loss_curve(axes, training)
+    if training:
+        _loss_curve(axes, training)
     _points(axes, held_out, "held-out")
     axes.legend(frameon=False)
     return figure
@@ -120,11 +118,12 @@ def _loss_panels(training: Curve, held_out: Curve) -> Figure:
 
 
 def _loss_curve(axes: Axes, training: Curve) -> None:
-    """Training loss, raw and smoothed."""
-    if training:
-        smooth = training.smoothed()
+    """Training loss, smoothed, above the raw one where that is another."""
+    smooth = training.smoothed()
+    if smooth != training:
         axes.plot(training.steps, training.values, color=BLUE, alpha=0.3, linewidth=1, label="training")
-        axes.plot(smooth.steps, smooth.values, color=BLUE, linewidth=2, label="training, smoothed")
+    label = "training" if smooth == training else "training, smoothed"
+    axes.plot(smooth.steps, smooth.values, color=BLUE, linewidth=2, label=label)
 
 
 def compression_figure(rows: Rows) -> Figure | None:
@@ -170,16 +169,13 @@ def head_figure(heads: Rows) -> Figure | None:
     if not heads:
         return None
     step = max(row["step"] for row in heads)
-    merged = _head_map([row for row in heads if row["step"] == step], "merged_fraction")
-    with np.errstate(divide="ignore"):
-        tokens = 1 / (1 - merged)
-    title = f"Tokens per cache slot of every head, step {step:,.0f}"
-    figure, axes, image = _grid(np.minimum(tokens, _MOST), title, LogNorm(1, _MOST))
+    tokens = tokens_per_slot(_head_map([row for row in heads if row["step"] == step], "merged_fraction"))
+    figure, axes, image = _grid(tokens, f"Tokens per cache slot of every head, step {step:,.0f}", LogNorm(1, _MOST))
     if tokens.shape[1] <= _MANY:
-        _write_numbers(axes, image, _as_compression)
+        _write_numbers(image, tokens, _as_compression)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=6 * figure.get_figheight())
     bar.set_ticks(_COMPRESSIONS, labels=[*(str(tokens) for tokens in _COMPRESSIONS[:-1]), f"{_MOST} or more"])
-    bar.ax.minorticks_off()
+    bar.minorticks_off()
     bar.set_label("tokens per slot (1: keeps every token)", fontsize=11)
     return figure
 
@@ -198,7 +194,7 @@ def gate_figure(gates: Rows) -> Figure | None:
     title = f"Gate of every head, step {step:,.0f} (framed: keeps everything)"
     figure, axes, image = _grid(values, title, Normalize(0, 1))
     if values.shape[1] <= _MANY:
-        _write_numbers(axes, image, "{:.2f}".format)
+        _write_numbers(image, values, "{:.2f}".format)
     for layer, head in np.argwhere(full == 1):
         frame = Rectangle((head - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor=VERMILLION, linewidth=2.5)
         axes.add_patch(frame)
@@ -308,9 +304,9 @@ def slots_figure(buckets: Sequence[Bucket]) -> Figure | None:
     return figure
 
 
-def tokens_per_slot(merged_fraction: float) -> float:
-    """Tokens that share a slot where this fraction of them merges."""
-    return 1 / (1 - merged_fraction) if merged_fraction < 1 else math.inf
+def tokens_per_slot(merged: Grid) -> Grid:
+    """Tokens that share a slot where these fractions of them merge, 64 at most: more depends on the text's length."""
+    return 1 / np.maximum(1 - merged, 1 / _MOST)
 
 
 def _head_map(heads: Rows, column: str) -> Grid:
@@ -352,13 +348,13 @@ def _marks(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[:: -(-len(numbers) // _MANY)]
 
 
-def _write_numbers(axes: Axes, image: AxesImage, written: Callable[[float], str]) -> None:
+def _write_numbers(image: AxesImage, values: Grid, written: Callable[[float], str]) -> None:
     """The number that a colour stands for into every cell."""
-    values = np.ma.filled(image.get_array(), np.nan)
+    tones = np.asarray(image.norm(values), dtype=np.float64)
     for (layer, head), value in np.ndenumerate(values):
         if not math.isnan(value):
-            colour = "white" if image.norm(value) < 0.6 else "black"
-            axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
+            colour = "white" if tones[layer, head] < 0.6 else "black"
+            image.axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
 
 
 def _as_compression(tokens: float) -> str:
@@ -368,10 +364,10 @@ def _as_compression(tokens: float) -> str:
 
 
 def _mean_compression(heads: Rows) -> Curve:
-    """Tokens per slot at every step, ``_MOST`` at most, from the mean of the fractions: heads have as many tokens."""
+    """Tokens per slot at every step, from the mean of the fractions: heads have the same number of tokens."""
     steps = sorted({row["step"] for row in heads})
-    fractions = ([row["merged_fraction"] for row in heads if row["step"] == step] for step in steps)
-    return Curve(steps, [min(tokens_per_slot(statistics.fmean(part)), _MOST) for part in fractions])
+    means = [statistics.fmean(row["merged_fraction"] for row in heads if row["step"] == step) for step in steps]
+    return Curve(steps, tokens_per_slot(np.array(means)).tolist())
 
 
 def _canvas(title: str, quantity: str, over: str = _STEPS) -> tuple[Figure, Axes]:
