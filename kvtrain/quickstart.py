@@ -148,7 +148,7 @@ def comparison(rows: dict[str, dict[str, Any]]) -> Table:
     for title in ("held-out perplexity", "compression", "KV bytes / 1,024 tokens"):
         table.add_column(title, justify="right")
     for name, row in rows.items():
-        allocated = f"{row['kv_bytes_per_1024']:,.0f}"
+        allocated = f"{row['kv_bytes_per_1024']:,.0f}" if row["kv_bytes_per_1024"] else ""  # no window was full
         table.add_row(name, f"{row['perplexity']:.2f}", f"{row['compression']:.2f}x", allocated)
     return table
 
@@ -160,10 +160,11 @@ def verdict(rows: dict[str, dict[str, Any]]) -> str:
         rows: As for ``comparison``; the first is the base, the last DMC.
     """
     base, *others, dmc = rows.values()
-    fewer = base["kv_bytes_per_1024"] / dmc["kv_bytes_per_1024"]
+    full, small = base["kv_bytes_per_1024"], dmc["kv_bytes_per_1024"]
+    saved = f", in {full / small:.2f}x fewer bytes" if full and small else ""
     costs = [f"{dmc['perplexity'] / other['perplexity']:.3f}x" for other in (base, *others)]
     judged = " and ".join(f"{cost} the {name}" for cost, name in zip(costs, ("base's", "control's"), strict=False))
-    return f"DMC keeps 1 of {dmc['compression']:.2f} tokens, in {fewer:.2f}x fewer bytes, at {judged} perplexity."
+    return f"DMC keeps 1 of {dmc['compression']:.2f} tokens{saved}, at {judged} perplexity."
 
 
 def next_commands(model: str = "MODEL", text: str = "TEXT.jsonl", heldout: str = "HELDOUT.jsonl") -> str:
@@ -174,8 +175,7 @@ def next_commands(model: str = "MODEL", text: str = "TEXT.jsonl", heldout: str =
         text: To train on: a line ``{"text": ...}`` a document.
         heldout: To measure on, likewise.
     """
-    kvtrain = "kvtrain" if shutil.which("kvtrain") else shown(Path(sys.executable).with_name("kvtrain"))
-    model, text, heldout = (shlex.quote(word) for word in (model, text, heldout))
+    kvtrain, model, text, heldout = (shlex.quote(word) for word in (_kvtrain(), model, text, heldout))
     lines = (
         f"{kvtrain} fit --config {shown(recipes_folder() / 'tiny' / 'dmc.yaml')} \\",
         "  --trainer.default_root_dir runs/mine --trainer.accelerator auto \\",
@@ -185,6 +185,14 @@ def next_commands(model: str = "MODEL", text: str = "TEXT.jsonl", heldout: str =
         f"{kvtrain} eval exported/mine --tasks perplexity --corpus {heldout}",
     )
     return "\n".join(lines)
+
+
+def _kvtrain() -> str:
+    """The command as one would type it here: the environment may not be activated."""
+    if shutil.which("kvtrain"):
+        return "kvtrain"
+    beside, here = Path(sys.executable).with_name("kvtrain"), Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def _command_line() -> int:

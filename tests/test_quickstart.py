@@ -37,7 +37,7 @@ def test_the_control_is_the_recipe_with_the_method_off():
 @pytest.mark.timeout(600)
 def test_quickstart_runs_and_prints_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert quickstart.main(tmp_path, TINY, limit=8) == 0
+    assert quickstart.main(tmp_path, (*TINY, "--data.corpus", "heldout"), limit=4) == 0
     printed = capsys.readouterr()
     for part in ("base, untouched", "KV bytes / 1,024 tokens", "report.html", "tok/s", quickstart.next_commands()):
         assert part in printed.out, part
@@ -78,6 +78,10 @@ def test_the_verdict_compares_with_what_was_measured():
     base, control, dmc = FIGURES.values()
     assert quickstart.verdict({"base": base, "DMC": dmc}) == (
         "DMC keeps 1 of 2.03 tokens, in 1.88x fewer bytes, at 1.050x the base's perplexity."
+    )
+    short = [{**row, "kv_bytes_per_1024": None} for row in (base, dmc)]
+    assert quickstart.verdict({"base": short[0], "DMC": short[1]}) == (
+        "DMC keeps 1 of 2.03 tokens, at 1.050x the base's perplexity."
     )
     both = quickstart.verdict({"base": base, "control": control, "DMC": dmc})
     assert both.endswith("at 1.050x the base's and 1.047x the control's perplexity.")

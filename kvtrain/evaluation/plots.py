@@ -109,7 +109,7 @@ def _loss_panels(training: Curve, held_out: Curve) -> Figure:
     """What a student learns from above what it is judged by: two quantities that share nothing but the steps."""
     figure = Figure(figsize=(_SIZE[0], 1.4 * _SIZE[1]), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    _dress(above, "Training loss (target: the base model)", "per token", "")
+    _dress(above, "Training loss (target: the base model)", "loss per token", "")
     _loss_curve(above, training)
     above.legend(frameon=False)
     _dress(below, "Held-out loss (target: the next token)", "nats per token")
@@ -174,9 +174,9 @@ def head_figure(heads: Rows) -> Figure | None:
     if tokens.shape[1] <= _MANY:
         _write_numbers(image, tokens, _as_compression)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=6 * figure.get_figheight())
-    bar.set_ticks(_COMPRESSIONS, labels=[*(str(tokens) for tokens in _COMPRESSIONS[:-1]), f"{_MOST} or more"])
+    bar.set_ticks(_COMPRESSIONS, labels=[_as_compression(tokens).removesuffix(".0") for tokens in _COMPRESSIONS])
     bar.minorticks_off()
-    bar.set_label("tokens per slot (1: keeps every token)", fontsize=11)
+    bar.set_label("tokens per slot", fontsize=11)
     return figure
 
 

@@ -153,7 +153,7 @@ def test_the_map_of_heads_draws_the_last_validation():
     assert written == {(0, 0): "1.0", (1, 0): "2.0", (2, 0): "4.0", (0, 1): "10", (1, 1): "64+", (2, 1): "25"}
     assert axes.get_title("left") == "Tokens per cache slot of every head, step 79"
     marks = dict(zip(scale.get_yticks(), [text.get_text() for text in scale.get_yticklabels()], strict=True))
-    assert (marks[1], marks[2], marks[32], marks[64]) == ("1", "2", "32", "64 or more")
+    assert (marks[1], marks[2], marks[32], marks[64]) == ("1", "2", "32", "64+")
 
 
 def test_a_head_that_merges_a_whole_text_is_no_number_of_its_length():
