@@ -20,8 +20,8 @@ help: ## Show the targets
 
 setup: $(STAMP) ## Create .venv with the tested versions; a torch that is there already stays
 
-quickstart: setup ## Retrofit the packaged model, export it, measure it, generate with it
-	$(BIN)/python -m kvtrain.quickstart
+quickstart: setup ## Retrofit the packaged model, export it, measure it, generate with it; CONTROL=1 trains a control too
+	$(BIN)/python -m kvtrain.quickstart $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: setup ## The tests that run anywhere in minutes
 	$(PYTEST) -m "$(FAST)"

@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 Rows = Sequence[dict[str, float]]
-Grid = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (layers, heads)
+Grid = npt.NDArray[np.float64]  # (layers, heads), or any part of it
 
-# Okabe and Ito's palette: distinct to the colour-blind, and in print.
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, distinct to the colour-blind and in print
 
+_STEPS = "optimiser step"
 _SIZE = (7.2, 4.2)  # inches
 _WINDOWS = 20  # a smoothed curve averages over the twentieth part of its points
 _FEW = 60  # up to so many held-out points each gets a marker
-# Even in lightness and distinct to the colour-blind.
-_COLOURS = matplotlib.colormaps["viridis"]
-_COMPRESSIONS = (1, 1.25, 1.5, 2, 3, 4, 8, 16)  # marked on the scale of the map of heads
+_COLOURS = matplotlib.colormaps["viridis"]  # even in lightness, and distinct to the colour-blind
+_MOST = 64  # tokens a slot at which pictures end
+_COMPRESSIONS = (1, 2, 4, 8, 16, 32, _MOST)
 _MANY = 16  # more heads than that leave no room for a number in every cell, nor for a mark at each
 _DIRECTIONS = ((VERMILLION, "from above: trained by iteration"), (GREY, "from below"))
 _CELL_HEIGHT, _MARGIN = 0.22, 1.3  # inches
@@ -79,11 +80,14 @@ class Bucket:
     kept: float | None
 
 
-def loss_figure(rows: Rows) -> Figure:
-    """Training loss, raw and smoothed, with the held-out loss where there is one.
+def loss_figure(rows: Rows, distilled: bool = False) -> Figure:
+    """Training loss, raw and smoothed, and the held-out loss where there is one.
+
+    They share an axis where they measure the same, which a run that learns from a teacher does not.
 
     Args:
         rows: Rows of ``metrics.csv``.
+        distilled: Whether the training loss is measured against a teacher; the held-out loss never is.
 
     Raises:
         ValueError: The run logged neither ``loss`` nor ``val_loss``.
@@ -91,14 +95,35 @@ def loss_figure(rows: Rows) -> Figure:
     training, held_out = Curve.of(rows, "loss"), Curve.of(rows, "val_loss")
     if not training and not held_out:
         raise ValueError("the metrics hold no loss")
+    if distilled and training and held_out:
+        return _loss_panels(training, held_out)
     figure, axes = _canvas("Loss", "nats per token")
     if training:
-        smooth = training.smoothed()
-        axes.plot(training.steps, training.values, color=BLUE, alpha=0.3, linewidth=1, label="training")
-        axes.plot(smooth.steps, smooth.values, color=BLUE, linewidth=2, label="training, smoothed")
+        _loss_curve(axes, training)
     _points(axes, held_out, "held-out")
     axes.legend(frameon=False)
     return figure
+
+
+def _loss_panels(training: Curve, held_out: Curve) -> Figure:
+    """What a student learns from above what it is judged by: two quantities that share nothing but the steps."""
+    figure = Figure(figsize=(_SIZE[0], 1.4 * _SIZE[1]), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    _dress(above, "Training loss (target: the base model)", "loss per token", "")
+    _loss_curve(above, training)
+    above.legend(frameon=False)
+    _dress(below, "Held-out loss (target: the next token)", "nats per token")
+    _points(below, held_out, "held-out")
+    return figure
+
+
+def _loss_curve(axes: Axes, training: Curve) -> None:
+    """Training loss, smoothed, above the raw one where that is another."""
+    smooth = training.smoothed()
+    if smooth != training:
+        axes.plot(training.steps, training.values, color=BLUE, alpha=0.3, linewidth=1, label="training")
+    label = "training" if smooth == training else "training, smoothed"
+    axes.plot(smooth.steps, smooth.values, color=BLUE, linewidth=2, label=label)
 
 
 def compression_figure(rows: Rows) -> Figure | None:
@@ -144,14 +169,14 @@ def head_figure(heads: Rows) -> Figure | None:
     if not heads:
         return None
     step = max(row["step"] for row in heads)
-    merged = _head_map([row for row in heads if row["step"] == step], "merged_fraction")
-    figure, axes, image = _grid(merged, f"Compression of every head, step {step:,.0f}")
-    if merged.shape[1] <= _MANY:
-        _write_numbers(axes, merged, _as_compression)
-    bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=6 * figure.get_figheight())
-    bar.set_ticks([1 - 1 / tokens for tokens in _COMPRESSIONS], labels=[f"{tokens:g}" for tokens in _COMPRESSIONS])
+    tokens = tokens_per_slot(_head_map([row for row in heads if row["step"] == step], "merged_fraction"))
+    figure, axes, image = _grid(tokens, f"Tokens per cache slot of every head, step {step:,.0f}", LogNorm(1, _MOST))
+    if tokens.shape[1] <= _MANY:
+        _write_numbers(image, tokens, _as_compression)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=6 * figure.get_figheight())
+    bar.set_ticks(_COMPRESSIONS, labels=[_as_compression(tokens).removesuffix(".0") for tokens in _COMPRESSIONS])
+    bar.minorticks_off()
     bar.set_label("tokens per slot", fontsize=11)
-    bar.ax.secondary_yaxis("left").set_ylabel("merged fraction", fontsize=11)
     return figure
 
 
@@ -166,9 +191,10 @@ def gate_figure(gates: Rows) -> Figure | None:
     step = max(row["step"] for row in gates)
     last = [row for row in gates if row["step"] == step]
     values, full = _head_map(last, "gate"), _head_map(last, "full")
-    figure, axes, image = _grid(values, f"Gate of every head, step {step:,.0f} (framed: keeps everything)")
+    title = f"Gate of every head, step {step:,.0f} (framed: keeps everything)"
+    figure, axes, image = _grid(values, title, Normalize(0, 1))
     if values.shape[1] <= _MANY:
-        _write_numbers(axes, values, "{:.2f}".format)
+        _write_numbers(image, values, "{:.2f}".format)
     for layer, head in np.argwhere(full == 1):
         frame = Rectangle((head - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor=VERMILLION, linewidth=2.5)
         axes.add_patch(frame)
@@ -278,9 +304,9 @@ def slots_figure(buckets: Sequence[Bucket]) -> Figure | None:
     return figure
 
 
-def tokens_per_slot(merged_fraction: float) -> float:
-    """Tokens that share a slot where this fraction of them merges."""
-    return 1 / (1 - merged_fraction) if merged_fraction < 1 else math.inf
+def tokens_per_slot(merged: Grid) -> Grid:
+    """Tokens that share a slot where these fractions of them merge, 64 at most: more depends on the text's length."""
+    return 1 / np.maximum(1 - merged, 1 / _MOST)
 
 
 def _head_map(heads: Rows, column: str) -> Grid:
@@ -292,14 +318,14 @@ def _head_map(heads: Rows, column: str) -> Grid:
     return values
 
 
-def _grid(values: Grid, title: str) -> tuple[Figure, Axes, AxesImage]:
-    """Shares from 0 to 1 of ``(layers, heads)`` as colours."""
+def _grid(values: Grid, title: str, scale: Normalize) -> tuple[Figure, Axes, AxesImage]:
+    """Numbers of ``(layers, heads)`` as colours."""
     layers, columns = values.shape
     height = max(_SIZE[1] - 1, _CELL_HEIGHT * layers + _MARGIN)
     figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, cmap=_COLOURS, norm=scale, aspect="auto", interpolation="nearest")
     axes.set_xlabel("key-value head", fontsize=11)
     axes.set_ylabel("layer", fontsize=11)
     axes.set_xticks(_marks(range(columns)))
@@ -322,37 +348,44 @@ def _marks(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[:: -(-len(numbers) // _MANY)]
 
 
-def _write_numbers(axes: Axes, values: Grid, written: Callable[[float], str]) -> None:
-    """A number into every cell."""
+def _write_numbers(image: AxesImage, values: Grid, written: Callable[[float], str]) -> None:
+    """The number that a colour stands for into every cell."""
+    tones = np.asarray(image.norm(values), dtype=np.float64)
     for (layer, head), value in np.ndenumerate(values):
         if not math.isnan(value):
-            colour = "white" if value < 0.6 else "black"
-            axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
+            colour = "white" if tones[layer, head] < 0.6 else "black"
+            image.axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
 
 
-def _as_compression(merged_fraction: float) -> str:
-    tokens = tokens_per_slot(merged_fraction)
-    return f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"
+def _as_compression(tokens: float) -> str:
+    if tokens >= _MOST:
+        return f"{_MOST}+"
+    return f"{tokens:.1f}" if tokens < 9.95 else f"{tokens:.0f}"
 
 
 def _mean_compression(heads: Rows) -> Curve:
     """Tokens per slot at every step, from the mean of the fractions: heads have the same number of tokens."""
     steps = sorted({row["step"] for row in heads})
-    fractions = ([row["merged_fraction"] for row in heads if row["step"] == step] for step in steps)
-    return Curve(steps, [tokens_per_slot(statistics.fmean(part)) for part in fractions])
+    means = [statistics.fmean(row["merged_fraction"] for row in heads if row["step"] == step) for step in steps]
+    return Curve(steps, tokens_per_slot(np.array(means)).tolist())
 
 
-def _canvas(title: str, quantity: str, over: str = "optimiser step") -> tuple[Figure, Axes]:
-    """An empty figure."""
+def _canvas(title: str, quantity: str, over: str = _STEPS) -> tuple[Figure, Axes]:
+    """A figure of one empty panel."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
+    _dress(axes, title, quantity, over)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, quantity: str, over: str = _STEPS) -> None:
+    """Title, names and grid of an empty panel."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
     axes.set_xlabel(over, fontsize=11)
     axes.set_ylabel(quantity, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=10)
-    return figure, axes
 
 
 def _marker(curve: Curve) -> str:

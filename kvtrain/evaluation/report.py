@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from kvtrain.evaluation import plots
 from kvtrain.evaluation.plots import Bucket, Curve, Rows
 from kvtrain.metrics import FILE_NAME, GATES_FILE_NAME, HEADS_FILE_NAME, MAP_FILE_NAME, read_metrics, read_rows
+from kvtrain.run_folder import read_config
 
 FOLDER = "report"
 EVALUATION = "eval.json"
@@ -62,7 +63,8 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
         ValueError: The run has no metrics, or one of the files is damaged.
     """
     rows = load_rows(run)
-    drawn = figures(rows, load_heads(run), load_positions(run), load_map(run), load_gates(run))
+    tables = (load_heads(run), load_positions(run), load_map(run), load_gates(run))
+    drawn = figures(rows, *tables, distilled=learns_from_a_teacher(run))
     pictures = {name: png(figure) for name, figure in drawn.items()}
     page = render(run.resolve().name, facts(rows), pictures)
     folder = output or run / FOLDER
@@ -175,8 +177,24 @@ def _bucket(entry: dict[str, Any]) -> Bucket:
     return Bucket(int(entry["position"]), float(entry["loss"]), None if kept is None else float(kept))
 
 
+def learns_from_a_teacher(run: Path) -> bool:
+    """Whether a run's training loss is measured against its base, as its ``config.yaml`` says; no without one.
+
+    Args:
+        run: Run folder.
+    """
+    model = read_config(run).get("model") or {}
+    return bool((model.get("init_args") or {}).get("distill"))
+
+
 def figures(
-    rows: Rows, heads: Rows = (), positions: Sequence[Bucket] = (), kv_map: Rows = (), gates: Rows = ()
+    rows: Rows,
+    heads: Rows = (),
+    positions: Sequence[Bucket] = (),
+    kv_map: Rows = (),
+    gates: Rows = (),
+    *,
+    distilled: bool = False,
 ) -> dict[str, Figure]:
     """Every figure that these numbers allow, by the name of its file.
 
@@ -186,9 +204,10 @@ def figures(
         positions: From ``eval.json``.
         kv_map: Rows of ``kv_map.csv``.
         gates: Rows of ``head_gates.csv``.
+        distilled: Whether the training loss is measured against a teacher.
     """
     drawn = {
-        "loss": plots.loss_figure(rows),
+        "loss": plots.loss_figure(rows, distilled),
         "kv_map": plots.map_figure(kv_map),
         "compression": plots.compression_figure(rows),
         "layer_compression": plots.layer_figure(heads),

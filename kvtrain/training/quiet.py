@@ -1,7 +1,9 @@
 """What kvtrain says while it trains, and what other libraries are kept from saying."""
 
 import logging
+import sys
 import warnings
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -17,6 +19,14 @@ _OTHERS_REMARKS = (
 )
 
 
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to standard error as it is now, so that a progress bar that takes it over keeps its own line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 class _Lines(logging.Formatter):
     """Facts as they are, warnings marked as such."""
 
@@ -27,7 +37,7 @@ class _Lines(logging.Formatter):
 
 def speak_plainly() -> None:
     """Send kvtrain's log to standard error, on the first rank, and silence advertisements and internals."""
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(_Lines())
     own = logging.getLogger("kvtrain")
     own.handlers, own.propagate = [handler], False

@@ -67,17 +67,33 @@ def test_the_loss_figure_draws_training_and_held_out_losses():
     figure = loss_figure(rows)
     assert line(figure, "training") == ([0, 1, 2], [4.0, 3.0, 2.0])
     assert line(figure, "held-out") == ([3], [1.5])
-    assert labels(figure) == ["training", "training, smoothed", "held-out"]
+    assert labels(figure) == ["training", "held-out"]
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("optimiser step", "nats per token")
 
 
 def test_the_smoothed_loss_is_drawn_too():
     figure = loss_figure([{"step": n, "loss": float(n)} for n in range(40)])  # a window of two
     assert line(figure, "training, smoothed")[1][-1] == 38.5
+    assert labels(figure) == ["training", "training, smoothed"]
 
 
 def test_a_run_that_was_only_validated_has_a_loss_figure():
-    assert labels(loss_figure([{"step": 0, "val_loss": 2.0}])) == ["held-out"]
+    for distilled in (False, True):
+        assert labels(loss_figure([{"step": 0, "val_loss": 2.0}], distilled)) == ["held-out"]
+
+
+def test_a_divergence_and_a_cross_entropy_have_a_panel_each():
+    rows = [{"step": n, "loss": 0.08 / (n + 1)} for n in range(3)] + [{"step": 2, "val_loss": 3.05}]
+    above, below = loss_figure(rows, distilled=True).axes
+    assert [line.get_label() for line in above.lines] == ["training"]
+    assert list(above.lines[0].get_ydata()) == [0.08, 0.04, 0.08 / 3]
+    assert [list(line.get_ydata()) for line in below.lines] == [[3.05]]
+    assert above.get_ylim()[1] < 0.1 and below.get_ylim()[0] > 2
+    assert above.get_xlim() == below.get_xlim()
+    assert [axes.get_title(loc="left") for axes in (above, below)] == [
+        "Training loss (target: the base model)",
+        "Held-out loss (target: the next token)",
+    ]
 
 
 def test_a_run_without_losses_is_refused():
@@ -131,13 +147,20 @@ def test_the_map_of_heads_draws_the_last_validation():
     assert figure is not None
     axes, scale = figure.axes[:2]
     (image,) = axes.images
-    np.testing.assert_array_equal(image.get_array(), fractions)
-    assert image.get_clim() == (0, 1)
+    np.testing.assert_allclose(image.get_array(), [[1, 2, 4], [10, 64, 25]])
+    assert image.get_clim() == (1, 64)
     written = {(text.get_position()): text.get_text() for text in axes.texts}
-    assert written == {(0, 0): "1.0", (1, 0): "2.0", (2, 0): "4.0", (0, 1): "10", (1, 1): "inf", (2, 1): "25"}
-    assert axes.get_title("left") == "Compression of every head, step 79"
+    assert written == {(0, 0): "1.0", (1, 0): "2.0", (2, 0): "4.0", (0, 1): "10", (1, 1): "64+", (2, 1): "25"}
+    assert axes.get_title("left") == "Tokens per cache slot of every head, step 79"
     marks = dict(zip(scale.get_yticks(), [text.get_text() for text in scale.get_yticklabels()], strict=True))
-    assert (marks[0.5], marks[0.75]) == ("2", "4")
+    assert (marks[1], marks[2], marks[32], marks[64]) == ("1", "2", "32", "64+")
+
+
+def test_a_head_that_merges_a_whole_text_is_no_number_of_its_length():
+    figure = head_figure(head_rows(0, [[1 - 1 / 24543, 1.0, 1 - 1 / 9.97, 1 - 1 / 63.9]]))
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["64+", "64+", "10", "64"]
+    assert line(layer_figure(head_rows(0, [[1.0, 1.0]])), "layer 0") == ([0], [64])
 
 
 def test_a_layer_that_decides_nothing_stays_empty():
@@ -173,7 +196,7 @@ def test_a_run_without_heads_has_no_figures_of_them():
 
 
 def test_tokens_per_slot():
-    assert [tokens_per_slot(fraction) for fraction in (0.0, 0.75, 1.0)] == [1.0, 4.0, math.inf]
+    assert tokens_per_slot(np.array([0.0, 0.75, 63 / 64, 1 - 1 / 24543, 1.0])).tolist() == [1.0, 4.0, 64.0, 64.0, 64.0]
 
 
 def map_rows(keys, values=None, sliding=()):

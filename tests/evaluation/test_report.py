@@ -7,7 +7,16 @@ import re
 import pytest
 
 from kvtrain.evaluation.plots import Bucket
-from kvtrain.evaluation.report import facts, figures, load_gates, load_heads, load_positions, load_rows, report_run
+from kvtrain.evaluation.report import (
+    facts,
+    figures,
+    learns_from_a_teacher,
+    load_gates,
+    load_heads,
+    load_positions,
+    load_rows,
+    report_run,
+)
 
 METRICS = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
 0,4.0,0.001,900,1.0,1.0,,
@@ -104,6 +113,39 @@ def test_the_page_stands_alone_and_holds_the_same_pictures(run):
     assert re.findall(r'(?:src|href)="(?!data:)', text) == []
     assert "<title>dmc-tiny</title>" in text
     assert "<tr><th>Optimiser steps</th><td>3</td></tr>" in text
+
+
+DISTILLED = "model: {class_path: kvtrain.training.DMCModule, init_args: {distill: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "panels"),
+    [
+        (DISTILLED % "true", 2),
+        (DISTILLED % "{weight: 0.5}", 2),
+        (DISTILLED % "false", 1),
+        (DISTILLED % "null", 1),
+        ("model: {class_path: a.B}", 1),
+        ("model: {class_path: a.B, init_args: null}", 1),
+        ("model: null", 1),
+        ("not: [yaml", 1),
+        (None, 1),
+    ],
+)
+def test_losses_share_an_axis_where_they_measure_the_same(run, recipe, panels):
+    if recipe is not None:
+        (run / "config.yaml").write_text(recipe)
+    drawn = figures(load_rows(run), distilled=learns_from_a_teacher(run))
+    assert len(drawn["loss"].axes) == panels
+
+
+def test_the_report_of_a_run_that_learns_from_a_teacher_has_both_panels(run):
+    """Its picture is as many pixels taller."""
+    heights = []
+    for distill in ("false", "true"):
+        (run / "config.yaml").write_text(DISTILLED % distill)
+        heights.append(int.from_bytes(report_run(run)[0].read_bytes()[20:24]))
+    assert heights == [630, 882]
 
 
 def test_the_report_goes_where_it_is_told(run, tmp_path):

@@ -163,14 +163,18 @@ def _recurrence(valid: Tensor, **arguments: Tensor) -> tuple[Tensor, Tensor]:
     return linear_attention_reference(**arguments, document_ids=valid.long())
 
 
-def _divergence(kernel: Callable[..., Any], targets: Tensor, **arguments: Any) -> Any:
-    arguments["teacher"] = TeacherHead(arguments.pop("teacher_hidden"), arguments.pop("teacher_weight"))
-    return kernel(**arguments, counted=targets >= 0)
+def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy_sum(hidden, weight, targets, chunk_size=32, backend="torch")
 
 
-def _mixture(targets: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **factors: Tensor) -> Tensor:
+def _divergence(kernel: Callable[..., Any], targets: Tensor, hidden: Tensor, weight: Tensor, **arguments: Any) -> Any:
+    teacher = TeacherHead(arguments.pop("teacher_hidden"), arguments.pop("teacher_weight"))
+    return kernel(hidden, weight, teacher, targets >= 0, **arguments)
+
+
+def _mixture(targets: Tensor, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
     teacher = TeacherHead(teacher_hidden, teacher_weight)
-    return linear_mixed_sum(**factors, teacher=teacher, targets=targets, divergence_weight=0.7).total
+    return linear_mixed_sum(hidden, weight, teacher, targets, divergence_weight=0.7).total
 
 
 def _dense_mixture(targets: Tensor, hidden: Tensor, weight: Tensor, **teacher: Tensor) -> Tensor:
@@ -299,7 +303,7 @@ def loss_calls() -> dict[str, KernelCall]:
     learnt = {"targets": targets, **teacher}
     calls = {
         "cross-entropy": KernelCall(
-            partial(linear_cross_entropy_sum, chunk_size=32, backend="torch"),
+            _cross_entropy,
             cross_entropy.plain,
             factors,
             {"targets": targets},

@@ -22,6 +22,8 @@ BEHIND = {
     "attention_cpu": "attention",
     "attention_flash": "attention",
     "attention_flex": "attention",
+    "flash_cpu": "attention",
+    "head": "cross_entropy",
     "liger": "norm",
     "linear_attention_chunked": "linear_attention",
     "linear_attention_triton": "linear_attention",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+_BAR_WIDTH = 16  # the rest of the line is for figures
 
 
 class TokenProgress(ProgressBar):
@@ -40,8 +41,10 @@ class TokenProgress(ProgressBar):
         self._first_step = trainer.global_step
         if not self._enabled or not sys.stdout.isatty():
             return
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=Console())
+        bar, facts = BarColumn(bar_width=_BAR_WIDTH), TextColumn("{task.description}")
+        columns = (MofNCompleteColumn(), bar, TimeRemainingColumn(), facts)
+        # Lines that go to the same terminal stand above the bar; those that go elsewhere stay where they go.
+        self._bar = Progress(*columns, console=Console(), redirect_stderr=sys.stderr.isatty())
         self._bar.start()
         self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step)
 
