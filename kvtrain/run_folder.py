@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from kvtrain import strict_yaml
 from kvtrain.mistakes import UsageError
 
 CHECKPOINTS = "checkpoints"
@@ -259,7 +260,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def parse_config(text: str) -> dict[str, Any]:
     """A resolved recipe as plain values."""
-    content = yaml.safe_load(text)
+    content = strict_yaml.load(text)
     return content if isinstance(content, dict) else {}
 
 

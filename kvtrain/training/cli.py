@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kvtrain import run_folder
+from kvtrain import run_folder, strict_yaml
 from kvtrain.data.module import DataModule, PackedDataModule
-from kvtrain.metrics import FILE_NAME
 from kvtrain.mistakes import UsageError, innermost, raised_by_kvtrain
 from kvtrain.recipes import read_recipe_file
 from kvtrain.training import messages
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.callbacks.opening import RunRecord
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.quiet import speak_plainly
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer
@@ -28,9 +30,22 @@ _CONFIG_FLAGS = ("--config", "-c")
 # Of Trainer.fit and Trainer.validate: given by us, or of no use on a command line.
 _NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only", "verbose"}
 
+_STRICT = "strict"  # our name for the parser's own reader of YAML behind our checks
+
+
+def _load(text: str) -> Any:
+    strict_yaml.check(text)
+    return get_loader("yaml")(text)
+
+
+set_loader(_STRICT, _load, (yaml.YAMLError,))
+
 
 class RecipeParser(LightningArgumentParser):
-    """Raises its complaints, causes included, so that the CLI can say them in a line."""
+    """Loads no YAML that is not looked over, and raises its complaints, causes included, so that they fit a line."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"parser_mode": _STRICT, **settings})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving.
@@ -169,15 +184,12 @@ class FitCLI(RecipeCLI):
         settings["ckpt_path"] = str(resumed) if resumed else None
 
     def before_fit(self) -> None:
-        """Write ``config.yaml``, after comparing it with what the run was begun with."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        recipe = self.resolved_recipe()
-        if self.config_init[self.command]["ckpt_path"] is None:
-            (self.run / FILE_NAME).unlink(missing_ok=True)
-        else:
+        """Compare the recipe with what the run was begun with, and have it written when training begins."""
+        recipe, resumes = self.resolved_recipe(), self.config_init[self.command]["ckpt_path"] is not None
+        if resumes and self.trainer.is_global_zero:
             self._warn_of_changes(recipe)
-        run_folder.write_config(self.run, recipe)
+        self.record = RunRecord(self.run, recipe, resumes=resumes)
+        self.trainer.callbacks.insert(0, self.record)  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
         """Say where it ended."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kvtrain import strict_yaml
 from kvtrain.mistakes import unknown
 
 _TYPE_NAMES = {
@@ -202,7 +203,7 @@ def places_in_file(path: str, text: str) -> Iterator[Place]:
 
 
 def _inside(text: str, name: str, path: str = "") -> Iterator[Place]:
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = strict_yaml.compose(text)
     if root is not None:
         yield from _walk(root, name, path)
 
