@@ -111,6 +111,11 @@ def read_recipe_file(given: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a single value")
         raise UsageError(f"{given}: a recipe is a mapping of trainer, model and data; the file holds {found}")
+    for key in content:
+        if not isinstance(key, str):
+            raise UsageError(
+                f"{given}: a recipe is a mapping of trainer, model and data; the file has a section {key!r}"
+            )
     return content
 
 

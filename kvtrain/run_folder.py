@@ -65,6 +65,19 @@ def _pointed(pointer: Path) -> Path | None:
     return pointer.resolve() if pointer.is_symlink() else pointer
 
 
+def require_place(run: Path) -> None:
+    """Make sure that a run folder is there or can be made.
+
+    Raises:
+        UsageError: A file is in its way, or the folder above may not be written.
+    """
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{run}: {there} is a file; choose another --trainer.default_root_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{run}: {there} may not be written; choose another --trainer.default_root_dir")
+
+
 def refuse_second_run(run: Path) -> None:
     """Stop a fresh run before it touches another one's checkpoints.
 
@@ -110,6 +123,8 @@ def resolve_checkpoint(run: Path, asked: str) -> Path | None:
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint that is there, or None."""
+    if path.is_dir() and (not _files(path) or (path / CHECKPOINTS).is_dir()):
+        return f"{path}: a folder that is no checkpoint; give 'last', 'best' or a file such as {step_path(path, 100)}"
     if path.is_file() and not zipfile.is_zipfile(path):
         return f"{path}: damaged or no checkpoint of kvtrain"
     path = path.resolve()

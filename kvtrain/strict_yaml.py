@@ -1,9 +1,10 @@
 """YAML that somebody hands us, looked over before it is loaded: a tree of bounded size that says everything once.
 
 YAML allows what no recipe needs and what no reader of plain values survives: a collection that holds itself, ten
-lines that stand for a billion values, a key that is given twice and silently counts once.
+lines that stand for a billion values, a key that is given twice and silently counts once, numbers that are none.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ MOST_CHARACTERS = 1 << 20
 _MOST_VALUES = 100_000
 _DEEPEST = 64
 _MERGE = "<<"
+_NO_NUMBERS = (".nan", ".inf")
 
 
 class StrictYAMLError(yaml.MarkedYAMLError):
@@ -35,8 +37,8 @@ def check(text: str) -> None:
     """Refuse what is not worth loading, in one pass that builds nothing.
 
     Raises:
-        yaml.YAMLError: It is no YAML; or, as a ``StrictYAMLError``, it is too long, too deep, stands for too many values,
-            holds itself, or gives a key twice.
+        yaml.YAMLError: It is no YAML; or, as a ``StrictYAMLError``, it is too long or too deep, stands for too many
+            values, holds itself, gives a key twice, or has a number that is infinite or none.
     """
     if len(text) > MOST_CHARACTERS:
         raise _refusal(f"longer than {MOST_CHARACTERS:,} characters")
@@ -90,7 +92,8 @@ class _Walk:
                 self._enter(event)
             elif isinstance(event, yaml.AliasEvent):
                 self._add(self._size_of(event), None, event)
-            else:
+            elif isinstance(event, yaml.ScalarEvent):
+                self._check_number(event)
                 self._add(1, event.anchor, event)
 
     def _enter(self, event: yaml.CollectionStartEvent) -> None:
@@ -101,7 +104,7 @@ class _Walk:
     def _size_of(self, alias: yaml.AliasEvent) -> int:
         if any(collection.anchor == alias.anchor for collection in self.open):
             raise _refusal(f"*{alias.anchor} stands inside &{alias.anchor}, which would hold itself", alias)
-        return self.sizes.get(alias.anchor, 1)
+        return self.sizes.get(alias.anchor or "", 1)
 
     def _add(self, values: int, anchor: str | None, event: yaml.Event) -> None:
         if anchor is not None:
@@ -116,9 +119,24 @@ class _Walk:
             return
         if event.value in parent.lines and event.value != _MERGE:
             raise _refusal(f"'{event.value}' is given twice, first in line {parent.lines[event.value]}", event)
-        parent.lines[event.value] = event.start_mark.line + 1
+        parent.lines[event.value] = _mark(event).line + 1
 
+    def _check_number(self, event: yaml.ScalarEvent) -> None:
+        if event.implicit[0] and (event.value.lstrip("+-").lower() in _NO_NUMBERS or _overflows(event.value)):
+            raise _refusal(f"{event.value} is not a finite number", event)
+
+
+def _overflows(text: str) -> bool:
+    """Whether it is written with an exponent and too large for a float."""
+    try:
+        return any(map(str.isdigit, text)) and "e" in text.lower() and math.isinf(float(text))
+    except ValueError:
+        return False
+
+
+def _mark(event: yaml.Event) -> Any:
+    return event.start_mark
 
 
 def _refusal(problem: str, event: yaml.Event | None = None) -> StrictYAMLError:
-    return StrictYAMLError(None, None, problem, event.start_mark if event else None)
+    return StrictYAMLError(None, None, problem, _mark(event) if event else None)

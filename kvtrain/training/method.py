@@ -5,11 +5,12 @@ from abc import abstractmethod
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
-from kvtrain.models.host import retrofit
+from kvtrain.mistakes import first_line
+from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.method import Method, key_value_shape
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
 
@@ -27,6 +28,16 @@ class MethodModule(TrainingModule):
         """Configuration of the host as it is before a retrofit converts its heads."""
         return self.host_config()
 
+    def check_model(self) -> None:
+        """See ``TrainingModule``: a host of a supported family, which the method can work with."""
+        config = self.host_config()
+        retrofitted_class(config)
+        self.method.validate(config)
+
+    def vocab_size(self) -> int | None:
+        """See ``TrainingModule``."""
+        return int(self.host_config().vocab_size)
+
     def skeleton(self) -> nn.Module:
         """See ``TrainingModule``."""
         return meta_model(self.host_config(), self.method)
@@ -40,6 +51,23 @@ class MethodModule(TrainingModule):
             kv_bytes_before=sequence_length * kv_bytes_per_token(self.plain_config()),
             kv_bytes_after=cache_bytes(config, self.method, sequence_length),
         )
+
+
+def read_model_config(path: str, remedy: str) -> PreTrainedConfig:
+    """Configuration of a host.
+
+    Args:
+        path: File, folder or Hub id.
+        remedy: What to do where there is none.
+
+    Raises:
+        ValueError: It cannot be had, or says what no model can be.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ValueError(f"no model configuration at {path!r} ({first_line(error)}); {remedy}") from error
+    return config
 
 
 def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.method import MethodModule
+from kvtrain.training.method import MethodModule, read_model_config
 
 
 class PretrainModule(MethodModule):
@@ -32,11 +32,7 @@ class PretrainModule(MethodModule):
         Raises:
             ValueError: The file is not there.
         """
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(find_config(self.model_config))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no model configuration at {self.model_config!r}") from error
-        return config
+        return read_model_config(find_config(self.model_config), "model_config is a file such as a host's config.json")
 
     def build_model(self) -> PreTrainedModel:
         """A host with random weights that depend on the seed alone."""

@@ -3,18 +3,19 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
+from kvtrain.mistakes import opening_model
 from kvtrain.models.full import Full
 from kvtrain.models.gqa import convert_gqa, gqa_config
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.method import MethodModule
+from kvtrain.training.method import MethodModule, read_model_config
 
 
 class RetrofitModule(MethodModule):
@@ -67,11 +68,7 @@ class RetrofitModule(MethodModule):
             ValueError: It cannot be had.
         """
         path = find_config(self.base_config) if self.base_config else resolve(self.base)
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
-            raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
-        return config
+        return read_model_config(path, "set base_config or download the base")
 
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""
@@ -105,8 +102,7 @@ class RetrofitModule(MethodModule):
         return retrofit(host, self.method)
 
     def _load_base(self) -> PreTrainedModel:
-        try:
-            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=self.base_dtype)
-        except OSError as error:
-            raise ValueError(f"no model at {self.base!r}; base is a folder, a Hub id or kvtrain:tiny") from error
+        path = resolve(self.base)
+        with opening_model(self.base):
+            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.base_dtype)
         return host

@@ -44,8 +44,10 @@ class OpeningLine(pl.Callback):
     """Says once what trains, how large it is, where, for how long, and into which folder."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it."""
+        """Say it, and let the module write its own part of the record."""
         assert isinstance(pl_module, TrainingModule)
+        if trainer.is_global_zero:
+            pl_module.write_record(Path(trainer.default_root_dir))
         logger.info("%s", opening_line(trainer, pl_module))
 
 
