@@ -3,55 +3,19 @@
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from kvtrain.mistakes import UsageError, raised_by_kvtrain, unknown
+from kvtrain.mistakes import UsageError, raised_by_kvtrain, require_file_place, unknown
+from kvtrain.parser import Parser, finite
 from kvtrain_cli import quick_answer
 
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 2, 130
 _PAGE_WIDTH = 100
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def parse_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse; a misspelt option is named before what is missing because of it."""
-        known = {string for action in self._actions for string in action.option_strings}
-        for word in words:
-            if word.startswith("--") and word.split("=")[0] not in known:
-                self.error(f"unrecognized arguments: {word}")
-        return super().parse_args(words)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(self._explain(message))
-
-    def _explain(self, message: str) -> str:
-        if match := re.search(r"unrecognized arguments: (\S+)", message):
-            word = match[1].split("=")[0]
-            options = [string for action in self._actions for string in action.option_strings]
-            if word.startswith("-"):
-                return unknown("option", word, options, f"See {self.prog} --help")
-            return f"unexpected word '{word}'. See {self.prog} --help"
-        if match := re.search(r"argument (\S+): invalid (\w+) value: (.*)", message):
-            kind = {"int": "an integer", "float": "a number"}.get(match[2], match[2])
-            return f"{match[1]}: expected {kind}, got {match[3]}"
-        if match := re.search(r"argument (\S+): expected (?:at least )?one argument", message):
-            return f"option '{match[1]}' needs a value"
-        if match := re.search(r"arguments are required: (.*)", message):
-            return f"{match[1]} is missing. See {self.prog} --help"
-        return message
 
 
 @dataclass(frozen=True)
@@ -175,25 +139,26 @@ def _prepare_arguments(parser: Parser) -> None:
 
 def _prepare(arguments: list[str]) -> None:
     asked = build_parser("prepare").parse_args(arguments)
-    from kvtrain.data.corpus import read_corpus
+    from kvtrain.data.corpus import read_corpus, require_corpus
     from kvtrain.data.prepare import prepare_corpus
+    from kvtrain.data.shards import new_folder, require_new
     from kvtrain.data.tokenizer import load_tokenizer, train_tokenizer
 
+    for corpus in asked.corpus:
+        require_corpus(corpus)
+    read = {"text_column": asked.text_column, "split": asked.split}
+    output = Path(asked.output)
     if asked.train_tokenizer is None:
-        tokenizer = load_tokenizer(asked.tokenizer)
+        manifest = prepare_corpus(asked.corpus, load_tokenizer(asked.tokenizer), output, **read)
     else:
         folder = Path(asked.tokenizer)
         if folder.exists():
             raise UsageError(f"{folder} exists already; --train-tokenizer writes a new folder")
-        texts = (
-            document.text
-            for corpus in asked.corpus
-            for document in read_corpus(corpus, text_column=asked.text_column, split=asked.split)
-        )
-        tokenizer = train_tokenizer(texts, asked.train_tokenizer, folder)
-    manifest = prepare_corpus(
-        asked.corpus, tokenizer, Path(asked.output), text_column=asked.text_column, split=asked.split
-    )
+        require_new(output)
+        texts = (document.text for corpus in asked.corpus for document in read_corpus(corpus, **read))
+        with new_folder(folder) as unfinished:  # tokenizer and shards are kept together or not at all
+            tokenizer = train_tokenizer(texts, asked.train_tokenizer, unfinished)
+            manifest = prepare_corpus(asked.corpus, tokenizer, output, **read)
     print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
 
 
@@ -220,8 +185,8 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample from this share of the mass (1)")
+    parser.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-p", type=finite, default=1.0, metavar="X", help="sample from this share of the mass (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
 
 
@@ -259,6 +224,8 @@ def _eval(arguments: list[str]) -> None:
     from kvtrain.data.passkey import PasskeyTask
     from kvtrain.evaluation.evaluate import run_tasks
 
+    if asked.json:
+        require_file_place(Path(asked.json))
     tasks = [task.strip() for task in asked.tasks.split(",") if task.strip()]
     rows = run_tasks(
         asked.model,

@@ -1,8 +1,12 @@
 """Mistakes of the person at the keyboard: one error for all of them, and the nearest right name."""
 
 import difflib
+import logging
+import math
+import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
@@ -32,14 +36,123 @@ def unknown(kind: str, name: str, candidates: Iterable[str], otherwise: str = ""
     return f"unknown {kind} '{name}'. {hint}" if hint else f"unknown {kind} '{name}'"
 
 
-def innermost(error: BaseException) -> BaseException:
-    """The first error of a chain: what was raised before others wrapped it."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    return error
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and the errors that it came from, the latest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its first, and what follows where that ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    end = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:end])
+
+
+def raised_by(error: BaseException, *folders: str) -> bool:
+    """Whether a ``raise`` in a file below one of these folders made it: a refusal, not a slip."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(folders) and (frames[-1].line or "").startswith("raise ")
 
 
 def raised_by_kvtrain(error: BaseException) -> bool:
     """Whether a ``raise`` of kvtrain's own made it: a library's error, or one of Python itself, is a defect."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(_PACKAGE) and (frames[-1].line or "").startswith("raise ")
+    return raised_by(error, _PACKAGE)
+
+
+@contextmanager
+def opening_model(name: str, remedy: str = "give a folder, a Hub id or kvtrain:tiny") -> Iterator[None]:
+    """Say in a line what is wrong with a model that somebody named; what happens in kvtrain's own code stays as it is.
+
+    Configurations and weights are read by five libraries, whose errors have nothing in common.
+
+    Args:
+        name: As it was given.
+        remedy: What to do.
+
+    Raises:
+        UsageError: A library could not read it.
+    """
+    try:
+        with _held_back("transformers"):  # its report of what does not fit would stand before the line that says so
+            yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if len(frames) > 1 and frames[-1].filename.startswith(_PACKAGE):
+            raise
+        if (Path(name) / "checkpoints").is_dir():
+            raise UsageError(f"{name} is a run folder; write its model with `kvtrain export {name} OUT`") from error
+        kind = "no model at" if isinstance(error, OSError) else "no model that can be opened at"
+        raise UsageError(f"{kind} {name!r} ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    return first_line(error)
+
+
+@contextmanager
+def _held_back(library: str) -> Iterator[None]:
+    """Keep what a library logs until it is through; where it fails, its error says enough."""
+    handlers, held = logging.getLogger(library).handlers, list[logging.LogRecord]()
+
+    def hold(record: logging.LogRecord) -> bool:
+        if record not in held:  # every handler asks
+            held.append(record)
+        return False
+
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+    for record in held:
+        logging.getLogger(record.name).handle(record)
+
+
+def require_at_least(least: int, name: str, number: float | None) -> None:
+    """Refuse a number that is too small; None passes.
+
+    Raises:
+        UsageError: It is.
+    """
+    if number is not None and number < least:
+        raise UsageError(f"{name} must be at least {least}, not {number}")
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Refuse what is no seed for torch and NumPy alike.
+
+    Raises:
+        UsageError: It is negative, or has more than 63 bits.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"{name} must be from 0 to {(1 << 63) - 1}, not {seed}")
+
+
+def require_file_place(path: Path) -> None:
+    """Make sure, before there is anything to write, that a file can be written.
+
+    Raises:
+        UsageError: It is a folder, or the folder above is not there or may not be written.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{path} may not be written; choose another file")
+
+
+def require_finite(name: str, number: float) -> None:
+    """Refuse what is infinite or not a number.
+
+    Raises:
+        UsageError: It is.
+    """
+    if not math.isfinite(number):
+        raise UsageError(f"{name} must be a finite number, not {number}")

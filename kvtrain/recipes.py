@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from kvtrain import strict_yaml
 from kvtrain.mistakes import UsageError, nearest
 
 _PACKAGE = Path(__file__).parent
@@ -102,15 +103,27 @@ def read_recipe_file(given: str) -> dict[str, Any]:
         hint = f"Did you mean '{meant}'?" if meant else "`kvtrain recipes` lists what there is"
         raise UsageError(f"no recipe at '{given}'. {hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = strict_yaml.load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{given}: not UTF-8 text (byte {error.start})") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UsageError(f"{given} line {line}: not YAML ({error.problem or error.context})") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{given}: not YAML ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{given}{explain_yaml(error)}") from error
     if not isinstance(content, dict):
         found = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a single value")
         raise UsageError(f"{given}: a recipe is a mapping of trainer, model and data; the file holds {found}")
+    for key in content:
+        if not isinstance(key, str):
+            raise UsageError(
+                f"{given}: a recipe is a mapping of trainer, model and data; the file has a section {key!r}"
+            )
     return content
+
+
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text, to stand behind its file's name: `` line 3: not YAML (...)``."""
+    mark = getattr(error, "problem_mark", None)
+    line = f" line {mark.line + 1}" if mark else ""
+    if isinstance(error, strict_yaml.StrictYAMLError):
+        return f"{line}: {error.problem}"
+    words = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+    return f"{line}: not YAML ({words})"

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from kvtrain import strict_yaml
 from kvtrain.mistakes import UsageError
 
 CHECKPOINTS = "checkpoints"
@@ -62,6 +63,19 @@ def _pointed(pointer: Path) -> Path | None:
     if not pointer.exists():
         return None
     return pointer.resolve() if pointer.is_symlink() else pointer
+
+
+def require_place(run: Path) -> None:
+    """Make sure that a run folder is there or can be made.
+
+    Raises:
+        UsageError: A file is in its way, or the folder above may not be written.
+    """
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{run}: {there} is a file; choose another --trainer.default_root_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{run}: {there} may not be written; choose another --trainer.default_root_dir")
 
 
 def refuse_second_run(run: Path) -> None:
@@ -109,6 +123,8 @@ def resolve_checkpoint(run: Path, asked: str) -> Path | None:
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint that is there, or None."""
+    if path.is_dir() and (not _files(path) or (path / CHECKPOINTS).is_dir()):
+        return f"{path}: a folder that is no checkpoint; give 'last', 'best' or a file such as {step_path(path, 100)}"
     if path.is_file() and not zipfile.is_zipfile(path):
         return f"{path}: damaged or no checkpoint of kvtrain"
     path = path.resolve()
@@ -259,7 +275,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def parse_config(text: str) -> dict[str, Any]:
     """A resolved recipe as plain values."""
-    content = yaml.safe_load(text)
+    content = strict_yaml.load(text)
     return content if isinstance(content, dict) else {}
 
 

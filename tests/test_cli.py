@@ -1,6 +1,7 @@
 """The one door: pages of help at once, mistakes in one line, and what each small command passes on."""
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import kvtrain_cli
 from kvtrain.cli import COMMANDS, main
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.help import FOLDER, generated_pages
-from kvtrain.mistakes import UsageError, innermost, nearest, raised_by_kvtrain, unknown
+from kvtrain.mistakes import UsageError, causes, nearest, opening_model, raised_by_kvtrain, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP_SECONDS = 1.0
@@ -251,4 +252,33 @@ def test_only_a_raise_of_our_own_is_a_mistake():
     assert not raised_by_kvtrain(pythons.value)
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = own.value
-    assert innermost(wrapped) is own.value
+    assert list(causes(wrapped)) == [wrapped, own.value]
+
+
+def open_badly(logger: logging.Logger) -> None:
+    with opening_model("m"):
+        logger.warning("a long report")
+        raise RuntimeError("header too small")
+
+
+def test_a_library_s_report_is_told_only_of_a_model_that_opens():
+    logger, told = logging.getLogger("transformers"), []
+    handler = logging.Handler()
+    handler.emit = told.append
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(UsageError, match=r"no model that can be opened at 'm' \(header too small\); give a folder"):
+            open_badly(logger)
+        assert told == []
+        with opening_model("m"):
+            logger.warning("some weights are new")
+        assert [record.getMessage() for record in told] == ["some weights are new"]
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_what_kvtrain_itself_says_of_a_model_stays_as_it_is():
+    from kvtrain.models.registry import method_from_dict
+
+    with pytest.raises(ValueError, match="unknown method 'zip'"), opening_model("m"):
+        method_from_dict({"name": "zip"})

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "kvtrain"
 
 # Everyone may use these; they use nobody but each other.
-GROUND = {"assets", "metrics", "mistakes", "recipes", "run_folder"}
+GROUND = {"assets", "metrics", "mistakes", "recipes", "run_folder", "strict_yaml"}
 
 # Part of the roof, as every other module that lies directly in the package.
 ROOF = {"help"}

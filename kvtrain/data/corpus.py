@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtrain.assets import HELDOUT
-from kvtrain.data.hub import HUB_PREFIX, first_line, hub_rows
+from kvtrain.data.hub import HUB_PREFIX, hub_rows
 from kvtrain.data.passkey import passkey_texts
 from kvtrain.data.shards import MANIFEST
+from kvtrain.mistakes import first_line
 
 STDLIB = "stdlib"
 HELDOUT_NAME = "heldout"
@@ -55,6 +56,16 @@ def read_corpus(corpus: str, *, text_column: str = "text", split: str = "train")
     else:
         for path in corpus_files(corpus):
             yield from _read_file(path, text_column)
+
+
+def require_corpus(corpus: str) -> None:
+    """Make sure that a corpus is there, as far as can be said without reading it.
+
+    Raises:
+        ValueError: It lies on disk and is not there, or is of no known kind.
+    """
+    if corpus not in (STDLIB, HELDOUT_NAME, PASSKEY) and not corpus.startswith(HUB_PREFIX):
+        corpus_files(corpus)
 
 
 def corpus_files(corpus: str) -> list[Path]:

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from kvtrain.mistakes import first_line
+
 HUB_PREFIX = "hf:"
 _PATIENCE_SECONDS = 3.0
 
@@ -50,8 +52,3 @@ def hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     except Exception as error:  # the library raises a dozen unrelated types for "cannot be had"
         place = f"after row {number}" if number else f"cannot open split {split!r}"
         raise ValueError(f"{HUB_PREFIX}{name}: {place} ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ import torch
 from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import DataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
+from kvtrain.mistakes import require_at_least, require_seed
 
 
 def _median(values: Sequence[int]) -> int:
@@ -230,16 +231,16 @@ class ListOpsDataModule(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("validation_rows", validation_rows, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+        require_at_least(1, "batch_size", batch_size)
+        require_at_least(1, "validation_rows", validation_rows)
+        require_seed("data.seed", seed)
         self.task = ListOpsTask(max_depth, max_arguments, shortest, longest)
         self.sequence_length, self.batch_size = longest, batch_size
         self.validation_rows, self.seed = validation_rows, seed
+
+    def highest_id(self) -> int | None:
+        """See ``DataModule``."""
+        return len(VOCABULARY) - 1
 
     def train_dataloader(self) -> "ListOpsLoader":
         """Batches without end, with ``num_items``."""

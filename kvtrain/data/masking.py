@@ -155,6 +155,10 @@ class MaskedDataModule(PackedDataModule):
             random_share=self.random_share,
         )
 
+    def highest_id(self) -> int | None:
+        """See ``DataModule``; the mask token is one of the ids."""
+        return max(super().highest_id() or 0, self.masking.mask_token_id)
+
     def prepare_data(self) -> None:
         """Complain about the mask token before anything is tokenised."""
         _ = self.masking

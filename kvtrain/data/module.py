@@ -10,6 +10,7 @@ from kvtrain.data.packing import PackedRows
 from kvtrain.data.prepare import corpus_fingerprint, prepare_once, tokenizer_digest
 from kvtrain.data.shards import MANIFEST, TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.mistakes import require_at_least, require_seed
 
 
 def default_cache() -> Path:
@@ -30,6 +31,30 @@ class DataModule(pl.LightningDataModule):
     sequence_length: int
     tokenizer_name: str | None
 
+    def highest_id(self) -> int | None:
+        """The highest token id that rows may hold, as far as can be said without reading them; None: not at all."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Complain about the rows before a model is built for them.
+
+        Raises:
+            ValueError: They do not fill a step, or an epoch ends before its first validation.
+        """
+        if stage == "fit":
+            self._check_interval(len(self.train_dataloader()))
+        self.val_dataloader()
+
+    def _check_interval(self, batches: int) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        every, within_epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
+        if within_epochs and trainer.limit_val_batches and isinstance(every, int) and every > batches:
+            raise ValueError(
+                f"trainer.val_check_interval is {every} and an epoch has {batches} batches; lower it, or set "
+                "trainer.check_val_every_n_epoch to null to count over epochs"
+            )
+
     @property
     def training_place(self) -> dict[str, int]:
         """What a training loader must know of the trainer: its window, this rank, and how many there are."""
@@ -43,6 +68,13 @@ class DataModule(pl.LightningDataModule):
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         return {"rank": rank, "world_size": world_size}
+
+
+def _as_list(name: str, corpora: str | list[str]) -> list[str]:
+    corpora = [corpora] if isinstance(corpora, str) else corpora
+    if not all(corpora) or not corpora:
+        raise ValueError(f"{name} is empty; name a corpus")
+    return corpora
 
 
 class PackedDataModule(DataModule):
@@ -61,7 +93,7 @@ class PackedDataModule(DataModule):
         cache_dir: Where tokenised corpora are kept; None is ``$KVTRAIN_CACHE`` or ``~/.cache/kvtrain``.
 
     Raises:
-        ValueError: A size is not positive, a corpus cannot be read, or a prepared folder belongs to
+        ValueError: A size is not positive, there is no corpus or it cannot be read, or a prepared folder belongs to
             another tokenizer.
     """
 
@@ -78,16 +110,21 @@ class PackedDataModule(DataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("validation_rows", validation_rows)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+        require_at_least(1, "batch_size", batch_size)
+        require_at_least(1, "validation_rows", validation_rows)
+        require_at_least(2, "sequence_length", sequence_length)
+        require_seed("data.seed", seed)
         self.tokenizer_name = tokenizer
-        self.corpora = [corpus] if isinstance(corpus, str) else corpus
-        self.validation_corpora = [validation_corpus] if isinstance(validation_corpus, str) else validation_corpus
+        self.corpora = _as_list("corpus", corpus)
+        self.validation_corpora = _as_list("validation_corpus", validation_corpus)
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.validation_rows, self.text_column = validation_rows, text_column
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
         self._rows: dict[str, PackedRows] = {}
+
+    def highest_id(self) -> int | None:
+        """See ``DataModule``; ids that were added to a tokenizer may never be used, and are left out."""
+        return load_tokenizer(self.tokenizer_name).vocab_size - 1 if self.tokenizer_name else None
 
     def prepare_data(self) -> None:
         """Tokenise what is not tokenised yet; Lightning calls it once a node."""

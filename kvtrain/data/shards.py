@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,16 @@ class ShardWriter:
         return manifest
 
 
+def require_new(target: Path) -> None:
+    """Make sure that an output folder is not there yet.
+
+    Raises:
+        ValueError: It is.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or choose another output folder")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes ``target`` on success and vanishes on any failure.
@@ -116,8 +126,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         ValueError: ``target`` exists, or the disk is full.
     """
-    if target.exists():
-        raise ValueError(f"{target} exists already; remove it or choose another output folder")
+    require_new(target)
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -132,6 +142,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise ValueError(f"{target}: writing failed ({reason}); nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing if not target.exists() else ():
+            _remove_empty(parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # somebody else has put something there
+        folder.rmdir()
 
 
 class TokenShards:

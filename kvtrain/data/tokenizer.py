@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtrain.assets import resolve
-from kvtrain.data.hub import first_line, why_unreachable
+from kvtrain.data.hub import why_unreachable
+from kvtrain.mistakes import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvtrain.data.corpus import require_corpus
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.evaluation.passkey import PasskeyResult, passkey
 from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.inference.load import open_model
+from kvtrain.mistakes import require_at_least
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Settings:
         limit: Windows or samples to read; None reads all windows, or as many samples as the task has.
         decode: Feed token by token, as generation does, instead of in stretches.
         passkeys: What is hidden in a sample.
+
+    Raises:
+        ValueError: A number is out of range, or there is no such corpus.
     """
 
     corpus: str = "heldout"
@@ -29,6 +34,11 @@ class Settings:
     limit: int | None = None
     decode: bool = False
     passkeys: PasskeyTask = field(default_factory=PasskeyTask)
+
+    def __post_init__(self) -> None:
+        require_at_least(2, "sequence_length", self.sequence_length)
+        require_at_least(1, "limit", self.limit)
+        require_corpus(self.corpus)
 
     @property
     def chunk(self) -> int | None:
@@ -65,6 +75,8 @@ def run_tasks(model: str, tasks: list[str], *, dtype: str | None = None, **setti
     Raises:
         ValueError: Unknown task, model or corpus.
     """
+    if not tasks:
+        raise ValueError(f"no task to run; there are {', '.join(TASKS)}")
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")

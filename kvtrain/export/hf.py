@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvtrain.assets import resolve
-from kvtrain.data.shards import new_folder
+from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.export.card import model_card
+from kvtrain.mistakes import first_line, opening_model
+from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit, retrofitted_class
@@ -41,18 +44,23 @@ def export_run(
     Raises:
         ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
     """
+    require_new(output)
+    stored = _dtype(dtype)
+    if push_to:
+        require_push(push_to)
     checkpoint = read_checkpoint(checkpoint_path(run))
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
     if reason := settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
+    tokenizer = load_tokenizer(settings["tokenizer"]) if settings["tokenizer"] else None
     model = rebuild_model(checkpoint)
     if isinstance(model.config, KVTrainConfig):
         model.config.method.deploy(model)
-    _cast(model, _dtype(dtype))
+    _cast(model, stored)
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        if settings["tokenizer"]:
-            load_tokenizer(settings["tokenizer"]).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(model, run if run.is_dir() else run.parent.parent))
     if push_to:
         push_folder(output, push_to, private)
@@ -82,21 +90,6 @@ def checkpoint_path(run: Path) -> Path:
     return last
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a Lightning checkpoint without running any code that it might hold.
-
-    Raises:
-        ValueError: It is damaged, or not one of ours.
-    """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle and zip readers raise a dozen unrelated types
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if CHECKPOINT_KEY not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of `kvtrain fit`")
-    return checkpoint
-
-
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
     """The trained model: a retrofitted one, the plain host where the method is ``Full()``, or one without a host."""
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
@@ -123,10 +116,9 @@ def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> Pre
     Raises:
         ValueError: The base cannot be had, or is another one.
     """
-    try:
-        host = AutoModelForCausalLM.from_pretrained(resolve(base), dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"no model at {base!r}, the base of this run; put it there again, then export") from error
+    path = resolve(base)
+    with opening_model(base, "the base of this run; put it there again, then export"):
+        host = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = retrofit(host, config.method)
     model.eval()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -144,24 +136,38 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights if name.startswith(prefix)}
 
 
+def require_push(repository: str) -> None:
+    """Make sure, before anything is written, that a folder can be uploaded.
+
+    Raises:
+        ValueError: No token, or no name of a repository.
+    """
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"a Hub repository is named org/name, not {repository!r}")
+    if not get_token():
+        raise ValueError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
+
+
 def push_folder(folder: Path, repository: str, private: bool) -> None:
     """Upload a folder to the Hub.
 
     Raises:
         ValueError: No token, or the Hub refused; a token is never part of the message.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not get_token():
-        raise ValueError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
+    require_push(repository)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{repository}: the Hub refused the upload ({reason}); {folder} is complete") from error
+        raise ValueError(
+            f"{repository}: the Hub refused the upload ({first_line(error)}); {folder} is complete"
+        ) from error
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,11 +1,13 @@
 """Text from a prompt, with the facts of the cache that it took."""
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 
 from kvtrain.inference.load import open_model
+from kvtrain.mistakes import require_at_least, require_seed
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ def generate_text(
     Raises:
         ValueError: There is no such model, or a number is out of range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("temperature must not be negative, and top_p must lie in (0, 1]")
+    require_at_least(1, "max_new_tokens", max_new_tokens)
+    require_seed("seed", seed)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number from 0 on, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt is not UTF-8 text; convert it first")
     loaded, tokenizer = open_model(model)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.mistakes import opening_model
 from kvtrain.models.registry import own_model_class
 
 
@@ -23,13 +24,10 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: There is no model there.
     """
     path = resolve(str(name))
-    try:
+    with opening_model(str(name)):
         chosen: Any = own_model_class(AutoConfig.from_pretrained(path)) or AutoModelForCausalLM
         model: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
-        return model
-    except OSError as error:
-        reason = (str(error).splitlines() or ["unknown reason"])[0]
-        raise ValueError(f"no model at {str(name)!r} ({reason})") from error
+    return model
 
 
 def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:

@@ -1,10 +1,12 @@
 """The base of every training module: the step, the loss, the optimiser, the phases."""
 
 import json
+import math
 from abc import abstractmethod
 from collections import UserDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.mistakes import require_seed
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
@@ -43,6 +46,19 @@ class Ledger(UserDict[int, Any]):
     """Where layers leave figures by their number. No plain ``dict``: FSDP2 hands layers copies of those."""
 
 
+def check_numbers(weight_decay: float, betas: tuple[float, float], seed: int) -> None:
+    """Refuse what AdamW and the random numbers of a step cannot use.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    require_seed("model.seed", seed)
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must not be negative, not {weight_decay}")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be from 0 to below 1, not {', '.join(map(str, betas))}")
+
+
 class TrainingModule(pl.LightningModule):
     """Trains a language model on packed rows, phase by phase.
 
@@ -54,6 +70,9 @@ class TrainingModule(pl.LightningModule):
         betas: Of AdamW.
         seed: Everything random in a step derives from it, the step and the row.
         activation_checkpointing: Recompute each layer in the backward pass.
+
+    Raises:
+        ValueError: A number is out of range, or there is no phase.
     """
 
     model: PreTrainedModel
@@ -67,6 +86,7 @@ class TrainingModule(pl.LightningModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        check_numbers(weight_decay, betas, seed)
         self.schedule = Schedule(phases)
         self.weight_decay, self.betas, self.seed = weight_decay, betas, seed
         self.activation_checkpointing = activation_checkpointing
@@ -87,6 +107,10 @@ class TrainingModule(pl.LightningModule):
         Raises:
             ValueError: The model's configuration cannot be had, or the method refuses it.
         """
+
+    def vocab_size(self) -> int | None:
+        """Tokens that the model knows, before there is one; None where that cannot be said."""
+        return None
 
     @abstractmethod
     def cost(self, sequence_length: int) -> Cost:
@@ -198,14 +222,28 @@ class TrainingModule(pl.LightningModule):
         clear_moments(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Check that the phases cover the run.
+        """Check that the phases cover the run."""
+        self.check_steps(self.trainer.max_steps)
+
+    def check_model(self) -> None:
+        """Make sure, before anything heavy is read, that there is a model of which training can make something.
+
+        Raises:
+            ValueError: There is none.
+        """
+
+    def check_steps(self, steps: int) -> None:
+        """Make sure that the phases cover a run of so many steps.
 
         Raises:
             ValueError: ``trainer.max_steps`` is unset or beyond the phases.
         """
-        steps, total = self.trainer.max_steps, self.schedule.total_steps
+        total = self.schedule.total_steps
         if not 0 < steps <= total:
             raise ValueError(f"trainer.max_steps is {steps}, the phases have {total} steps; set it to {total} or less")
+
+    def write_record(self, run: Path) -> None:
+        """Put into a run folder, when training begins, what reports will want to know of the model."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``kvtrain export`` needs, as JSON, so that checkpoints stay free of pickled objects."""

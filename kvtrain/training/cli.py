@@ -7,30 +7,51 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kvtrain import run_folder
+from kvtrain import run_folder, strict_yaml
+from kvtrain.data.listops import ListOpsDataModule
+from kvtrain.data.masking import MaskedDataModule
 from kvtrain.data.module import DataModule, PackedDataModule
-from kvtrain.metrics import FILE_NAME
-from kvtrain.mistakes import UsageError, innermost, raised_by_kvtrain
+from kvtrain.data.recall import RecallDataModule
+from kvtrain.mistakes import UsageError, causes
+from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
 from kvtrain.training import messages
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.callbacks.opening import RunRecord
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.quiet import speak_plainly
-from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer
+from kvtrain.training.refusals import refusals
+from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
 HELP_ALL = "--help-all"
 logger = logging.getLogger("kvtrain")
+# Imported here, so that a recipe may name them without their modules.
+_SOURCES = (PackedDataModule, MaskedDataModule, RecallDataModule, ListOpsDataModule)
 _CONFIG_FLAGS = ("--config", "-c")
 # Of Trainer.fit and Trainer.validate: given by us, or of no use on a command line.
 _NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only", "verbose"}
 
+_STRICT = "strict"  # our name for the parser's own reader of YAML behind our checks
+
+
+def _load(text: str) -> Any:
+    strict_yaml.check(text)
+    return get_loader("yaml")(text)
+
+
+set_loader(_STRICT, _load, (yaml.YAMLError,))
+
 
 class RecipeParser(LightningArgumentParser):
-    """Raises its complaints, causes included, so that the CLI can say them in a line."""
+    """Loads no YAML that is not looked over, and raises its complaints, causes included, so that they fit a line."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"parser_mode": _STRICT, **settings})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving.
@@ -40,12 +61,7 @@ class RecipeParser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        raise UsageError("\n".join(_chain(ex)) or message) from ex
-
-
-def _chain(error: BaseException | None) -> list[str]:
-    """Messages of an error and of what caused it."""
-    return [] if error is None else [str(error), *_chain(error.__cause__ or error.__context__)]
+        raise UsageError("\n".join(map(str, causes(ex))) or message) from ex
 
 
 class RecipeCLI(LightningCLI):
@@ -88,28 +104,30 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and explain what is wrong in a line."""
+        messages.check_values(self.arguments)
         texts = {path: Path(path).read_text(encoding="utf-8") for path in _recipes_in(self.arguments)}
         try:
             self.config = parser.parse_args(args)
+            self._check_seed()
         except UsageError as error:
             places = list(messages.places_on_command_line(self.arguments))
             for path, text in texts.items():
                 places.extend(messages.places_in_file(path, text))
             raise UsageError(messages.explain(str(error), places, self.vocabulary())) from error
 
+    def _check_seed(self) -> None:
+        seed = self.config[self.command]["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= seed < 1 << 32:
+            raise UsageError(f"seed_everything must be from 0 to {(1 << 32) - 1}, not {seed}")
+
     def instantiate_classes(self) -> None:
-        """Build the modules; what they refuse comes out of the parser's wrapping.
+        """Build trainer and modules; what they refuse comes out of the parser's wrapping.
 
         Raises:
-            UsageError: A module refused its settings.
+            UsageError: One of them refused its settings.
         """
-        try:
+        with refusals():
             super().instantiate_classes()
-        except ValueError as error:
-            cause = innermost(error)
-            if cause is error or not raised_by_kvtrain(cause):
-                raise
-            raise UsageError(str(cause)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the checkpoint to look for hyper-parameters, and there are none."""
@@ -118,10 +136,10 @@ class RecipeCLI(LightningCLI):
         """Everything that may be set, and every class that may be chosen."""
         parser = self._subcommand_parsers[self.command]
         options = {string.lstrip("-") for action in parser._actions for string in action.option_strings}
-        modules = [chosen for chosen in messages.subclasses(TrainingModule) if chosen is not TrainingModule]
+        modules = messages.concrete_subclasses(TrainingModule)
         for chosen in modules:
             options |= messages.setting_names(chosen, "model")
-        sources = [chosen for chosen in messages.subclasses(DataModule) if chosen is not DataModule]
+        sources = [*_SOURCES, *(other for other in messages.concrete_subclasses(DataModule) if other not in _SOURCES)]
         for chosen in sources:
             options |= messages.setting_names(chosen, "data")
         short = [chosen.__name__ for chosen in modules]
@@ -160,24 +178,39 @@ class FitCLI(RecipeCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint to go on from, or make sure that the folder is free."""
         settings = self.config[self.command]
+        run_folder.require_place(self.run)
         asked = settings["ckpt_path"]
         resumed = run_folder.resolve_checkpoint(self.run, asked) if asked else None
         if asked and resumed is None:
             logger.info("%s has no checkpoint yet: starting from the beginning", self.run)
         if resumed is None or resumed.parent.resolve() != (self.run / run_folder.CHECKPOINTS).resolve():
             run_folder.refuse_second_run(self.run)
+        if resumed and resumed.is_file():
+            read_checkpoint(resumed)
         settings["ckpt_path"] = str(resumed) if resumed else None
 
     def before_fit(self) -> None:
-        """Write ``config.yaml``, after comparing it with what the run was begun with."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        recipe = self.resolved_recipe()
-        if self.config_init[self.command]["ckpt_path"] is None:
-            (self.run / FILE_NAME).unlink(missing_ok=True)
-        else:
+        """Compare the recipe with what the run was begun with, and have it written when training begins.
+
+        Raises:
+            ValueError: The module has no phases for so many steps, or there is no model to train.
+        """
+        self.model.check_steps(self.trainer.max_steps)
+        self.model.check_model()
+        self._check_vocabulary()
+        recipe, resumes = self.resolved_recipe(), self.config_init[self.command]["ckpt_path"] is not None
+        if resumes and self.trainer.is_global_zero:
             self._warn_of_changes(recipe)
-        run_folder.write_config(self.run, recipe)
+        self.record = RunRecord(self.run, recipe, resumes=resumes)
+        self.trainer.callbacks.insert(0, self.record)  # type: ignore[attr-defined]
+
+    def _check_vocabulary(self) -> None:
+        highest, vocabulary = self.datamodule.highest_id(), self.model.vocab_size()
+        if highest is not None and vocabulary is not None and highest >= vocabulary:
+            raise UsageError(
+                f"the data has token ids up to {highest:,} and the model a vocabulary of {vocabulary:,}; "
+                "set data.tokenizer, and a mask token, to what the model knows"
+            )
 
     def after_fit(self) -> None:
         """Say where it ended."""
@@ -198,7 +231,8 @@ class FitCLI(RecipeCLI):
             SystemExit: 143 after a SIGTERM.
         """
         try:
-            self.trainer.fit(model, weights_only=True, **settings)
+            with refusals(until=lambda: self.record.begun):
+                self.trainer.fit(model, weights_only=True, **settings)
         except SIGTERMException as stop:
             raise SystemExit(SIGTERM_EXIT_CODE) from stop
         except SystemExit as stop:
@@ -228,15 +262,24 @@ class ValidateCLI(RecipeCLI):
         checkpoint = run_folder.resolve_checkpoint(self.run, settings["ckpt_path"])
         if checkpoint is None:
             raise UsageError(f"{self.run} holds no checkpoint")
+        if checkpoint.is_file():
+            read_checkpoint(checkpoint)
         settings["ckpt_path"] = str(checkpoint)
 
     def instantiate_trainer(self, **settings: Any) -> pl.Trainer:
-        """Without loggers: the run's metrics are not ours to change."""
+        """Without loggers: the run's metrics are not ours to change.
+
+        Raises:
+            UsageError: No batch would be measured.
+        """
+        if self.config_init[self.command]["trainer"]["limit_val_batches"] == 0:
+            raise UsageError("trainer.limit_val_batches is 0, which measures nothing; leave it out")
         return super().instantiate_trainer(**{**settings, "logger": False})
 
     def validate(self, model: TrainingModule, **settings: Any) -> None:
         """Measure, and print the figures in a line."""
-        (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
+        with refusals():
+            (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
         print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
 
 
@@ -247,7 +290,8 @@ class ReadCLI(FitCLI):
         """Nothing: no run folder is touched."""
 
     def instantiate_trainer(self, **settings: Any) -> None:  # type: ignore[override]
-        """None: the recipe's hardware need not be here."""
+        """None: the recipe's hardware need not be here, but its numbers must make sense."""
+        check_numbers(self.config_init[self.command]["trainer"])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""
@@ -287,10 +331,7 @@ def main(command: str, arguments: list[str]) -> None:
     """
     speak_plainly()
     chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
-    try:
-        chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
-    except MisconfigurationException as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
 
 
 def adopt_local_rank(arguments: list[str]) -> list[str]:

@@ -28,17 +28,19 @@ class _SharingModule(MethodModule):
     method: LCKV
 
     def setup(self, stage: str) -> None:
-        """Write ``kv_map.csv``: whose keys and values each layer reads."""
+        """Complain about the passes before the model is built."""
         super().setup(stage)
         self._check_passes()
-        if stage == "fit" and self.trainer.is_global_zero:
-            keys, values = self.method.maps(self.host_config().num_hidden_layers)
-            columns = zip(keys.sources, values.sources, keys.sliding, strict=True)
-            rows: list[dict[str, float]] = [
-                {"layer": layer, "key_layer": key, "value_layer": value, "sliding": int(sliding)}
-                for layer, (key, value, sliding) in enumerate(columns)
-            ]
-            write_rows(Path(self.trainer.default_root_dir) / MAP_FILE_NAME, rows)
+
+    def write_record(self, run: Path) -> None:
+        """Write ``kv_map.csv``: whose keys and values each layer reads."""
+        keys, values = self.method.maps(self.host_config().num_hidden_layers)
+        columns = zip(keys.sources, values.sources, keys.sliding, strict=True)
+        rows: list[dict[str, float]] = [
+            {"layer": layer, "key_layer": key, "value_layer": value, "sliding": int(sliding)}
+            for layer, (key, value, sliding) in enumerate(columns)
+        ]
+        write_rows(run / MAP_FILE_NAME, rows)
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""

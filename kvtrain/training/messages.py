@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from kvtrain.mistakes import unknown
+from kvtrain import strict_yaml
+from kvtrain.mistakes import UsageError, unknown
+from kvtrain.recipes import read_recipe_file
 
 _TYPE_NAMES = {
     "int": "an integer",
@@ -25,6 +27,7 @@ _TYPE_NAMES = {
     "dict": "a mapping",
 }
 _MODULES = "kvtrain.training."
+_SECTIONS = ("trainer", "model", "data")
 _SHOWN = 60  # characters of a wrong value
 _OPTIONS_HINT = "See kvtrain fit --help-all"
 
@@ -63,6 +66,13 @@ def explain(message: str, places: list[Place], vocabulary: Vocabulary) -> str:
         if match:
             return answer(match, places, vocabulary)
     return " ".join(message.split())[:300]
+
+
+def innermost_complaint(message: str) -> str:
+    """What a library says is wrong, out of the parser's nest of types that a value might have had."""
+    complaints = re.findall(r"^\s*- (.+(?:\n(?!\s*- |Given value).+)*)", message, re.MULTILINE)
+    telling = [words for words in complaints if not _ABOUT_TYPES.match(words)]
+    return telling[-1] if telling else message
 
 
 def _unrecognised(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
@@ -123,6 +133,12 @@ def _no_mapping(match: re.Match[str], *_: Any) -> str:
     return f"{match[1]}: expected a mapping or a file with one, got '{match[2]}'"
 
 
+def _loop(match: re.Match[str], *_: Any) -> str:
+    return f"{match[1]}: names itself as its own part; leave that line out"
+
+
+# Complaints about the types that a value does not have, which say nothing about the type that it was meant to have.
+_ABOUT_TYPES = re.compile(r"Expected a|a class path|a dict with|Not a valid subclass|Does not validate|Expected type")
 _RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[Place], Vocabulary], str]]] = [
     (re.compile(r"unrecognized arguments: (.+)"), _unrecognised),
     (re.compile(r"does not accept option '([^']+)'"), _not_accepted),
@@ -132,10 +148,14 @@ _RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[Place], Vocabu
     (re.compile(r'Parser key "([^"]+)":\s+Unable to load config [\'"](.*)[\'"]'), _no_mapping),
     (re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)"), _wrong_class),
     (re.compile(r"Problem with given class_path '([^']+)':\s+(?:module |No module |Unexpected import)"), _class),
-    (re.compile(r"Expected a dot import path string: (\S+)"), _class),
+    (re.compile(r"Expected a dot import path string: (\S*)"), _class),
+    (re.compile(r"Config file loop detected: (\S+) ->"), _loop),
     # The parser nests its complaints, outermost first: the last one is about the setting itself.
     (
-        re.compile(r'(?s:.*)Parser key "(?P<key>[^"]+)":\s+Expected a (?P<type>.+?)\. Got value: (?P<value>.*)'),
+        re.compile(
+            r'(?s:.*)Parser key "(?P<key>[^"]+)":\s+(?:- Expected a path but [^\n]*\s+- )?'
+            r"Expected a (?P<type>.+?)\. Got value: (?P<value>.*)"
+        ),
         _wrong_type,
     ),
     (re.compile(r'Parser key "([^"]+)"(?s:.*)Not a valid subclass of (\w+)'), _no_class),
@@ -184,16 +204,36 @@ def _classes_beside(given: str) -> list[str]:
     return [f"{name}.{key}" for key, value in vars(module).items() if inspect.isclass(value)]
 
 
+def check_values(arguments: Iterable[str]) -> None:
+    """Refuse values on a command line, and files that they name, before the parser gets lost in them.
+
+    Raises:
+        UsageError: One holds itself, stands for too much or gives a key twice; or a section's file cannot be read.
+    """
+    for name, value in _options(arguments):
+        if name in _SECTIONS and value.endswith((".yaml", ".yml")):
+            read_recipe_file(value)
+        try:
+            strict_yaml.check(value)
+        except strict_yaml.StrictYAMLError as error:
+            raise UsageError(f"{name}: {error.problem}") from error
+        except yaml.YAMLError:
+            pass  # plain text, as far as anybody knows yet
+
+
 def places_on_command_line(arguments: Iterable[str]) -> Iterator[Place]:
     """Settings among command-line arguments, those inside a list or mapping included."""
-    words = [*arguments, ""]
-    for word, following in itertools.pairwise(words):
+    for name, value in _options(arguments):
+        yield Place(name, "", value)
+        with contextlib.suppress(yaml.YAMLError):
+            yield from _inside(value, name)
+
+
+def _options(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for word, following in itertools.pairwise([*arguments, ""]):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name, value = name.replace(".init_args", ""), value if equals else following
-            yield Place(name, "", value)
-            with contextlib.suppress(yaml.YAMLError):
-                yield from _inside(value, name)
+            yield name.replace(".init_args", ""), value if equals else following
 
 
 def places_in_file(path: str, text: str) -> Iterator[Place]:
@@ -202,7 +242,7 @@ def places_in_file(path: str, text: str) -> Iterator[Place]:
 
 
 def _inside(text: str, name: str, path: str = "") -> Iterator[Place]:
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = strict_yaml.compose(text)
     if root is not None:
         yield from _walk(root, name, path)
 
@@ -238,6 +278,13 @@ def _inner_names(hint: Any, prefix: str) -> set[str]:
     return {name for inner in typing.get_args(hint) for name in _inner_names(inner, prefix)}
 
 
-def subclasses(base: type[Any]) -> list[type[Any]]:
-    """A class and all classes below it that are imported."""
-    return [base, *(below for child in base.__subclasses__() for below in subclasses(child))]
+def concrete_subclasses(base: type[Any]) -> list[type[Any]]:
+    """Classes below one that are imported and that a recipe may name, each once."""
+    below = dict.fromkeys(_subclasses(base))
+    return [chosen for chosen in below if not inspect.isabstract(chosen) and not chosen.__name__.startswith("_")]
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    for child in base.__subclasses__():
+        yield child
+        yield from _subclasses(child)

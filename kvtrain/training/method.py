@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
-from kvtrain.models.host import retrofit
+from kvtrain.mistakes import first_line
+from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.method import Method, Repeat, key_value_shape
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
 
@@ -29,14 +30,9 @@ class MethodModule(TrainingModule):
         """See ``TrainingModule``."""
         self.method, self._dropped = self.method.simplified(dropped, self.host_config()), dropped
 
-    def read_config(self, path: str) -> PreTrainedConfig:
-        """A host's configuration, without the layers that are dropped.
-
-        Raises:
-            OSError: There is none, or none to be had.
-            ValueError: It names no model type.
-        """
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    def read_config(self, path: str, remedy: str) -> PreTrainedConfig:
+        """As ``read_model_config``, without the layers that are dropped."""
+        config = read_model_config(path, remedy)
         return without_layers(config, self._dropped) if self._dropped else config
 
     @abstractmethod
@@ -46,6 +42,16 @@ class MethodModule(TrainingModule):
     def plain_config(self) -> PreTrainedConfig:
         """Configuration of the host as it is before a retrofit converts its heads."""
         return self.host_config()
+
+    def check_model(self) -> None:
+        """See ``TrainingModule``: a host of a supported family, which the method can work with."""
+        config = self.host_config()
+        retrofitted_class(config)
+        self.method.validate(config)
+
+    def vocab_size(self) -> int | None:
+        """See ``TrainingModule``."""
+        return int(self.host_config().vocab_size)
 
     def skeleton(self) -> nn.Module:
         """See ``TrainingModule``."""
@@ -69,6 +75,23 @@ def without_layers(config: PreTrainedConfig, dropped: Collection[int]) -> PreTra
     if settings.get("layer_types"):
         settings["layer_types"] = [settings["layer_types"][layer] for layer in kept]
     return type(config).from_dict(settings)
+
+
+def read_model_config(path: str, remedy: str) -> PreTrainedConfig:
+    """Configuration of a host.
+
+    Args:
+        path: File, folder or Hub id.
+        remedy: What to do where there is none.
+
+    Raises:
+        ValueError: It cannot be had, or says what no model can be.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ValueError(f"no model configuration at {path!r} ({first_line(error)}); {remedy}") from error
+    return config
 
 
 def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:

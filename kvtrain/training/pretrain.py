@@ -32,10 +32,7 @@ class PretrainModule(MethodModule):
         Raises:
             ValueError: The file is not there.
         """
-        try:
-            return self.read_config(find_config(self.model_config))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no model configuration at {self.model_config!r}") from error
+        return self.read_config(find_config(self.model_config), "model_config is a file such as a host's config.json")
 
     def build_model(self) -> PreTrainedModel:
         """A host with random weights that depend on the seed alone."""

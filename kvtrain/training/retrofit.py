@@ -9,6 +9,7 @@ from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
+from kvtrain.mistakes import opening_model
 from kvtrain.models.full import Full
 from kvtrain.models.gqa import convert_gqa, gqa_config
 from kvtrain.models.host import retrofit
@@ -67,10 +68,7 @@ class RetrofitModule(MethodModule):
             ValueError: It cannot be had.
         """
         path = find_config(self.base_config) if self.base_config else resolve(self.base)
-        try:
-            return self.read_config(path)
-        except (OSError, ValueError) as error:  # ValueError: a folder whose config.json names no model type
-            raise ValueError(f"no model configuration at {path!r}; set base_config or download the base") from error
+        return self.read_config(path, "set base_config or download the base")
 
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""
@@ -104,8 +102,7 @@ class RetrofitModule(MethodModule):
         return retrofit(host, self.method)
 
     def _load_base(self) -> PreTrainedModel:
-        try:
-            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(self.base), dtype=self.base_dtype)
-        except OSError as error:
-            raise ValueError(f"no model at {self.base!r}; base is a folder, a Hub id or kvtrain:tiny") from error
+        path = resolve(self.base)
+        with opening_model(self.base):
+            host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.base_dtype)
         return host

@@ -36,9 +36,9 @@ class Phase:
         if self.steps < 1:
             raise ValueError(f"phase {self.name!r}: steps must be at least 1, not {self.steps}; leave the phase out")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"phase {self.name!r}: warmup_steps must be below its {self.steps} steps")
-        if self.learning_rate <= 0 or (self.final_learning_rate or 0) < 0:
-            raise ValueError(f"phase {self.name!r}: learning rates must be positive")
+            raise ValueError(f"phase {self.name!r}: warmup_steps must be from 0 to below its {self.steps} steps")
+        if not (0 < self.learning_rate < math.inf and 0 <= (self.final_learning_rate or 0) < math.inf):
+            raise ValueError(f"phase {self.name!r}: learning rates must be positive and finite")
         if not 0 <= self.initial_learning_rate <= self.learning_rate:
             raise ValueError(f"phase {self.name!r}: initial_learning_rate must be from 0 to learning_rate")
         if self.decay_steps is not None and not 1 <= self.decay_steps <= self.steps - self.warmup_steps:

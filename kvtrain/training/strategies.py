@@ -19,6 +19,7 @@ from kvtrain.mistakes import UsageError
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
+_OFFLOADED = ("offload_optimizer", "offload_param")
 _NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
 
 
@@ -134,9 +135,12 @@ def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
     if taken:
         raise UsageError(f"{name}: leave out {', '.join(taken)}; the recipe's trainer and model say it")
     zero = settings.get("zero_optimization", {})
+    for key, part in {"zero_optimization": zero, **(zero if isinstance(zero, dict) else {})}.items():
+        if key in ("zero_optimization", *_OFFLOADED) and not isinstance(part, dict):
+            raise UsageError(f"{name}: {key} must be an object, not {part!r}")
     if zero.get("stage") not in (2, 3):
         raise UsageError(f"{name}: zero_optimization.stage must be 2 or 3, not {zero.get('stage')}")
-    for part in ("offload_optimizer", "offload_param"):
+    for part in _OFFLOADED:
         if zero.get(part, {}).get("device", "none") not in ("none", "cpu"):
             raise UsageError(f"{name}: zero_optimization.{part}.device must be cpu or none")
     # Of DeepSpeed's own speed figures alone; Lightning would look for it in the loader, which has none.

@@ -57,6 +57,10 @@ class TransNormerModule(TrainingModule):
             torch.manual_seed(self.seed)
             return self.head(self.config)
 
+    def vocab_size(self) -> int | None:
+        """See ``TrainingModule``."""
+        return int(self.config.vocab_size)
+
     def skeleton(self) -> nn.Module:
         """See ``TrainingModule``."""
         with torch.device("meta"):

@@ -360,7 +360,7 @@ def test_lightning_goes_on_where_it_stopped(tmp_path):
         ({"max_depth": 3, "max_arguments": 4}, r"none has from 500 to 2000 tokens; widen the range, or change depth"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"validation_rows": 0}, "validation_rows must be at least 1, not 0"),
-        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"seed": -1}, "data.seed must be from 0 to 9223372036854775807, not -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, remedy):

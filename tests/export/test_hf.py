@@ -118,11 +118,11 @@ def test_pickled_code_is_not_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_pushing_needs_a_token_and_keeps_the_folder(tmp_path, monkeypatch):
+def test_pushing_needs_a_token_before_anything_is_written(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     write_run(tmp_path / "run", kvtrain.DMC())
     with pytest.raises(ValueError, match="hf auth login"):
         export_run(tmp_path / "run", tmp_path / "out", push_to="org/name")
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out").exists()

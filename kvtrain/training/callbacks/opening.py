@@ -1,21 +1,53 @@
-"""The line that says what is about to happen."""
+"""What a run begins with: its recipe in the run folder, and the line that says what is about to happen."""
 
 import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
 
+from kvtrain import run_folder
+from kvtrain.metrics import FILE_NAME
 from kvtrain.training.base import TrainingModule
 
 logger = logging.getLogger("kvtrain")
+
+
+class RunRecord(pl.Callback):
+    """Writes ``config.yaml`` when the first step is about to be taken.
+
+    Until then a recipe may still be refused, for its corpus, its model or its devices, and leaves no run behind.
+
+    Args:
+        run: Run folder.
+        recipe: The whole recipe as YAML.
+        resumes: Whether the folder's metrics are this run's own.
+
+    Attributes:
+        begun: Whether training has begun.
+    """
+
+    def __init__(self, run: Path, recipe: str, *, resumes: bool) -> None:
+        self.run, self.recipe, self.resumes = run, recipe, resumes
+        self.begun = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it."""
+        self.begun = True
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self.resumes:
+            (self.run / FILE_NAME).unlink(missing_ok=True)
+        run_folder.write_config(self.run, self.recipe)
 
 
 class OpeningLine(pl.Callback):
     """Says once what trains, how large it is, where, for how long, and into which folder."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it."""
+        """Say it, and let the module write its own part of the record."""
         assert isinstance(pl_module, TrainingModule)
+        if trainer.is_global_zero:
+            pl_module.write_record(Path(trainer.default_root_dir))
         logger.info("%s", opening_line(trainer, pl_module))
 
 

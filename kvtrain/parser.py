@@ -1,0 +1,62 @@
+"""Parsing the commands that have options of their own: what is wrong with them fits a line."""
+
+import argparse
+import math
+import re
+from typing import NoReturn
+
+from kvtrain.mistakes import UsageError, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def parse_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Parse; a misspelt option is named before what is missing because of it."""
+        known = {string for action in self._actions for string in action.option_strings}
+        for word in words:
+            if word.startswith("--") and word.split("=")[0] not in known:
+                self.error(f"unrecognized arguments: {word}")
+        asked = super().parse_args(words)
+        for action in self._actions:
+            given = getattr(asked, action.dest, None)
+            if given == "" or (isinstance(given, list) and "" in given):
+                name = action.option_strings[-1] if action.option_strings else action.metavar
+                self.error(f"argument {name}: expected one argument")
+        return asked
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(self._explain(message))
+
+    def _explain(self, message: str) -> str:
+        if match := re.search(r"unrecognized arguments: (\S+)", message):
+            word = match[1].split("=")[0]
+            options = [string for action in self._actions for string in action.option_strings]
+            if word.startswith("-"):
+                return unknown("option", word, options, f"See {self.prog} --help")
+            return f"unexpected word '{word}'. See {self.prog} --help"
+        if match := re.search(r"argument (\S+): invalid (\w+) value: (.*)", message):
+            kind = {"int": "an integer", "finite": "a number"}.get(match[2], match[2])
+            return f"{match[1]}: expected {kind}, got {match[3]}"
+        if match := re.search(r"argument (\S+): expected (?:at least )?one argument", message):
+            return f"option '{match[1]}' needs a value"
+        if match := re.search(r"arguments are required: (.*)", message):
+            return f"{match[1]} is missing. See {self.prog} --help"
+        return message
+
+
+def finite(text: str) -> float:
+    """A number on a command line.
+
+    Raises:
+        ValueError: It is none, or infinite.
+    """
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
