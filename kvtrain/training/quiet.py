@@ -23,7 +23,7 @@ class _StandardError(logging.StreamHandler[Any]):
     """Writes to standard error as it is now, so that a progress bar that takes it over keeps its own line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr  # not setStream, which flushes the one before: it may be closed by now
         super().emit(record)
 
 

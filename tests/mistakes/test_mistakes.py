@@ -6,6 +6,7 @@ Each case is a command line and words of the answer; the tables hold them, ``pla
 import shlex
 
 import pytest
+import torch
 
 from kvtrain.cli import main
 
@@ -45,6 +46,8 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         main(["fit", "--config", "nowhere.yaml"])  # what libraries say when they are first imported is not asked here
         yield folder
+    if torch.distributed.is_initialized():  # where a strategy was refused, which ends a process of its own
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
