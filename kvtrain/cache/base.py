@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvtrain.cache.budget import ByteBudget
@@ -140,8 +141,10 @@ class KVCache(Cache):
         return sum(store.free_bytes() for store in self._stores)
 
     def kv_tokens(self) -> Tensor:
-        """Entries kept, ``(layers, B, H_kv)``."""
-        return torch.stack([layer.kv_tokens() for layer in self.layers])
+        """Entries kept, ``(layers, B, H_kv)``; 0 where a layer has fewer heads than another."""
+        kept = [layer.kv_tokens() for layer in self.layers]
+        most = max(tokens.shape[1] for tokens in kept)
+        return torch.stack([pad(tokens, (0, most - tokens.shape[1])) for tokens in kept])
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, spare pages used up first.

@@ -310,6 +310,15 @@ def test_a_budget_is_kept_and_refuses_before_anything_changes(model, method):
     close(model(ids[:3, seen : seen + 1], past_key_values=cache).logits, expected[:3, seen : seen + 1])
 
 
+def test_the_cache_counts_what_its_layers_keep(model):
+    """Layers may differ in their heads."""
+    cache = filled(model, random_ids(2, 11))
+    counts = cache.kv_tokens()
+    for layer, kept in zip(cache.layers, counts, strict=True):
+        heads = layer.kv_tokens().shape[1]
+        assert torch.equal(kept[:, :heads], layer.kv_tokens()) and not kept[:, heads:].any()
+
+
 def test_bytes_for_is_never_too_little(model):
     cache = model.make_cache()
     for tokens, rows in ((13, 2), (1, 0), (30, 0), (5, 0)):
