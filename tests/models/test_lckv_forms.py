@@ -240,7 +240,7 @@ def test_windows_of_layers_that_read_from_above():
         key, value = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64)
         module = model.model.layers[layer].self_attn
         call = sharing.Call(key, value.requires_grad_(), own=False)
-        output, _ = module(hidden, angles, dataclasses.replace(call), made={})
+        output, _ = module(hidden, angles, dataclasses.replace(call), made=sharing.Made())
         for token in range(12):
             (reached,) = torch.autograd.grad(output[0, token].sum(), value, retain_graph=True)
             seen = reached[0].abs().amax((0, 2)).nonzero().flatten().tolist()
