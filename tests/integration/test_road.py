@@ -142,7 +142,10 @@ def assert_same_run(road, resumed, whole):
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [*((name, Forked) for name in ROADS), pytest.param("dmc", Fresh, marks=pytest.mark.roads)],
+    [
+        *((name, Forked) for name in ROADS),
+        pytest.param("dmc", Fresh, marks=[pytest.mark.roads, pytest.mark.timeout(900)]),
+    ],
 )
 def test_the_road(name, start, tmp_path):
     road, base, whole, killed = ROADS[name], *(tmp_path / folder for folder in ("base", "whole", "killed"))

@@ -24,21 +24,21 @@ def model_of(name, layers=None):
 
 
 def reading(forward, model, ids):
-    """Logits of a prompt in two pieces and of three tokens behind it, one at a time, and what the cache has kept."""
+    """Logits of a prompt in two pieces and of two tokens behind it, one at a time, and what the cache has kept."""
     cache = model.make_cache()
-    logits = [forward(part, past_key_values=cache).logits for part in ids.split([7, 4, 1, 1, 1], 1)]
-    return torch.cat(logits, 1), cache.kv_tokens()
+    logits = [forward(part, past_key_values=cache).logits for part in ids.split([7, 3, 1, 1], 1)]
+    return torch.cat(logits, 1), [layer.kv_tokens() for layer in cache.layers]
 
 
 def reads_the_same(name, backend, layers=None):
-    model, ids = model_of(name, layers), random_ids(2, 14)
+    model, ids = model_of(name, layers), random_ids(2, 12)
     with torch.no_grad():
         expected = reading(model, model, ids)
         torch.testing.assert_close(reading(torch.compile(model, backend=backend), model, ids), expected)
 
 
 def learns_the_same(name, backend, layers=None):
-    model, ids = model_of(name, layers).train(), random_ids(2, 14)
+    model, ids = model_of(name, layers).train(), random_ids(2, 12)
 
     def step(forward):
         torch.manual_seed(0)  # of dropout
@@ -50,11 +50,15 @@ def learns_the_same(name, backend, layers=None):
     torch.testing.assert_close(step(torch.compile(model, backend=backend)), expected)
 
 
-@pytest.mark.parametrize("name", ["full", "dmc", "lckv", "duo_compensated", "transnormer_t1", "transnormer_t2"])
-def test_reading_and_learning(name):
-    """Learning as far as the graphs that a compiler would get, in which what is written to may not overlap."""
-    reads_the_same(name, "eager")
-    learns_the_same(name, "aot_eager")
+@pytest.mark.parametrize("name", ["dmc", "duo_compensated", "transnormer_t2"])
+def test_reading(name):
+    reads_the_same(name, "eager", layers=2)
+
+
+@pytest.mark.parametrize("name", ["dmc", "transnormer_t2"])
+def test_learning(name):
+    """As far as the graphs that a compiler would get, in which what is written to may not overlap."""
+    learns_the_same(name, "aot_eager", layers=2)
 
 
 def test_generating():
