@@ -38,7 +38,7 @@ _PLUGINS: dict[str, Precision] = {
 }
 _ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
 # Longer rows are not rehearsed: memory grows evenly with a row's length, and two lengths tell how fast.
-_LONG, _LENGTHS = 8192, (512, 1024)
+_LONG, _LENGTHS = 8192, (2048, 4096)
 _FEW = 5  # of layers alike: as many as are rehearsed in place of any more, two and then three
 
 
@@ -79,10 +79,9 @@ def rehearse(
 ) -> TrainingMemory:
     """Take a step of every phase, its optimiser's state and its gradients in place, as from the second step on.
 
-    Phases alike are rehearsed once.
-    Of layers that come again, alike, the first and the last one are rehearsed, and once more with another between
-    them: what that one adds, all others add. Rows of more than 8,192 tokens are not read either: their memory follows
-    from that of two shorter lengths.
+    Of phases that are alike one is rehearsed. Of layers that are alike the first and the last one are, and once more
+    with another between them: what that one adds, all others add. Rows of more than 8,192 tokens are not read either:
+    their memory follows from that of two shorter lengths.
 
     Args:
         module: The module, its model not yet built; stays as it is.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvtrain
-from kvtrain.models.lckv.kv_map import KVMap, Stage, parse_map, values_map
+from kvtrain.models.lckv.kv_map import KVMap, Stage, parse_map, repeats, values_map
 from tests.hosts import make_host
 
 
@@ -210,3 +210,29 @@ def test_a_stored_model_comes_back(tmp_path):
         back = kvtrain.load(str(tmp_path))
         ids = torch.arange(3, 20)[None]
         assert back.method == method and torch.equal(back(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "depth", "expected"),
+    [
+        ("plain", None, 4, [[(0,), (1,), (2,), (3,)]]),
+        ("lckv-w2", None, 7, [[(1,), (2,), (3,), (4,)]]),
+        ("lckv-w4", None, 8, [[(0,), (1,)], [(2,), (3,), (4,)], [(6,), (7,)]]),
+        ("cla2", None, 6, [[(0, 1), (2, 3), (4, 5)]]),
+        ("cla2", None, 5, [[(0, 1), (2, 3)]]),
+        ("cla3", None, 3, [[(1,), (2,)]]),
+        ("yoco", None, 8, [[(0,), (1,), (2,), (3,)], [(5,), (6,), (7,)]]),
+        ("lasagna-top-2", None, 6, [[(0, 1, 2), (3, 4, 5)]]),
+        ("pizza-bottom-2", "first", 5, [[(2,), (3,), (4,)]]),
+    ],
+)
+def test_layers_repeat_where_they_read_alike(text, values, depth, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keys = parse_map(text, depth)
+        assert repeats(keys, values_map(values, keys)) == expected
+
+
+def test_a_map_loses_layers_that_nobody_reads():
+    assert str(parse_map("0_4s_4s_4s_4s_5", 6).without({1, 3})) == "0_2s_2s_3"
+    assert str(parse_map("cla2", 6).without({2, 3})) == "0_0_2_2"

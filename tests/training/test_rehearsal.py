@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from kvtrain.models.dmc import DMC
+from kvtrain.models.full import Full
+from kvtrain.models.host import retrofit
 from kvtrain.training import DMCModule, Phase, RetrofitModule, rehearsal
 from kvtrain.training.estimate import estimate
 from kvtrain.training.rehearsal import MemoryMeter, rehearse
@@ -45,12 +49,44 @@ def test_a_meter_counts_storages_from_birth_to_death():
         assert (meter.live, meter.peak) == (0, 1200)
 
 
+def trained(config):
+    """A model and its optimiser after a step."""
+    model = retrofit(AutoModelForCausalLM.from_config(config), Full()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    take_step(model, optimizer)
+    return model, optimizer
+
+
+def take_step(model, optimizer):
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_torch_s_own_tracker_says_the_same(host):
+    """And takes more than twice as long."""
+    config = AutoConfig.from_pretrained(host)
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter() as meter:
+        model, optimizer = trained(config)
+        meter.begin("step")
+        take_step(model, optimizer)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, optimizer = trained(config)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            take_step(model, optimizer)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    assert meter.peaks["step"].live == peak["Total"] > 500_000
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_fake_tensors_cost_what_real_ones_cost(host, monkeypatch, precision, checkpointing):
     """Every byte of every figure: the same step once without and once with values."""
     module = DMCModule(host, DMC(), distill=True, phases=PHASES, activation_checkpointing=checkpointing)
-    settings = {"batch_size": ROWS, "sequence_length": LENGTH, "precision": precision}
+    settings = {"batch_size": ROWS, "sequence_length": LENGTH, "precision": precision, "every_layer": True}
     fake = rehearse(module, **settings)
     monkeypatch.setattr(rehearsal, "_without_values", contextlib.nullcontext)
     assert fake == rehearse(module, **settings)
