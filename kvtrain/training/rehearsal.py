@@ -2,6 +2,9 @@
 
 The module's own step runs, forward and backward, custom autograd functions included; every storage is counted from
 its birth to its death. Unseen stay what a kernel uses within itself and what an allocator wastes.
+
+The step runs as on a CPU, where operations work in slices so that nothing wide is held for long. The fused kernels of a
+GPU hold nothing wide either, and so the figures stand for both.
 """
 
 import contextlib
