@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.flash_cpu import flash, flash_backward
-from kvtrain.kernels.slices import row_slices
+from kvtrain.kernels.slices import row_slices, worked_on
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
@@ -91,17 +91,23 @@ def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibi
     everything, documents = slice(None), visibility.query_documents
     if visibility.window is not None:
         return [_Piece(everything, everything)], visibility
-    borders = [] if documents is None else [(row[1:] != row[:-1]).nonzero().flatten().tolist() for row in documents]
     alone = visibility._replace(query_documents=None, key_documents=None)
-    if documents is None or not any(borders):
+    borders = {} if documents is None else {row: _borders(documents[row]) for row in worked_on(range(len(documents)))}
+    if documents is None or not any(borders.values()):
         return [_Piece(rows, everything) for rows in row_slices(query)], alone
-    if any(len(row.unique()) <= len(inner) for row, inner in zip(documents, borders, strict=True)):
+    if any(len(documents[row].unique()) <= len(inner) for row, inner in borders.items()):
         return [_Piece(everything, everything)], visibility  # a document that was left comes again
     pieces = []
-    for row, inner in enumerate(borders):
+    for row, inner in borders.items():
         edges = [0, *(last + 1 for last in inner), query.shape[2]]
         pieces += [_Piece(slice(row, row + 1), slice(*run)) for run in itertools.pairwise(edges)]
     return pieces, alone
+
+
+def _borders(documents: Tensor) -> list[int]:
+    """The last token of each document of a row but the last one."""
+    changes: list[int] = (documents[1:] != documents[:-1]).nonzero().flatten().tolist()
+    return changes
 
 
 class FlashAttentionCPU(torch.autograd.Function):

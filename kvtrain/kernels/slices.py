@@ -24,11 +24,19 @@ def without_values() -> Iterator[None]:
         _WITHOUT_VALUES.reset(token)
 
 
+def worked_on(alike: range, odd: int = 0) -> range:
+    """Which of equal parts have to be worked on: all; ``without_values`` the last two.
+
+    Args:
+        alike: Numbers of the parts, in order.
+        odd: How many at the end differ from the others; they are kept beside the two.
+    """
+    return alike[-2 - odd :] if _WITHOUT_VALUES.get() else alike
+
+
 def spans(length: int, size: int) -> list[slice]:
     """Slices of ``size`` that cover ``length`` entries, the last perhaps shorter; ``without_values`` the last few."""
-    starts = range(0, length, size)
-    if _WITHOUT_VALUES.get():
-        starts = starts[-3:] if length % size else starts[-2:]
+    starts = worked_on(range(0, length, size), odd=int(length % size > 0))
     return [slice(start, start + size) for start in starts]
 
 
@@ -36,7 +44,7 @@ def rows_in_cache(tensor: Tensor) -> int:
     """How many entries of the first axis to take at a time: on a CPU what fits into its cache, elsewhere all."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return max(1, len(tensor))
-    return max(1, _NUMBERS // tensor[0].numel())
+    return max(1, _NUMBERS * len(tensor) // tensor.numel())
 
 
 def row_slices(tensor: Tensor) -> list[slice]:
