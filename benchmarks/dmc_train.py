@@ -1,6 +1,6 @@
 """One training step of DMC against the same step of its plain host, on the packaged model: time and memory.
 
-Forward, backward, no optimiser; 4 rows of 1,024 tokens. Time is the median of the timed steps, in float32 and under
+Forward, backward, no optimizer; 4 rows of 1,024 tokens. Time is the median of the timed steps, in float32 and under
 bfloat16 autocast, where a processor with AMX makes the host's matrix products cheap and DMC's own work weighs more.
 Memory is what resident memory grows by at most in one step under autocast, gradients included, in a fresh process each
 (Linux).

@@ -20,7 +20,7 @@ from turns import decoding, decoding_lines, machine, median_seconds
 import kvtrain
 from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.kernels.visibility import Visibility, visible_pairs
-from kvtrain.models.duo import scope as duo_scope
+from kvtrain.models.duo import patterns as duo_patterns
 from kvtrain.training import DuoModule, Phase
 from kvtrain.training import duo as duo_training
 
@@ -45,7 +45,7 @@ def make_host(layers: int, heads: int = 8, kv_heads: int = 8, head_dim: int = 64
     return transformers.LlamaForCausalLM(config).eval()
 
 
-class DenseScope(duo_scope.Scope):
+class DensePatterns(duo_patterns.AttentionPatterns):
     """Both attentions over all pairs, the window as a mask."""
 
     def streaming(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -54,25 +54,25 @@ class DenseScope(duo_scope.Scope):
         mask = visible_pairs(positions[:, None], positions, Visibility(window=RECENT, sink=SINK))
         return sdpa(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
 
-    def everything(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def full(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """By torch's kernel."""
         return sdpa(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
 
     def mixed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """One after the other."""
         share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
-        return torch.lerp(self.streaming(query, key, value), self.everything(query, key, value), share)
+        return torch.lerp(self.streaming(query, key, value), self.full(query, key, value), share)
 
 
 @contextmanager
 def dense_attention() -> Iterator[None]:
     """Whole rows, and both attentions over all pairs."""
-    scope, field = duo_scope.Scope, duo_training.receptive_field
-    duo_scope.Scope, duo_training.receptive_field = DenseScope, lambda *_: slice(None)  # type: ignore[misc]
+    patterns, field = duo_patterns.AttentionPatterns, duo_training.receptive_field
+    duo_patterns.AttentionPatterns, duo_training.receptive_field = DensePatterns, lambda *_: slice(None)  # type: ignore[misc]
     try:
         yield
     finally:
-        duo_scope.Scope, duo_training.receptive_field = scope, field  # type: ignore[misc]
+        duo_patterns.AttentionPatterns, duo_training.receptive_field = patterns, field  # type: ignore[misc]
 
 
 def training_step(mixing: Any, dense: bool) -> Callable[[], None]:
@@ -92,8 +92,8 @@ def training_step(mixing: Any, dense: bool) -> Callable[[], None]:
 
     def step() -> None:
         with dense_attention() if dense else nullcontext():
-            read, told = module.consult_teacher(batch)
-            arguments = {**module.model_arguments(read), **told}
+            read, kwargs = module.teacher_inputs(batch)
+            arguments = {**module.model_arguments(read), **kwargs}
             module.model(read["input_ids"], labels=read["labels"], use_cache=False, **arguments).loss.backward()
 
     return step
@@ -103,7 +103,7 @@ def rounded(host: Any, sparsity: float) -> Any:
     """A model with so many streaming heads, chosen at random."""
     model = kvtrain.retrofit(host, kvtrain.Duo(sink=SINK, recent=RECENT))
     gates = torch.rand(len(model.model.layers), 8, generator=torch.Generator().manual_seed(1))
-    return model.binarise(sparsity, gates=gates)
+    return model.binarize(sparsity, gates=gates)
 
 
 def train() -> None:

@@ -107,7 +107,7 @@ def choose(cell: Cell, work: Path) -> Any:
         gates = signal(model)
     else:
         gates = pattern_of([()] * shape[0], shape[1])
-    return model.binarise(cell.sparsity, gates=gates)
+    return model.binarize(cell.sparsity, gates=gates)
 
 
 def table(results: list[dict[str, Any]]) -> str:

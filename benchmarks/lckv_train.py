@@ -2,7 +2,7 @@
 
 The plain plan runs every layer of the cyclic stage in every pass (7 without gradient, 2 with), its target's attention
 and feed-forward layer included, and the first pass over zeros, through torch's attention with a boolean mask. It uses
-the same modules and weights, so that only the plan differs; losses must agree. Forward and backward, no optimiser.
+the same modules and weights, so that only the plan differs; losses must agree. Forward and backward, no optimizer.
 The contenders take turns, so that a busy machine slows them alike; figures are medians.
 
     python benchmarks/lckv_train.py

@@ -60,11 +60,11 @@ def step(name: str) -> Any:
     module = read_recipe(["--config", recipe_of(name)]).module
     module.configure_model()
     batch = PackedDataModule().rows(["stdlib"]).batch(np.arange(ROWS))
-    told = {key: batch[key] for key in ("document_ids", "position_ids", "labels")}
+    kwargs = {key: batch[key] for key in ("document_ids", "position_ids", "labels")}
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = module.model(batch["input_ids"], use_cache=False, **told).loss
+            loss = module.model(batch["input_ids"], use_cache=False, **kwargs).loss
         loss.backward()
 
     return run

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtrain.mistakes import UsageError, raised_by_kvtrain, require_file_place, unknown
+from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
 from kvtrain.parser import Parser, finite
 from kvtrain_cli import quick_answer
 
@@ -156,8 +156,8 @@ def _prepare(arguments: list[str]) -> None:
             raise UsageError(f"{folder} exists already; --train-tokenizer writes a new folder")
         require_new(output)
         texts = (document.text for corpus in asked.corpus for document in read_corpus(corpus, **read))
-        with new_folder(folder) as unfinished:  # tokenizer and shards are kept together or not at all
-            tokenizer = train_tokenizer(texts, asked.train_tokenizer, unfinished)
+        with new_folder(folder) as export_warning:  # tokenizer and shards are kept together or not at all
+            tokenizer = train_tokenizer(texts, asked.train_tokenizer, export_warning)
             manifest = prepare_corpus(asked.corpus, tokenizer, output, **read)
     print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
 

@@ -5,7 +5,7 @@ import math
 import re
 from typing import NoReturn
 
-from kvtrain.mistakes import UsageError, unknown
+from kvtrain.errors import UsageError, unknown
 
 
 class Parser(argparse.ArgumentParser):

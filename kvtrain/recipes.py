@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from kvtrain import strict_yaml
-from kvtrain.mistakes import UsageError, nearest
+from kvtrain.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parent
 _SCALE = re.compile(r"Scale:\s*(?P<scale>.*?)\s*(?:Hardware:\s*(?P<hardware>.*?)\s*)?$")

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from kvtrain import strict_yaml
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
+from kvtrain.renamed import with_new_names
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -275,7 +276,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def parse_config(text: str) -> dict[str, Any]:
     """A resolved recipe as plain values."""
-    content = strict_yaml.load(text)
+    content = with_new_names(strict_yaml.load(text))
     return content if isinstance(content, dict) else {}
 
 

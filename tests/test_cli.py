@@ -15,8 +15,8 @@ import kvtrain
 import kvtrain_cli
 from kvtrain.cli import COMMANDS, main
 from kvtrain.data.passkey import PasskeyTask
+from kvtrain.errors import UsageError, causes, explain_load_errors, nearest, raised_by_kvtrain, unknown
 from kvtrain.help import FOLDER, generated_pages
-from kvtrain.mistakes import UsageError, causes, nearest, opening_model, raised_by_kvtrain, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP_SECONDS = 1.0
@@ -256,7 +256,7 @@ def test_only_a_raise_of_our_own_is_a_mistake():
 
 
 def open_badly(logger: logging.Logger) -> None:
-    with opening_model("m"):
+    with explain_load_errors("m"):
         logger.warning("a long report")
         raise RuntimeError("header too small")
 
@@ -270,7 +270,7 @@ def test_a_library_s_report_is_told_only_of_a_model_that_opens():
         with pytest.raises(UsageError, match=r"no model that can be opened at 'm' \(header too small\); give a folder"):
             open_badly(logger)
         assert told == []
-        with opening_model("m"):
+        with explain_load_errors("m"):
             logger.warning("some weights are new")
         assert [record.getMessage() for record in told] == ["some weights are new"]
     finally:
@@ -280,5 +280,5 @@ def test_a_library_s_report_is_told_only_of_a_model_that_opens():
 def test_what_kvtrain_itself_says_of_a_model_stays_as_it_is():
     from kvtrain.models.registry import method_from_dict
 
-    with pytest.raises(ValueError, match="unknown method 'zip'"), opening_model("m"):
+    with pytest.raises(ValueError, match="unknown method 'zip'"), explain_load_errors("m"):
         method_from_dict({"name": "zip"})

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kvtrain.cli import main
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 from kvtrain.recipes import describe, list_recipes, nearest_recipe, read_recipe_file, recipes_folder, shown
 from kvtrain.training.cli import read_recipe
 from kvtrain.training.estimate import estimate
@@ -29,10 +29,10 @@ def built(path):
     return read_recipe(["--config", str(path)])
 
 
-def skeleton_at_hand(recipe):
+def meta_model_at_hand(recipe):
     """The model on the meta device; skips where its host's configuration lies on the Hub or is still to be made."""
     try:
-        return recipe.module.skeleton()
+        return recipe.module.build_meta_model()
     except (ValueError, OSError) as error:
         pytest.skip(f"no host configuration here: {error}")
 
@@ -51,7 +51,7 @@ def test_a_recipe_builds_its_modules(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_s_model_builds_without_weights(path):
-    model = skeleton_at_hand(built(path))
+    model = meta_model_at_hand(built(path))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
@@ -61,7 +61,7 @@ def test_a_recipe_s_model_builds_without_weights(path):
 )
 def test_a_recipe_can_be_estimated(path):
     recipe = built(path)
-    model = skeleton_at_hand(recipe)
+    model = meta_model_at_hand(recipe)
     figures = estimate(recipe.module, batch_size=1, sequence_length=64, precision=recipe.trainer["precision"])
     assert figures.parameters == sum(parameter.numel() for parameter in model.parameters()) > 100_000
     assert figures.parameter_bytes + figures.gradient_bytes < figures.peak_bytes

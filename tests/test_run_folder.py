@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtrain import run_folder
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 
 from .training.small_runs import steps_saved
 

@@ -70,7 +70,7 @@ def duo(host: Any) -> Any:
     """Half of the heads stream, chosen at random."""
     model = retrofitted(host, kvtrain.Duo(**WINDOW))
     shape = (host.config.num_hidden_layers, host.config.num_key_value_heads)
-    return model.binarise(0.5, gates=torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+    return model.binarize(0.5, gates=torch.rand(shape, generator=torch.Generator().manual_seed(1)))
 
 
 def gated_duo(host: Any) -> Any:

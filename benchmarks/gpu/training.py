@@ -1,6 +1,6 @@
 """A training step of every architecture against transformers' own of the plain host: time and memory.
 
-Forward and backward, no optimiser, bfloat16, one row. A step of Duo is its teacher's pass and its student's.
+Forward and backward, no optimizer, bfloat16, one row. A step of Duo is its teacher's pass and its student's.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,12 @@ def dmc_loss(model: Any, ids: Tensor) -> Tensor:
 
 def duo_loss(model: Any, ids: Tensor) -> Tensor:
     """Come close to what the model says with all gates open."""
-    step = DuoStep(everything=True)
+    step = DuoStep(full_attention=True)
     with torch.no_grad():
         hidden = model(input_ids=ids, use_cache=False, skip_logits=True, duo_step=step).last_hidden_state
     teacher = TeacherHead(hidden, model.lm_head.weight)
-    told = {"teacher": teacher, "distillation": Distillation(of="hidden"), "duo_step": DuoStep(step=0)}
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False, **told).loss
+    kwargs = {"teacher": teacher, "distillation": Distillation(of="hidden"), "duo_step": DuoStep(step=0)}
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
     return loss
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
-from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
+from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
 
 class PagedStore(RowStore):
@@ -24,7 +24,7 @@ class PagedStore(RowStore):
             layers whose heads have the same length.
         page_size: Slots in a page.
         placement: Where tensors lie.
-        bits: 8 or 4: what is written is quantised, every slot of every head by itself, and pages hold bytes; the dtype
+        bits: 8 or 4: what is written is quantized, every slot of every head by itself, and pages hold bytes; the dtype
             of ``placement`` is then that of the copies that ``gather`` makes.
 
     Raises:
@@ -105,11 +105,11 @@ class PagedStore(RowStore):
 
     def pack(self, states: Tensor) -> Tensor:
         """What pages hold of ``(..., channels)``: bytes, or without ``bits`` the same numbers in the pages' dtype."""
-        return states.to(self.placement.dtype) if self.bits is None else quantise(states, self.bits)
+        return states.to(self.placement.dtype) if self.bits is None else quantize(states, self.bits)
 
     def unpack(self, name: str, slots: Tensor) -> Tensor:
         """The inverse of ``pack``, as far as there is one, of what is kept by this name; zero bytes are zeros."""
-        return slots if self.bits is None else dequantise(slots, self.bits, self.dims[name], self.placement.dtype)
+        return slots if self.bits is None else dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
         """Copies of the slots ``(length, channels)`` of one head, by name."""
@@ -139,7 +139,7 @@ class PagedStore(RowStore):
         """See ``RowStore``.
 
         Raises:
-            ValueError: The other store's pages are of another form, such as quantised.
+            ValueError: The other store's pages are of another form, such as quantized.
         """
         self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))

@@ -11,7 +11,7 @@ from kvtrain.assets import HELDOUT
 from kvtrain.data.hub import HUB_PREFIX, hub_rows
 from kvtrain.data.passkey import passkey_texts
 from kvtrain.data.shards import MANIFEST
-from kvtrain.mistakes import first_line
+from kvtrain.errors import first_line
 
 STDLIB = "stdlib"
 HELDOUT_NAME = "heldout"

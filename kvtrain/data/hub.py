@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from kvtrain.mistakes import first_line
+from kvtrain.errors import first_line
 
 HUB_PREFIX = "hf:"
 _PATIENCE_SECONDS = 3.0

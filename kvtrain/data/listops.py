@@ -15,7 +15,7 @@ import torch
 from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import DataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
-from kvtrain.mistakes import require_at_least, require_seed
+from kvtrain.errors import require_at_least, require_seed
 
 
 def _median(values: Sequence[int]) -> int:
@@ -244,11 +244,11 @@ class ListOpsDataModule(DataModule):
 
     def train_dataloader(self) -> "ListOpsLoader":
         """Batches without end, with ``num_items``."""
-        return ListOpsLoader(self.task, self.batch_size, seed=self.seed, **self.training_place)
+        return ListOpsLoader(self.task, self.batch_size, seed=self.seed, **self.training_shard)
 
     def val_dataloader(self) -> "ListOpsLoader":
         """The same held-out samples every time."""
-        return ListOpsLoader(self.task, self.batch_size, validation_rows=self.validation_rows, **self.validation_place)
+        return ListOpsLoader(self.task, self.batch_size, validation_rows=self.validation_rows, **self.validation_shard)
 
 
 class ListOpsLoader(EndlessLoader):
@@ -256,7 +256,7 @@ class ListOpsLoader(EndlessLoader):
 
     A batch holds ``input_ids`` ``(B, T)``, padded on the right to a multiple of 16, ``document_ids`` of the same shape,
     1 and 0 for padding, ``labels`` and ``row_ids`` ``(B,)``, and in training ``num_items``, the labels of the whole
-    optimiser window over all ranks.
+    optimizer window over all ranks.
 
     Args:
         task: Which expressions are drawn.

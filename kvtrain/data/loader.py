@@ -18,21 +18,21 @@ _ENDLESS = 1 << 40
 class PackedLoader:
     """Batches of packed rows for one rank, in an order that ``(seed, epoch)`` alone decides.
 
-    Every training batch carries ``num_items``, the targets of its whole optimiser window over all
-    ranks: dividing the summed loss by it makes accumulation exact on ragged rows (DESIGN 2.9).
+    Every training batch carries ``num_items``, the targets of its whole optimizer window over all
+    ranks: dividing the summed loss by it makes accumulation exact on ragged rows.
 
     Args:
         rows: Rows to serve.
         batch_size: Rows per batch and rank.
         seed: Of the shuffle; None keeps the order, serves every row once and repeats none
             (evaluation: ranks past the end get fewer rows).
-        window: Batches per optimiser step (``accumulate_grad_batches``); lengths are multiples of it.
+        window: Batches per optimizer step (``accumulate_grad_batches``); lengths are multiples of it.
         rank: This rank.
         world_size: Number of ranks.
         limit: Serve the first rows alone (evaluation).
 
     Raises:
-        ValueError: The rows do not fill one optimiser window.
+        ValueError: The rows do not fill one optimizer window.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PackedLoader:
         self._windows = len(rows) // (batch_size * world_size * window)
         if seed is not None and self._windows == 0:
             raise ValueError(
-                f"the corpus packs into {len(rows)} rows, fewer than one optimiser step takes "
+                f"the corpus packs into {len(rows)} rows, fewer than one optimizer step takes "
                 f"({batch_size} rows x {window} batches x {world_size} ranks); lower batch_size or sequence_length"
             )
 
@@ -99,7 +99,7 @@ class PackedLoader:
         return {"epoch": self.epoch, "cursor": self.cursor, "rows_per_batch": self.batch_size * self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly there, also with other batch or world sizes where their optimiser windows meet.
+        """Go on exactly there, also with other batch or world sizes where their optimizer windows meet.
 
         Raises:
             ValueError: The place lies inside a window of this loader.
@@ -120,7 +120,7 @@ class EndlessLoader(ABC):
 
     Args:
         batch_size: Rows per batch and rank of validation.
-        window: Batches per optimiser step.
+        window: Batches per optimizer step.
         rank: This rank.
         world_size: Number of ranks.
         validation_rows: Serve so many held-out samples, once, in place of endless training.

@@ -167,7 +167,7 @@ class MaskedDataModule(PackedDataModule):
     def train_dataloader(self) -> "MaskedLoader":
         """Shuffled batches with ``num_items``."""
         rows = self.rows(self.corpora)
-        return MaskedLoader(rows, self.batch_size, masking=self.masking, seed=self.seed, **self.training_place)
+        return MaskedLoader(rows, self.batch_size, masking=self.masking, seed=self.seed, **self.training_shard)
 
     def val_dataloader(self) -> "MaskedLoader":
         """Held-out rows in order, with the same masks every time."""
@@ -177,7 +177,7 @@ class MaskedDataModule(PackedDataModule):
             masking=self.masking,
             seed=None,
             limit=self.validation_rows,
-            **self.validation_place,
+            **self.validation_shard,
         )
 
 
@@ -191,7 +191,7 @@ class MaskedLoader(PackedLoader):
         **place: See ``PackedLoader``.
 
     Raises:
-        ValueError: The rows do not fill one optimiser window.
+        ValueError: The rows do not fill one optimizer window.
     """
 
     def __init__(self, rows: PackedRows, batch_size: int, *, masking: Masking, **place: Any) -> None:

@@ -10,7 +10,7 @@ from kvtrain.data.packing import PackedRows
 from kvtrain.data.prepare import corpus_fingerprint, prepare_once, tokenizer_digest
 from kvtrain.data.shards import MANIFEST, TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.mistakes import require_at_least, require_seed
+from kvtrain.errors import require_at_least, require_seed
 
 
 def default_cache() -> Path:
@@ -56,14 +56,14 @@ class DataModule(pl.LightningDataModule):
             )
 
     @property
-    def training_place(self) -> dict[str, int]:
+    def training_shard(self) -> dict[str, int]:
         """What a training loader must know of the trainer: its window, this rank, and how many there are."""
         trainer = self.trainer
         assert trainer is not None
-        return {"window": trainer.accumulate_grad_batches, **self.validation_place}
+        return {"window": trainer.accumulate_grad_batches, **self.validation_shard}
 
     @property
-    def validation_place(self) -> dict[str, int]:
+    def validation_shard(self) -> dict[str, int]:
         """What a loader of held-out rows must know; without a trainer there is one rank."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -133,12 +133,12 @@ class PackedDataModule(DataModule):
 
     def train_dataloader(self) -> PackedLoader:
         """Shuffled batches with ``num_items``."""
-        return PackedLoader(self.rows(self.corpora), self.batch_size, seed=self.seed, **self.training_place)
+        return PackedLoader(self.rows(self.corpora), self.batch_size, seed=self.seed, **self.training_shard)
 
     def val_dataloader(self) -> PackedLoader:
         """Held-out rows in order."""
         rows = self.rows(self.validation_corpora)
-        return PackedLoader(rows, self.batch_size, seed=None, limit=self.validation_rows, **self.validation_place)
+        return PackedLoader(rows, self.batch_size, seed=None, limit=self.validation_rows, **self.validation_shard)
 
     def rows(self, corpora: list[str]) -> PackedRows:
         """Packed rows of some corpora, tokenised first if need be."""

@@ -64,12 +64,12 @@ class RecallDataModule(PackedDataModule):
 
     def train_dataloader(self) -> "RecallLoader":  # type: ignore[override]
         """Batches without end, with ``num_items``."""
-        return RecallLoader(self, self.shards(self.corpora), **self.training_place)
+        return RecallLoader(self, self.shards(self.corpora), **self.training_shard)
 
     def val_dataloader(self) -> "RecallLoader":  # type: ignore[override]
         """The same passkey samples of full length every time."""
         rows = self.validation_rows or _VALIDATION_ROWS
-        return RecallLoader(self, self.shards(self.validation_corpora), validation_rows=rows, **self.validation_place)
+        return RecallLoader(self, self.shards(self.validation_corpora), validation_rows=rows, **self.validation_shard)
 
     def shards(self, corpora: list[str]) -> TokenShards:
         """Tokens of some corpora, tokenised first if need be."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvtrain.assets import resolve
 from kvtrain.data.hub import why_unreachable
-from kvtrain.mistakes import first_line
+from kvtrain.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

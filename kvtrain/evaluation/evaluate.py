@@ -6,10 +6,10 @@ from typing import Any
 
 from kvtrain.data.corpus import require_corpus
 from kvtrain.data.passkey import PasskeyTask
+from kvtrain.errors import require_at_least
 from kvtrain.evaluation.passkey import PasskeyResult, passkey
 from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.inference.load import open_model
-from kvtrain.mistakes import require_at_least
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ def _read(model: Any, samples: list[PasskeySample], chunk: int) -> tuple[Tensor,
     cache, head = model.make_cache(), model.get_output_embeddings()
     predicted = torch.full_like(ids, -1)
     for begin in range(0, ids.shape[1], chunk):
-        told = {"past_key_values": cache, "prefill": chunk > 1}
-        hidden = model.get_decoder()(ids[:, begin : begin + chunk], **told).last_hidden_state
+        kwargs = {"past_key_values": cache, "prefill": chunk > 1}
+        hidden = model.get_decoder()(ids[:, begin : begin + chunk], **kwargs).last_hidden_state
         columns = slice(max(first, begin), begin + hidden.shape[1])
         if columns.start < columns.stop:
             predicted[:, columns] = head(hidden[:, columns.start - begin :]).argmax(-1)

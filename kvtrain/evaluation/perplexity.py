@@ -157,8 +157,8 @@ def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_T
     for bucket, begin, end in tally.spans(ids.shape[1]):
         for first in range(begin, end, chunk):
             columns = slice(first, min(first + chunk, end))
-            told = {"attention_mask": mask[:, columns], "past_key_values": cache, "prefill": chunk > 1}
-            decoded = model.get_decoder()(ids[:, columns], **told)
+            kwargs = {"attention_mask": mask[:, columns], "past_key_values": cache, "prefill": chunk > 1}
+            decoded = model.get_decoder()(ids[:, columns], **kwargs)
             hidden, wanted = decoded.last_hidden_state.flatten(0, 1), targets[:, columns].flatten()
             tally.losses[bucket] += linear_token_losses(hidden, head, wanted).double().sum().item()
             tally.targets[bucket] += int((wanted != IGNORE_INDEX).sum())

@@ -20,7 +20,7 @@ Grid = npt.NDArray[np.float64]  # (layers, heads), or any part of it
 
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, distinct to the colour-blind and in print
 
-_STEPS = "optimiser step"
+_STEPS = "optimizer step"
 _SIZE = (7.2, 4.2)  # inches
 _WINDOWS = 20  # a smoothed curve averages over the twentieth part of its points
 _FEW = 60  # up to so many held-out points each gets a marker
@@ -37,7 +37,7 @@ class Curve:
     """One metric over the steps at which it was logged.
 
     Attributes:
-        steps: Optimiser steps, counted from 0.
+        steps: Optimizer steps, counted from 0.
         values: As many values.
     """
 

@@ -228,7 +228,7 @@ def facts(rows: Rows) -> dict[str, str]:
     """
     loss, speed = Curve.of(rows, "loss").smoothed(), Curve.of(rows, "tokens_per_second")
     found = {
-        "Optimiser steps": f"{int(rows[-1]['step']) + 1:,}",
+        "Optimizer steps": f"{int(rows[-1]['step']) + 1:,}",
         "Tokens": _last(rows, "tokens", ",.0f"),
         "Tokens per second, median": f"{statistics.median(speed.values):,.0f}" if speed else None,
         "Training loss at the end, smoothed": f"{loss.last:.4f}" if loss else None,

@@ -145,7 +145,7 @@ def _host_class(model: PreTrainedModel) -> list[str]:
         )
     elif isinstance(config.method, Full):  # whose training knows nothing of its cache
         outcome = (
-            "it runs the model that was trained, with an ordinary cache that quantises nothing: more memory, and "
+            "it runs the model that was trained, with an ordinary cache that quantizes nothing: more memory, and "
             "slightly other results."
         )
     else:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.errors import explain_load_errors, first_line
 from kvtrain.export.card import model_card
-from kvtrain.mistakes import first_line, opening_model
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
@@ -117,7 +117,7 @@ def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> Pre
         ValueError: The base cannot be had, or is another one.
     """
     path = resolve(base)
-    with opening_model(base, "the base of this run; put it there again, then export"):
+    with explain_load_errors(base, "the base of this run; put it there again, then export"):
         host = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = retrofit(host, config.method)
     model.eval()

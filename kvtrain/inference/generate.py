@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtrain.errors import require_at_least, require_seed
 from kvtrain.inference.load import open_model
-from kvtrain.mistakes import require_at_least, require_seed
 
 
 @dataclass(frozen=True)

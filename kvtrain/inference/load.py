@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.mistakes import opening_model
+from kvtrain.errors import explain_load_errors
 from kvtrain.models.registry import own_model_class
 
 
@@ -24,7 +24,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: There is no model there.
     """
     path = resolve(str(name))
-    with opening_model(str(name)):
+    with explain_load_errors(str(name)):
         chosen: Any = own_model_class(AutoConfig.from_pretrained(path)) or AutoModelForCausalLM
         model: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
     return model

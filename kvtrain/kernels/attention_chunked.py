@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.cpu_tiling import spans
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
-from kvtrain.kernels.slices import spans
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Queries at a time; with a window a chunk wastes what its first query sees and its last does not.

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
+from kvtrain.kernels.cpu_tiling import row_tiles, tiles_to_run
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.flash_cpu import flash, flash_backward
-from kvtrain.kernels.slices import row_slices, worked_on
 from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
@@ -88,15 +88,17 @@ def _parts(piece: _Piece, tensors: Iterable[Tensor | None]) -> list[Any]:
 
 def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibility]:
     """What to attend to by itself, and the visibility within each piece."""
-    everything, documents = slice(None), visibility.query_documents
+    whole, documents = slice(None), visibility.query_documents
     if visibility.window is not None:
-        return [_Piece(everything, everything)], visibility
+        return [_Piece(whole, whole)], visibility
     alone = visibility._replace(query_documents=None, key_documents=None)
-    borders = {} if documents is None else {row: _borders(documents[row]) for row in worked_on(range(len(documents)))}
+    borders = (
+        {} if documents is None else {row: _borders(documents[row]) for row in tiles_to_run(range(len(documents)))}
+    )
     if documents is None or not any(borders.values()):
-        return [_Piece(rows, everything) for rows in row_slices(query)], alone
+        return [_Piece(rows, whole) for rows in row_tiles(query)], alone
     if any(len(documents[row].unique()) <= len(inner) for row, inner in borders.items()):
-        return [_Piece(everything, everything)], visibility  # a document that was left comes again
+        return [_Piece(whole, whole)], visibility  # a document that was left comes again
     pieces = []
     for row, inner in borders.items():
         edges = [0, *(last + 1 for last in inner), query.shape[2]]

@@ -168,13 +168,13 @@ def _block_visibility(visibility: Visibility, length: int, device: torch.device)
     return some & overlap, every & overlap & single
 
 
-def _corners(near: Tensor, far: Tensor, visibility: Visibility) -> Tensor:
+def _corners(local: Tensor, remote: Tensor, visibility: Visibility) -> Tensor:
     """Causality at the pair (far query, near key), the window at (near query, far key), ``(n, n)``."""
     if not visibility.causal:
-        return torch.ones(len(near), len(near), dtype=torch.bool, device=near.device)
-    seen = visible_pairs(far[:, None], near, visibility._replace(window=None))
+        return torch.ones(len(local), len(local), dtype=torch.bool, device=local.device)
+    seen = visible_pairs(remote[:, None], local, visibility._replace(window=None))
     if visibility.window is not None:
-        seen = seen & ((near[:, None] - far < visibility.window) | (near < visibility.sink))
+        seen = seen & ((local[:, None] - remote < visibility.window) | (local < visibility.sink))
     return seen
 
 

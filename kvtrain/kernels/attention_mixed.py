@@ -57,14 +57,14 @@ def mixed_attention(
         with autocast_off(query):
             output: Tensor = _MixedOnCPU.apply(query, key, value, share, window, sink, scale)  # type: ignore[no-untyped-call]
         return output
-    near, near_lse = window_attention(
+    local, local_lse = window_attention(
         query, key, value, window=window, sink=sink, position_ids=position_ids, documents=documents, scale=scale
     )
-    first, far, far_lse = _beyond(query, key, value, window, sink, position_ids, documents, scale)
-    late = at_least_float32(near[:, :, first:])
-    weight = _far_weight(near_lse[:, :, first:], far_lse)
-    mixed = late + share * weight * (at_least_float32(far) - late)
-    return torch.cat([near[:, :, :first], mixed.to(query.dtype)], 2)
+    first, remote, remote_lse = _beyond(query, key, value, window, sink, position_ids, documents, scale)
+    late = at_least_float32(local[:, :, first:])
+    weight = _remote_weight(local_lse[:, :, first:], remote_lse)
+    mixed = late + share * weight * (at_least_float32(remote) - late)
+    return torch.cat([local[:, :, :first], mixed.to(query.dtype)], 2)
 
 
 def window_attention(
@@ -116,31 +116,31 @@ def _beyond(
     """Attention to what the window hides, of all queries from the first one on that may see any."""
     if documents is None:
         first = min(window + sink, query.shape[2])
-        far = _far_slices(query, key, value, window, sink)
-        return first, *attention(*far, scale=scale)
+        remote = _remote_slices(query, key, value, window, sink)
+        return first, *attention(*remote, scale=scale)
     first = min(window, query.shape[2])
     hidden = torch.zeros_like(documents, dtype=torch.promote_types(query.dtype, torch.float32))
     hidden = hidden.masked_fill(_sinks(position_ids, sink), float("-inf"))[:, : -window or None]
     bias = hidden[:, None].expand(-1, key.shape[1], -1)
-    far = _far_slices(query, key, value, window, 0)
+    remote = _remote_slices(query, key, value, window, 0)
     return first, *attention(
-        *far,
+        *remote,
         key_bias=bias,
         query_documents=documents[:, first:],
-        key_documents=documents[:, : far[1].shape[2]],
+        key_documents=documents[:, : remote[1].shape[2]],
         scale=scale,
     )
 
 
-def _far_slices(query: Tensor, key: Tensor, value: Tensor, window: int, sink: int) -> tuple[Tensor, Tensor, Tensor]:
+def _remote_slices(query: Tensor, key: Tensor, value: Tensor, window: int, sink: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and the keys that the window hides from them, so shifted that plain causality is what is left."""
     last = max(sink, query.shape[2] - window)
     return query[:, :, window + sink :], key[:, :, sink:last], value[:, :, sink:last]
 
 
-def _far_weight(near_lse: Tensor, far_lse: Tensor) -> Tensor:
+def _remote_weight(local_lse: Tensor, remote_lse: Tensor) -> Tensor:
     """The far part's share of the softmax over both, ``(B, H, n, 1)``; 0 where there is none."""
-    return torch.sigmoid(far_lse.masked_fill(far_lse == float("-inf"), -1e30) - near_lse).unsqueeze(-1)
+    return torch.sigmoid(remote_lse.masked_fill(remote_lse == float("-inf"), -1e30) - local_lse).unsqueeze(-1)
 
 
 class _MixedOnCPU(torch.autograd.Function):
@@ -155,37 +155,37 @@ class _MixedOnCPU(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: Tensor, window: int, sink: int, scale: float
     ) -> Tensor:
         """As ``mixed_attention``; ``share (H, 1, 1)``."""
-        near, near_lse = attention(query, key, value, window=window, sink=sink, scale=scale)
-        first, far, far_lse = _beyond(query, key, value, window, sink, None, None, scale)
-        late = at_least_float32(near[:, :, first:])
-        full = late + _far_weight(near_lse[:, :, first:], far_lse) * (at_least_float32(far) - late)
-        ctx.save_for_backward(query, key, value, share, near, near_lse, full.to(query.dtype), far_lse)
+        local, local_lse = attention(query, key, value, window=window, sink=sink, scale=scale)
+        first, remote, remote_lse = _beyond(query, key, value, window, sink, None, None, scale)
+        late = at_least_float32(local[:, :, first:])
+        full = late + _remote_weight(local_lse[:, :, first:], remote_lse) * (at_least_float32(remote) - late)
+        ctx.save_for_backward(query, key, value, share, local, local_lse, full.to(query.dtype), remote_lse)
         ctx.window, ctx.sink, ctx.scale = window, sink, scale
-        return torch.cat([near[:, :, :first], torch.lerp(late, full, share.to(full.dtype)).to(query.dtype)], 2)
+        return torch.cat([local[:, :, :first], torch.lerp(late, full, share.to(full.dtype)).to(query.dtype)], 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the four tensors; the gradient of a gradient is refused."""
-        query, key, value, share, near, near_lse, full, far_lse = ctx.saved_tensors
-        first, late_lse = ctx.window + ctx.sink, near_lse[:, :, ctx.window + ctx.sink :]
+        query, key, value, share, local, local_lse, full, remote_lse = ctx.saved_tensors
+        first, late_lse = ctx.window + ctx.sink, local_lse[:, :, ctx.window + ctx.sink :]
         late = at_least_float32(grad[:, :, first:])
         # What a gate moves, from the window to everything, along the gradient: (B, H, n, 1).
-        along = (late * (at_least_float32(full) - at_least_float32(near[:, :, first:]))).sum(-1, keepdim=True)
+        along = (late * (at_least_float32(full) - at_least_float32(local[:, :, first:]))).sum(-1, keepdim=True)
         grad_share = along.sum((0, 2), keepdim=True)[0].to(share.dtype)
         if not any(ctx.needs_input_grad[:3]):  # below the first gate of a frozen model nothing learns
             return None, None, None, grad_share, None, None, None
-        near_share, share = 1 - _far_weight(late_lse, far_lse), share.to(late.dtype)
-        grad_near, grad_lse = grad.clone(), torch.zeros_like(near_lse)
-        grad_near[:, :, first:] = (late * (1 - share + share * near_share)).to(grad.dtype)
-        grad_lse[:, :, first:] = (-share * near_share * along).squeeze(-1)
+        local_share, share = 1 - _remote_weight(late_lse, remote_lse), share.to(late.dtype)
+        grad_local, grad_lse = grad.clone(), torch.zeros_like(local_lse)
+        grad_local[:, :, first:] = (late * (1 - share + share * local_share)).to(grad.dtype)
+        grad_lse[:, :, first:] = (-share * local_share * along).squeeze(-1)
         with autocast_off(grad):
             visibility = Visibility(window=ctx.window, sink=ctx.sink)
-            saved = (query, key, value, None, near, near_lse)
-            grads = chunked_backward(saved, grad_near, grad_lse, visibility, ctx.scale, CHUNK_IN_WINDOW)[:3]
-            slices = _far_slices(query, key, value, ctx.window, ctx.sink)
-            full_lse, grad_full = torch.logaddexp(late_lse, far_lse), (share * late).to(query.dtype)
-            far = flash_backward(grad_full, *slices, full, full_lse, causal=True, mask=None, scale=ctx.scale)
-        for part, more in zip(_far_slices(*grads, ctx.window, ctx.sink), far, strict=True):
+            saved = (query, key, value, None, local, local_lse)
+            grads = chunked_backward(saved, grad_local, grad_lse, visibility, ctx.scale, CHUNK_IN_WINDOW)[:3]
+            slices = _remote_slices(query, key, value, ctx.window, ctx.sink)
+            full_lse, grad_full = torch.logaddexp(late_lse, remote_lse), (share * late).to(query.dtype)
+            remote = flash_backward(grad_full, *slices, full, full_lse, causal=True, mask=None, scale=ctx.scale)
+        for part, more in zip(_remote_slices(*grads, ctx.window, ctx.sink), remote, strict=True):
             part += more
         return *grads, grad_share, None, None, None

@@ -1,6 +1,6 @@
 """The head of a language model: a matrix, or a module that only its own forward pass knows.
 
-Losses read the matrix where there is one. Adapters, quantised weights, biases, hooks and what else may stand in its
+Losses read the matrix where there is one. Adapters, quantized weights, biases, hooks and what else may stand in its
 place are asked for logits instead, a chunk of tokens at a time; ``weight_of`` decides.
 """
 

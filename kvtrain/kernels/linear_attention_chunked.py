@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.kernels.slices import spans
+from kvtrain.kernels.cpu_tiling import spans
 
 
 class Layout(NamedTuple):

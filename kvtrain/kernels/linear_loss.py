@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from kvtrain.kernels.cpu_tiling import spans
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.head import Head, logits_by, matmul_dtype, weight_of
-from kvtrain.kernels.slices import spans
 
 
 class Objective(Protocol):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.cpu_tiling import empty_like, tiles
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerSwiGLU, takes_liger
-from kvtrain.kernels.slices import empty_like, slices
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -38,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         result = empty_like(up)
-        for gates, ups, results in slices(gate, up, result):
+        for gates, ups, results in tiles(gate, up, result):
             results.copy_(torch.nn.functional.silu(at_least_float32(gates)) * ups)
         return result
 
@@ -47,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = empty_like(gate), empty_like(up)
-        for gates, ups, grads, grad_gates, grad_ups in slices(gate, up, grad, grad_gate, grad_up):
+        for gates, ups, grads, grad_gates, grad_ups in tiles(gate, up, grad, grad_gate, grad_up):
             gates, grads = at_least_float32(gates), at_least_float32(grads)
             grad_ups.copy_(torch.nn.functional.silu(gates) * grads)
             grad_gates.copy_(torch.ops.aten.silu_backward(grads * ups, gates))

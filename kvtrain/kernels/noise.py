@@ -29,7 +29,7 @@ def keyed_uniform(row_ids: Tensor, seed: int, step: int, layer: int, shape: tupl
     Args:
         row_ids: ``(B,)`` identity of each row in the data.
         seed: Of the run.
-        step: Optimiser step.
+        step: Optimizer step.
         layer: Layer index.
         shape: Heads and tokens.
     """

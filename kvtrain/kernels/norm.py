@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4), computed in at least float32."""
+"""Root-mean-square normalization (Zhang & Sennrich 2019, eq. 4), computed in at least float32."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.cpu_tiling import empty_like, tiles
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerRMSNorm, takes_liger
-from kvtrain.kernels.slices import empty_like, slices
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:
@@ -47,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight = ctx.saved_tensors
         grad_hidden, grad_weight = empty_like(hidden), torch.zeros_like(at_least_float32(weight))
-        for inputs, grads, results in slices(hidden, grad, grad_hidden):
+        for inputs, grads, results in tiles(hidden, grad, grad_hidden):
             inputs, grads = at_least_float32(inputs), at_least_float32(grads)
             inverse = _mean_product(inputs, inputs).add_(ctx.epsilon).rsqrt_()
             unit = inputs * inverse

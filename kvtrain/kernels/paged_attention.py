@@ -16,11 +16,11 @@ from torch.nn.functional import pad
 from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
-from kvtrain.kernels.quantisation import dequantise, packed_channels
+from kvtrain.kernels.quantization import dequantize, packed_channels
 from kvtrain.kernels.visibility import finite, log_sum_exp
 
 _RUN = 1024  # slots of one head that are copied at a time
-_SCRATCH = 4 * 2**20  # bytes of dequantised keys and values at a time, unless a single run takes more
+_SCRATCH = 4 * 2**20  # bytes of dequantized keys and values at a time, unless a single run takes more
 
 
 def paged_attention(
@@ -38,12 +38,12 @@ def paged_attention(
 
     Args:
         query: ``(B, H, n, D)``.
-        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantise`` makes of that.
+        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantize`` makes of that.
         values: ``(pages, page_size, D_v)``, likewise.
         table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
         lengths: ``(B, H_kv)`` visible slots.
         scale: Factor on the scores.
-        bits: 8 or 4, of quantised keys and values.
+        bits: 8 or 4, of quantized keys and values.
         backend: ``"auto"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
 
     Returns:
@@ -66,7 +66,7 @@ def paged_attention(
     elif bits is None:
         output, lse = _attend_in_place(grouped, keys, values, *owned, scale, backend)
     else:
-        output, lse = _attend_dequantised(grouped, pages, *owned, scale, backend)
+        output, lse = _attend_dequantized(grouped, pages, *owned, scale, backend)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
@@ -103,8 +103,8 @@ class _Pages(NamedTuple):
             slots.index_select(0, pages.flatten()).unflatten(0, pages.shape).flatten(1, 2)
             for slots in (self.keys, self.values)
         )
-        key = dequantise(keys, self.bits, query.shape[-1], query.dtype)
-        return key, dequantise(values, self.bits, self.value_dim, query.dtype)
+        key = dequantize(keys, self.bits, query.shape[-1], query.dtype)
+        return key, dequantize(values, self.bits, self.value_dim, query.dtype)
 
 
 def _attend_in_place(
@@ -124,10 +124,10 @@ def _attend_in_place(
     return _merge(output, lse, table.clamp(min=0), visible)
 
 
-def _attend_dequantised(
+def _attend_dequantized(
     query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """All runs of quantised pages, so many at a time as the scratch holds; arguments as above."""
+    """All runs of quantized pages, so many at a time as the scratch holds; arguments as above."""
     columns = max(1, min(_RUN // pages.size, table.shape[1]))
     slots = columns * pages.size
     runs = pad(table.clamp(min=0), (0, -table.shape[1] % columns)).unflatten(1, (-1, columns))  # (R, P, columns)

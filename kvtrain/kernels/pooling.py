@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.cpu_tiling import row_tiles
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
-from kvtrain.kernels.slices import row_slices
 
 _BLOCK = 32
 
@@ -54,7 +54,7 @@ def pool_segments_reference(inputs: Tensor, merge: Tensor, importance: Tensor, w
 
 
 class _BandWeights(torch.autograd.Function):
-    """Normalised weights ``(window, B, H, T)`` of the latest tokens, the oldest first and the token itself last."""
+    """Normalized weights ``(window, B, H, T)`` of the latest tokens, the oldest first and the token itself last."""
 
     @staticmethod
     def forward(ctx: Any, merge: Tensor, importance: Tensor, window: int) -> Tensor:
@@ -117,7 +117,7 @@ class _BandProduct(torch.autograd.Function):
     def forward(ctx: Any, bands: Tensor, inputs: Tensor) -> Tensor:
         ctx.save_for_backward(bands, inputs)
         pooled = torch.empty_like(inputs)
-        for rows in row_slices(inputs):
+        for rows in row_tiles(inputs):
             layout = _Layout(bands[:, rows])
             products = torch.bmm(layout.dense(bands[:, rows]), layout.reach(layout.blocks(inputs[rows])))
             pooled[rows] = layout.tokens(products)
@@ -130,7 +130,7 @@ class _BandProduct(torch.autograd.Function):
         grad_bands = torch.empty_like(bands) if ctx.needs_input_grad[0] else None
         grad_inputs = torch.empty_like(inputs) if ctx.needs_input_grad[1] else None
         with autocast_off(grad):
-            for rows in row_slices(inputs):
+            for rows in row_tiles(inputs):
                 layout = _Layout(bands[:, rows])
                 grad_blocks = layout.blocks(grad[rows])[1:]
                 if grad_bands is not None:

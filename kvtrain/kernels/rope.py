@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.cpu_tiling import row_tiles
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.liger import LigerRotary, takes_liger
-from kvtrain.kernels.slices import row_slices
 
 
 def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A few rows at a time, so that what is wide stays near the processor."""
     result = torch.empty_like(heads)
     cos, sin = (angle.expand(len(heads), -1, -1).unsqueeze(1) for angle in (cos, sin))
-    for rows in row_slices(heads):
+    for rows in row_tiles(heads):
         wide = at_least_float32(heads[rows])
         result[rows].copy_((wide * cos[rows]).add_(_turn(wide).mul_(sin[rows])))
     return result

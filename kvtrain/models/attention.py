@@ -46,7 +46,7 @@ class HostAttention(nn.Module):
         heads: Tensor = projected.unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
-    def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the host's norms, where it has them, to queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``."""
         if hasattr(self, "q_norm"):
             return self._norm_heads(self.q_norm, query), self._norm_heads(self.k_norm, key)
@@ -70,7 +70,7 @@ class HostAttention(nn.Module):
             hidden_states: ``(B, T, hidden)``.
             angles: Cosines and sines ``(B, T, D)``.
         """
-        query, key = self.normalise(
+        query, key = self.normalize(
             self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
         )
         query, key = (apply_rotary(heads, *angles, halves_repeat=True) for heads in (query, key))
@@ -91,7 +91,7 @@ class HostAttention(nn.Module):
         keys, values, table = slots["keys"], slots["values"], pages.table[:, heads]
         return paged_attention(query, keys, values, table, lengths[:, heads], self.scaling, bits=pages.bits)
 
-    def attend_beside_pages(
+    def attend_pages_and_new(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, pages: PagedStore, heads: slice = slice(None)
     ) -> Tensor:
         """Several new tokens over themselves and over all that some heads, all by default, hold before them.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvtrain.mistakes import first_line
+from kvtrain.errors import first_line
 from kvtrain.models.config import CHECKPOINT_KEY
 
 _SETTINGS = {"config", "tokenizer"}

@@ -1,6 +1,7 @@
 """The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets new organs."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -132,7 +133,7 @@ def validate_host(config: PreTrainedConfig) -> None:
         raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
 
 
-def _operate(model: PreTrainedModel, method: Method) -> None:
+def _replace_modules(model: PreTrainedModel, method: Method) -> None:
     """Swap the organs of a freshly built host, in place."""
     decoder: Any = model.model
     for module in list(decoder.modules()):
@@ -164,7 +165,7 @@ class KVTrainMixin(CachedLanguageModel):
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
         super().__init__(host_config)
-        _operate(self, method)
+        _replace_modules(self, method)
         self.config = config
         self.name_or_path = config.name_or_path  # not the host's: adapters write down what they were trained on
         config.architectures = [type(self).__name__]
@@ -195,7 +196,7 @@ class KVTrainMixin(CachedLanguageModel):
         """See ``CachedLanguageModel``; the method's."""
         return self.method.recorded_states(self.config.host_config)
 
-    def binarise(self, sparsity: float | None = None, **options: Any) -> Self:
+    def binarize(self, sparsity: float | None = None, **options: Any) -> Self:
         """Round the gates of a model whose heads learn to stream (``kvtrain.Duo``), in place.
 
         Args:
@@ -208,5 +209,10 @@ class KVTrainMixin(CachedLanguageModel):
         Raises:
             ValueError: The method has no gates, or they are rounded already.
         """
-        self.method.binarise(self, sparsity, **options)
+        self.method.binarize(self, sparsity, **options)
         return self
+
+    def binarise(self, sparsity: float | None = None, **options: Any) -> Self:
+        """``binarize`` as version 0.1 spelt it."""
+        warnings.warn("binarise() is now binarize(); the old name goes with version 0.3", FutureWarning, stacklevel=2)
+        return self.binarize(sparsity, **options)

@@ -111,7 +111,7 @@ class Method(ABC):
         """Settings of a model that these train, as far as they decide its cache's size."""
         return self
 
-    def binarise(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
+    def binarize(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
         """Round a model's gates in place, for methods that have gates.
 
         Args:

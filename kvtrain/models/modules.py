@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise ``(..., D)``."""
+        """Normalize ``(..., D)``."""
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 

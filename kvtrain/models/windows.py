@@ -9,7 +9,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.visibility import Diagonal
 
 
-def attend_beside_window(
+def attend_cache_and_window(
     query: Tensor,
     new: Sequence[Tensor],
     held: Sequence[Tensor],

@@ -1,4 +1,4 @@
-"""The base of every training module: the step, the loss, the optimiser, the phases."""
+"""The base of every training module: the step, the loss, the optimizer, the phases."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
+from kvtrain.errors import require_seed
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
-from kvtrain.mistakes import require_seed
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
-from kvtrain.training.schedules import Phase, Place, Schedule
+from kvtrain.training.schedules import Phase, PhaseStep, Schedule
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
@@ -101,7 +101,7 @@ class TrainingModule(pl.LightningModule):
         """The model to train; called once, inside ``configure_model``."""
 
     @abstractmethod
-    def skeleton(self) -> nn.Module:
+    def build_meta_model(self) -> nn.Module:
         """The model on the meta device: shapes without memory.
 
         Raises:
@@ -140,12 +140,12 @@ class TrainingModule(pl.LightningModule):
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
 
-    def place(self) -> Place:
-        """Where the current optimiser step lies; while validating, the one whose batches the model saw last.
+    def phase_step(self) -> PhaseStep:
+        """Where the current optimizer step lies; while validating, the one whose batches the model saw last.
 
         A phase opens with its first batch: until then the model is still that of the phase before.
         """
-        return self.schedule.place(self._seen_step() if self.trainer.validating else self.global_step)
+        return self.schedule.phase_step(self._seen_step() if self.trainer.validating else self.global_step)
 
     def _seen_step(self) -> int:
         return max(0, self.global_step - 1) if self._last_step is None else self._last_step
@@ -154,11 +154,11 @@ class TrainingModule(pl.LightningModule):
         """What the model is told beyond the tokens; subclasses add to it."""
         return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
 
-    def rehearsal_batch(self, batch: Batch) -> Batch:
+    def estimate_batch(self, batch: Batch) -> Batch:
         """A batch of packed rows as this module would get it, for estimates."""
         return batch
 
-    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+    def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """What of a training batch the model reads, and what it is told of a teacher: nothing without one."""
         return batch, {}
 
@@ -167,9 +167,9 @@ class TrainingModule(pl.LightningModule):
         return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One micro-batch, scaled so that the sum over the optimiser window is the mean over its targets."""
-        batch, told = self.consult_teacher(batch)
-        arguments = {**self.model_arguments(batch), **told}
+        """One micro-batch, scaled so that the sum over the optimizer window is the mean over its targets."""
+        batch, kwargs = self.teacher_inputs(batch)
+        arguments = {**self.model_arguments(batch), **kwargs}
         output = self.model(**_summed(batch), **arguments)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss: Tensor = output.loss * (scale / batch["num_items"])
@@ -211,14 +211,14 @@ class TrainingModule(pl.LightningModule):
         self.log("val_perplexity", (total / targets).exp().float(), prog_bar=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Open a phase at its first optimiser step."""
+        """Open a phase at its first optimizer step."""
         self._last_step = self.global_step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if first and self.schedule.is_boundary(self.global_step):
-            self.begin_phase(self.place().phase)
+            self.begin_phase(self.phase_step().phase)
 
     def begin_phase(self, phase: Phase) -> None:
-        """Clear the optimiser's moments; subclasses do more."""
+        """Clear the optimizer's moments; subclasses do more."""
         clear_moments(self.trainer)
 
     def on_fit_start(self) -> None:
@@ -250,7 +250,7 @@ class TrainingModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer_name", None)
         config = self.model.config.to_json_string(use_diff=False)
-        settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.unfinished()}
+        settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.export_warning()}
         if base := self.frozen_base():
             settings["base"] = base
             learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -259,7 +259,7 @@ class TrainingModule(pl.LightningModule):
             }
         checkpoint[CHECKPOINT_KEY] = json.dumps(settings)
 
-    def trains(self, name: str) -> bool:
+    def is_trainable(self, name: str) -> bool:
         """Whether the model's parameter of this name is learnt."""
         return True
 
@@ -271,11 +271,11 @@ class TrainingModule(pl.LightningModule):
         """Gates ``(layers, H_kv)``, and as they would be rounded now; None where heads have none."""
         return None
 
-    def unfinished(self) -> str | None:
+    def export_warning(self) -> str | None:
         """Why the model is not one to serve yet, with the remedy; None where it is."""
         return None
 
-    def more_parameters(self) -> list[dict[str, Any]]:
+    def extra_param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups that are no part of the model."""
         return []
 
@@ -283,7 +283,7 @@ class TrainingModule(pl.LightningModule):
         """AdamW, and a learning rate that is a function of the step."""
         decayed, plain = split_parameters(self.model)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups += self.more_parameters()
+        groups += self.extra_param_groups()
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -17,14 +17,15 @@ from kvtrain.data.listops import ListOpsDataModule
 from kvtrain.data.masking import MaskedDataModule
 from kvtrain.data.module import DataModule, PackedDataModule
 from kvtrain.data.recall import RecallDataModule
-from kvtrain.mistakes import UsageError, causes
+from kvtrain.errors import UsageError, causes
+from kvtrain.logging_setup import configure_logging
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
+from kvtrain.renamed import option_with_new_name, with_new_names
 from kvtrain.training import messages
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.callbacks.opening import RunRecord
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
-from kvtrain.training.quiet import speak_plainly
+from kvtrain.training.callbacks.run_summary import RunRecord
 from kvtrain.training.refusals import refusals
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
@@ -41,7 +42,7 @@ _STRICT = "strict"  # our name for the parser's own reader of YAML behind our ch
 
 def _load(text: str) -> Any:
     strict_yaml.check(text)
-    return get_loader("yaml")(text)
+    return with_new_names(get_loader("yaml")(text))
 
 
 set_loader(_STRICT, _load, (yaml.YAMLError,))
@@ -77,7 +78,7 @@ class RecipeCLI(LightningCLI):
     command: ClassVar[str]
 
     def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+        self.arguments = [option_with_new_name(word) for word in arguments]
         super().__init__(
             TrainingModule,
             DataModule,
@@ -88,7 +89,7 @@ class RecipeCLI(LightningCLI):
             parser_class=RecipeParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=[self.command, *arguments],
+            args=[self.command, *self.arguments],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # checkpoints hold no hyper-parameters, so that they load weights_only
         )
@@ -314,7 +315,7 @@ def read_recipe(arguments: list[str]) -> ReadRecipe:
     Raises:
         UsageError: The command line or the recipe is wrong.
     """
-    speak_plainly()
+    configure_logging()
     cli = ReadCLI(arguments)
     return ReadRecipe(cli.model, cli.datamodule, cli.config["fit"]["trainer"].as_dict())
 
@@ -329,7 +330,7 @@ def main(command: str, arguments: list[str]) -> None:
     Raises:
         UsageError: The command line or the recipe is wrong.
     """
-    speak_plainly()
+    configure_logging()
     chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
     chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
 

@@ -12,7 +12,7 @@ from kvtrain.models.dmc.attention import DMCAttention, DMCStep
 from kvtrain.training.base import Ledger
 from kvtrain.training.parameters import zero_rows
 from kvtrain.training.retrofit import RetrofitModule
-from kvtrain.training.schedules import Phase, Place
+from kvtrain.training.schedules import Phase, PhaseStep
 
 ZERO_OUT, RETROFIT, FINETUNE = "zero_out", "retrofit", "finetune"
 _ORDER = (ZERO_OUT, RETROFIT, FINETUNE)
@@ -55,37 +55,39 @@ class DMCModule(RetrofitModule):
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
 
-    def channel_scale(self, place: Place) -> float | None:
+    def channel_scale(self, phase_step: PhaseStep) -> float | None:
         """Factor on the borrowed channel: from 1 to 0 in the zero-out phase, None afterwards."""
-        if place.phase.name != ZERO_OUT:
+        if phase_step.phase.name != ZERO_OUT:
             return None
-        return max(0.0, 1.0 - place.step / (_ZERO_OUT_SHARE * place.phase.steps))
+        return max(0.0, 1.0 - phase_step.step / (_ZERO_OUT_SHARE * phase_step.phase.steps))
 
-    def target(self, place: Place) -> float:
+    def target(self, phase_step: PhaseStep) -> float:
         """Compression aimed at: 1 before the retrofit, linear in it, the method's own after it."""
-        if place.phase.name == ZERO_OUT:
+        if phase_step.phase.name == ZERO_OUT:
             return 1.0
-        if place.phase.name == FINETUNE:
+        if phase_step.phase.name == FINETUNE:
             return self.method.compression
-        return 1.0 + (self.method.compression - 1.0) * (place.step + 1) / place.phase.steps
+        return 1.0 + (self.method.compression - 1.0) * (phase_step.step + 1) / phase_step.phase.steps
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """Phase, noise key and a ledger for the decisions."""
-        place = self.place()
-        noisy = self.noisy_finetune or place.phase.name != FINETUNE
+        phase_step = self.phase_step()
+        noisy = self.noisy_finetune or phase_step.phase.name != FINETUNE
         rows = batch["row_ids"] if noisy or self.method.decisions == "random" else None
-        step = DMCStep(self.channel_scale(place), self.seed, self.global_step, rows, compression=self.target(place))
+        step = DMCStep(
+            self.channel_scale(phase_step), self.seed, self.global_step, rows, compression=self.target(phase_step)
+        )
         return {**super().model_arguments(batch), "dmc_step": step, "ledger": Ledger()}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """The compression hinge."""
-        place = self.place()
+        phase_step = self.phase_step()
         fractions = self._fractions(batch, arguments)
         if fractions is None:
             return None
         self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
-        self.log("compression_target", self.target(place), prog_bar=True)
-        return self.compression_weight * compression_hinge(fractions, self.target(place))
+        self.log("compression_target", self.target(phase_step), prog_bar=True)
+        return self.compression_weight * compression_hinge(fractions, self.target(phase_step))
 
     def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         ledger: Ledger = arguments["ledger"]
@@ -98,9 +100,9 @@ class DMCModule(RetrofitModule):
         names = [phase.name for phase in self.schedule.phases]
         return [next(names.index(name) for name in (RETROFIT, FINETUNE, ZERO_OUT) if name in names)]
 
-    def unfinished(self) -> str | None:
+    def export_warning(self) -> str | None:
         """The borrowed channel decides nothing until zero-out has ended."""
-        if self.schedule.place(self._seen_step()).phase.name != ZERO_OUT:
+        if self.schedule.phase_step(self._seen_step()).phase.name != ZERO_OUT:
             return None
         return "the run is in its zero_out phase, whose channel decides nothing yet; train on into the next phase"
 
@@ -129,9 +131,9 @@ class DMCModule(RetrofitModule):
             self._zero_borrowed_rows()
 
     def begin_phase(self, phase: Phase) -> None:
-        """Clear the optimiser; after zero-out, clear the rows that the channel no longer needs."""
+        """Clear the optimizer; after zero-out, clear the rows that the channel no longer needs."""
         super().begin_phase(phase)
-        if self.schedule.phases[self.place().index - 1].name == ZERO_OUT:
+        if self.schedule.phases[self.phase_step().index - 1].name == ZERO_OUT:
             self._zero_borrowed_rows()
 
     def _zero_borrowed_rows(self) -> None:

@@ -10,7 +10,7 @@ from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
-from kvtrain.losses.gates import gate_size, sparsity_penalty
+from kvtrain.losses.gate_regularization import gate_size, sparsity_penalty
 from kvtrain.models.duo import Duo
 from kvtrain.models.duo.attention import DuoStep, GatedAttention
 from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
@@ -34,7 +34,7 @@ class DuoModule(RetrofitModule):
         method: The window, the kind of gates, and the sparsity that is rounded to.
         distill: Come close to the model with open gates in the tokens that have labels: in the last hidden states
             (``true``), or as the settings of a ``Distillation`` say. ``false``: predict the next token (PruLong).
-        regularisation: Weight of the mean gate in the loss (released code: 0.05). Hard-concrete gates have a target
+        regularization: Weight of the mean gate in the loss (released code: 0.05). Hard-concrete gates have a target
             instead, ``method.sparsity``, whose multipliers are learnt by ascent.
         multiplier_scale: Their learning rate, as a multiple of the gates'.
         weights: Type of the frozen weights; gates are float32 in any case.
@@ -49,7 +49,7 @@ class DuoModule(RetrofitModule):
         base: str,
         method: Duo | None = None,
         distill: Distillation | bool | None = True,
-        regularisation: float = 0.05,
+        regularization: float = 0.05,
         multiplier_scale: float = 1.0,
         weights: Weights = "float32",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -59,10 +59,10 @@ class DuoModule(RetrofitModule):
         super().__init__(base, method or Duo(), distill=distill, betas=betas, **training)
         if self.method.full_heads is not None:
             raise ValueError("full_heads is what training finds; leave it out of the recipe")
-        if regularisation < 0:
-            raise ValueError(f"regularisation must not be negative, not {regularisation}")
+        if regularization < 0:
+            raise ValueError(f"regularization must not be negative, not {regularization}")
         self.base_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[weights]
-        self.regularisation, self.multiplier_scale = regularisation, multiplier_scale
+        self.regularization, self.multiplier_scale = regularization, multiplier_scale
         self._rounded: dict[int, Tensor] = {}
         if self.method.gates == "hard_concrete":
             self.multipliers = nn.Parameter(torch.zeros(2))
@@ -71,10 +71,10 @@ class DuoModule(RetrofitModule):
         """The base with gates, of which the gates alone train."""
         model = super().build_model()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trains(name))
+            parameter.requires_grad_(self.is_trainable(name))
         return model
 
-    def trains(self, name: str) -> bool:
+    def is_trainable(self, name: str) -> bool:
         """See ``TrainingModule``."""
         return name.endswith(".gates")
 
@@ -102,10 +102,10 @@ class DuoModule(RetrofitModule):
             return {**arguments, "duo_step": DuoStep(gates=self._rounded)}
         return {**arguments, "duo_step": self._step(), "gate_ledger": Ledger()}
 
-    def _step(self, **told: Any) -> DuoStep:
-        return DuoStep(seed=self.seed, step=self.global_step, **told)
+    def _step(self, **kwargs: Any) -> DuoStep:
+        return DuoStep(seed=self.seed, step=self.global_step, **kwargs)
 
-    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+    def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """What the model with open gates makes of the batch.
 
         Where its attention is mixed in, a student's answers depend on few of its tokens, and only those are read.
@@ -113,7 +113,7 @@ class DuoModule(RetrofitModule):
         mixes = self.method.mixing == "teacher"
         if not mixes and self.distillation is None:
             return batch, {}
-        step = DuoStep(everything=True, record={} if mixes else None)
+        step = DuoStep(full_attention=True, record={} if mixes else None)
         with torch.no_grad():
             hidden = self.model(
                 batch["input_ids"],
@@ -123,17 +123,17 @@ class DuoModule(RetrofitModule):
                 skip_logits=True,
                 duo_step=step,
             ).last_hidden_state
-        told: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
         if mixes:
             assert step.record is not None
             columns = receptive_field(batch, self.method, len(step.record))
             batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
             hidden = hidden[:, columns]
-            told["duo_step"] = self._step(teacher={layer: seen[:, :, columns] for layer, seen in step.record.items()})
+            kwargs["duo_step"] = self._step(teacher={layer: seen[:, :, columns] for layer, seen in step.record.items()})
         if self.distillation is not None:
-            told["teacher"] = TeacherHead(hidden, self.model.lm_head)
-            told["distillation"] = self.distillation
-        return batch, told
+            kwargs["teacher"] = TeacherHead(hidden, self.model.lm_head)
+            kwargs["distillation"] = self.distillation
+        return batch, kwargs
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """What pulls gates down."""
@@ -143,15 +143,15 @@ class DuoModule(RetrofitModule):
         used, stored = (torch.stack(gates) for gates in zip(*ledger.values(), strict=True))
         self.log("mean_gate", used.detach().mean(), prog_bar=True)
         if self.method.gates == "plain":
-            return self.regularisation * gate_size(stored)
-        place = self.place()
-        target = self.method.sparsity * min(1.0, (place.step + 1) / (_RAMP_SHARE * place.phase.steps))
+            return self.regularization * gate_size(stored)
+        phase_step = self.phase_step()
+        target = self.method.sparsity * min(1.0, (phase_step.step + 1) / (_RAMP_SHARE * phase_step.phase.steps))
         sparsity = 1.0 - open_probability(stored).mean()
         self.log("sparsity", sparsity.detach(), prog_bar=True)
         self.log("sparsity_target", target)
         return sparsity_penalty(sparsity, target, self.multipliers)
 
-    def more_parameters(self) -> list[dict[str, Any]]:
+    def extra_param_groups(self) -> list[dict[str, Any]]:
         """Multipliers climb where gates descend."""
         if self.method.gates == "plain":
             return []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.rehearsal import full_precision_name, rehearse
+from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    name, model, cost = full_precision_name(precision), module.skeleton(), module.cost(sequence_length)
+    name, model, cost = full_precision_name(precision), module.build_meta_model(), module.cost(sequence_length)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(module.trains(parameter_name))
+        parameter.requires_grad_(module.is_trainable(parameter_name))
     total, trainable = count_parameters(model)
-    memory = rehearse(
+    memory = measure_step_memory(
         module,
         batch_size=batch_size,
         sequence_length=sequence_length,

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, counted from the model, and what a device can do in a second.
 
 Counted are the matrix products of every ``nn.Linear``, the head among them, and of attention. Norms,
-activations, the optimiser, a method's own bookkeeping and what a fused kernel computes twice are not; layers that
+activations, the optimizer, a method's own bookkeeping and what a fused kernel computes twice are not; layers that
 run several times count once. Attention is causal: of a row's T x T products half count, and borders of packed
 documents are not looked at.
 """

@@ -10,8 +10,8 @@ from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.metrics import MAP_FILE_NAME
 from kvtrain.models.lckv import LCKV
-from kvtrain.training.method import MethodModule
-from kvtrain.training.metrics import write_rows
+from kvtrain.training.csv_logger import write_rows
+from kvtrain.training.method_module import MethodModule
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
 
@@ -88,9 +88,9 @@ def serving_gap(model: Any, input_ids: Tensor, valid: Tensor) -> Tensor:
     """
     labels = input_ids.masked_fill(~valid, IGNORE_INDEX)
     # Padding is read with the rest, which it cannot change: ranks that share parameters must run the same blocks.
-    told = {"labels": labels, "num_items_in_batch": valid[:, 1:].sum().clamp(min=1), "skip_logits": True}
+    kwargs = {"labels": labels, "num_items_in_batch": valid[:, 1:].sum().clamp(min=1), "skip_logits": True}
     with torch.no_grad():
-        served, trained = (model(input_ids, use_cache=use_cache, **told).loss.float() for use_cache in (True, False))
+        served, trained = (model(input_ids, use_cache=use_cache, **kwargs).loss.float() for use_cache in (True, False))
     gap: Tensor = served - trained
     return gap
 

@@ -11,7 +11,7 @@ class Held(NamedTuple):
     Attributes:
         parameters: Weights of the model, shared ones once.
         gradients: Gradients that lie at their parameters.
-        optimizer: The optimiser's state.
+        optimizer: The optimizer's state.
         others: Activations, temporary tensors, batches and a teacher.
     """
 
@@ -27,7 +27,7 @@ class Sharding(NamedTuple):
     Attributes:
         parameters: Weights (ZeRO-3, FSDP2). The layer at work, which is gathered for the time, comes on top.
         gradients: Gradients (ZeRO-2, ZeRO-3, FSDP2).
-        optimizer: The optimiser's state (any of them).
+        optimizer: The optimizer's state (any of them).
     """
 
     parameters: int = 1

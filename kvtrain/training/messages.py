@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from kvtrain import strict_yaml
-from kvtrain.mistakes import UsageError, unknown
+from kvtrain.errors import UsageError, unknown
 from kvtrain.recipes import read_recipe_file
 
 _TYPE_NAMES = {
@@ -32,7 +32,7 @@ _SHOWN = 60  # characters of a wrong value
 _OPTIONS_HINT = "See kvtrain fit --help-all"
 
 
-class Place(NamedTuple):
+class SettingLocation(NamedTuple):
     """Where a setting was made: its full dotted name, and the file and line if it was a recipe."""
 
     name: str
@@ -53,18 +53,18 @@ class Vocabulary:
     classes: list[str]
 
 
-def explain(message: str, places: list[Place], vocabulary: Vocabulary) -> str:
+def explain(message: str, settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
     """Say in a line what is wrong with a recipe or a command line.
 
     Args:
         message: The parser's own words, causes included.
-        places: Every setting that was made, command line first.
+        settings: Every setting that was made, command line first.
         vocabulary: What could have been set.
     """
     for pattern, answer in _RULES:
         match = pattern.search(message)
         if match:
-            return answer(match, places, vocabulary)
+            return answer(match, settings, vocabulary)
     return " ".join(message.split())[:300]
 
 
@@ -75,7 +75,7 @@ def innermost_complaint(message: str) -> str:
     return telling[-1] if telling else message
 
 
-def _unrecognised(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+def _unrecognized(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
     word = match[1].split()[0]
     if not word.startswith("-"):
         hint = f"; a recipe is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
@@ -83,50 +83,50 @@ def _unrecognised(match: re.Match[str], places: list[Place], vocabulary: Vocabul
     return unknown("option", word.lstrip("-").split("=")[0], vocabulary.options, _OPTIONS_HINT)
 
 
-def _not_accepted(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
-    place = _locate(match[1], places)
-    return f"{place.source}{unknown('option', place.name, vocabulary.options, _OPTIONS_HINT)}"
+def _not_accepted(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
+    setting = _locate(match[1], settings)
+    return f"{setting.source}{unknown('option', setting.name, vocabulary.options, _OPTIONS_HINT)}"
 
 
 def _missing_value(match: re.Match[str], *_: Any) -> str:
     return f"option '{match[1].split('/')[-1]}' needs a value"
 
 
-def _missing(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
-    if not any(place.name.startswith("model") for place in places):
+def _missing(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
+    if not any(setting.name.startswith("model") for setting in settings):
         return "no model to train: give a recipe with --config (`kvtrain recipes` lists them)"
     name = match[1].split(",")[0].strip().removeprefix("fit.").removeprefix("validate.")
     full = next((option for option in vocabulary.options if f".{option}".endswith(f".{name}")), name)
     return f"'{full}' is missing; the recipe must set it"
 
 
-def _class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
+def _class(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
     given = match[1]
-    source = next((place.source for place in places if place.value == given), "")
+    source = next((setting.source for setting in settings if setting.value == given), "")
     return source + unknown("class", given, [*vocabulary.classes, *_classes_beside(given)])
 
 
-def _wrong_class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
-    source = next((place.source for place in places if place.value == match[1]), "")
+def _wrong_class(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
+    source = next((setting.source for setting in settings if setting.value == match[1]), "")
     known = [name.removeprefix(_MODULES) for name in vocabulary.classes if name.startswith(_MODULES)]
     hint = f"; known are {', '.join(known)}" if match[2] == "TrainingModule" else ""
     return f"{source}{match[1]} is not a {match[2]}{hint}"
 
 
-def _no_class(match: re.Match[str], places: list[Place], vocabulary: Vocabulary) -> str:
-    place = _locate(match[1], places)
-    return f"{place.source}'{place.name}' needs a class_path, such as {_MODULES}{vocabulary.classes[0]}"
+def _no_class(match: re.Match[str], settings: list[SettingLocation], vocabulary: Vocabulary) -> str:
+    setting = _locate(match[1], settings)
+    return f"{setting.source}'{setting.name}' needs a class_path, such as {_MODULES}{vocabulary.classes[0]}"
 
 
-def _wrong_type(match: re.Match[str], places: list[Place], _: Vocabulary) -> str:
-    place = _locate(match["key"], places, match["value"])
-    return f"{place.source}{place.name}: expected {_type_name(match['type'])}, got '{match['value'].strip()}'"
+def _wrong_type(match: re.Match[str], settings: list[SettingLocation], _: Vocabulary) -> str:
+    setting = _locate(match["key"], settings, match["value"])
+    return f"{setting.source}{setting.name}: expected {_type_name(match['type'])}, got '{match['value'].strip()}'"
 
 
-def _wrong_union(match: re.Match[str], places: list[Place], _: Vocabulary) -> str:
-    place = _locate(match["key"], places, match["value"])
+def _wrong_union(match: re.Match[str], settings: list[SettingLocation], _: Vocabulary) -> str:
+    setting = _locate(match["key"], settings, match["value"])
     kinds = dict.fromkeys(_type_name(name) for name in _split_types(match["types"]))
-    return f"{place.source}{place.name}: expected {' or '.join(kinds)}, got '{_short(match['value'])}'"
+    return f"{setting.source}{setting.name}: expected {' or '.join(kinds)}, got '{_short(match['value'])}'"
 
 
 def _no_mapping(match: re.Match[str], *_: Any) -> str:
@@ -139,8 +139,8 @@ def _loop(match: re.Match[str], *_: Any) -> str:
 
 # Complaints about the types that a value does not have, which say nothing about the type that it was meant to have.
 _ABOUT_TYPES = re.compile(r"Expected a|a class path|a dict with|Not a valid subclass|Does not validate|Expected type")
-_RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[Place], Vocabulary], str]]] = [
-    (re.compile(r"unrecognized arguments: (.+)"), _unrecognised),
+_RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[SettingLocation], Vocabulary], str]]] = [
+    (re.compile(r"unrecognized arguments: (.+)"), _unrecognized),
     (re.compile(r"does not accept option '([^']+)'"), _not_accepted),
     (re.compile(r"Option '([^']+)' is not accepted"), _not_accepted),
     (re.compile(r"argument (\S+): expected .*argument"), _missing_value),
@@ -169,11 +169,11 @@ _RULES: list[tuple[re.Pattern[str], Callable[[re.Match[str], list[Place], Vocabu
 ]
 
 
-def _locate(key: str, places: list[Place], value: str | None = None) -> Place:
+def _locate(key: str, settings: list[SettingLocation], value: str | None = None) -> SettingLocation:
     """The place of a setting that the parser names by the end of its name alone."""
-    found = [place for place in places if f".{place.name}".endswith(f".{key}")]
-    exact = [place for place in found if value is not None and place.value == value.strip()]
-    return (exact or found or [Place(key)])[0]
+    found = [setting for setting in settings if f".{setting.name}".endswith(f".{key}")]
+    exact = [setting for setting in found if value is not None and setting.value == value.strip()]
+    return (exact or found or [SettingLocation(key)])[0]
 
 
 def _short(value: str) -> str:
@@ -221,10 +221,10 @@ def check_values(arguments: Iterable[str]) -> None:
             pass  # plain text, as far as anybody knows yet
 
 
-def places_on_command_line(arguments: Iterable[str]) -> Iterator[Place]:
+def places_on_command_line(arguments: Iterable[str]) -> Iterator[SettingLocation]:
     """Settings among command-line arguments, those inside a list or mapping included."""
     for name, value in _options(arguments):
-        yield Place(name, "", value)
+        yield SettingLocation(name, "", value)
         with contextlib.suppress(yaml.YAMLError):
             yield from _inside(value, name)
 
@@ -236,23 +236,23 @@ def _options(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield name.replace(".init_args", ""), value if equals else following
 
 
-def places_in_file(path: str, text: str) -> Iterator[Place]:
+def places_in_file(path: str, text: str) -> Iterator[SettingLocation]:
     """Settings in a recipe's text, with file and line."""
     return _inside(text, "", path)
 
 
-def _inside(text: str, name: str, path: str = "") -> Iterator[Place]:
+def _inside(text: str, name: str, path: str = "") -> Iterator[SettingLocation]:
     root = strict_yaml.compose(text)
     if root is not None:
         yield from _walk(root, name, path)
 
 
-def _walk(node: yaml.Node, name: str, path: str) -> Iterator[Place]:
+def _walk(node: yaml.Node, name: str, path: str) -> Iterator[SettingLocation]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = name if key.value == "init_args" else f"{name}.{key.value}".lstrip(".")
             scalar = str(value.value) if isinstance(value, yaml.ScalarNode) else ""
-            yield Place(inner, f"{path} line {key.start_mark.line + 1}: " if path else "", scalar)
+            yield SettingLocation(inner, f"{path} line {key.start_mark.line + 1}: " if path else "", scalar)
             yield from _walk(value, inner, path)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -263,10 +263,10 @@ def setting_names(chosen: type, prefix: str) -> set[str]:
     """Dotted names of everything that a class's constructor takes, dataclasses inside included."""
     names: set[str] = set()
     for owner in chosen.__mro__:
-        initialiser = vars(owner).get("__init__")
-        if inspect.isfunction(initialiser) and owner.__module__.startswith("kvtrain"):
-            hints = typing.get_type_hints(initialiser)
-            for name in inspect.signature(initialiser).parameters:
+        initializer = vars(owner).get("__init__")
+        if inspect.isfunction(initializer) and owner.__module__.startswith("kvtrain"):
+            hints = typing.get_type_hints(initializer)
+            for name in inspect.signature(initializer).parameters:
                 if name in hints and name != "return":
                     names |= {f"{prefix}.{name}", *_inner_names(hints[name], f"{prefix}.{name}")}
     return names

@@ -1,4 +1,4 @@
-"""What a phase boundary does to parameters and optimiser, wherever the strategy keeps them.
+"""What a phase boundary does to parameters and optimizer, wherever the strategy keeps them.
 
 Plain parameters are written in place. FSDP2 shards them as ``DTensor``. DeepSpeed's ZeRO keeps a float32
 master copy beside the working one, whole or in parts, and overwrites the working copy from it at every
@@ -64,7 +64,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def clear_moments(trainer: pl.Trainer) -> None:
-    """Let the optimisers start anew: no moments, no steps taken.
+    """Let the optimizers start anew: no moments, no steps taken.
 
     Args:
         trainer: In the middle of a fit.

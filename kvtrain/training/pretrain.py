@@ -9,7 +9,7 @@ from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.method import MethodModule
+from kvtrain.training.method_module import MethodModule
 
 
 class PretrainModule(MethodModule):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from kvtrain.mistakes import UsageError, causes, raised_by, raised_by_kvtrain
+from kvtrain.errors import UsageError, causes, raised_by, raised_by_kvtrain
 from kvtrain.training.messages import innermost_complaint
 
 # Whose explicit refusals are about what they were given: settings, devices, packages that are missing.

@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
+from kvtrain.errors import explain_load_errors
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
-from kvtrain.mistakes import opening_model
 from kvtrain.models.full import Full
 from kvtrain.models.gqa import convert_gqa, gqa_config
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
-from kvtrain.training.method import MethodModule
+from kvtrain.training.method_module import MethodModule
 
 
 class RetrofitModule(MethodModule):
@@ -48,7 +48,7 @@ class RetrofitModule(MethodModule):
         super().__init__(**training)
         self.base, self.base_config, self.num_key_value_heads = base, base_config, num_key_value_heads
         self.distillation = Distillation() if distill is True else distill or None
-        # In a tuple, so that it is no submodule: no optimiser, checkpoint or strategy ever sees it.
+        # In a tuple, so that it is no submodule: no optimizer, checkpoint or strategy ever sees it.
         self._teacher: tuple[PreTrainedModel, ...] = ()
         self.method = method or Full()
 
@@ -81,7 +81,7 @@ class RetrofitModule(MethodModule):
         self._teacher = (torch.nn.Module.to(teacher, self.device),)
 
     @torch.no_grad()
-    def consult_teacher(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+    def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """The base's last hidden states of this batch with its head, and how to learn from them."""
         if not self._teacher:
             return batch, {}
@@ -103,6 +103,6 @@ class RetrofitModule(MethodModule):
 
     def _load_base(self) -> PreTrainedModel:
         path = resolve(self.base)
-        with opening_model(self.base):
+        with explain_load_errors(self.base):
             host: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.base_dtype)
         return host

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own learning-rate curve; the optimiser starts anew at each.
+    """A stretch of training with its own learning-rate curve; the optimizer starts anew at each.
 
     Args:
         name: What happens in it; architectures give names a meaning.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         learning_rate: At its start, after warm-up.
         final_learning_rate: At its end; None keeps it constant.
         warmup_steps: Steps over which the learning rate rises linearly.
@@ -68,7 +68,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Place:
+class PhaseStep:
     """Where a global step lies.
 
     Attributes:
@@ -96,23 +96,23 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return sum(phase.steps for phase in self.phases)
 
-    def place(self, step: int) -> Place:
+    def phase_step(self, step: int) -> PhaseStep:
         """Where a global step lies; steps past the end belong to the last phase's last step."""
         for index, phase in enumerate(self.phases):
             if step < phase.steps:
-                return Place(phase, index, step)
+                return PhaseStep(phase, index, step)
             step -= phase.steps
-        return Place(self.phases[-1], len(self.phases) - 1, self.phases[-1].steps - 1)
+        return PhaseStep(self.phases[-1], len(self.phases) - 1, self.phases[-1].steps - 1)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a global step."""
-        place = self.place(step)
-        return place.phase.learning_rate_at(place.step)
+        phase_step = self.phase_step(step)
+        return phase_step.phase.learning_rate_at(phase_step.step)
 
     def is_boundary(self, step: int) -> bool:
         """Whether a phase other than the first begins with this global step."""
-        place = self.place(step)
-        return step < self.total_steps and place.index > 0 and place.step == 0
+        phase_step = self.phase_step(step)
+        return step < self.total_steps and phase_step.index > 0 and phase_step.step == 0

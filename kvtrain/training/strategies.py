@@ -15,7 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
@@ -31,7 +31,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
     Without DeepSpeed a recipe that names it can still be read, listed and estimated.
 
     Args:
-        config: DeepSpeed's configuration, a file or its content. The optimiser, accumulation and clipping
+        config: DeepSpeed's configuration, a file or its content. The optimizer, accumulation and clipping
             come from the recipe.
         timeout_minutes: How long a rank waits for the others before it gives up.
 

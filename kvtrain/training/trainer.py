@@ -8,18 +8,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 
-from kvtrain.mistakes import require_at_least, require_finite
+from kvtrain.errors import require_at_least, require_finite
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
-from kvtrain.training.callbacks.gates import HeadGates
 from kvtrain.training.callbacks.gradients import GradientNorm
 from kvtrain.training.callbacks.guard import NonFiniteGuard
-from kvtrain.training.callbacks.heads import HeadCompression
+from kvtrain.training.callbacks.head_compression import HeadCompression
+from kvtrain.training.callbacks.head_gates import HeadGates
 from kvtrain.training.callbacks.memory import PeakMemory
-from kvtrain.training.callbacks.opening import OpeningLine
 from kvtrain.training.callbacks.preemption import Preemption
+from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
-from kvtrain.training.metrics import CSVMetrics
+from kvtrain.training.csv_logger import CSVMetrics
 from kvtrain.training.strategies import DeepSpeedZeRO
 
 DEFAULT_RUN = "runs/unnamed"
@@ -47,9 +47,9 @@ class KVTrainer(pl.Trainer):
     A run folder is ``default_root_dir``; it holds ``config.yaml``, ``metrics.csv`` and ``checkpoints/``.
 
     Args:
-        checkpoint_every: Optimiser steps between checkpoints.
+        checkpoint_every: Optimizer steps between checkpoints.
         num_threads: CPU threads of torch; None leaves torch's own choice.
-        non_finite: What to do when a loss or the gradient is not finite: end the run, skip the optimiser step, or
+        non_finite: What to do when a loss or the gradient is not finite: end the run, skip the optimizer step, or
             look away (``off``).
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
@@ -149,7 +149,7 @@ def _check_cpu_strategy(strategy: Any) -> None:
 
 def _observers(run: Path, peak_flops: float | None) -> list[pl.Callback]:
     heads = [HeadCompression(run), HeadGates(run)]
-    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), *heads, ThreadCount(), OpeningLine()]
+    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), *heads, ThreadCount(), RunSummary()]
 
 
 def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:

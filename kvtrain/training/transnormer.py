@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
 from kvtrain.data.packing import Batch
+from kvtrain.errors import unknown
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
-from kvtrain.mistakes import unknown
 from kvtrain.models.method import Repeat
 from kvtrain.models.transnormer.cache import cache_layers
 from kvtrain.models.transnormer.config import TransNormerConfig
@@ -61,7 +61,7 @@ class TransNormerModule(TrainingModule):
         """See ``TrainingModule``."""
         return int(self.config.vocab_size)
 
-    def skeleton(self) -> nn.Module:
+    def build_meta_model(self) -> nn.Module:
         """See ``TrainingModule``."""
         with torch.device("meta"):
             return self.head(self.config)
@@ -114,7 +114,7 @@ class TransNormerClassificationModule(_CachelessModule):
         """See ``TrainingModule``."""
         return {"attention_mask": batch["document_ids"]}
 
-    def rehearsal_batch(self, batch: Batch) -> Batch:
+    def estimate_batch(self, batch: Batch) -> Batch:
         """See ``TrainingModule``."""
         return {**batch, "labels": batch["labels"][:, 0], "document_ids": torch.ones_like(batch["document_ids"])}
 

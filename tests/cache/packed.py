@@ -1,8 +1,8 @@
-"""What the tests of quantised pages share: reading in pieces, and packing once."""
+"""What the tests of quantized pages share: reading in pieces, and packing once."""
 
 import torch
 
-from kvtrain.kernels.quantisation import dequantise, quantise
+from kvtrain.kernels.quantization import dequantize, quantize
 
 
 def read(model, ids, sizes, cache=None, **options):
@@ -13,7 +13,7 @@ def read(model, ids, sizes, cache=None, **options):
 
 
 def packed_once(states, bits):
-    return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+    return dequantize(quantize(states, bits), bits, states.shape[-1], states.dtype)
 
 
 def packing(monkeypatch, model, bits):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvtrain.cache.budget import ByteBudget, CacheFullError
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
-from kvtrain.kernels.quantisation import dequantise, quantise
+from kvtrain.kernels.quantization import dequantize, quantize
 
 from .test_state import RUN, RowMachine
 
@@ -198,7 +198,7 @@ def test_page_size_is_validated(page_size):
 
 
 def packed_once(states, bits, dtype=torch.float64):
-    return dequantise(quantise(states, bits), bits, states.shape[-1], dtype)
+    return dequantize(quantize(states, bits), bits, states.shape[-1], dtype)
 
 
 def even_entries(numbers):

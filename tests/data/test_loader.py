@@ -110,7 +110,7 @@ def test_ranks_share_each_step_and_windows_count_their_targets(
 
 
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(rows: PackedRows):
-    """Four rows a step as 4 x 1, 2 x 2 or with accumulation: the same rows meet in each optimiser step."""
+    """Four rows a step as 4 x 1, 2 x 2 or with accumulation: the same rows meet in each optimizer step."""
     alone = [set(step) for step in ids(PackedLoader(rows, 4, seed=0))]
     pair = [ids(PackedLoader(rows, 2, seed=0, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [set(a) | set(b) for a, b in zip(*pair, strict=True)] == alone

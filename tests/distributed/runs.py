@@ -70,7 +70,7 @@ class Rows:
 
 
 class TinyDMC(DMCModule):
-    """Notes what its parameters and its optimiser hold around the boundaries."""
+    """Notes what its parameters and its optimizer hold around the boundaries."""
 
     def __init__(self, family: str = "llama") -> None:
         super().__init__("unused", DMC(compression=2.0, window=4), phases=PHASES, seed=3, activation_checkpointing=True)
@@ -111,14 +111,14 @@ class TinyDuo(DuoModule):
 
     def __init__(self) -> None:
         phases, method = [Phase("gates", GATE_STEPS, GATE_RATE)], Duo(sink=1, recent=3)
-        told = {"regularisation": 0.2, "seed": 3, "activation_checkpointing": True}
+        told = {"regularization": 0.2, "seed": 3, "activation_checkpointing": True}
         super().__init__("unused", method, phases=phases, **told)
         self.clamped: list[dict[str, Tensor]] = []
 
     def build_model(self) -> nn.Module:
         model = retrofit(make_host("qwen3", dtype=torch.float32, layers=3), self.method)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trains(name))
+            parameter.requires_grad_(self.is_trainable(name))
         return model
 
     def stored(self, read: Callable[[Tensor], Tensor]) -> Tensor:
@@ -154,7 +154,7 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
 
 
 def masters(parameter: nn.Parameter) -> Tensor:
-    """The float32 copy that the optimiser steps."""
+    """The float32 copy that the optimizer steps."""
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
         return parameter
     from deepspeed.utils import safe_get_full_fp32_param
@@ -170,7 +170,7 @@ def weights(module: Any) -> dict[str, Tensor]:
 
 
 def moments(module: Any) -> dict[str, float]:
-    """The largest number of each kind in the optimiser's state of this rank."""
+    """The largest number of each kind in the optimizer's state of this rank."""
     (optimizer,) = module.trainer.optimizers
     largest: dict[str, float] = {}
     for state in getattr(optimizer, "optimizer", optimizer).state.values():

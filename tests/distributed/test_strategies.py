@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 from kvtrain.training import strategies
 from kvtrain.training.cli import read_recipe
 from kvtrain.training.strategies import DeepSpeedZeRO, read_config

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 from kvtrain.training.parameters import zero_rows
 from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, duo_run, lckv_run, sgd_step, trainer
 

@@ -24,7 +24,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     host = make_host("llama", vocab_size=4096, dtype=torch.float64)
-    return kvtrain.retrofit(host, kvtrain.Duo(sink=2, recent=9)).binarise(0.5, gates=torch.rand(2, 2))
+    return kvtrain.retrofit(host, kvtrain.Duo(sink=2, recent=9)).binarize(0.5, gates=torch.rand(2, 2))
 
 
 def greedy(model, sample):

@@ -68,7 +68,7 @@ def test_the_loss_figure_draws_training_and_held_out_losses():
     assert line(figure, "training") == ([0, 1, 2], [4.0, 3.0, 2.0])
     assert line(figure, "held-out") == ([3], [1.5])
     assert labels(figure) == ["training", "held-out"]
-    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("optimiser step", "nats per token")
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("optimizer step", "nats per token")
 
 
 def test_the_smoothed_loss_is_drawn_too():

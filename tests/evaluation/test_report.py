@@ -112,7 +112,7 @@ def test_the_page_stands_alone_and_holds_the_same_pictures(run):
     assert [base64.b64decode(data) for data in embedded] == [path.read_bytes() for path in pictures]
     assert re.findall(r'(?:src|href)="(?!data:)', text) == []
     assert "<title>dmc-tiny</title>" in text
-    assert "<tr><th>Optimiser steps</th><td>3</td></tr>" in text
+    assert "<tr><th>Optimizer steps</th><td>3</td></tr>" in text
 
 
 DISTILLED = "model: {class_path: kvtrain.training.DMCModule, init_args: {distill: %s}}"
@@ -161,7 +161,7 @@ def test_a_second_report_replaces_the_first(run):
 
 def test_facts_of_a_run(run):
     assert facts(load_rows(run)) == {
-        "Optimiser steps": "3",
+        "Optimizer steps": "3",
         "Tokens per second, median": "1,000",
         "Training loss at the end, smoothed": "2.0000",
         "Held-out loss at the end": "2.5000",
@@ -173,7 +173,7 @@ def test_facts_of_a_run(run):
 
 def test_facts_leave_out_what_was_not_logged():
     assert facts([{"step": 1999, "loss": 2.0, "tokens": 16384000}]) == {
-        "Optimiser steps": "2,000",
+        "Optimizer steps": "2,000",
         "Tokens": "16,384,000",
         "Training loss at the end, smoothed": "2.0000",
     }

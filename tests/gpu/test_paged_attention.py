@@ -1,4 +1,4 @@
-"""Attention over pages, plain and quantised, and the quantisation itself, on every device."""
+"""Attention over pages, plain and quantized, and the quantization itself, on every device."""
 
 from dataclasses import fields, replace
 from functools import cache
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvtrain.kernels.paged_attention import paged_attention
-from kvtrain.kernels.quantisation import dequantise, quantise
+from kvtrain.kernels.quantization import dequantize, quantize
 from tests.kernels.test_paged_attention import Pages, make_pages
 
 from .kernel_calls import normal
@@ -27,7 +27,7 @@ def pages(bits: int | None, num_queries: int, dtype: torch.dtype) -> Pages:
     names = ("query", "key", "value", "keys", "values")
     held = {name: getattr(case, name).clamp(max=3e4).to(dtype).double() for name in names}
     case = replace(case, **held)
-    return case if bits is None else case.quantised(bits)
+    return case if bits is None else case.quantized(bits)
 
 
 def on(case: Pages, device: str, dtype: torch.dtype) -> Pages:
@@ -73,12 +73,12 @@ def test_no_gradient_asked_for(num_queries: int, device: str):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantisation(bits: int, device: str):
+def test_quantization(bits: int, device: str):
     """Within half a code, the same bytes when packed again, and read alike by the device and the CPU."""
     states = normal(500, 32, seed=3).float().to(device)
-    packed = quantise(states, bits)
-    found = dequantise(packed, bits, 32, torch.float32)
+    packed = quantize(states, bits)
+    found = dequantize(packed, bits, 32, torch.float32)
     span = states.amax(-1, keepdim=True) - states.amin(-1, keepdim=True)
     assert ((found - states).abs() <= 0.502 * span / (2**bits - 1) + 2e-3).all()
-    assert torch.equal(quantise(found, bits), packed)
-    torch.testing.assert_close(found.cpu(), dequantise(packed.cpu(), bits, 32, torch.float32))
+    assert torch.equal(quantize(found, bits), packed)
+    torch.testing.assert_close(found.cpu(), dequantize(packed.cpu(), bits, 32, torch.float32))

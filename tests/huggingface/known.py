@@ -119,7 +119,7 @@ MODEL = (
         "test_num_layers_is_small",
     ),
     internals(
-        "buffers are to come out of two initialisations alike, and the reflection is drawn",
+        "buffers are to come out of two initializations alike, and the reflection is drawn",
         "not properly handled in `_init_weights",
         "tests/models/test_transnormer_heads.py::test_initial_angles_and_reflections",
         ("transnormer",),

@@ -1,4 +1,4 @@
-"""lm-eval's own model class around ours: the numbers that ``kvtrain eval`` gives, quantised caches included."""
+"""lm-eval's own model class around ours: the numbers that ``kvtrain eval`` gives, quantized caches included."""
 
 import pytest
 import torch

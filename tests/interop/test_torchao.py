@@ -1,4 +1,4 @@
-"""Weights quantised by torchao, the head's among them."""
+"""Weights quantized by torchao, the head's among them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.roads
 
 
 @pytest.mark.parametrize("method", [kvtrain.Full(), kvtrain.DMC(init_bias=0.0)], ids=lambda m: m.name)
-def test_everything_quantised(method):
+def test_everything_quantized(method):
     """The loss is that of the model's own logits."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

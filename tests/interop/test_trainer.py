@@ -28,7 +28,7 @@ class Rows(Dataset):
 
 
 class Gradients(TrainerCallback):
-    """What the optimiser is about to see."""
+    """What the optimizer is about to see."""
 
     def __init__(self):
         self.seen = {}
@@ -38,7 +38,7 @@ class Gradients(TrainerCallback):
 
 
 def train(model, folder, batch_size, accumulation, **options):
-    """One optimiser step over all eight rows: its logged loss and its gradients."""
+    """One optimizer step over all eight rows: its logged loss and its gradients."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=1,

@@ -25,9 +25,9 @@ def definition(query, key, value, gates, window, sink, documents):
     shared = {"query_documents": documents, "key_documents": documents, "backend": "reference"}
     full, _ = attention(query, key, value, **shared)
     hidden = {"sink": sink} if documents is None else {"sinks": parallel_positions(None, documents) < sink}
-    near, _ = attention(query, key, value, window=window, **hidden, **shared)
+    local, _ = attention(query, key, value, window=window, **hidden, **shared)
     share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
-    return (1 - share) * near + share * full
+    return (1 - share) * local + share * full
 
 
 def gradients(function, tensors, seed=3):

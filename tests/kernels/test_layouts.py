@@ -21,7 +21,7 @@ from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.pooling import pool_segments
-from kvtrain.kernels.quantisation import dequantise, quantise
+from kvtrain.kernels.quantization import dequantize, quantize
 from kvtrain.kernels.rope import apply_rotary
 
 Shape = tuple[int, ...]
@@ -42,8 +42,8 @@ def attend_open(backend: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def attend_compensated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    near = attention(query, key, value, window=3, sink=1)
-    return add_compensation(near, query, dropped_by_window(key, value, window=3, sink=1), 0.5)
+    local = attention(query, key, value, window=3, sink=1)
+    return add_compensation(local, query, dropped_by_window(key, value, window=3, sink=1), 0.5)
 
 
 def attend_pages(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ def attend_pages(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, .
 
 
 def through_bytes(bits: int) -> Callable[..., Tensor]:
-    return lambda states: dequantise(quantise(states.detach(), bits), bits, states.shape[-1], torch.float64)
+    return lambda states: dequantize(quantize(states.detach(), bits), bits, states.shape[-1], torch.float64)
 
 
 PAGES = (B, 2, T, D), (4, 4, D), (4, 4, D)

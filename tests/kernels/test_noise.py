@@ -11,7 +11,7 @@ SHAPE = (4, 1024)
 
 
 def test_moments():
-    """T1: a difference of two Gumbel variables has mean 0 and variance pi^2 / 3."""
+    """A difference of two Gumbel variables has mean 0 and variance pi^2 / 3."""
     noise = keyed_logistic(ROWS, 3, 7, 2, SHAPE).double()
     count, variance = noise.numel(), math.pi**2 / 3
     assert abs(noise.mean().item()) < 4 * math.sqrt(variance / count)

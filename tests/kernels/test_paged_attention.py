@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.paged_attention import paged_attention
-from kvtrain.kernels.quantisation import dequantise, packed_width, quantise
+from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
 from .tensor_sizes import TensorSizes
 
@@ -48,13 +48,13 @@ class Pages:
         query, keys, values = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
         return paged_attention(query, keys, values, self.table, self.lengths, 0.4, bits=self.bits, backend=backend)
 
-    def quantised(self, bits: int) -> "Pages":
+    def quantized(self, bits: int) -> "Pages":
         """The same on packed pages; what is dense has been packed once."""
 
         def packed_once(states: Tensor) -> Tensor:
-            return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+            return dequantize(quantize(states, bits), bits, states.shape[-1], states.dtype)
 
-        keys, values = quantise(self.keys, bits), quantise(self.values, bits)
+        keys, values = quantize(self.keys, bits), quantize(self.values, bits)
         key, value = packed_once(self.key), packed_once(self.value)
         return replace(self, key=key, value=value, keys=keys, values=values, bits=bits)
 
@@ -259,7 +259,7 @@ BITS = [8, 4]
 @given(pages(), st.sampled_from(BITS), st.sampled_from(BACKENDS))
 def test_quantised_pages_are_attention_over_what_they_hold(case: Pages, bits: int, backend: str):
     """Ragged and empty heads, few queries and many, garbage elsewhere."""
-    packed = case.quantised(bits)
+    packed = case.quantized(bits)
     assert packed.keys.shape == (*case.keys.shape[:2], packed_width(4, bits))
     assert_close(packed.run(backend), packed.dense(), 1e-12)
     assert_close(packed.run(backend, torch.float32), packed.dense(), 1e-5)
@@ -272,7 +272,7 @@ def test_more_quantised_slots_than_one_run_or_the_scratch_holds(
 ):
     for scratch in (1, 2 * 1100 * 8 * 8, 2**22):
         monkeypatch.setattr("kvtrain.kernels.paged_attention._SCRATCH", scratch)
-        case = make_pages(LONG, page_size=page_size, num_queries=num_queries).quantised(bits)
+        case = make_pages(LONG, page_size=page_size, num_queries=num_queries).quantized(bits)
         assert_close(case.run(), case.dense(), 1e-12)
 
 
@@ -294,9 +294,9 @@ def test_few_queries_dequantise_into_bounded_memory(bits: int):
 @pytest.mark.parametrize("num_queries", [1, 9])
 @pytest.mark.parametrize("free", [0, 2])
 def test_where_nothing_is_visible_on_quantised_pages(bits: int, num_queries: int, free: int):
-    case = make_pages([[0, 5], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantised(bits)
+    case = make_pages([[0, 5], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantized(bits)
     hidden = replace(case, lengths=torch.zeros_like(case.lengths))
-    empty = make_pages([[0, 0], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantised(bits)
+    empty = make_pages([[0, 0], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantized(bits)
     for output, lse in ([part[1] for part in case.run()], hidden.run(), empty.run()):
         assert output.eq(0).all() and lse.eq(float("-inf")).all()
     none = replace(case, query=case.query[:, :, :0])
@@ -306,7 +306,7 @@ def test_where_nothing_is_visible_on_quantised_pages(bits: int, num_queries: int
 @pytest.mark.parametrize("num_queries", [2, 9])
 def test_queries_of_quantised_pages_receive_gradients(num_queries: int):
     """Values of another width, and pages that were written again."""
-    case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries, value_dim=6).quantised(4)
+    case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries, value_dim=6).quantized(4)
     weight, gradients = torch.randn(*case.query.shape[:3], 6, dtype=torch.float64), []
     case.query.requires_grad_()
     for run in (case.run, case.dense):
@@ -318,7 +318,7 @@ def test_queries_of_quantised_pages_receive_gradients(num_queries: int):
 
 
 def test_bf16_queries_over_quantised_pages():
-    case = make_pages([[5000, 40], [3, 0]], page_size=32, dim=16).quantised(8)
+    case = make_pages([[5000, 40], [3, 0]], page_size=32, dim=16).quantized(8)
     case.query = case.query.bfloat16().double()
     output, lse = case.run(dtype=torch.bfloat16)
     assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
@@ -327,6 +327,6 @@ def test_bf16_queries_over_quantised_pages():
 
 @pytest.mark.parametrize("num_queries", [1, 9])
 def test_pages_of_other_bits_are_refused(num_queries: int):
-    case = make_pages([[9, 0]], page_size=4, num_queries=num_queries).quantised(8)
+    case = make_pages([[9, 0]], page_size=4, num_queries=num_queries).quantized(8)
     with pytest.raises(ValueError, match="4 channels in 4 bits take 6 bytes, not 8; pass the bits"):
         replace(case, bits=4).run()

@@ -128,7 +128,7 @@ def test_scores_depend_on_distance_alone():
 @pytest.mark.parametrize("operation", ["norm", "swiglu", "broadcast swiglu", "rotary"])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int):
     """Whatever the size of a slice, in tensors that are not contiguous, too."""
-    monkeypatch.setattr("kvtrain.kernels.slices._NUMBERS", numbers)
+    monkeypatch.setattr("kvtrain.kernels.cpu_tiling._NUMBERS", numbers)
     cos, sin = rotary_angles(torch.tensor([1.0, 0.1]), torch.tensor([[3, 4]]), torch.float64)
     calls: dict[str, tuple[Any, ...]] = {
         "norm": (lambda x, w: rms_norm(x.mT, w, 1e-5), normal(3, 5), normal(3, seed=1)),

@@ -22,7 +22,7 @@ def test_hinge_is_zero_from_the_target_on_and_so_is_its_gradient():
 
 
 def test_hinge_is_per_row():
-    """P9: a row above the target does not pay for one below it."""
+    """A row above the target does not pay for one below it."""
     loss = compression_hinge(torch.tensor([1.0, 0.5]), 4.0)
     assert abs(loss.item() - 0.125) < 1e-7
 

@@ -33,7 +33,7 @@ TRAINER = [
     ("--trainer.checkpoint_every x", "trainer.checkpoint_every: expected an integer, got 'x'"),
     ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches must be at least 1, not 0"),
     ("--trainer.accumulate_grad_batches -1", "trainer.accumulate_grad_batches must be at least 1, not -1"),
-    ("--trainer.accumulate_grad_batches 100000", "the corpus packs into 439 rows, fewer than one optimiser step"),
+    ("--trainer.accumulate_grad_batches 100000", "the corpus packs into 439 rows, fewer than one optimizer step"),
     ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val must be at least 0, not -1"),
     ("--trainer.gradient_clip_val nan", "got 'nan'"),
     ("--trainer.gradient_clip_val .inf", "trainer.gradient_clip_val: .inf is not a finite number"),

@@ -48,7 +48,7 @@ def assert_forms_agree(model, ids, tolerance, split):
 
 @pytest.mark.parametrize(("family", "kv_heads", "rate"), thinned(SHAPES, SOME_SHAPES))
 def test_forms_agree_in_float64(family, kv_heads, rate):
-    """T6, T11, T12: around multiples of the window (12) and of the page (16)."""
+    """Around multiples of the window (12) and of the page (16)."""
     ids = random_ids(2, 37)
     model = dmc_at_rate(make_host(family, kv_heads=kv_heads), rate, ids, page_size=16)
     measured = merge_rate(model, ids)
@@ -87,7 +87,7 @@ def test_forms_agree_in_float32(rate):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_no_merging_is_the_host_without_the_channel(family):
-    """T4: nothing merges and the borrowed channel is zero: the host with that channel zeroed."""
+    """Nothing merges and the borrowed channel is zero: the host with that channel zeroed."""
     host, ids = make_host(family), random_ids(2, 40)
     model = dmc_at_rate(host, 0.0, ids)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_rows_already_zero_make_the_host_itself():
 
 
 def test_everything_merges_into_one_slot():
-    """T5: one slot a head, and its value is the mean of the last twelve tokens."""
+    """One slot a head, and its value is the mean of the last twelve tokens."""
     ids = random_ids(2, 30)
     model = dmc_at_rate(make_host("llama"), 1.0, ids)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_everything_merges_into_one_slot():
 
 
 def test_noiseless_saturated_training_is_evaluation():
-    """T7: soft decisions far from the threshold are the hard ones."""
+    """Soft decisions far from the threshold are the hard ones."""
     ids = random_ids(2, 40)
     model = dmc_at_rate(make_host("llama"), 0.5, ids, temperature=1e-6)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_noiseless_saturated_training_is_evaluation():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_causality(training):
-    """T10: changing a token changes nothing before it, also through decisions and importances."""
+    """Changing a token changes nothing before it, also through decisions and importances."""
     ids = random_ids(1, 40)
     model = dmc_at_rate(make_host("llama"), 0.5, ids).train(training)
     other = ids.clone()
@@ -160,7 +160,7 @@ def test_causality(training):
 
 
 def test_padded_rows_are_rows_alone():
-    """T14, P15, P16: left padding, prefill and decode; the first real token appends."""
+    """Left padding, prefill and decode; the first real token appends."""
     ids = random_ids(3, 41)
     model = dmc_at_rate(make_host("llama"), 0.5, ids)
     pads = (0, 7, 23)
@@ -178,7 +178,7 @@ def test_padded_rows_are_rows_alone():
 
 
 def test_packed_documents_are_documents_alone():
-    """T14: no attention and no merging across a document start."""
+    """No attention and no merging across a document start."""
     ids = random_ids(1, 50)
     model = dmc_at_rate(make_host("llama"), 0.9, ids)
     documents = torch.tensor([[1] * 13 + [2] * 1 + [3] * 24 + [4] * 12])
@@ -203,7 +203,7 @@ def test_two_caches_do_not_touch():
 
 
 def test_long_segments_do_not_drift():
-    """P14: after thousands of merges the slot is still the exact mean of its last twelve tokens."""
+    """After thousands of merges the slot is still the exact mean of its last twelve tokens."""
     ids = random_ids(1, 3000)
     model = dmc_at_rate(make_host("llama", layers=1), 1.0, ids)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_random_decisions_merge_at_the_asked_rate(compression):
 
 
 def test_sums_are_exact_after_thousands_of_merges():
-    """P14: 16,384 tokens merged one by one, and the mean is that of the last twelve alone."""
+    """16,384 tokens merged one by one, and the mean is that of the last twelve alone."""
     from kvtrain.cache.rows import Placement
     from kvtrain.models.dmc.cache import DMCCacheLayer
 

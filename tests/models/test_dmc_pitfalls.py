@@ -251,7 +251,7 @@ def test_compression_is_tokens_over_slots():
     module = DMCModule("kvtrain:tiny", kvtrain.DMC(), phases=[Phase("finetune", 4, 1e-3)])
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
-    module.place = lambda: module.schedule.place(0)
+    module.phase_step = lambda: module.schedule.phase_step(0)
     documents = torch.tensor([[1] * 6 + [2] * 4 + [0] * 3])
     decisions = torch.zeros(1, 2, 13)
     decisions[:, 0] = 1
@@ -280,8 +280,8 @@ def test_packed_documents_train_as_documents_alone():
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     for number in (1, 2, 3):
-        place = documents[0] == number
-        (model(ids[:, place], use_cache=False).logits * weights[:, place]).sum().backward()
+        phase_step = documents[0] == number
+        (model(ids[:, phase_step], use_cache=False).logits * weights[:, phase_step]).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, atol=1e-9, rtol=1e-9)
 

@@ -44,7 +44,7 @@ def formula(attention, hidden, angles):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_training_form_is_the_formula(kv_heads):
-    """T8: values and the gradients of every projection, in float64."""
+    """Values and the gradients of every projection, in float64."""
     ids = random_ids(2, 20)
     model = dmc_at_rate(make_host("llama", kv_heads=kv_heads, layers=1), 0.5, ids, temperature=0.7, window=4).train()
     attention = model.model.layers[0].self_attn
@@ -60,7 +60,7 @@ def test_training_form_is_the_formula(kv_heads):
 
 
 def test_gradcheck():
-    """T8: finite differences through decisions, importances, keys and values."""
+    """Finite differences through decisions, importances, keys and values."""
     model = dmc_at_rate(make_host("llama", layers=1), 0.5, random_ids(1, 7), temperature=0.8, window=3).train()
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 7, 32, dtype=torch.float64, requires_grad=True)
@@ -86,7 +86,7 @@ def loss_gradients(model, ids, step):
 
 
 def test_checkpointing_changes_nothing():
-    """P23, P26: recomputation draws the same noise, and decisions in the ledger keep their gradients."""
+    """Recomputation draws the same noise, and decisions in the ledger keep their gradients."""
     ids = random_ids(2, 24)
     model = dmc_at_rate(make_host("llama"), 0.3, ids).train()
     step = DMCStep(seed=3, step=11, row_ids=torch.tensor([5, 9]))
@@ -106,7 +106,7 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_noise_belongs_to_seed_step_and_row():
-    """T24: the same key gives the same decisions wherever the row stands; another key other ones."""
+    """The same key gives the same decisions wherever the row stands; another key other ones."""
     ids = random_ids(1, 64).expand(2, -1)
     model = dmc_at_rate(make_host("llama"), 0.5, ids).train()
 
@@ -123,7 +123,7 @@ def test_noise_belongs_to_seed_step_and_row():
 
 
 def test_fresh_retrofit_merges_next_to_nothing():
-    """T1: with zeroed rows the logit is -5, so noise alone merges 0.67 % of the tokens."""
+    """With zeroed rows the logit is -5, so noise alone merges 0.67 % of the tokens."""
     model = dmc_at_rate(make_host("llama"), 0.0, random_ids(1, 8)).train()
     zero_borrowed_rows(model)
     for layer in model.model.layers:
@@ -138,7 +138,7 @@ def test_fresh_retrofit_merges_next_to_nothing():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_zeroing_rows_after_zero_out_changes_nothing(family):
-    """T13, P18: at scale 0 the rows are unused, also where a key norm follows and where there are biases."""
+    """At scale 0 the rows are unused, also where a key norm follows and where there are biases."""
     model = dmc_at_rate(make_host(family), 0.0, random_ids(1, 8)).train()
     ids, step = random_ids(2, 30), DMCStep(channel_scale=0.0)
     with torch.no_grad():

@@ -59,9 +59,9 @@ def compensated(query, key, value, window, sink, documents=None):
     """The parallel form, from kernels alone."""
     positions = None if documents is None else parallel_positions(None, documents)
     hidden = {"sink": sink} if documents is None else {"sinks": positions < sink}
-    near = attention(query, key, value, window=window, query_documents=documents, key_documents=documents, **hidden)
+    local = attention(query, key, value, window=window, query_documents=documents, key_documents=documents, **hidden)
     dropped = dropped_by_window(key, value, window=window, sink=sink, position_ids=positions, documents=documents)
-    return add_compensation(near, query, dropped, query.shape[-1] ** -0.5)
+    return add_compensation(local, query, dropped, query.shape[-1] ** -0.5)
 
 
 @PROPERTY
@@ -276,7 +276,7 @@ def test_gates_mix_the_compensated_side_with_everything(rows):
 def test_teacher_mixing_keeps_float64_and_its_gradient():
     model = kvtrain.retrofit(make_host(layers=1), kvtrain.Duo(sink=1, recent=3, mixing="teacher", compensation=True))
     ids, record = random_ids(1, 16), {}
-    model(ids, use_cache=False, duo_step=DuoStep(everything=True, record=record))
+    model(ids, use_cache=False, duo_step=DuoStep(full_attention=True, record=record))
     gates = model.model.layers[0].self_attn.gates
 
     def logits(value):

@@ -43,10 +43,10 @@ class Dense:
         places = same.tril(-1).sum(-1)  # within each document
         gated = plain = F.embedding(ids, self.weights["model.embed_tokens.weight"])
         for layer in range(self.config.num_hidden_layers):
-            near, full = self.attend(layer, gated, same, places)
+            local, full = self.attend(layer, gated, same, places)
             host_full = self.attend(layer, plain, same, places)[1]
             share = gates[layer].repeat_interleave(full.shape[1] // gates.shape[1])[:, None, None]
-            mixed = (1 - share) * near + share * (host_full if mixing == "teacher" else full)
+            mixed = (1 - share) * local + share * (host_full if mixing == "teacher" else full)
             gated, plain = self.finish(layer, gated, mixed), self.finish(layer, plain, host_full)
         return self.norm("model.norm", gated), self.norm("model.norm", plain)
 
@@ -64,12 +64,12 @@ class Dense:
         value = value.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         distance = places[:, :, None] - places[:, None]
         visible = same & (distance >= 0)
-        near = visible & ((places < self.sink)[:, None] | (distance < self.recent))
+        local = visible & ((places < self.sink)[:, None] | (distance < self.recent))
         outputs = [[], []]
         for head in range(query.shape[1]):
             owner = head * key.shape[1] // query.shape[1]
             scores = query[:, head] @ key[:, owner].mT / self.head_dim**0.5
-            for output, mask in zip(outputs, (near, visible), strict=True):
+            for output, mask in zip(outputs, (local, visible), strict=True):
                 output.append(scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, owner])
         return [torch.stack(output, 1) for output in outputs]
 
@@ -88,7 +88,7 @@ class Dense:
         return self.linear(f"{prefix}mlp.down_proj", gate * torch.sigmoid(gate) * up)
 
     def heads(self, prefix, name, projected, places):
-        """Normalised where the host does it, and rotated, ``(B, heads, T, D)``."""
+        """Normalized where the host does it, and rotated, ``(B, heads, T, D)``."""
         norm = f"{prefix}self_attn.{name}_norm"
         wide = norm + ".weight" in self.weights and self.weights[norm + ".weight"].numel() != self.head_dim
         projected = self.norm(norm, projected) if wide else projected
@@ -142,7 +142,7 @@ def taught(model, ids, graph=False, **told):
     """The teacher's pass and then the student's: hidden states of both, student first."""
     record = {}
     with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-        teacher = states(model, ids, duo_step=DuoStep(everything=True, record=record), **told)
+        teacher = states(model, ids, duo_step=DuoStep(full_attention=True, record=record), **told)
     return states(model, ids, duo_step=DuoStep(teacher=record), **told), teacher
 
 
@@ -367,7 +367,7 @@ def test_trained_is_rounded_is_served(family, full_heads, packed):
             cache = served.make_cache()
             parts = [served(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 3, 1, 6], 1)]
             close(torch.cat(parts, 1), expected)
-            close(trained.binarise(gates=gates, sparsity=1 - gates.mean().item())(ids).logits, expected)
+            close(trained.binarize(gates=gates, sparsity=1 - gates.mean().item())(ids).logits, expected)
 
 
 def test_gates_without_a_step_mix_the_models_own_attention():

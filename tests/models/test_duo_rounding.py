@@ -225,7 +225,7 @@ def test_sorting_heads_changes_no_output(shape, full_heads):
         close(rounded(host, full_heads, recent=LENGTH)(ids, use_cache=False).logits, unchanged)
         at_once = rounded(host, full_heads)
         close(at_once(ids, use_cache=False).logits, expected)
-        later = gated(host, gates_for(full_heads, kv_heads)).binarise(1 - len(sum(full_heads, ())) / (2 * kv_heads))
+        later = gated(host, gates_for(full_heads, kv_heads)).binarize(1 - len(sum(full_heads, ())) / (2 * kv_heads))
     assert later.method == at_once.method and later.method.full_heads == full_heads
     assert_same_weights(later, at_once)
     for name, tensor in host.state_dict().items():
@@ -256,13 +256,13 @@ def test_only_what_is_sorted_is_copied():
 def test_rounding_in_place_by_its_own_gates_or_others():
     host, ids = host_of(), random_ids(2, LENGTH)
     model = gated(host, FRACTIONS, sparsity=0.75).requires_grad_(False)
-    assert model.binarise() is model and not any(module.training for module in model.modules())
+    assert model.binarize() is model and not any(module.training for module in model.modules())
     assert model.method.full_heads == ((1,), ()) and model.config.method.full_heads == ((1,), ())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any("gates" in name for name, _ in model.named_parameters())
     with torch.no_grad():
         close(model(ids).logits, Dense(host).logits(ids, gates_for([[1], []])))
-        model = gated(host, FRACTIONS).train().binarise(0.5, gates=torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+        model = gated(host, FRACTIONS).train().binarize(0.5, gates=torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
         assert model.training and all(layer.self_attn.training for layer in model.model.layers)
         assert model.method.full_heads == ((0,), (1,))
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -301,7 +301,7 @@ def test_a_rounded_model_is_saved_as_it_is(tmp_path):
 def test_hard_concrete_gates_are_rounded_by_the_gates_that_logits_stand_for():
     """Logits beyond 1 are no ties yet."""
     model = gated(host_of(), torch.tensor([[1.5, 0.5], [-1.0, 2.0]]), gates="hard_concrete")
-    assert model.binarise(0.75).method.full_heads == ((), (1,))
+    assert model.binarize(0.75).method.full_heads == ((), (1,))
 
 
 # Random gates.
@@ -377,11 +377,11 @@ def test_heads_that_the_host_has_not_are_refused(full_heads, remedy):
 def test_what_cannot_be_rounded_is_refused():
     model = gated(host_of())
     with pytest.raises(ValueError, match=r"\(layers, key-value heads\) = \(2, 2\), not \(2, 3\)"):
-        model.binarise(gates=torch.ones(2, 3))
+        model.binarize(gates=torch.ones(2, 3))
     with pytest.raises(ValueError, match="from 0 to 1, not 2"):
-        model.binarise(2)
+        model.binarize(2)
     assert model.method.full_heads is None and "model.layers.0.self_attn.gates" in model.state_dict()
     with pytest.raises(ValueError, match="no gates"):
-        model.binarise().binarise()
+        model.binarize().binarize()
     with pytest.raises(ValueError, match=r"no gates to round; kvtrain.Duo\(\) has"):
-        kvtrain.retrofit(host_of(), kvtrain.Full()).binarise()
+        kvtrain.retrofit(host_of(), kvtrain.Full()).binarize()

@@ -116,8 +116,8 @@ def test_ids_are_drawn_from_a_vocabulary_that_is_given():
     assert torch.equal(copies, copies[:, :1].expand_as(copies))
     for same in (torch.tensor(allowed), np.array(allowed)):
         assert torch.equal(razor_scores(model, period=30, rows=2, vocabulary=same).echo, scores.echo)
-    everything = razor_scores(model, period=30, vocabulary=range(3, VOCAB))  # all but the special ones
-    assert torch.equal(everything.induction, razor_scores(model, period=30).induction)
+    scored = razor_scores(model, period=30, vocabulary=range(3, VOCAB))  # all but the special ones
+    assert torch.equal(scored.induction, razor_scores(model, period=30).induction)
 
 
 def test_a_model_that_copies_some_words_shows_its_heads_on_those():
@@ -128,7 +128,7 @@ def test_a_model_that_copies_some_words_shows_its_heads_on_those():
     for vocabulary in (None, words):
         model = kvtrain.retrofit(host, kvtrain.Duo(sink=4, recent=32))
         scores = razor_scores(model, period=16, rows=8, vocabulary=vocabulary)
-        model.binarise(0.5, gates=razor_gates(scores))
+        model.binarize(0.5, gates=razor_gates(scores))
         found.append(passkey(model, tokenizer, "heldout", task, sequence_length=512, limit=8).accuracy)
     assert found[0] < 0.1 and found[1] > 0.7, found
 
@@ -143,7 +143,7 @@ def test_an_echo_head_is_found_and_kept():
     scores = razor_scores(model, period=24, rows=2)
     assert scores.echo.argmax() == 2 and scores.echo[0, 2] > 3 * scores.echo.flatten().sort().values[-2]
     gates = razor_gates(scores, 0.25, 0.25)
-    assert model.binarise(0.5, gates=gates).method.full_heads[0].count(2) == 1
+    assert model.binarize(0.5, gates=gates).method.full_heads[0].count(2) == 1
 
 
 @pytest.mark.parametrize(("induction_share", "echo_share"), [(0.14, 0.01), (0.3, 0.2), (0.0, 0.5), (1.0, 0.02)])
@@ -216,7 +216,7 @@ def test_scoring_leaves_the_model_as_it_was():
 
 def test_refusals_name_the_remedy():
     host, ids = make_host(max_position_embeddings=64), random_ids(1, 12)
-    full, rounded = kvtrain.retrofit(host, kvtrain.Full()), kvtrain.retrofit(host, kvtrain.Duo()).binarise(0.5)
+    full, rounded = kvtrain.retrofit(host, kvtrain.Full()), kvtrain.retrofit(host, kvtrain.Duo()).binarize(0.5)
     for model in (host, rounded, kvtrain.retrofit(host, kvtrain.DMC())):
         with pytest.raises(ValueError, match="before its gates are rounded"):
             razor_scores(model)

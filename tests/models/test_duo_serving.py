@@ -286,13 +286,13 @@ def test_gates_have_no_cache_and_say_what_to_do(mixing):
     """A forward pass does without one unasked; rounding gives one."""
     model, ids = gated(host_of(), FRACTIONS, mixing=mixing), random_ids(2, 12)
     for ask in (model.make_cache, lambda: model(ids, use_cache=True), lambda: model.generate(ids, max_new_tokens=2)):
-        with pytest.raises(ValueError, match=r"model.binarise\(sparsity\).*or pass use_cache=False"):
+        with pytest.raises(ValueError, match=r"model.binarize\(sparsity\).*or pass use_cache=False"):
             ask()
     output = model(ids)
     assert output.past_key_values is None
     close(output.logits, Dense(host_of()).logits(ids, FRACTIONS.double()))
     tokens = model.generate(ids, max_new_tokens=3, use_cache=False, do_sample=False, pad_token_id=0)
     assert torch.equal(tokens[:, 12], output.logits[:, -1].argmax(-1))
-    model.binarise(0.5)
+    model.binarize(0.5)
     expected = Dense(host_of()).logits(ids, gates_for(model.method.full_heads))
     close(serve(model, ids, [5, 1, 6])[0], expected)

@@ -8,7 +8,7 @@ NEVER = torch.zeros(1, 1, 5, dtype=torch.bool)
 
 
 def test_limits_and_the_threshold():
-    """T1, P6: no noise and no temperature in evaluation; the threshold is 0."""
+    """No noise and no temperature in evaluation; the threshold is 0."""
     logits = torch.tensor([[[-1e6, -1e-3, 0.0, 1e-3, 1e6]]])
     hard = decide(logits, never=NEVER)
     assert hard.values.tolist() == [[[0, 0, 0, 1, 1]]]
@@ -19,7 +19,7 @@ def test_limits_and_the_threshold():
 
 
 def test_bias_is_exact_where_a_naive_logarithm_overflows():
-    """P7: log(1 - sigmoid(z)) as logsigmoid(-z)."""
+    """Log(1 - sigmoid(z)) as logsigmoid(-z)."""
     logits = torch.tensor([[[60.0, 3.0, -60.0, 0.0, 1.0]]], dtype=torch.float64)
     bias = decide(logits, never=NEVER, temperature=1.0).keep_bias()
     expected = -torch.log1p(torch.exp(logits))

@@ -25,7 +25,7 @@ def test_equal_heads_convert_exactly(family, how):
         expected = kvtrain.retrofit(host, kvtrain.Full())(ids).logits
         converted = kvtrain.convert_gqa(host, 2, how=how)
         actual = kvtrain.retrofit(converted, kvtrain.Full())(ids).logits
-    # OLMo2 normalises keys over all heads: half as many equal ones have the same mean square.
+    # OLMo2 normalizes keys over all heads: half as many equal ones have the same mean square.
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
     assert type(converted) is type(host) and converted.config.num_key_value_heads == 2
     assert host.config.num_key_value_heads == 4

@@ -66,7 +66,7 @@ SOME_STREAMING = [
 
 @pytest.mark.parametrize(("family", "kv_map", "size"), thinned(STREAMING, SOME_STREAMING))
 def test_streaming_is_the_kept_tokens_side_by_side(family, kv_map, size):
-    """T14: far beyond what fits, in any chunks; the second row has a third of its columns padded."""
+    """Far beyond what fits, in any chunks; the second row has a third of its columns padded."""
     model, ids, expected = long_streams(family, kv_map)
     mask = torch.ones_like(ids)
     mask[1] = torch.arange(200) % 3 > 0

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvtrain
 from kvtrain.models.lckv import attention as sharing
-from kvtrain.models.lckv.stack import SharingStack
+from kvtrain.models.lckv.layer_schedule import LayerSchedule
 from kvtrain.training import LCKVModule, Phase
 from tests.hosts import FAMILIES, make_host, random_ids
 from tests.models.lckv_models import ACYCLIC, CYCLIC, SEMANTICS, WINDOW, apart, close, grads, make, refer, run
@@ -110,7 +110,7 @@ def test_biases(semantics):
     [*(("llama", kv_map) for kv_map in (*CYCLIC, *ACYCLIC)), *((family, CYCLIC[2]) for family in FAMILIES)],
 )
 def test_enough_passes_are_token_by_token(family, kv_map):
-    """T1: as many passes as tokens, with gradient or without."""
+    """As many passes as tokens, with gradient or without."""
     ids = random_ids(2, 13)
     with torch.no_grad():
         slow = refer(make(kv_map, family=family), kv_map).sequential(ids)
@@ -120,7 +120,7 @@ def test_enough_passes_are_token_by_token(family, kv_map):
 
 @pytest.mark.parametrize("kv_map", CYCLIC)
 def test_a_pass_makes_one_more_token_exact(kv_map):
-    """T2: one and no more; further passes leave it alone."""
+    """One and no more; further passes leave it alone."""
     ids = random_ids(2, 16)
     with torch.no_grad():
         slow = refer(make(kv_map), kv_map).sequential(ids)
@@ -134,7 +134,7 @@ def test_a_pass_makes_one_more_token_exact(kv_map):
 
 @pytest.mark.parametrize("kv_map", CYCLIC[:4])
 def test_all_passes_with_gradient_are_backpropagation_through_time(kv_map):
-    """T3: and with the last two alone the loss is the same, its gradient a truncated one."""
+    """And with the last two alone the loss is the same, its gradient a truncated one."""
     ids, whole, cut = random_ids(2, 12), make(kv_map, (0, 12)), make(kv_map, (12, 2))
     slow = loss_of(refer(whole, kv_map).sequential(ids), ids)
     exact = grads(slow, whole)
@@ -146,7 +146,7 @@ def test_all_passes_with_gradient_are_backpropagation_through_time(kv_map):
 
 def seeded(monkeypatch, scale):
     """Let stages begin with random keys and values in place of none."""
-    iterate = SharingStack._iterate
+    iterate = LayerSchedule._iterate
 
     def from_noise(stack, stage, hidden, shared, *rest):
         for owner in stack.targets(stage):
@@ -154,12 +154,12 @@ def seeded(monkeypatch, scale):
             shared[owner] = (noise[0], noise[1])
         return iterate(stack, stage, hidden, shared, *rest)
 
-    monkeypatch.setattr(SharingStack, "_iterate", from_noise)
+    monkeypatch.setattr(LayerSchedule, "_iterate", from_noise)
 
 
 @pytest.mark.parametrize(("kv_map", "scale"), [*((kv_map, 10.0) for kv_map in CYCLIC), (CYCLIC[0], 1.0)])
 def test_any_start_comes_to_the_same_rest(kv_map, scale, monkeypatch):
-    """T4: in as many passes as there are tokens, and not before."""
+    """In as many passes as there are tokens, and not before."""
     ids = random_ids(2, 10)
     with torch.no_grad():
         expected, early = run(make(kv_map, (9, 1)), ids), run(make(kv_map, (3, 1)), ids)
@@ -171,7 +171,7 @@ def test_any_start_comes_to_the_same_rest(kv_map, scale, monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
 @pytest.mark.parametrize("kv_map", ["0_4_4_4_4_5", "0s_4s_4s_4s_4s_5", "0_0_2_2_4_4"])
 def test_causality(kv_map, backend, monkeypatch):
-    """T5: bit for bit, with fewer and more tokens than passes, alone and beside padding at either end."""
+    """Bit for bit, with fewer and more tokens than passes, alone and beside padding at either end."""
     monkeypatch.setattr(sharing, "attention", functools.partial(sharing.attention, backend=backend))
     model = make(kv_map)
     for length, changed in ((6, 3), (30, 13), (30, 1)):
@@ -188,7 +188,7 @@ def test_causality(kv_map, backend, monkeypatch):
 
 @pytest.mark.parametrize("kv_map", CYCLIC[:4])
 def test_the_first_token_sees_nothing_above(kv_map, monkeypatch):
-    """T6: its attention is zero in cyclic layers, whatever their targets hold."""
+    """Its attention is zero in cyclic layers, whatever their targets hold."""
     ids, model, outputs = random_ids(2, 5), make(kv_map), []
     for layer in model.model.layers:
         if layer.self_attn.cyclic:
@@ -206,7 +206,7 @@ def test_the_first_token_sees_nothing_above(kv_map, monkeypatch):
 
 @pytest.mark.parametrize(("semantics", "reaches"), [(SEMANTICS[2], False), (SEMANTICS[1], True), ({}, True)])
 def test_one_pass_with_gradient(semantics, reaches):
-    """T9: where the target sees its keys of the pass before, none of it reaches them."""
+    """Where the target sees its keys of the pass before, none of it reaches them."""
     model, ids = make("0_4_4_4_4_5", (7, 1), **semantics), random_ids(2, 16)
     found = grads(loss_of(run(model, ids), ids), model)
     for name in ("k_proj", "v_proj"):
@@ -217,7 +217,7 @@ def test_one_pass_with_gradient(semantics, reaches):
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("passes", [(7, 2), (0, 2)])
 def test_activation_checkpointing_changes_nothing(passes, checkpointing):
-    """T11: every layer of every pass is computed again from what it saw, not from what came later."""
+    """Every layer of every pass is computed again from what it saw, not from what came later."""
     ids, results, calls = random_ids(2, 24), [], []
     for recompute in (False, checkpointing):
         model = make("0_3_3_3_4", passes).train()
@@ -232,15 +232,15 @@ def test_activation_checkpointing_changes_nothing(passes, checkpointing):
 
 
 def test_windows_of_layers_that_read_from_above():
-    """T12: token i of a strict layer sees i - W + 1 to i - 1, that of a plain one itself too."""
+    """Token i of a strict layer sees i - W + 1 to i - 1, that of a plain one itself too."""
     model = make("0s_2s_2s_3s")
     hidden = torch.randn(1, 12, 32, dtype=torch.float64)
     angles = model.model.rotary_emb(hidden, torch.arange(12)[None])
     for layer, nearest in ((1, 1), (2, 0)):
         key, value = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64)
         module = model.model.layers[layer].self_attn
-        call = sharing.Call(key, value.requires_grad_(), own=False)
-        output, _ = module(hidden, angles, dataclasses.replace(call), made=sharing.Made())
+        call = sharing.LayerInputs(key, value.requires_grad_(), own=False)
+        output, _ = module(hidden, angles, dataclasses.replace(call), outputs=sharing.LayerOutputs())
         for token in range(12):
             (reached,) = torch.autograd.grad(output[0, token].sum(), value, retain_graph=True)
             seen = reached[0].abs().amax((0, 2)).nonzero().flatten().tolist()
@@ -252,7 +252,7 @@ def test_windows_of_layers_that_read_from_above():
     [*((kv_map, {}) for kv_map in (*CYCLIC, "0_0_2_2_4_4")), *(("0_3_2_3_3_3", way) for way in SEMANTICS[1:])],
 )
 def test_packed_documents_are_documents_alone(kv_map, semantics):
-    """T13: outputs and gradients, documents shorter and longer than there are passes, padding behind."""
+    """Outputs and gradients, documents shorter and longer than there are passes, padding behind."""
     model, ids = make(kv_map, (3, 2), **semantics).train(), random_ids(2, 30)
     sizes = ([1, 13, 4, 12], [9, 2, 19])
     documents = torch.zeros_like(ids)
@@ -274,7 +274,7 @@ def test_packed_documents_are_documents_alone(kv_map, semantics):
 @pytest.mark.parametrize("passes", [1, 2, 9])
 @pytest.mark.parametrize("kv_map", CYCLIC)
 def test_the_plan_spares_what_changes_no_bit(kv_map, passes, monkeypatch):
-    """T15: the whole target in every pass, attention to zeros in the first, and passes beyond the length."""
+    """The whole target in every pass, attention to zeros in the first, and passes beyond the length."""
     ids = random_ids(2, 7)
     with torch.no_grad():
         spared = run(make(kv_map, (passes - 1, 1)), ids)
@@ -283,10 +283,10 @@ def test_the_plan_spares_what_changes_no_bit(kv_map, passes, monkeypatch):
             for owner in stack.targets(stage):
                 shared[owner] = (torch.zeros(2, 2, 7, 8).double(), torch.zeros(2, 2, 7, 8).double())
             for _ in range(passes):
-                output = stack.once(stage, hidden, shared, kwargs, documents=documents)
+                output = stack.run_stage(stage, hidden, shared, kwargs, documents=documents)
             return output
 
-        monkeypatch.setattr(SharingStack, "_iterate", everything)
+        monkeypatch.setattr(LayerSchedule, "_iterate", everything)
         assert torch.equal(spared, run(make(kv_map, (passes - 1, 1)), ids))
 
 

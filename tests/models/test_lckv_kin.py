@@ -30,7 +30,7 @@ def shared_host(family, sources):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_map", ["0_0_2_2_4_4", "0_1_2_2_2_2"])
 def test_sharing_from_below_is_the_host_with_others_keys(family, kv_map):
-    """T7: transformers computes norms and angles in float32, hence the tolerance."""
+    """Transformers computes norms and angles in float32, hence the tolerance."""
     ids, sources = random_ids(2, 20), [int(entry) for entry in kv_map.split("_")]
     with torch.no_grad():
         close(run(make(kv_map, family=family), ids), shared_host(family, sources)(ids).logits, 1e-5)
@@ -51,7 +51,7 @@ def test_passes_mean_nothing_where_nothing_iterates(kv_map):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plain_map_is_the_plain_model(family):
-    """T7: bit for bit, loss and hidden states; gradients but for the order in which three terms are added."""
+    """Bit for bit, loss and hidden states; gradients but for the order in which three terms are added."""
     ids, host = random_ids(2, 20), make_host(family, layers=3)
     results = []
     for method in (kvtrain.Full(), kvtrain.LCKV(kv_map="plain")):
@@ -68,7 +68,7 @@ def test_the_plain_map_is_the_plain_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"residual": True}, {"value_map": "0_1_0_0_0_0"}], ids=str)
 def test_parts_that_nobody_reads_are_not_there(family, settings):
-    """T10: by name; what is there is trained."""
+    """By name; what is there is trained."""
     kv_map = "0_1_2_2_2_2" if settings else "0_4_4_4_4_5"
     model, ids = make(kv_map, family=family, **settings), random_ids(2, 16)
     host, owners = make_host(family, layers=6), {int(entry) for entry in kv_map.split("_")}

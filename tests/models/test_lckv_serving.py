@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import kvtrain
+from kvtrain.models.lckv.layer_schedule import LayerSchedule
 from kvtrain.models.lckv.serving import _settle
-from kvtrain.models.lckv.stack import SharingStack
 from kvtrain.training.lckv import serving_gap
 from tests.hosts import make_host, random_ids
 from tests.models.lckv_models import NODIAG, SEMANTICS, close, make, refer, run
@@ -56,7 +56,7 @@ def prompt(model, ids, sizes, mask=None, cache=None):
 
 @pytest.mark.parametrize(("kv_map", "semantics"), thinned(CASES, SOME_CASES))
 def test_prefill_and_decoding_are_the_parallel_form(kv_map, semantics):
-    """T8: as many passes as tokens."""
+    """As many passes as tokens."""
     model = make(kv_map, (LENGTH, 2), prefill_block=BLOCK, page_size=4, **semantics)
     ids = random_ids(2, LENGTH)
     expected = run(model, ids)
@@ -187,13 +187,13 @@ def test_generating_with_prefill_in_chunks(way):
 
 def test_a_tolerance_spares_passes(monkeypatch):
     """The tighter, the nearer to decoding token by token and the more passes; never more than a block has tokens."""
-    ids, passes, errors, refine = random_ids(2, 32), [], [], SharingStack.refine
+    ids, passes, errors, update_kv = random_ids(2, 32), [], [], LayerSchedule.update_kv
 
     def count(*given, **more):
         passes[-1] += 1
-        refine(*given, **more)
+        update_kv(*given, **more)
 
-    monkeypatch.setattr(SharingStack, "refine", count)
+    monkeypatch.setattr(LayerSchedule, "refine", count)
     for tolerance in (0.3, 1e-2, 1e-12):
         model = make("0_3_3_3_3_5", (2, 1), prefill_block=16, prefill_tolerance=tolerance)
         exact = refer(model, "0_3_3_3_3_5").sequential(ids)
@@ -236,7 +236,7 @@ def test_a_token_rests_after_those_before_it():
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_bytes_a_token(kv_map, settings, tensors, dtype):
-    """T10: pages of keys and values for the owners alone: 32 tokens more are 8 pages a head more."""
+    """Pages of keys and values for the owners alone: 32 tokens more are 8 pages a head more."""
     host = make_host(layers=6, kv_heads=2, dtype=dtype)
     model = kvtrain.retrofit(host, kvtrain.LCKV(kv_map=kv_map, page_size=4, forward_passes=70, **settings))
     cache, held = model.make_cache(), []

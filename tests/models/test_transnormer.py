@@ -85,7 +85,7 @@ def test_parameters_of_the_published_masked_language_model():
     embedding, head = (50265 + 512) * 768 + 2 * 768, 768 * 768 + 768 + 2 * 768 + 50265
     assert count(model) == embedding + 12 * layer + head
     assert (config.causal, config.pre_norm, config.scale_embedding) == (False, False, False)
-    assert (config.attention_dropout, config.hidden_dropout, config.initialisation) == (0.1, 0.1, "normal")
+    assert (config.attention_dropout, config.hidden_dropout, config.initialization) == (0.1, 0.1, "normal")
 
 
 def test_the_long_range_arenas_settings():

@@ -57,7 +57,7 @@ def test_initial_weights_of_a_language_model(variant):
 
 
 def test_initial_weights_of_a_masked_language_model():
-    settings = {"causal": False, "initialisation": "normal", "position_embedding": "learned", "embedding_norm": True}
+    settings = {"causal": False, "initialization": "normal", "position_embedding": "learned", "embedding_norm": True}
     model = fresh(TransNormerForMaskedLM, **settings)
     for name, tensor in model.named_parameters():
         if name.endswith("weight") and tensor.ndim == 2:
@@ -73,9 +73,9 @@ def test_the_row_of_padding_is_zero():
     assert torch.equal(weight[4], torch.zeros(WIDTH)) and weight[3].abs().min() > 0
 
 
-@pytest.mark.parametrize("initialisation", ["xavier", "normal"])
-def test_initial_angles_and_reflections(initialisation):
-    model = fresh(initialisation=initialisation, num_hidden_layers=4, num_block_heads=8)
+@pytest.mark.parametrize("initialization", ["xavier", "normal"])
+def test_initial_angles_and_reflections(initialization):
+    model = fresh(initialization=initialization, num_hidden_layers=4, num_block_heads=8)
     positions = [layer.self_attn.relative_position for layer in model.model.layers]
     for position, size in zip(positions, (32, 32, 64, 64), strict=True):
         angles = torch.tensor([10000.0 ** (-2 * j / size) for j in range(size // 2)])
@@ -185,7 +185,7 @@ def test_heads_refuse_the_wrong_direction():
         ({"relative_position": "none"}, "must be 'lrpe' or 'rope'"),
         ({"position_embedding": "rotary"}, "must be 'sinusoidal', 'learned' or 'none'"),
         ({"pooling": "last"}, "must be 'mean' or 'first'"),
-        ({"initialisation": "zero"}, "must be 'xavier' or 'normal'"),
+        ({"initialization": "zero"}, "must be 'xavier' or 'normal'"),
         ({"hidden_act": "swish"}, "must be 'silu', 'identity' or 'gelu'"),
         ({"num_attention_heads": 3}, r"let hidden_size \(512\) be a multiple of twice the heads"),
         ({"num_attention_heads": 0}, "multiple of twice the heads"),

@@ -26,7 +26,7 @@ WINDOW, STEPS, BAD, RANKS = 2, 4, 1, 2
 
 
 class Watch(pl.Callback):
-    """Notes weights and gradient norms after every optimiser step."""
+    """Notes weights and gradient norms after every optimizer step."""
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []

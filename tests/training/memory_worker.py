@@ -14,7 +14,7 @@ from kvtrain.models.dmc import DMC
 from kvtrain.training import DMCModule, Phase, RetrofitModule
 from kvtrain.training.callbacks.memory import peak_resident_bytes
 
-STEPS = 2  # the second finds the state of the optimiser in place
+STEPS = 2  # the second finds the state of the optimizer in place
 STATUS = Path("/proc/self/status")
 
 

@@ -11,7 +11,7 @@ from kvtrain.losses.distillation import Distillation
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.training.callbacks import throughput
-from kvtrain.training.callbacks.heads import HeadCompression
+from kvtrain.training.callbacks.head_compression import HeadCompression
 from kvtrain.training.callbacks.memory import peak_resident_bytes
 from kvtrain.training.callbacks.throughput import Throughput
 from kvtrain.training.flops import peak_flops, training_flops

@@ -66,14 +66,14 @@ def train(module, rows, folder, steps, batch_size=4, accumulate=1, **settings):
 
 
 def test_schedules(base):
-    """T2, P8: linear in the compression, not in the kept fraction; the channel is gone at 80 %."""
+    """Linear in the compression, not in the kept fraction; the channel is gone at 80 %."""
     module = DMCModule(base, DMC(compression=5.0), phases=phases())
-    targets = [module.target(module.schedule.place(step)) for step in range(35)]
+    targets = [module.target(module.schedule.phase_step(step)) for step in range(35)]
     assert targets[:10] == [1.0] * 10
     assert targets[10] == pytest.approx(1.2) and targets[29] == pytest.approx(5.0)
     assert targets == sorted(targets)
     assert targets[30:] == [5.0] * 5
-    scales = [module.channel_scale(module.schedule.place(step)) for step in range(35)]
+    scales = [module.channel_scale(module.schedule.phase_step(step)) for step in range(35)]
     assert scales[0] == 1.0 and scales[4] == pytest.approx(0.5) and scales[8:10] == [0.0, 0.0]
     assert scales[10:] == [None] * 25
 
@@ -102,7 +102,7 @@ def test_phases_are_validated(wrong):
 
 
 def test_boundary_clears_rows_and_moments(base, rows, tmp_path):
-    """T13: right after zero-out the borrowed rows are zero and AdamW counts from one again."""
+    """Right after zero-out the borrowed rows are zero and AdamW counts from one again."""
     seen = {}
 
     class Watch(pl.Callback):
@@ -148,7 +148,7 @@ class SGDModule(RetrofitModule):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_accumulation_is_one_big_batch(base, rows, tmp_path, clip):
-    """DESIGN 2.9: four micro-batches of ragged rows move the weights as one batch of all their rows does."""
+    """Four micro-batches of ragged rows move the weights as one batch of all their rows does."""
     counts = rows.num_targets
     assert counts.max() > counts.min()
     results = []
@@ -251,7 +251,7 @@ def test_validation_measures_the_model_that_is(base, rows, tmp_path):
                 for layer in self.model.model.layers
                 for parameter, rows in layer.self_attn.borrowed_rows()
             )
-            seen.append((self.place().phase.name, zeroed))
+            seen.append((self.phase_step().phase.name, zeroed))
 
     module = Watched(base, DMC(), phases=phases(2, 2, 0))
     look = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": 1}

@@ -10,7 +10,7 @@ from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.export.hf import export_run, read_checkpoint
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
-from kvtrain.losses.gates import sparsity_penalty
+from kvtrain.losses.gate_regularization import sparsity_penalty
 from kvtrain.models.duo.convert import gates_of
 from kvtrain.models.duo.gates import choose_full_heads
 from kvtrain.training import DuoModule, Phase
@@ -82,7 +82,7 @@ def test_the_first_step_knows_no_distance(base, rows, tmp_path):
 
 def test_gates_stay_between_0_and_1(base, rows, tmp_path):
     """Pulled hard, they stop at 0 and can come back."""
-    module = module_on(base, steps=12, learning_rate=0.5, training={"regularisation": 5.0})
+    module = module_on(base, steps=12, learning_rate=0.5, training={"regularization": 5.0})
     train(module, rows, tmp_path, 12)
     stored = torch.stack([layer.self_attn.gates for layer in module.model.model.layers])
     assert (stored >= -0.51).all()  # one step beyond at most
@@ -105,7 +105,7 @@ def test_a_student_reads_what_its_answers_depend_on(base, length):
         module.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvtrain.training.duo.receptive_field", lambda *_: kept)
-            read, told = module.consult_teacher(batch)
+            read, told = module.teacher_inputs(batch)
             arguments = {**module.model_arguments(read), **told}
             loss = module.model(read["input_ids"], labels=read["labels"], use_cache=False, **arguments).loss
             loss.backward()
@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_the_gates_alone_and_an_export_everything(base, rows,
     assert model.method.full_heads == choose_full_heads(gates_of(module.model), 0.5)
     ids = random_ids(2, 30)
     module.model.eval()
-    module.model.binarise()
+    module.model.binarize()
     with torch.no_grad():
         expected = module.model(ids, use_cache=False).logits
         torch.testing.assert_close(model(ids, use_cache=True).logits, expected, rtol=1e-4, atol=1e-4)
@@ -238,7 +238,7 @@ def test_hidden_states_as_the_target():
     ("settings", "training", "message"),
     [
         ({"full_heads": [[0], [1]]}, {}, "leave it out"),
-        ({}, {"regularisation": -1.0}, "must not be negative"),
+        ({}, {"regularization": -1.0}, "must not be negative"),
     ],
 )
 def test_bad_settings(base, settings, training, message):

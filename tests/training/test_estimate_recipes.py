@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.rehearsal import full_precision_name, rehearse
+from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -38,7 +38,7 @@ def test_an_estimate_is_what_all_layers_come_to(path, monkeypatch):
         "on_cpu": trainer["accelerator"] != "cuda",
     }
     module = shallower(module)
-    quick, full = rehearse(module, **settings), rehearse(module, every_layer=True, **settings)
+    quick, full = measure_step_memory(module, **settings), measure_step_memory(module, every_layer=True, **settings)
     for figure in ("parameters", "gradients", "optimizer", "teacher"):
         assert getattr(quick, figure) == getattr(full, figure)
     assert quick.activations == pytest.approx(full.activations, rel=1e-3)

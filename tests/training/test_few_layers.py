@@ -20,12 +20,12 @@ from kvtrain.training import (
     TransNormerClassificationModule,
     TransNormerMaskedModule,
     TransNormerModule,
-    rehearsal,
+    memory_estimate,
 )
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.memory_estimate import measure_step_memory
 from kvtrain.training.meter import LayerMarks
-from kvtrain.training.rehearsal import rehearse
-from tests.training.test_rehearsal import VOCAB
+from tests.training.test_memory_estimate import VOCAB
 
 SIZES = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FEW = 3  # layers alike, and no more, are rehearsed whole here
@@ -36,7 +36,7 @@ TRAIN = [Phase("train", 2, 1e-3)]
 
 @pytest.fixture(autouse=True)
 def _shallow(monkeypatch):
-    monkeypatch.setattr(rehearsal, "_FEW", FEW)
+    monkeypatch.setattr(memory_estimate, "_FEW", FEW)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ MORE = {
 
 def check(module, **settings):
     settings = {"batch_size": 2, "sequence_length": 32, **settings}
-    quick, full = rehearse(module, **settings), rehearse(module, every_layer=True, **settings)
+    quick, full = measure_step_memory(module, **settings), measure_step_memory(module, every_layer=True, **settings)
     names = ("parameters", "gradients", "optimizer", "teacher", "activations", "peak")
     assert {name: getattr(quick, name) for name in names} == {name: getattr(full, name) for name in names}
     assert quick.moments.keys() < full.moments.keys()
@@ -138,13 +138,13 @@ def test_every_kind_of_module_is_looked_at(folder):
 
 @pytest.mark.parametrize("name", ["pretrain", "lckv", "transnormer"])
 def test_no_more_layers_are_rehearsed_of_a_deeper_model(folder, monkeypatch, name):
-    rehearsed = []
-    monkeypatch.setattr(LayerMarks, "_mark", lambda _, what, number: rehearsed.append(what))
+    entered = []
+    monkeypatch.setattr(LayerMarks, "_mark", lambda _, what, number: entered.append(what))
     counts = []
     for depth in (12, 30):
-        rehearse(FAST[name](folder, depth), batch_size=1, sequence_length=16)
-        counts.append(rehearsed.count("in"))
-        rehearsed.clear()
+        measure_step_memory(FAST[name](folder, depth), batch_size=1, sequence_length=16)
+        counts.append(entered.count("in"))
+        entered.clear()
     assert counts[0] == counts[1] > 0
 
 
@@ -153,9 +153,9 @@ def test_long_rows_follow_from_shorter_ones(folder, monkeypatch, name):
     """Nearly: hidden states as narrow as here are worked on in slices that are longer than the shorter rows."""
     module = FAST[name](folder)
     settings = {"batch_size": 1, "precision": "bf16-mixed"}
-    read = rehearse(module, sequence_length=8192, **settings)
-    monkeypatch.setattr(rehearsal, "_LONG", 4096)
-    told = rehearse(module, sequence_length=8192, **settings)
+    read = measure_step_memory(module, sequence_length=8192, **settings)
+    monkeypatch.setattr(memory_estimate, "_LONG", 4096)
+    told = measure_step_memory(module, sequence_length=8192, **settings)
     assert told.activations == pytest.approx(read.activations, rel=1e-3)
     assert told.peak == pytest.approx(read.peak, rel=0.05)
     assert told.parameters == read.parameters

@@ -39,7 +39,7 @@ def window(rows):
 
 
 class Watch(pl.Callback):
-    """Notes weights and AdamW's state after every optimiser step."""
+    """Notes weights and AdamW's state after every optimizer step."""
 
     def __init__(self):
         self.weights, self.steps, self.finite = [], [], []

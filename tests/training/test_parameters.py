@@ -1,4 +1,4 @@
-"""What a phase boundary does to plain and sharded parameters, and to optimisers."""
+"""What a phase boundary does to plain and sharded parameters, and to optimizers."""
 
 from types import SimpleNamespace
 

@@ -4,7 +4,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from kvtrain.mistakes import UsageError
+from kvtrain.errors import UsageError
 from kvtrain.training.refusals import refusals
 
 

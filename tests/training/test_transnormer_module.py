@@ -228,8 +228,8 @@ def test_wrong_settings_are_refused(kind, config, message):
 
 def test_the_wrong_direction_is_refused_before_training():
     with pytest.raises(ValueError, match="set causal=False"):
-        TransNormerMaskedModule(config=TEXT, phases=PHASES).skeleton()
+        TransNormerMaskedModule(config=TEXT, phases=PHASES).build_meta_model()
     with pytest.raises(ValueError, match="set causal=True"):
-        TransNormerModule(config={**TEXT, "num_block_heads": 2}, preset="roberta", phases=PHASES).skeleton()
+        TransNormerModule(config={**TEXT, "num_block_heads": 2}, preset="roberta", phases=PHASES).build_meta_model()
     with pytest.raises(ValueError, match="no preset 'base'"):
         TransNormerModule(config=TEXT, preset="base", phases=PHASES)

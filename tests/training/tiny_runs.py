@@ -101,5 +101,5 @@ def table(path: Path) -> list[dict[str, float]]:
 
 
 def rows_of_step(data: PackedLoader, step: int) -> list[Batch]:
-    """The batches of one optimiser step."""
+    """The batches of one optimizer step."""
     return list(data)[step * data.window : (step + 1) * data.window]

@@ -1,8 +1,8 @@
 """DMC's attention: one form for training and parallel evaluation, one for serving, the same numbers.
 
-The last channel of keys and queries is borrowed (pitfall P1: it turns slowest under RoPE). A key's
+The last channel of keys and queries is borrowed (it turns slowest under RoPE). A key's
 channel decides whether its token merges into the slot before it; the queries' channel says how much the
-token counts in the slot's mean. Keys are pooled before rotation and rotate at their last token (P3).
+token counts in the slot's mean. Keys are pooled before rotation and rotate at their last token.
 """
 
 import functools
@@ -29,7 +29,7 @@ from kvtrain.models.gating import Decisions, decide
 from kvtrain.models.serving import NewTokens
 
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
-# the same in float32; it is bfloat16's own epsilon, which the released checkpoints used (P10).
+# the same in float32; it is bfloat16's own epsilon, which the released checkpoints used.
 IMPORTANCE_FLOOR = 2.0**-7
 
 logger = logging.getLogger("kvtrain")
@@ -45,7 +45,7 @@ class DMCStep:
         channel_scale: In the zero-out phase the factor on the borrowed channel, which then decides
             nothing; None in the others.
         seed: Of the noise.
-        step: Optimiser step.
+        step: Optimizer step.
         row_ids: ``(B,)`` rows, so that noise belongs to the row; None trains without noise.
         compression: Aimed at in this step; random decisions merge at this rate.
     """
@@ -127,12 +127,12 @@ class DMCAttention(HostAttention):
         """Queries, keys, values; in the zero-out phase the borrowed channel shrinks before any norm.
 
         Shrinking it *before* a query or key norm lets the norm adapt, so that zeroing the projection's
-        rows afterwards changes nothing (P18, T13).
+        rows afterwards changes nothing.
         """
         query, key = self.split_heads(self.q_proj(hidden)), self.split_heads(self.k_proj(hidden))
         if scale is not None:
             query, key = self._scale_channel(query, scale), self._scale_channel(key, scale)
-        query, key = self.normalise(query, key)
+        query, key = self.normalize(query, key)
         return query, key, self.split_heads(self.v_proj(hidden))
 
     def _scale_channel(self, heads: Tensor, scale: float) -> Tensor:
@@ -257,7 +257,7 @@ def _say_untargeted() -> None:
 
 
 def _without_borrowed_channel(angles: Angles) -> Angles:
-    """Angles that rotate as if the last channel were cleared before and after (P2).
+    """Angles that rotate as if the last channel were cleared before and after.
 
     The channel turns with the last of the first half. Its own row of both angles becomes 0, which clears it
     after rotation; its partner's sine becomes 0, which keeps it from leaking in.
@@ -270,5 +270,5 @@ def _without_borrowed_channel(angles: Angles) -> Angles:
 
 
 def _next_token(values: Tensor) -> Tensor:
-    """What the following token says of each token ``(B, H, T)``; the last hears nothing (P4)."""
+    """What the following token says of each token ``(B, H, T)``; the last hears nothing."""
     return torch.nn.functional.pad(values[..., 1:], (0, 1))

@@ -15,7 +15,7 @@ class DMCCacheLayer(KVCacheLayer):
     """Slots of one layer, a length for every row and head, and what the last slot is made of.
 
     The last ``window - 1`` tokens of each open segment are kept unrotated with their importances, and
-    every mean is computed from them: nothing is subtracted, so long segments do not drift (P14).
+    every mean is computed from them: nothing is subtracted, so long segments do not drift.
 
     Args:
         num_heads: Key-value heads.

@@ -27,7 +27,7 @@ class DMC(Method):
         decision_scale: Factor on the decision channel, before ``init_bias``. The released code has none, and
             6,000 steps to learn in; short retrofits learn decisions at this multiple of the learning rate
             (DMS, by the same authors, uses 100).
-        page_size: Slots in a page of the serving cache; 16 to 64 waste least (P27).
+        page_size: Slots in a page of the serving cache; 16 to 64 waste least.
         shared_decisions: All heads of a layer merge the same tokens (DMC-C, section 5): weaker, but every head of a
             row then has the same length.
         decisions: ``"learned"``, or ``"random"``: the control that merges with probability

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
-from kvtrain.kernels.quantisation import read_back
+from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.gates import hard_concrete
-from kvtrain.models.duo.scope import mix_heads, scope_of
+from kvtrain.models.duo.patterns import attention_patterns, mix_heads
 from kvtrain.models.serving import NewTokens
-from kvtrain.models.windows import attend_beside_window
+from kvtrain.models.windows import attend_cache_and_window
 
 Angles = tuple[Tensor, Tensor]
 
@@ -32,15 +32,15 @@ class DuoStep:
     """What a training step tells every gated attention.
 
     Args:
-        everything: The pass of the teacher: gates count as 1.
+        full_attention: The pass of the teacher: gates count as 1.
         record: In that pass, receives what heads saw, ``(B, H, T, D)`` by layer.
         teacher: What they saw there, to be mixed in instead of the student's own attention over everything.
         seed: Of random gates.
-        step: Optimiser step; None: gates are the most likely ones.
+        step: Optimizer step; None: gates are the most likely ones.
         gates: ``(H_kv,)`` by layer, in place of the model's own.
     """
 
-    everything: bool = False
+    full_attention: bool = False
     record: dict[int, Tensor] | None = None
     teacher: Mapping[int, Tensor] | None = None
     seed: int = 0
@@ -100,9 +100,9 @@ class GatedAttention(HostAttention):
         query, key, value = self.project(hidden_states, position_embeddings)
         bits = None if self.training else self.settings.kv_bits
         key, value = read_back(key, bits), read_back(value, bits)
-        scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
-        if step.everything:
-            output = scope.everything(query, key, value)
+        patterns = attention_patterns(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+        if step.full_attention:
+            output = patterns.full(query, key, value)
             if step.record is not None:
                 step.record[self.layer_idx] = output
             return self.project_out(output), None
@@ -111,9 +111,9 @@ class GatedAttention(HostAttention):
             # A copy: where parameters are sharded, this one is gone when the loss looks at it.
             gate_ledger[self.layer_idx] = (gates, self.gates.clone())
         if step.teacher is None:
-            output = scope.mixed(query, key, value, gates)
+            output = patterns.mixed(query, key, value, gates)
         else:
-            output = mix_heads(scope.streaming(query, key, value), step.teacher[self.layer_idx], gates)
+            output = mix_heads(patterns.streaming(query, key, value), step.teacher[self.layer_idx], gates)
         return self.project_out(output), None
 
 
@@ -153,10 +153,10 @@ class RoundedAttention(HostAttention):
         """
         query, key, value = self.project(hidden_states, position_embeddings)
         if new_tokens is None:
-            scope = scope_of(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+            patterns = attention_patterns(self.settings, self.scaling, attention_mask, position_ids, document_ids)
             bits = None if self.training else self.settings.kv_bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output = self._by_class(scope.everything, scope.streaming, query, key, value)
+            output = self._by_class(patterns.full, patterns.streaming, query, key, value)
         else:
             layer = new_tokens.layer(self.layer_idx)
             assert isinstance(layer, DuoCacheLayer)
@@ -173,11 +173,11 @@ class RoundedAttention(HostAttention):
             layer.write(key, value, past, valid)
             return self._decode(query, layer, dropped)
 
-        def everything(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_beside_pages(query, key, value, valid, layer.pages, slice(self.num_full))
+        def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.attend_pages_and_new(query, key, value, valid, layer.pages, slice(self.num_full))
 
         def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            near = attend_beside_window(
+            local = attend_cache_and_window(
                 query,
                 (key, value),
                 layer.window(past),
@@ -186,10 +186,10 @@ class RoundedAttention(HostAttention):
                 sink=layer.sink,
                 scale=self.scaling,
             )
-            return near[0] if dropped is None else add_compensation(near, query, dropped, self.scaling)[0]
+            return local[0] if dropped is None else add_compensation(local, query, dropped, self.scaling)[0]
 
         read = (read_back(states, self.settings.kv_bits) for states in (key, value))
-        output = self._by_class(everything, streaming, query, *read)
+        output = self._by_class(full, streaming, query, *read)
         layer.write(key, value, past, valid)
         return output
 
@@ -199,13 +199,13 @@ class RoundedAttention(HostAttention):
         if dropped is None:
             return output
         first = self.num_full * self.num_groups
-        near = (output[:, first:], lse[:, first:])
-        streaming = add_compensation(near, query[:, first:], dropped, self.scaling)[0]
+        local = (output[:, first:], lse[:, first:])
+        streaming = add_compensation(local, query[:, first:], dropped, self.scaling)[0]
         return torch.cat([output[:, :first], streaming], 1)
 
     def _by_class(
         self,
-        everything: Callable[[Tensor, Tensor, Tensor], Tensor],
+        full: Callable[[Tensor, Tensor, Tensor], Tensor],
         window: Callable[[Tensor, Tensor, Tensor], Tensor],
         query: Tensor,
         key: Tensor,
@@ -216,7 +216,7 @@ class RoundedAttention(HostAttention):
         heads = (query, key, value)
         parts = []
         if self.num_full:
-            parts.append(everything(*(tensor[:, :count] for tensor, count in zip(heads, counts, strict=True))))
+            parts.append(full(*(tensor[:, :count] for tensor, count in zip(heads, counts, strict=True))))
         if self.num_full < self.num_key_value_heads:
             parts.append(window(*(tensor[:, count:] for tensor, count in zip(heads, counts, strict=True))))
         return torch.cat(parts, 1)

@@ -1,7 +1,7 @@
 """The serving cache: one paged store for both kinds of heads, of which streaming ones stop growing.
 
 What leaves the window of a streaming head can be kept track of: summed up, for the token that stands for all of it, and
-set aside, so that the latest tokens can be taken back. Both are done with what pages hold of it, quantised or not, so
+set aside, so that the latest tokens can be taken back. Both are done with what pages hold of it, quantized or not, so
 that they agree, whichever tokens came with it.
 """
 
@@ -29,7 +29,7 @@ class _HeadPages(PagedStore):
         head_dim: Channels of keys, and of values.
         page_size: Slots in a page.
         placement: Where tensors lie.
-        bits: Of a channel in quantised pages.
+        bits: Of a channel in quantized pages.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class DuoCacheLayer(KVCacheLayer):
         page_size: Slots in a page.
         compensation: Whether to sum up what streaming heads drop.
         slack: Latest ones of these tokens to set aside.
-        bits: Of a channel in quantised pages; None keeps keys and values as they are.
+        bits: Of a channel in quantized pages; None keeps keys and values as they are.
     """
 
     def __init__(

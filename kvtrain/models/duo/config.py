@@ -23,7 +23,7 @@ class Duo(Method):
     """Give every key-value head a gate, learn the gates, round them: full heads and streaming heads.
 
     While gates are fractions a head is ``(1 - gate) * window + gate * everything`` and there is no cache;
-    ``model.binarise(sparsity)`` rounds them and sorts the heads of every layer, full ones first.
+    ``model.binarize(sparsity)`` rounds them and sorts the heads of every layer, full ones first.
 
     Args:
         sink: First tokens that a streaming head keeps.
@@ -37,7 +37,7 @@ class Duo(Method):
         page_size: Slots in a page of the serving cache.
         compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
         kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``, in full and in streaming heads
-            alike: one attention reads both. Training mode alone does not quantise. None keeps keys and values in the
+            alike: one attention reads both. Training mode alone does not quantize. None keeps keys and values in the
             model's dtype.
 
     Raises:
@@ -70,7 +70,7 @@ class Duo(Method):
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
         if self.kv_bits not in (None, 4, 8):
-            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantise nothing")
+            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
         if self.full_heads is not None:  # JSON and YAML know lists alone
             object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
 
@@ -145,7 +145,7 @@ class Duo(Method):
 
         if self.full_heads is None:
             raise ValueError(
-                "gates are fractions yet, and no cache fits them; round them with model.binarise(sparsity) "
+                "gates are fractions yet, and no cache fits them; round them with model.binarize(sparsity) "
                 "(kvtrain export does), or pass use_cache=False"
             )
         heads, head_dim = key_value_shape(host_config)
@@ -177,10 +177,10 @@ class Duo(Method):
     def deploy(self, model: "PreTrainedModel") -> None:
         """See ``Method.deploy``."""
         if self.full_heads is None:
-            self.binarise(model, self.sparsity)
+            self.binarize(model, self.sparsity)
 
-    def binarise(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
-        """See ``Method.binarise``."""
-        from kvtrain.models.duo.convert import binarise
+    def binarize(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
+        """See ``Method.binarize``."""
+        from kvtrain.models.duo.convert import binarize
 
-        binarise(model, self, self.sparsity if sparsity is None else sparsity, **options)
+        binarize(model, self, self.sparsity if sparsity is None else sparsity, **options)

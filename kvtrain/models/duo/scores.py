@@ -1,6 +1,6 @@
 """Scores of key-value heads that need no training: what a head looks for, and what a window would take from it.
 
-``model.binarise(sparsity, gates=...)`` takes what ``razor_gates`` and ``free_signal`` return.
+``model.binarize(sparsity, gates=...)`` takes what ``razor_gates`` and ``free_signal`` return.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.scope import scope_of
+from kvtrain.models.duo.patterns import attention_patterns
 
 # Arguments of an attention that say who sees whom.
-_SCOPE = ("attention_mask", "position_ids", "document_ids")
+_PATTERN_ARGUMENTS = ("attention_mask", "position_ids", "document_ids")
 # The published prompt: so many ids, drawn from this range of the vocabulary.
 _PERIOD, _PUBLISHED_IDS = 2500, range(10_000, 12_501)
 
@@ -126,7 +126,7 @@ def free_signal(
 ) -> Tensor:
     """How far each head's output would move if it streamed, all else unchanged: one forward pass, no training.
 
-    The mean over tokens of ``||W_O (everything - window)||^2``, the query heads of a key-value head together.
+    The mean over tokens of ``||W_O (full - window)||^2``, the query heads of a key-value head together.
 
     Args:
         model: One with ``kvtrain.Full()`` or with the gates of ``kvtrain.Duo()``, which count as open.
@@ -150,9 +150,9 @@ def free_signal(
     if not bool(counted.any()):
         raise ValueError("no token is supervised; mark at least one, for example by labels != -100")
 
-    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], told: dict[str, Any]) -> Tensor:
-        scope = scope_of(window, module.scaling, *(told.get(name) for name in _SCOPE))
-        moved = at_least_float32(scope.everything(*heads)) - at_least_float32(scope.streaming(*heads))
+    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
+        patterns = attention_patterns(window, module.scaling, *(kwargs.get(name) for name in _PATTERN_ARGUMENTS))
+        moved = at_least_float32(patterns.full(*heads)) - at_least_float32(patterns.streaming(*heads))
         return _energies(moved.transpose(1, 2)[counted.to(moved.device)], module)
 
     energies = _observe(model, input_ids, look, attention_mask=attention_mask, document_ids=document_ids)
@@ -184,14 +184,14 @@ def _observe(
     """Run the decoder with open gates, and stack what ``look`` makes of each layer's heads, in float64 on the CPU."""
     seen: list[Tensor] = []
 
-    def before(module: nn.Module, _: Any, told: dict[str, Any]) -> None:
+    def before(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(module, HostAttention)
-        heads = module.project(told["hidden_states"], told["position_embeddings"])
-        seen.append(look(module, heads, told).double().cpu())
+        heads = module.project(kwargs["hidden_states"], kwargs["position_embeddings"])
+        seen.append(look(module, heads, kwargs).double().cpu())
 
     hooks = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
     try:
-        model.model(input_ids, use_cache=False, duo_step=DuoStep(everything=True), **arguments)
+        model.model(input_ids, use_cache=False, duo_step=DuoStep(full_attention=True), **arguments)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.quantisation import read_back
+from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
 from kvtrain.models.serving import NewTokens
@@ -64,6 +64,6 @@ class FullAttention(HostAttention):
             layer.append(key, value, valid)
             return self.attend_pages(query, layer.pages)[0]
         read = read_back(key, self.bits), read_back(value, self.bits)
-        output = self.attend_beside_pages(query, *read, valid, layer.pages)
+        output = self.attend_pages_and_new(query, *read, valid, layer.pages)
         layer.append(key, value, valid)
         return output

@@ -15,7 +15,7 @@ class FullCacheLayer(KVCacheLayer):
         head_dim: Channels of a head.
         placement: Where tensors lie.
         page_size: Slots in a page.
-        bits: Of a channel in quantised pages; None keeps keys and values as they are.
+        bits: Of a channel in quantized pages; None keeps keys and values as they are.
     """
 
     def __init__(

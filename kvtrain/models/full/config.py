@@ -21,7 +21,7 @@ class Full(Method):
         kv_bits: Bits of a channel in the serving cache, 8 or 4; every token's key and value in every head has a scale
             and a zero of its own, 4 bytes more. Every token reads all keys and values so, its own too: however a text
             is cut, and in evaluation mode without a cache, a model computes the same. Training mode alone does not
-            quantise. None keeps them in the model's dtype.
+            quantize. None keeps them in the model's dtype.
 
     Raises:
         ValueError: Other bits.
@@ -33,7 +33,7 @@ class Full(Method):
 
     def __post_init__(self) -> None:
         if self.kv_bits not in (None, 4, 8):
-            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantise nothing")
+            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
 
     def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
         """See ``Method.attention``."""

@@ -12,8 +12,8 @@ from kvtrain.kernels.visibility import Diagonal
 from kvtrain.models.attention import HostAttention
 
 if TYPE_CHECKING:
+    from kvtrain.models.lckv.cache_view import CacheView
     from kvtrain.models.lckv.config import LCKV
-    from kvtrain.models.lckv.reading import Reader
 
 Angles = tuple[Tensor, Tensor]
 # Of the new tokens, keys rotated: (B, H_kv, T, D) each; None of what a layer does not own.
@@ -24,8 +24,8 @@ RESIDUAL_SCALE = 35.0
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call of one layer is told.
+class LayerInputs:
+    """What one call of one layer reads.
 
     Everything that it reads comes in here, and nothing is remembered: a layer that runs many times, or again under
     activation checkpointing, sees what it saw the first time.
@@ -47,11 +47,11 @@ class Call:
     first: KeyValue | None = None
     documents: Tensor | None = None
     key_value_only: bool = False
-    reader: "Reader | None" = None
+    view: "CacheView | None" = None
 
 
 @dataclass
-class Made:
+class LayerOutputs:
     """What one call of one layer makes. No ``dict``: offloading and sharding hand modules copies of those.
 
     Attributes:
@@ -108,32 +108,32 @@ class SharedAttention(HostAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: Angles,
-        call: Call | None = None,
-        made: Made | None = None,
+        inputs: LayerInputs | None = None,
+        outputs: LayerOutputs | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Attend to what the call says.
+        """Attend to what the inputs say.
 
         Args:
             hidden_states: ``(B, T, hidden)``.
             position_embeddings: Cosines and sines ``(B, T, D)``.
-            call: What to read.
-            made: Receives what the layer makes; where that is all that is wanted, the output is the input.
+            inputs: What to read.
+            outputs: Receives what the layer makes; where that is all that is wanted, the output is the input.
         """
-        assert call is not None and made is not None
-        made.key_value = own_key, own_value = self.key_value(hidden_states, position_embeddings, call.first)
-        if call.key_value_only:
+        assert inputs is not None and outputs is not None
+        outputs.key_value = own_key, own_value = self.key_value(hidden_states, position_embeddings, inputs.first)
+        if inputs.key_value_only:
             return hidden_states, None
-        key = own_key if call.own and self.key_layer == self.layer_idx else call.key
-        value = own_value if call.own and self.value_layer == self.layer_idx else call.value
-        if call.reader is None and (key is None or value is None):
+        key = own_key if inputs.own and self.key_layer == self.layer_idx else inputs.key
+        value = own_value if inputs.own and self.value_layer == self.layer_idx else inputs.value
+        if inputs.view is None and (key is None or value is None):
             return self._nothing(hidden_states), None
         query = self.split_heads(self.q_proj(hidden_states))
         if hasattr(self, "q_norm"):
             query = self._norm_heads(self.q_norm, query)
         query = apply_rotary(query, *position_embeddings, halves_repeat=True)
-        if call.reader is not None:
-            output = call.reader.attend(self, query, key, value, made.key_value)
+        if inputs.view is not None:
+            output = inputs.view.attend(self, query, key, value, outputs.key_value)
         else:
             assert key is not None and value is not None
             output, _lse = attention(
@@ -142,8 +142,8 @@ class SharedAttention(HostAttention):
                 value,
                 diagonal=self.diagonal,
                 window=self.window,
-                query_documents=call.documents,
-                key_documents=call.documents,
+                query_documents=inputs.documents,
+                key_documents=inputs.documents,
                 scale=self.scaling,
             )
         return self.project_out(output), None

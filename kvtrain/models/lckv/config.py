@@ -148,9 +148,9 @@ class LCKV(Method):
 
     def stack(self, layers: "nn.ModuleList", rotary: "nn.Module") -> "nn.ModuleList":
         """See ``Method.stack``."""
-        from kvtrain.models.lckv.stack import SharingStack
+        from kvtrain.models.lckv.layer_schedule import LayerSchedule
 
-        return SharingStack(layers, rotary, self)
+        return LayerSchedule(layers, rotary, self)
 
     def cache_layers(
         self, host_config: "PreTrainedConfig", placements: "list[Placement]", **options: Any

@@ -15,18 +15,18 @@ from torch import Tensor
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles
 from kvtrain.models.lckv.cache import LCKVCacheLayer
+from kvtrain.models.lckv.cache_view import CacheView, RingContent
 from kvtrain.models.lckv.kv_map import Stage
-from kvtrain.models.lckv.reading import Reader, RingContent
 from kvtrain.models.recording import RecordedStates
 from kvtrain.models.serving import NewTokens
 from kvtrain.models.windows import take_slots
 
 if TYPE_CHECKING:
-    from kvtrain.models.lckv.stack import Shared, SharingStack
+    from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
 
 
 def serve(
-    stack: "SharingStack",
+    schedule: "LayerSchedule",
     hidden: Tensor,
     arguments: dict[str, Any],
     new_tokens: NewTokens,
@@ -36,7 +36,7 @@ def serve(
     """All layers over new tokens, which enter the cache.
 
     Args:
-        stack: The layers.
+        schedule: The layers.
         hidden: ``(B, n, hidden)`` inputs of the lowest one.
         arguments: Of a host's layer.
         new_tokens: What of the input is real, and the cache it enters.
@@ -53,24 +53,26 @@ def serve(
     endless, tokens, new = layers[0].endless, new_tokens.cache.tokens, valid.sum(1)
     reads = (new > 0) if prefill else (new > 1)
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
-        return _serve_chunk(stack, hidden, arguments, layers, tokens, valid, reads, recorded)
+        return _serve_chunk(schedule, hidden, arguments, layers, tokens, valid, reads, recorded)
     if recorded is not None:
         raise ValueError("an endless cache reads long prompts in parts; feed single tokens, or no output_hidden_states")
     fits = valid & (tokens[:, None] + valid.cumsum(1) <= endless.capacity)
     order = fits.to(torch.int8).argsort(dim=1, stable=True)
-    chunk = _serve_chunk(stack, _take(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
+    chunk = _serve_chunk(schedule, _take(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
     outputs, tokens = _take(chunk, order.argsort(1)), tokens + fits.sum(1)
     over = valid & ~fits
     for index in over.any(0).nonzero().flatten().tolist():  # every token drops another one
         now = slice(index, index + 1)
-        output = _serve_chunk(stack, hidden[:, now], arguments, layers, tokens, over[:, now], torch.zeros_like(reads))
+        output = _serve_chunk(
+            schedule, hidden[:, now], arguments, layers, tokens, over[:, now], torch.zeros_like(reads)
+        )
         outputs[:, now] = torch.where(over[:, now, None], output, outputs[:, now])
         tokens = tokens + over[:, index]
     return outputs
 
 
 def _serve_chunk(
-    stack: "SharingStack",
+    schedule: "LayerSchedule",
     hidden: Tensor,
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
@@ -81,27 +83,27 @@ def _serve_chunk(
 ) -> Tensor:
     """As ``serve``; ``reads (B,)`` are the rows whose new tokens are part of a prompt."""
     positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
-    arguments, slot_angles = _placed(stack, hidden, arguments, layers, positions)
+    arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
     decodes = hidden.shape[1] == 1 and not bool(reads.any())
     rings = None if hidden.shape[1] == 1 else _ring_contents(layers)
-    reader = Reader(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
+    view = CacheView(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
     shared: Shared = {}
-    for stage in stack.plan:
+    for stage in schedule.plan:
         if stage.cyclic and recorded is not None:
             recorded[stage.first] = hidden
         if stage.cyclic and not decodes:
             prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, reads)
-            hidden = _read_prompt(stack, stage, prompt, shared, arguments, reader)
+            hidden = _read_prompt(schedule, stage, prompt, shared, arguments, view)
             continue
         pending = layers[stage.first].pending
         if stage.cyclic and pending is not None and bool((pending.counts > 0).any()):
             pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
-        hidden = stack.once(stage, hidden, shared, arguments, None if stage.cyclic else recorded, reader=reader)
+        hidden = schedule.run_stage(stage, hidden, shared, arguments, None if stage.cyclic else recorded, view=view)
     return hidden
 
 
 def _placed(
-    stack: "SharingStack",
+    schedule: "LayerSchedule",
     hidden: Tensor,
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
@@ -112,8 +114,12 @@ def _placed(
     if endless is not None:
         positions = positions.clamp(max=endless.capacity - 1)
         slots = torch.arange(endless.capacity, device=hidden.device)[None]
-        slot_angles = stack.angles(hidden, slots)
-    return {**arguments, "position_ids": positions, "position_embeddings": stack.angles(hidden, positions)}, slot_angles
+        slot_angles = schedule.angles(hidden, slots)
+    return {
+        **arguments,
+        "position_ids": positions,
+        "position_embeddings": schedule.angles(hidden, positions),
+    }, slot_angles
 
 
 def _ring_contents(layers: list[LCKVCacheLayer]) -> dict[int, RingContent]:
@@ -168,35 +174,35 @@ class _Prompt:
 
 
 def _read_prompt(
-    stack: "SharingStack",
+    schedule: "LayerSchedule",
     stage: Stage,
     prompt: _Prompt,
     shared: "Shared",
     arguments: dict[str, Any],
-    reader: Reader,
+    cache_view: CacheView,
 ) -> Tensor:
     """A cyclic stage, block by block; ``shared`` gains the new tokens' keys and values of its owners."""
-    block, positions = stack.settings.prefill_block, prompt.positions()
+    block, positions = schedule.settings.prefill_block, prompt.positions()
     real = positions >= prompt.start[:, None]
     number = positions // block - (prompt.start // block)[:, None]
     number = number.masked_fill(~real, -1)  # of each token's block, from the row's first
     outputs = torch.zeros_like(prompt.inputs)
-    made: Shared = {}
+    new_states: Shared = {}
     for step in range(int(number.max()) + 1):
         columns, inside = _columns(number == step)
         where = positions.gather(1, columns)
         past = prompt.start + ((number < step) & real).sum(1)
         write = inside & (where >= prompt.tokens[:, None])
-        angles = stack.angles(prompt.inputs, where.clamp(min=0))
-        view = replace(reader, past=past, valid=inside, write=None, angles=angles, rings=None)
+        angles = schedule.angles(prompt.inputs, where.clamp(min=0))
+        view = replace(cache_view, past=past, valid=inside, write=None, angles=angles, rings=None)
         given = {**arguments, "position_ids": where.clamp(min=0), "position_embeddings": angles}
-        below = _from_below(stack, stage, reader.layers, where)
-        hidden, block_made = _iterate(stack, stage, _take(prompt.inputs, columns), below, given, view, write)
+        below = _from_below(schedule, stage, cache_view.layers, where)
+        hidden, block_states = _iterate(schedule, stage, _take(prompt.inputs, columns), below, given, view, write)
         row, entry = inside.nonzero(as_tuple=True)
         outputs[row, columns[row, entry]] = hidden[row, entry]
-        _collect(made, block_made, positions.shape[1], (row, entry, columns[row, entry]))
-    _remember(reader.layers[stage.first], prompt, block)
-    for owner, states in made.items():
+        _collect(new_states, block_states, positions.shape[1], (row, entry, columns[row, entry]))
+    _remember(cache_view.layers[stage.first], prompt, block)
+    for owner, states in new_states.items():
         key, value = (None if state is None else state[:, :, -prompt.length :] for state in states)
         shared[owner] = (key, value)
     return outputs[:, -prompt.length :]
@@ -214,26 +220,26 @@ def _columns(inside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _iterate(
-    stack: "SharingStack",
+    schedule: "LayerSchedule",
     stage: Stage,
     inputs: Tensor,
     below: "Shared",
     arguments: dict[str, Any],
-    view: Reader,
+    view: CacheView,
     write: Tensor,
 ) -> tuple[Tensor, "Shared"]:
     """One block ``(B, W, hidden)``: passes until its keys and values stand, then the one that is stored."""
-    settings, shared = stack.settings, dict(below)
+    settings, shared = schedule.settings, dict(below)
     most = inputs.shape[1] if settings.prefill_tolerance is not None else min(settings.passes, inputs.shape[1])
     done = ~view.valid  # padding
     for _ in range(most - 1):
-        before = {owner: shared.get(owner) for owner in stack.targets(stage)}
-        stack.refine(stage, inputs, shared, arguments, reader=view)
+        before = {owner: shared.get(owner) for owner in schedule.targets(stage)}
+        schedule.update_kv(stage, inputs, shared, arguments, view=view)
         if settings.prefill_tolerance is not None:
             done = _settle(before, shared, done, settings.prefill_tolerance)
             if bool(done.all()):
                 break
-    hidden = stack.once(stage, inputs, shared, arguments, reader=replace(view, write=write))
+    hidden = schedule.run_stage(stage, inputs, shared, arguments, view=replace(view, write=write))
     return hidden, {owner: states for owner, states in shared.items() if owner not in below}
 
 
@@ -257,9 +263,9 @@ def _settle(before: "dict[int, Any]", shared: "Shared", done: Tensor, tolerance:
     return done | (rests | done).cumprod(1).bool()
 
 
-def _from_below(stack: "SharingStack", stage: Stage, layers: list[LCKVCacheLayer], positions: Tensor) -> "Shared":
+def _from_below(schedule: "LayerSchedule", stage: Stage, layers: list[LCKVCacheLayer], positions: Tensor) -> "Shared":
     """Keys and values at ``positions (B, W)`` of owners under a stage that its layers read."""
-    sources = {stack.keys.sources[index] for index in range(stage.first, stage.last + 1)}
+    sources = {schedule.keys.sources[index] for index in range(stage.first, stage.last + 1)}
     below: Shared = {}
     for owner in (source for source in sources if source < stage.first):
         pages, ring = layers[owner].pages, layers[owner].ring
@@ -269,21 +275,21 @@ def _from_below(stack: "SharingStack", stage: Stage, layers: list[LCKVCacheLayer
             assert ring is not None
             slots = positions.clamp(0, ring.sink + ring.recent - 1)
             keys, values = (take_slots(ring[name], slots) for name in ("keys", "values"))
-            keys = apply_rotary(keys, *stack.angles(keys, slots))
+            keys = apply_rotary(keys, *schedule.angles(keys, slots))
         below[owner] = (keys, values)
     return below
 
 
-def _collect(made: "Shared", block_made: "Shared", size: int, places: tuple[Tensor, Tensor, Tensor]) -> None:
+def _collect(new_states: "Shared", block_states: "Shared", size: int, places: tuple[Tensor, Tensor, Tensor]) -> None:
     """Put a block's keys and values where its tokens stand in the prompt."""
     row, entry, column = places
-    for owner, states in block_made.items():
-        if owner not in made:
-            made[owner] = cast(
+    for owner, states in block_states.items():
+        if owner not in new_states:
+            new_states[owner] = cast(
                 "tuple[Tensor | None, Tensor | None]",
                 tuple(None if s is None else s.new_zeros(*s.shape[:2], size, s.shape[3]) for s in states),
             )
-        for whole, part in zip(made[owner], states, strict=True):
+        for whole, part in zip(new_states[owner], states, strict=True):
             if whole is not None and part is not None:
                 whole[row, :, column] = part[row, :, entry]
 
@@ -293,8 +299,8 @@ def _remember(layer: LCKVCacheLayer, prompt: _Prompt, block: int) -> None:
     if layer.pending is None:
         return
     new = prompt.counts - (prompt.tokens - prompt.start)
-    unfinished = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
-    layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, unfinished, 0), new > 0)
+    export_warning = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
+    layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, export_warning, 0), new > 0)
 
 
 def _take(tensor: Tensor, order: Tensor) -> Tensor:

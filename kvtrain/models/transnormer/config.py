@@ -3,6 +3,7 @@
 from typing import Any, Literal, Self, get_args
 
 from kvtrain.models.portable import PortableConfig
+from kvtrain.renamed import with_new_names
 
 Variant = Literal["T1", "T2"]
 NormKind = Literal["rms", "batch"]
@@ -10,7 +11,7 @@ Positions = Literal["sinusoidal", "learned", "none"]
 Relative = Literal["lrpe", "rope"]
 Decay = Literal["none", "released", "paper"]
 Pooling = Literal["mean", "first"]
-Initialisation = Literal["xavier", "normal"]
+Initialization = Literal["xavier", "normal"]
 
 MODEL_TYPE = "transnormer"
 
@@ -26,7 +27,7 @@ _ROBERTA = {
     "scale_embedding": False,
     "embedding_norm": True,
     "attention_dropout": 0.1,
-    "initialisation": "normal",
+    "initialization": "normal",
 }
 _LRA = {
     "hidden_size": 128,
@@ -76,7 +77,7 @@ class TransNormerConfig(PortableConfig):
         hidden_dropout: After the embedding and after each part of a layer.
         attention_dropout: On the weights within blocks.
         pooling: What a classifier looks at: the ``"mean"`` over a row's tokens, or its ``"first"``.
-        initialisation: ``"xavier"`` (the published language model) or ``"normal"``.
+        initialization: ``"xavier"`` (the published language model) or ``"normal"``.
         initializer_range: Standard deviation of ``"normal"``.
 
     Raises:
@@ -110,7 +111,7 @@ class TransNormerConfig(PortableConfig):
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.0
     pooling: str = "mean"
-    initialisation: str = "xavier"
+    initialization: str = "xavier"
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -119,6 +120,8 @@ class TransNormerConfig(PortableConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs = with_new_names(kwargs)
+        self.initialization = kwargs.pop("initialization", self.initialization)
         if self.intermediate_size is None:
             self.intermediate_size = 8 * self.hidden_size // 3 if self.gated_mlp else 4 * self.hidden_size
         if self.num_block_heads is None:
@@ -179,7 +182,7 @@ class TransNormerConfig(PortableConfig):
         _check_choice("relative_position", self.relative_position, get_args(Relative))
         _check_choice("decay", self.decay, get_args(Decay))
         _check_choice("pooling", self.pooling, get_args(Pooling))
-        _check_choice("initialisation", self.initialisation, get_args(Initialisation))
+        _check_choice("initialization", self.initialization, get_args(Initialization))
         _check_choice("hidden_act", self.hidden_act, ("silu", "identity", "gelu"))
         for name in ("num_attention_heads", "num_block_heads"):
             heads = getattr(self, name)

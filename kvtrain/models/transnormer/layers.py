@@ -22,7 +22,7 @@ class SimpleRMSNorm(nn.Module):
         self.epsilon, self.in_root = config.norm_eps, config.norm_eps_in_root
 
     def forward(self, hidden_states: Tensor, real: Tensor | None = None) -> Tensor:
-        """Normalise ``(B, T, D)``; every token by itself, so ``real (B, T)`` makes no difference."""
+        """Normalize ``(B, T, D)``; every token by itself, so ``real (B, T)`` makes no difference."""
         return simple_rms_norm(hidden_states, self.epsilon, epsilon_in_root=self.in_root)
 
 
@@ -33,7 +33,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
         super().__init__(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, real: Tensor | None = None) -> Tensor:
-        """Normalise ``(B, T, D)``; ``real (B, T)`` says which tokens count."""
+        """Normalize ``(B, T, D)``; ``real (B, T)`` says which tokens count."""
         if not self.training:
             return super().forward(hidden_states.flatten(0, 1)).view_as(hidden_states)
         wide = at_least_float32(hidden_states)
@@ -73,7 +73,7 @@ def make_norm(config: TransNormerConfig) -> nn.Module:
 
 
 class Projection(nn.Linear):
-    """A linear layer of attention, which knows how it begins: transformers shows initialisation no module around it.
+    """A linear layer of attention, which knows how it begins: transformers shows initialization no module around it.
 
     Args:
         width: Channels in and out.

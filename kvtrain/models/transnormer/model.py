@@ -77,7 +77,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
             init.copy_(module.theta, fresh.theta.to(module.theta))
             if module.reflection is not None and fresh.reflection is not None:
                 init.copy_(module.reflection, fresh.reflection.to(module.reflection))
-        elif isinstance(module, nn.Linear | nn.Embedding) and self.config.initialisation == "normal":
+        elif isinstance(module, nn.Linear | nn.Embedding) and self.config.initialization == "normal":
             init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
@@ -144,8 +144,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
         """
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if new_tokens is None:
-            told = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
-            document_ids = packed_documents({**told, "inputs_embeds": hidden})
+            kwargs = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
+            document_ids = packed_documents({**kwargs, "inputs_embeds": hidden})
         layout = _layout(hidden, attention_mask, position_ids, document_ids, new_tokens)
         hidden = self._embed(hidden, layout)
         for layer in self.layers:
@@ -156,7 +156,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return with_cache(BaseModelOutputWithPast(last_hidden_state=hidden), cache)
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Scale ``(B, T, D)``, add absolute positions, normalise."""
+        """Scale ``(B, T, D)``, add absolute positions, normalize."""
         config = self.config
         if config.scale_embedding:
             tokens = tokens * config.hidden_size**0.5

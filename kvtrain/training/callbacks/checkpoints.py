@@ -7,14 +7,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from kvtrain.run_folder import CHECKPOINTS, add_checkpoint, prune, rate_checkpoint, remove, step_path
-from kvtrain.training.metrics import CSVMetrics
+from kvtrain.training.csv_logger import CSVMetrics
 
 _KEPT = 2
 _RATED_BY = "val_perplexity"
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves ``checkpoints/step-XXXXXX.ckpt`` every so many optimiser steps and at the end.
+    """Saves ``checkpoints/step-XXXXXX.ckpt`` every so many optimizer steps and at the end.
 
     A checkpoint is written under a temporary name and renamed when it is complete, so that killing the
     run at any moment leaves a run that can go on. ``best.ckpt`` names the one with the lowest held-out
@@ -22,7 +22,7 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         run: Run folder.
-        every: Optimiser steps between checkpoints.
+        every: Optimizer steps between checkpoints.
 
     Raises:
         ValueError: ``every`` is not positive.

@@ -13,7 +13,7 @@ class GradientNorm(pl.Callback):
     """Logs ``gradient_norm``, over all trained parameters, before clipping.
 
     Attributes:
-        norm: Of the optimiser step that is being taken, on the device. DeepSpeed keeps gradients to itself and
+        norm: Of the optimizer step that is being taken, on the device. DeepSpeed keeps gradients to itself and
             tells after the step; None until then.
     """
 
@@ -31,7 +31,7 @@ class GradientNorm(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask DeepSpeed at the end of an optimiser step, and log."""
+        """Ask DeepSpeed at the end of an optimizer step, and log."""
         if isinstance(trainer.strategy, DeepSpeedStrategy) and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             engine: Any = trainer.model
             norm = engine.get_global_grad_norm()
@@ -41,7 +41,7 @@ class GradientNorm(pl.Callback):
 
 
 def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """2-norm of all gradients of an optimiser, sharded ones included; every rank calls it."""
+    """2-norm of all gradients of an optimizer, sharded ones included; every rank calls it."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

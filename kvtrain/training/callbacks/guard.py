@@ -21,10 +21,10 @@ class NonFiniteError(ValueError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Drops an optimiser step, or ends the run, where a loss or the gradient is not finite, on all ranks alike.
+    """Drops an optimizer step, or ends the run, where a loss or the gradient is not finite, on all ranks alike.
 
     Losses are taken before the backward pass and the gradient's norm after it; both are looked at once an
-    optimiser step, because reading every loss would stall a GPU. A dropped step leaves weights and moments as they
+    optimizer step, because reading every loss would stall a GPU. A dropped step leaves weights and moments as they
     are and counts as taken. Where losses are scaled (``16-mixed``) a gradient that overflows is part of the
     procedure, which drops the step by itself: then losses alone are looked at.
 
@@ -44,7 +44,7 @@ class NonFiniteGuard(pl.Callback):
             raise ValueError(f"trainer.non_finite must be off, skip or stop, not {policy!r}")
         self.policy, self.gradients = policy, gradients
         self.skipped_steps = 0
-        self._losses: list[Tensor] = []  # of the optimiser window's batches
+        self._losses: list[Tensor] = []  # of the optimizer window's batches
         self._rows: list[Tensor] = []  # (B,) each
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class NonFiniteGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimiser step, hear what DeepSpeed did, and log."""
+        """After an optimizer step, hear what DeepSpeed did, and log."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy) and self._engine_refused(trainer):

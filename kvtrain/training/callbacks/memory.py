@@ -22,7 +22,7 @@ class PeakMemory(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the end of an optimiser step that is logged, log."""
+        """At the end of an optimizer step that is logged, log."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not every or trainer.global_step % every:
             return

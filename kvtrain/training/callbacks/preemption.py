@@ -14,7 +14,7 @@ logger = logging.getLogger("kvtrain")
 
 
 class Preemption(pl.Callback):
-    """Saves at the end of the current optimiser step after a SIGTERM and leaves with exit code 143.
+    """Saves at the end of the current optimizer step after a SIGTERM and leaves with exit code 143.
 
     Lightning 2.6 would leave without saving, with exit code 0, which a scheduler takes for success.
     """
@@ -34,7 +34,7 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the end of an optimiser step, save; one rank's signal counts for all."""
+        """At the end of an optimizer step, save; one rank's signal counts for all."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._leaving = trainer.strategy.reduce_boolean_decision(self.requested, all=False)

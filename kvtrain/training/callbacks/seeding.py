@@ -11,7 +11,7 @@ class StepSeeding(pl.Callback):
     """Seeds python, numpy and torch at every micro-batch from (seed, step, micro-batch, rank).
 
     Lightning saves no random state, and building a loader draws from it, so that whatever used the
-    global generators would differ after a resume (DESIGN 2.10).
+    global generators would differ after a resume.
     """
 
     def on_train_batch_start(

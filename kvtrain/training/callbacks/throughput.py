@@ -12,7 +12,7 @@ _WINDOW = 20
 
 
 class Throughput(pl.Callback):
-    """Logs ``tokens_per_second``, the mean over the last optimiser steps, pads excluded and validations too.
+    """Logs ``tokens_per_second``, the mean over the last optimizer steps, pads excluded and validations too.
 
     Beside it, where a device's peak is known, its use as ``mfu`` (what training needs) and ``hfu`` (recomputed
     layers and a teacher's forward pass included); ``kvtrain.training.flops`` says what is counted.
@@ -43,7 +43,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; at the end of an optimiser step, log."""
+        """Count; at the end of an optimizer step, log."""
         self._tokens += int((batch["document_ids"] > 0).sum()) * trainer.world_size
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from kvtrain.data.packing import Batch
-from kvtrain.kernels import slices
+from kvtrain.kernels import cpu_tiling
 from kvtrain.models.method import Repeat
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.memory import Held, TrainingMemory
@@ -45,7 +45,7 @@ _LONG, _LENGTHS = 8192, (2048, 4096)
 _FEW = 5  # of layers alike: as many as are rehearsed in place of any more, two and then three
 
 
-class _Forgetful(FakeTensorConverter):
+class _ConverterWithoutMemo(FakeTensorConverter):
     """Notes no tensor down: a module cannot change the dtype of parameters that are referred to from elsewhere."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
@@ -54,7 +54,7 @@ class _Forgetful(FakeTensorConverter):
 
 def _without_values() -> FakeTensorMode:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.fake_tensor_converter = _Forgetful()
+    mode.fake_tensor_converter = _ConverterWithoutMemo()
     return mode
 
 
@@ -70,7 +70,7 @@ def full_precision_name(precision: str | int | None) -> str:
     return name
 
 
-def rehearse(
+def measure_step_memory(
     module: TrainingModule,
     *,
     batch_size: int,
@@ -80,7 +80,7 @@ def rehearse(
     on_cpu: bool = True,
     every_layer: bool = False,
 ) -> TrainingMemory:
-    """Take a step of every phase, its optimiser's state and its gradients in place, as from the second step on.
+    """Take a step of every phase, its optimizer's state and its gradients in place, as from the second step on.
 
     Of phases that are alike one is rehearsed. Of layers that are alike the first and the last one are, and once more
     with another between them: what that one adds, all others add. Rows of more than 8,192 tokens are not read either:
@@ -98,7 +98,7 @@ def rehearse(
     """
     run = _Run(module, every_layer, batch_size, precision, accumulates, on_cpu)
     depths = [(1.0, frozenset[int]())] if every_layer else _depths(module.repeats())
-    with contextlib.nullcontext() if every_layer else slices.without_values():
+    with contextlib.nullcontext() if every_layer else cpu_tiling.without_values():
         parts = [
             (weight * share, run.memory(length, dropped))
             for weight, length in _lengths(sequence_length)
@@ -126,7 +126,7 @@ def _lengths(sequence_length: int) -> list[tuple[float, int]]:
 
 @dataclass(frozen=True)
 class _Run:
-    """Rehearsals of a module at several depths and lengths; attributes as the arguments of ``rehearse``."""
+    """Rehearsals of a module at several depths and lengths; attributes as the arguments of ``measure_step_memory``."""
 
     module: TrainingModule
     every_layer: bool
@@ -137,17 +137,17 @@ class _Run:
 
     def memory(self, length: int, dropped: frozenset[int]) -> TrainingMemory:
         """With rows of ``length`` tokens, and a model without the ``dropped`` layers."""
-        meter, twin = MemoryMeter(condition=not self.on_cpu), _twin(self.module)
+        meter, detached = MemoryMeter(condition=not self.on_cpu), _detached_copy(self.module)
         if not self.every_layer:
-            twin.simplify(dropped)
-        phases = range(len(twin.schedule.phases)) if self.every_layer else twin.unlike_phases()
+            detached.simplify(dropped)
+        phases = range(len(detached.schedule.phases)) if self.every_layer else detached.unlike_phases()
         marks = LayerMarks(meter, dropped)
         with _silence(), _without_values(), meter:
-            teacher = self._build(twin, marks)
-            optimizer = self._warm_optimizer(twin, marks)
-            batch = twin.rehearsal_batch(_batch(self.batch_size, length))
-            kept = tuple(self._step(twin, batch, optimizer, marks, phase) for phase in phases)
-            parameters, gradients = _bytes(twin.parameters()), _bytes(_trained(twin))
+            teacher = self._build(detached, marks)
+            optimizer = self._warm_optimizer(detached, marks)
+            batch = detached.estimate_batch(_batch(self.batch_size, length))
+            kept = tuple(self._step(detached, batch, optimizer, marks, phase) for phase in phases)
+            parameters, gradients = _bytes(detached.parameters()), _bytes(_trained(detached))
             state = _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         moments = {
             moment: _held(reading, parameters, 0 if moment == START else state)
@@ -155,30 +155,30 @@ class _Run:
         }
         return TrainingMemory(parameters, gradients, state, teacher, kept, moments)
 
-    def _build(self, twin: Any, marks: LayerMarks) -> int:
+    def _build(self, detached: Any, marks: LayerMarks) -> int:
         """Model and teacher; returns the teacher's bytes."""
         meter, plugin = marks.meter, _PLUGINS[self.precision]
         with plugin.module_init_context():
-            twin.configure_model()
-        plugin.convert_module(twin)
+            detached.configure_model()
+        plugin.convert_module(detached)
         model = meter.live
-        twin.on_fit_start()
+        detached.on_fit_start()
         teacher = meter.live - model
-        twin.on_train_start()
-        marks.watch(twin.model)
+        detached.on_train_start()
+        marks.watch(detached.model)
         if not self.accumulates:
-            meter.count_gradients(_trained(twin))
+            meter.count_gradients(_trained(detached))
         return teacher
 
-    def _warm_optimizer(self, twin: Any, marks: LayerMarks) -> torch.optim.Optimizer:
-        """The optimiser after two steps, the second of which finds all gradients and moments in place."""
-        optimizer: torch.optim.Optimizer = twin.configure_optimizers()["optimizer"]
+    def _warm_optimizer(self, detached: Any, marks: LayerMarks) -> torch.optim.Optimizer:
+        """The optimizer after two steps, the second of which finds all gradients and moments in place."""
+        optimizer: torch.optim.Optimizer = detached.configure_optimizers()["optimizer"]
         marks.open_stage("first update")
         for group in optimizer.param_groups:
             group["foreach"] = not self.on_cpu
             for parameter in group["params"]:
                 parameter.grad = torch.empty_like(parameter)
-        marks.meter.gradients = _bytes(_trained(twin))
+        marks.meter.gradients = _bytes(_trained(detached))
         optimizer.step()
         groups = optimizer.param_groups
         for index, group in enumerate(groups):  # each by itself: matrices grow with the depth, embeddings do not
@@ -188,14 +188,16 @@ class _Run:
         optimizer.param_groups = groups
         return optimizer
 
-    def _step(self, twin: Any, batch: Batch, optimizer: torch.optim.Optimizer, marks: LayerMarks, phase: int) -> int:
+    def _step(
+        self, detached: Any, batch: Batch, optimizer: torch.optim.Optimizer, marks: LayerMarks, phase: int
+    ) -> int:
         """Forward and backward as a phase begins; returns what the one leaves for the other."""
         meter, held = marks.meter, marks.meter.live
-        twin.trainer.global_step = sum(before.steps for before in twin.schedule.phases[:phase])
+        detached.trainer.global_step = sum(before.steps for before in detached.schedule.phases[:phase])
         marks.open_stage(("step", phase))
-        twin.on_train_batch_start(batch, 0)
+        detached.on_train_batch_start(batch, 0)
         with _PLUGINS[self.precision].train_step_context():
-            loss = twin.training_step(batch, 0)
+            loss = detached.training_step(batch, 0)
         kept = meter.live - held
         if not self.accumulates:
             optimizer.zero_grad()
@@ -209,18 +211,18 @@ def _held(reading: Reading, parameters: int, optimizer: int) -> Held:
     return Held(parameters, reading.gradients, optimizer, others)
 
 
-def _trained(twin: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in twin.parameters() if parameter.requires_grad]
+def _trained(detached: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in detached.parameters() if parameter.requires_grad]
 
 
-def _twin(module: TrainingModule) -> Any:
+def _detached_copy(module: TrainingModule) -> Any:
     """A copy that needs neither a trainer nor weights."""
-    twin: Any = copy.deepcopy(module)
+    detached: Any = copy.deepcopy(module)
     if isinstance(module, RetrofitModule):
-        twin._load_base = lambda: AutoModelForCausalLM.from_config(twin.plain_config(), dtype=module.base_dtype)
-    twin.log = lambda *_, **__: None
-    # Without optimisers, so that a phase's start clears no moments: they are there again from its second step on.
-    twin.trainer = SimpleNamespace(
+        detached._load_base = lambda: AutoModelForCausalLM.from_config(detached.plain_config(), dtype=module.base_dtype)
+    detached.log = lambda *_, **__: None
+    # Without optimizers, so that a phase's start clears no moments: they are there again from its second step on.
+    detached.trainer = SimpleNamespace(
         global_step=0,
         validating=False,
         max_steps=module.schedule.total_steps,
@@ -228,7 +230,7 @@ def _twin(module: TrainingModule) -> Any:
         world_size=1,
         optimizers=[],
     )
-    return twin
+    return detached
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
-from kvtrain.mistakes import first_line
+from kvtrain.errors import first_line
 from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.method import Method, Repeat, key_value_shape
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
@@ -53,7 +53,7 @@ class MethodModule(TrainingModule):
         """See ``TrainingModule``."""
         return int(self.host_config().vocab_size)
 
-    def skeleton(self) -> nn.Module:
+    def build_meta_model(self) -> nn.Module:
         """See ``TrainingModule``."""
         return meta_model(self.host_config(), self.method)
 

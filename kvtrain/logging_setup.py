@@ -35,7 +35,7 @@ class _Lines(logging.Formatter):
         return f"kvtrain: warning: {text}" if record.levelno >= logging.WARNING else text
 
 
-def speak_plainly() -> None:
+def configure_logging() -> None:
     """Send kvtrain's log to standard error, on the first rank, and silence advertisements and internals."""
     handler = _StandardError()
     handler.setFormatter(_Lines())

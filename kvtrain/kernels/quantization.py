@@ -5,7 +5,7 @@ A vector of D channels becomes ``bits * D / 8`` bytes of codes with two float16 
 (asymmetric, one group a vector).
 
 The scale is never below the zero's own float16 spacing, so that rounding the zero moves no channel past the first code.
-This keeps every channel within half a scale of what it was, and makes quantising again what was dequantised to float32
+This keeps every channel within half a scale of what it was, and makes quantizing again what was dequantized to float32
 or wider give the same bytes.
 """
 
@@ -43,7 +43,7 @@ def packed_channels(width: int, bits: int) -> int:
     return (width - _CONSTANTS) * 8 // bits
 
 
-def quantise(states: Tensor, bits: int) -> Tensor:
+def quantize(states: Tensor, bits: int) -> Tensor:
     """Pack vectors.
 
     What lies beyond float16 saturates: a zero at its limits, a scale at its upper one. NaN makes its vector NaN.
@@ -72,7 +72,7 @@ def quantise(states: Tensor, bits: int) -> Tensor:
     return torch.cat([codes, torch.cat([scale, zero], -1).view(torch.uint8)], -1)
 
 
-def dequantise(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Vectors ``(..., D)`` again.
 
     Args:
@@ -87,7 +87,7 @@ def dequantise(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> 
     if packed.shape[-1] != packed_width(head_dim, bits):
         raise ValueError(
             f"{head_dim} channels in {bits} bits take {packed_width(head_dim, bits)} bytes, not {packed.shape[-1]}; "
-            "pass the bits and the width that quantise was given"
+            "pass the bits and the width that quantize was given"
         )
     compute = torch.promote_types(dtype, torch.float32)
     # A copy: float16 can be read only where it is aligned, which a slot of odd width is not.
@@ -117,7 +117,7 @@ def read_back(states: Tensor, bits: int | None) -> Tensor:
 class _ReadBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, bits: int) -> Tensor:
-        return dequantise(quantise(states, bits), bits, states.shape[-1], states.dtype)
+        return dequantize(quantize(states, bits), bits, states.shape[-1], states.dtype)
 
     @staticmethod
     @once_differentiable

@@ -11,14 +11,14 @@ from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.lckv.attention import Angles, KeyValue, SharedAttention
 from kvtrain.models.lckv.cache import EndlessWindow, LCKVCacheLayer
-from kvtrain.models.windows import attend_beside_window, take_slots
+from kvtrain.models.windows import attend_cache_and_window, take_slots
 
 # Keys (B, H_kv, S, D), values, and the position (B, S) of the token in each slot, -1 where there is none.
 RingContent = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Reader:
+class CacheView:
     """What is stored of the tokens before the new ones, and where the new ones go.
 
     Attributes:
@@ -40,7 +40,7 @@ class Reader:
     rings: dict[int, RingContent] | None = None
 
     def attend(
-        self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, made: KeyValue
+        self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, key_value: KeyValue
     ) -> Tensor:
         """Store what a layer has made, and attend.
 
@@ -49,7 +49,7 @@ class Reader:
             query: ``(B, H, n, D)``, rotated.
             key: ``(B, H_kv, n, D)`` of the new tokens in the layer that it reads; None: they are not there yet.
             value: Likewise.
-            made: What the layer owns of the new tokens.
+            key_value: What the layer owns of the new tokens.
 
         Returns:
             ``(B, H, n, D)``; zeros where a token sees nothing.
@@ -57,7 +57,7 @@ class Reader:
         # Under autocast what is held, and read again, is wider than what a layer makes.
         new = None if key is None or value is None else (key.to(query.dtype), value.to(query.dtype))
         if self.write is not None:
-            self._store(module.layer_idx, made, self.write)
+            self._store(module.layer_idx, key_value, self.write)
         layer = self.layers[module.key_layer]
         one = query.shape[2] == 1  # which has been stored by now, if its layer's keys and values are there at all
         itself = one and new is not None and module.diagonal != "closed"
@@ -70,8 +70,8 @@ class Reader:
             return self._attend_ring(module, query, seen)
         return self._attend_window(module, query, new)
 
-    def _store(self, owner: int, made: KeyValue, write: Tensor) -> None:
-        key, value = made
+    def _store(self, owner: int, key_value: KeyValue, write: Tensor) -> None:
+        key, value = key_value
         layer = self.layers[owner]
         if layer.ring is not None and (key is not None or value is not None):
             some = key if key is not None else value
@@ -126,7 +126,7 @@ class Reader:
         held = (take_slots(keys, order), take_slots(values, order), positions.gather(1, order))
         unseen = query.new_zeros(*keys.shape[:2], self.valid.shape[1], keys.shape[3])
         assert module.window is not None
-        return attend_beside_window(
+        return attend_cache_and_window(
             query,
             (unseen, unseen) if new is None else new,
             held,

@@ -62,7 +62,7 @@ def raised_by_kvtrain(error: BaseException) -> bool:
 
 
 @contextmanager
-def opening_model(name: str, remedy: str = "give a folder, a Hub id or kvtrain:tiny") -> Iterator[None]:
+def explain_load_errors(name: str, remedy: str = "give a folder, a Hub id or kvtrain:tiny") -> Iterator[None]:
     """Say in a line what is wrong with a model that somebody named; what happens in kvtrain's own code stays as it is.
 
     Configurations and weights are read by five libraries, whose errors have nothing in common.

@@ -24,7 +24,7 @@ def without_values() -> Iterator[None]:
         _WITHOUT_VALUES.reset(token)
 
 
-def worked_on(alike: range, odd: int = 0) -> range:
+def tiles_to_run(alike: range, odd: int = 0) -> range:
     """Which of equal parts have to be worked on: all; ``without_values`` the last two.
 
     Args:
@@ -36,32 +36,32 @@ def worked_on(alike: range, odd: int = 0) -> range:
 
 def spans(length: int, size: int) -> list[slice]:
     """Slices of ``size`` that cover ``length`` entries, the last perhaps shorter; ``without_values`` the last few."""
-    starts = worked_on(range(0, length, size), odd=int(length % size > 0))
+    starts = tiles_to_run(range(0, length, size), odd=int(length % size > 0))
     return [slice(start, start + size) for start in starts]
 
 
-def rows_in_cache(tensor: Tensor) -> int:
+def rows_per_tile(tensor: Tensor) -> int:
     """How many entries of the first axis to take at a time: on a CPU what fits into its cache, elsewhere all."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return max(1, len(tensor))
     return max(1, _NUMBERS * len(tensor) // tensor.numel())
 
 
-def row_slices(tensor: Tensor) -> list[slice]:
-    """Where to cut the first axis so that each part has ``rows_in_cache`` entries, the last perhaps fewer."""
-    return spans(len(tensor), rows_in_cache(tensor))
+def row_tiles(tensor: Tensor) -> list[slice]:
+    """Where to cut the first axis so that each part has ``rows_per_tile`` entries, the last perhaps fewer."""
+    return spans(len(tensor), rows_per_tile(tensor))
 
 
-def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching parts of tensors, in order; views of those that are contiguous.
 
     Args:
         *tensors: ``(..., D)`` each, with the same leading axes.
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    cuts = row_slices(flat[0])
+    cuts = row_tiles(flat[0])
     first = cuts[0].start if cuts else 0
-    return zip(*(tensor[first:].split(rows_in_cache(flat[0])) for tensor in flat), strict=True)
+    return zip(*(tensor[first:].split(rows_per_tile(flat[0])) for tensor in flat), strict=True)
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtrain.metrics import GATES_FILE_NAME
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.metrics import rows_before, write_rows
+from kvtrain.training.csv_logger import rows_before, write_rows
 
 
 class HeadGates(pl.Callback):

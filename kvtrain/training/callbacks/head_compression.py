@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from kvtrain.losses.compression import free_to_merge
 from kvtrain.metrics import HEADS_FILE_NAME
 from kvtrain.training.base import Ledger
-from kvtrain.training.metrics import rows_before, write_rows
+from kvtrain.training.csv_logger import rows_before, write_rows
 
 
 class HeadCompression(pl.Callback):

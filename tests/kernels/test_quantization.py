@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtrain.kernels.quantisation import dequantise, packed_channels, packed_width, quantise
+from kvtrain.kernels.quantization import dequantize, packed_channels, packed_width, quantize
 
 PROPERTY = settings(max_examples=150)
 BITS = [8, 4]
@@ -18,7 +18,7 @@ def constants(packed):
 
 
 def round_trip(states, bits, dtype=torch.float64):
-    return dequantise(quantise(states, bits), bits, states.shape[-1], dtype)
+    return dequantize(quantize(states, bits), bits, states.shape[-1], dtype)
 
 
 def half_bytes(*numbers):
@@ -27,15 +27,15 @@ def half_bytes(*numbers):
 
 def test_bytes_by_hand():
     """Codes, scale, zero; in 4 bits the second half of the channels in the upper halves of the bytes."""
-    eight = quantise(torch.tensor([[-1.0, 126.5, 0.0, 0.2]]), 8)
+    eight = quantize(torch.tensor([[-1.0, 126.5, 0.0, 0.2]]), 8)
     assert eight.tolist() == [[0, 255, 2, 2, *half_bytes(0.5, -1.0)]]
-    four = quantise(torch.tensor([[3.0, 33.0, 5.0, 8.9], [0.0, 0.0, 15.0, 7.4]]), 4)
+    four = quantize(torch.tensor([[3.0, 33.0, 5.0, 8.9], [0.0, 0.0, 15.0, 7.4]]), 4)
     assert four.tolist() == [
         [0 + (1 << 4), 15 + (3 << 4), *half_bytes(2.0, 3.0)],
         [0 + (15 << 4), 0 + (7 << 4), *half_bytes(1.0, 0.0)],
     ]
-    assert dequantise(eight, 8, 4, torch.float32).tolist() == [[-1.0, 126.5, 0.0, 0.0]]
-    assert dequantise(four, 4, 4, torch.float64).tolist() == [[3.0, 33.0, 5.0, 9.0], [0.0, 0.0, 15.0, 7.0]]
+    assert dequantize(eight, 8, 4, torch.float32).tolist() == [[-1.0, 126.5, 0.0, 0.0]]
+    assert dequantize(four, 4, 4, torch.float64).tolist() == [[3.0, 33.0, 5.0, 9.0], [0.0, 0.0, 15.0, 7.0]]
 
 
 @st.composite
@@ -50,17 +50,17 @@ def vectors(draw):
 @PROPERTY
 @given(vectors(), st.sampled_from(BITS), st.sampled_from([torch.float32, torch.float64]))
 def test_packing_again_changes_no_byte(states, bits, dtype):
-    packed = quantise(states.to(dtype), bits)
-    again = dequantise(packed, bits, states.shape[-1], dtype)
-    assert torch.equal(quantise(again, bits), packed)
-    assert torch.equal(dequantise(quantise(again, bits), bits, states.shape[-1], dtype), again)
+    packed = quantize(states.to(dtype), bits)
+    again = dequantize(packed, bits, states.shape[-1], dtype)
+    assert torch.equal(quantize(again, bits), packed)
+    assert torch.equal(dequantize(quantize(again, bits), bits, states.shape[-1], dtype), again)
 
 
 @PROPERTY
 @given(vectors(), st.sampled_from(BITS))
 def test_a_channel_is_within_half_a_scale(states, bits):
     """And the scale is what the vector's range asks for, unless its least channel or float16 forbid one so fine."""
-    scale, _ = (constant.double() for constant in constants(quantise(states, bits)))
+    scale, _ = (constant.double() for constant in constants(quantize(states, bits)))
     off = (round_trip(states, bits) - states).abs().amax(-1)
     assert (off <= scale * 0.5001).all()
     low, high = states.aminmax(dim=-1)
@@ -73,21 +73,21 @@ def test_a_channel_is_within_half_a_scale(states, bits):
 @pytest.mark.parametrize("number", [0.0, -0.0, 1.5, -3e-5, 60000.0, -LARGEST, 1e-30])
 def test_equal_channels(bits, number):
     """As exact as float16."""
-    packed = quantise(torch.full((2, 6), number), bits)
+    packed = quantize(torch.full((2, 6), number), bits)
     assert packed[:, :-4].eq(0).all()
     expected = torch.full((2, 6), number).half().float()
-    assert torch.equal(dequantise(packed, bits, 6, torch.float32), expected)
+    assert torch.equal(dequantize(packed, bits, 6, torch.float32), expected)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_half_types_are_computed_wide(bits):
     states = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float16):
-        packed = quantise(states.to(dtype), bits)
-        assert torch.equal(packed, quantise(states.to(dtype).double(), bits))
-        opened = dequantise(packed, bits, 16, dtype)
+        packed = quantize(states.to(dtype), bits)
+        assert torch.equal(packed, quantize(states.to(dtype).double(), bits))
+        opened = dequantize(packed, bits, 16, dtype)
         assert opened.dtype == dtype
-        assert torch.equal(opened, dequantise(packed, bits, 16, torch.float32).to(dtype))
+        assert torch.equal(opened, dequantize(packed, bits, 16, torch.float32).to(dtype))
 
 
 def test_what_float16_cannot_hold_saturates_and_nan_stays_in_its_vector():
@@ -103,29 +103,29 @@ def test_what_float16_cannot_hold_saturates_and_nan_stays_in_its_vector():
 def test_slots_of_any_width_in_any_layout(bits, dim):
     """Float16 constants that lie on odd addresses, and slots that are part of something larger."""
     states = torch.randn(3, 5, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    packed, expected = quantise(states, bits), round_trip(states, bits)
+    packed, expected = quantize(states, bits), round_trip(states, bits)
     width = packed_width(dim, bits)
     assert packed.shape == (3, 5, width) and width == dim * bits // 8 + 4 and packed_channels(width, bits) == dim
-    assert torch.equal(quantise(states.mT.contiguous().mT, bits), packed)
+    assert torch.equal(quantize(states.mT.contiguous().mT, bits), packed)
     shifted = torch.zeros(3, 5, width + 3, dtype=torch.uint8)[..., 2 : width + 2].copy_(packed)
     for part, wanted in ((shifted, expected), (packed[1:, 2::2], expected[1:, 2::2]), (shifted[2, 3], expected[2, 3])):
-        assert torch.equal(dequantise(part, bits, dim, torch.float64), wanted)
-    assert torch.equal(dequantise(packed.transpose(0, 1), bits, dim, torch.float64), expected.transpose(0, 1))
+        assert torch.equal(dequantize(part, bits, dim, torch.float64), wanted)
+    assert torch.equal(dequantize(packed.transpose(0, 1), bits, dim, torch.float64), expected.transpose(0, 1))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_no_vectors_and_bytes_of_unused_slots(bits):
-    assert quantise(torch.zeros(0, 3, 8), bits).shape == (0, 3, packed_width(8, bits))
+    assert quantize(torch.zeros(0, 3, 8), bits).shape == (0, 3, packed_width(8, bits))
     assert round_trip(torch.zeros(2, 0, 8), bits).shape == (2, 0, 8)
     unused = torch.zeros(2, packed_width(8, bits), dtype=torch.uint8)
-    assert dequantise(unused, bits, 8, torch.float32).eq(0).all()
+    assert dequantize(unused, bits, 8, torch.float32).eq(0).all()
 
 
 def test_mistakes_name_the_remedy():
     with pytest.raises(ValueError, match="bits must be 4 or 8, not 2; leave vectors as they are for more"):
-        quantise(torch.zeros(3, 8), 2)
+        quantize(torch.zeros(3, 8), 2)
     with pytest.raises(ValueError, match="4 bits hold two channels a byte, and head_dim 7 is odd; use 8 bits"):
-        quantise(torch.zeros(3, 7), 4)
-    packed = quantise(torch.zeros(3, 8), 8)
+        quantize(torch.zeros(3, 7), 4)
+    packed = quantize(torch.zeros(3, 8), 8)
     with pytest.raises(ValueError, match="8 channels in 4 bits take 8 bytes, not 12; pass the bits"):
-        dequantise(packed, 4, 8, torch.float32)
+        dequantize(packed, 4, 8, torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvtrain.models.attention import parallel_documents
 from kvtrain.models.compat import CACHE
-from kvtrain.models.lckv.attention import Call, KeyValue, Made
+from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.recording import RecordedStates
 from kvtrain.models.serving import NewTokens
@@ -30,17 +30,17 @@ class SharingLayer(nn.Module):
     """
 
     self_attn: Any
-    input_layernorm: nn.Module  # of hosts that normalise before attention
+    input_layernorm: nn.Module  # of hosts that normalize before attention
 
-    def forward(self, hidden_states: Tensor, *, call: Call, **kwargs: Any) -> tuple[Tensor | None, KeyValue]:
+    def forward(self, hidden_states: Tensor, *, inputs: LayerInputs, **kwargs: Any) -> tuple[Tensor | None, KeyValue]:
         """The host layer's output, and what the layer owns; the output is None where only that is wanted."""
-        made = Made()
-        if call.key_value_only:
+        outputs = LayerOutputs()
+        if inputs.key_value_only:
             normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
-            self.self_attn(normed, kwargs["position_embeddings"], call=call, made=made)
-            return None, made.key_value
-        output = super().forward(hidden_states, call=call, made=made, **kwargs)
-        return output, made.key_value
+            self.self_attn(normed, kwargs["position_embeddings"], inputs=inputs, outputs=outputs)
+            return None, outputs.key_value
+        output = super().forward(hidden_states, inputs=inputs, outputs=outputs, **kwargs)
+        return output, outputs.key_value
 
     def __reduce__(self) -> tuple[Any, ...]:
         """No module has this class by its name, and pickle finds the host's."""
@@ -64,7 +64,7 @@ def sharing_layer(layer: nn.Module) -> nn.Module:
     return adopted
 
 
-class SharingStack(nn.ModuleList):
+class LayerSchedule(nn.ModuleList):
     """A host's list of layers, run by a map.
 
     The host runs ``for layer in layers[:n]``; the slice has one entry, and that runs everything.
@@ -107,7 +107,7 @@ class SharingStack(nn.ModuleList):
                     recorded[stage.first] = hidden_states
                 hidden_states = self._iterate(stage, hidden_states, shared, kwargs, documents)
             else:
-                hidden_states = self.once(stage, hidden_states, shared, kwargs, recorded, documents=documents)
+                hidden_states = self.run_stage(stage, hidden_states, shared, kwargs, recorded, documents=documents)
         return hidden_states
 
     def _iterate(
@@ -121,29 +121,29 @@ class SharingStack(nn.ModuleList):
         for index in range(passes - 1):
             graded = index >= passes - self.settings.backward_passes
             with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-                self.refine(stage, hidden, shared, kwargs, documents=documents)
+                self.update_kv(stage, hidden, shared, kwargs, documents=documents)
         before = dict(shared)
-        hidden = self.once(stage, hidden, shared, kwargs, documents=documents)
+        hidden = self.run_stage(stage, hidden, shared, kwargs, documents=documents)
         if self.settings.stale_target:
             shared.update({owner: before.get(owner, _NOTHING) for owner in self.targets(stage)})
         return hidden
 
-    def refine(self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **call: Any) -> None:
+    def update_kv(self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], **given: Any) -> None:
         """A pass whose output nobody needs: the last layer makes its keys and values and stops."""
-        hidden = self._pass(range(stage.first, stage.last), hidden, shared, kwargs, **call)
-        self._pass([stage.last], hidden, shared, kwargs, key_value_only=True, **call)
+        hidden = self._pass(range(stage.first, stage.last), hidden, shared, kwargs, **given)
+        self._pass([stage.last], hidden, shared, kwargs, key_value_only=True, **given)
 
-    def once(
+    def run_stage(
         self,
         stage: Stage,
         hidden: Tensor,
         shared: Shared,
         kwargs: dict[str, Any],
         recorded: RecordedStates | None = None,
-        **call: Any,
+        **given: Any,
     ) -> Tensor:
-        """A pass through all layers of a stage; ``call`` is what every ``Call`` says besides."""
-        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, recorded, **call)
+        """A pass through all layers of a stage; ``given`` is what every ``LayerInputs`` says besides."""
+        return self._pass(range(stage.first, stage.last + 1), hidden, shared, kwargs, recorded, **given)
 
     def _pass(
         self,
@@ -152,7 +152,7 @@ class SharingStack(nn.ModuleList):
         shared: Shared,
         kwargs: dict[str, Any],
         recorded: RecordedStates | None = None,
-        **call: Any,
+        **given: Any,
     ) -> Tensor:
         """Layers in order; ``shared`` gains what they make.
 
@@ -167,11 +167,11 @@ class SharingStack(nn.ModuleList):
             source = before if stale else shared
             key, value = source.get(key_layer, _NOTHING)[0], source.get(value_layer, _NOTHING)[1]
             first = shared.get(0) if self.settings.residual else None
-            told = Call(key, value, own=not stale, first=first, **call)
-            output, made = self._modules[str(layer_idx)](hidden, call=told, **kwargs)
+            inputs = LayerInputs(key, value, own=not stale, first=first, **given)
+            output, owned = self._modules[str(layer_idx)](hidden, inputs=inputs, **kwargs)
             hidden = hidden if output is None else output
-            if made[0] is not None or made[1] is not None:
-                shared[layer_idx] = made
+            if owned[0] is not None or owned[1] is not None:
+                shared[layer_idx] = owned
         return hidden
 
     def targets(self, stage: Stage) -> list[int]:

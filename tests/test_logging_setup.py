@@ -4,7 +4,7 @@ import io
 import logging
 import sys
 
-from kvtrain.training.quiet import speak_plainly
+from kvtrain.logging_setup import configure_logging
 
 
 def test_lines_go_to_standard_error_as_it_is_when_they_are_written(monkeypatch):
@@ -12,7 +12,7 @@ def test_lines_go_to_standard_error_as_it_is_when_they_are_written(monkeypatch):
     logger = logging.getLogger("kvtrain")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", logger.propagate)
-    speak_plainly()
+    configure_logging()
     taken_over = io.StringIO()
     monkeypatch.setattr(sys, "stderr", taken_over)
     logger.info("a fact")

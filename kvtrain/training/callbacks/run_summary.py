@@ -40,7 +40,7 @@ class RunRecord(pl.Callback):
         run_folder.write_config(self.run, self.recipe)
 
 
-class OpeningLine(pl.Callback):
+class RunSummary(pl.Callback):
     """Says once what trains, how large it is, where, for how long, and into which folder."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,10 +48,10 @@ class OpeningLine(pl.Callback):
         assert isinstance(pl_module, TrainingModule)
         if trainer.is_global_zero:
             pl_module.write_record(Path(trainer.default_root_dir))
-        logger.info("%s", opening_line(trainer, pl_module))
+        logger.info("%s", run_summary_line(trainer, pl_module))
 
 
-def opening_line(trainer: pl.Trainer, module: TrainingModule) -> str:
+def run_summary_line(trainer: pl.Trainer, module: TrainingModule) -> str:
     """One line of facts about a run that begins or goes on."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)

@@ -13,7 +13,7 @@ from kvtrain.models.attention import parallel_documents
 from kvtrain.models.duo.config import Duo
 
 
-class Scope(NamedTuple):
+class AttentionPatterns(NamedTuple):
     """Who sees whom in a forward pass without a cache.
 
     Attributes:
@@ -28,23 +28,23 @@ class Scope(NamedTuple):
     position_ids: Tensor | None
     scale: float
 
-    def everything(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All tokens before."""
         documents = self.documents
         return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
 
     def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The first tokens and the latest ones, and where it is so set one that stands for all others."""
-        near = window_attention(query, key, value, scale=self.scale, **self._window())
+        local = window_attention(query, key, value, scale=self.scale, **self._window())
         if not self.settings.compensation:
-            return near[0]
-        return add_compensation(near, query, dropped_by_window(key, value, **self._window()), self.scale)[0]
+            return local[0]
+        return add_compensation(local, query, dropped_by_window(key, value, **self._window()), self.scale)[0]
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
         """Both, by ``gates (H_kv,)``."""
         if not self.settings.compensation:
             return mixed_attention(query, key, value, gates, scale=self.scale, **self._window())
-        return mix_heads(self.streaming(query, key, value), self.everything(query, key, value), gates)
+        return mix_heads(self.streaming(query, key, value), self.full(query, key, value), gates)
 
     def _window(self) -> dict[str, Any]:
         positions = self.position_ids
@@ -58,22 +58,23 @@ class Scope(NamedTuple):
         }
 
 
-def scope_of(
+def attention_patterns(
     settings: Duo,
     scale: float,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
-) -> Scope:
+) -> AttentionPatterns:
     """Who sees whom, from the arguments of an attention's forward pass without a cache."""
-    return Scope(settings, _one_per_row(parallel_documents(document_ids, attention_mask)), position_ids, scale)
+    documents = _one_per_row(parallel_documents(document_ids, attention_mask))
+    return AttentionPatterns(settings, documents, position_ids, scale)
 
 
-def mix_heads(streaming: Tensor, everything: Tensor, gates: Tensor) -> Tensor:
-    """``(1 - gate) * streaming + gate * everything`` of ``(B, H, T, D)``, by ``gates (H_kv,)``."""
-    near, far = at_least_float32(streaming), at_least_float32(everything)
-    share = gates.repeat_interleave(near.shape[1] // len(gates))[:, None, None].to(near.dtype)
-    return torch.lerp(near, far, share).to(streaming.dtype)
+def mix_heads(streaming: Tensor, full: Tensor, gates: Tensor) -> Tensor:
+    """``(1 - gate) * streaming + gate * full`` of ``(B, H, T, D)``, by ``gates (H_kv,)``."""
+    local, remote = at_least_float32(streaming), at_least_float32(full)
+    share = gates.repeat_interleave(local.shape[1] // len(gates))[:, None, None].to(local.dtype)
+    return torch.lerp(local, remote, share).to(streaming.dtype)
 
 
 def _one_per_row(documents: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Full and streaming heads in 8 or 4 bits: what they compute, what comes back, what they take.
 
-As in a full cache (``test_quantised.py``), every token reads all keys and values as pages hold them, its own too, with
+As in a full cache (``test_quantized.py``), every token reads all keys and values as pages hold them, its own too, with
 a cache and without. What stands for dropped tokens is summed up from what pages hold or would hold of them.
 """
 
@@ -70,7 +70,7 @@ def test_any_cut_is_what_there_is_without_a_cache(bits, compensation, sizes):
 
 
 def test_gates_are_judged_as_they_will_be_served(bits, compensation):
-    """Open and shut gates in evaluation mode are the rounded heads; training mode does not quantise."""
+    """Open and shut gates in evaluation mode are the rounded heads; training mode does not quantize."""
     ids, host = random_ids(2, 24), make_host(layers=len(FULL_HEADS))
     model, plain = (kvtrain.retrofit(host, replace(method_of(b, compensation), full_heads=None)) for b in (bits, None))
     gates = [torch.tensor([float(head in full) for head in range(HEADS)]) for full in FULL_HEADS]
@@ -180,7 +180,7 @@ def test_tokens_that_windows_never_held_come_back(bits, compensation):
 @pytest.mark.parametrize("tokens", [1, SINK + RECENT, 50])
 @pytest.mark.parametrize("slack", [0, 4])
 def test_bytes_are_the_formula(bits, compensation, tokens, slack):
-    """``2 (D bits / 8 + 4)`` bytes a slot, of whole pages and of what is set aside; sums are not quantised."""
+    """``2 (D bits / 8 + 4)`` bytes a slot, of whole pages and of what is set aside; sums are not quantized."""
     model, rows, vector = model_of(bits, compensation), 3, DIM * bits // 8 + 4
     _, cache = read(model, random_ids(rows, tokens), tokens, slack=slack)
     expected = rows * 8
@@ -207,14 +207,14 @@ def test_caches_of_other_bits_cannot_join(bits):
 
 @pytest.mark.parametrize("kv_bits", [2, 16, 0, "8"])
 def test_kv_bits_are_validated(kv_bits):
-    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantise nothing"):
+    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing"):
         kvtrain.Duo(kv_bits=kv_bits)
 
 
 def test_the_setting_outlives_rounding_and_saving(tmp_path, bits):
     model = kvtrain.retrofit(make_host(), kvtrain.Duo(sink=SINK, recent=RECENT, kv_bits=bits))
     assert model.method.as_served(model.config.host_config).kv_bits == bits
-    model.binarise(0.5).save_pretrained(tmp_path)
+    model.binarize(0.5).save_pretrained(tmp_path)
     opened = kvtrain.load(tmp_path)
     assert opened.method == model.method and opened.method.kv_bits == bits
     _, cache = read(opened, random_ids(1, 20), 5)

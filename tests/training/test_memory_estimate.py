@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from kvtrain.models.dmc import DMC
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
-from kvtrain.training import DMCModule, Phase, RetrofitModule, rehearsal
+from kvtrain.training import DMCModule, Phase, RetrofitModule, memory_estimate
 from kvtrain.training.estimate import estimate
-from kvtrain.training.rehearsal import MemoryMeter, rehearse
+from kvtrain.training.memory_estimate import MemoryMeter, measure_step_memory
 from tests.training.memory_worker import STATUS, build_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_a_meter_counts_storages_from_birth_to_death():
 
 
 def trained(config):
-    """A model and its optimiser after a step."""
+    """A model and its optimizer after a step."""
     model = retrofit(AutoModelForCausalLM.from_config(config), Full()).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     take_step(model, optimizer)
@@ -87,34 +87,34 @@ def test_fake_tensors_cost_what_real_ones_cost(host, monkeypatch, precision, che
     """Every byte of every figure: the same step once without and once with values."""
     module = DMCModule(host, DMC(), distill=True, phases=PHASES, activation_checkpointing=checkpointing)
     settings = {"batch_size": ROWS, "sequence_length": LENGTH, "precision": precision, "every_layer": True}
-    fake = rehearse(module, **settings)
-    monkeypatch.setattr(rehearsal, "_without_values", contextlib.nullcontext)
-    assert fake == rehearse(module, **settings)
+    fake = measure_step_memory(module, **settings)
+    monkeypatch.setattr(memory_estimate, "_without_values", contextlib.nullcontext)
+    assert fake == measure_step_memory(module, **settings)
     assert fake.activations > 10_000
 
 
 def test_a_teacher_is_a_second_base(host):
     module = RetrofitModule(host, num_key_value_heads=1, distill=True, phases=PHASES)
-    memory = rehearse(module, batch_size=ROWS, sequence_length=LENGTH, precision="bf16-true")
+    memory = measure_step_memory(module, batch_size=ROWS, sequence_length=LENGTH, precision="bf16-true")
     converted = LAYERS * 2 * 32 * 8
     angles = 2 * (8 // 2) * 4
     assert memory.teacher == 2 * memory.parameters + 4 * converted + angles  # in float32, whatever the student is
-    assert rehearse(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=8).teacher == 0
+    assert measure_step_memory(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=8).teacher == 0
 
 
 def test_what_the_device_and_accumulation_change(host):
     module = RetrofitModule(host, phases=PHASES, activation_checkpointing=True)
     settings = {"batch_size": ROWS, "sequence_length": LENGTH}
-    plain, summed = rehearse(module, **settings), rehearse(module, **settings, accumulates=True)
+    plain, summed = measure_step_memory(module, **settings), measure_step_memory(module, **settings, accumulates=True)
     assert 0 < summed.peak - plain.peak <= plain.gradients  # the backward pass finds gradients in place
 
     module = RetrofitModule(host, phases=PHASES)
-    plain, elsewhere = rehearse(module, **settings), rehearse(module, **settings, on_cpu=False)
+    plain, elsewhere = measure_step_memory(module, **settings), measure_step_memory(module, **settings, on_cpu=False)
     assert plain.activations == elsewhere.activations  # nowhere a mask that tells packed documents apart
 
 
 def test_an_optimiser_that_updates_all_at_a_time_may_be_the_peak(host):
-    memory = rehearse(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=2, on_cpu=False)
+    memory = measure_step_memory(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=2, on_cpu=False)
     held = memory.parameters + memory.gradients + memory.optimizer
     angles, undecayed = 2 * (8 // 2) * 4, 4 * (VOCAB * 32 + (2 * LAYERS + 1) * 32)
     assert memory.peak == held + angles + memory.parameters - undecayed  # a root for every decayed parameter

@@ -1,7 +1,7 @@
-"""A full cache in 8 or 4 bits: what it computes to the last digit, how far that is from no quantisation, what it takes.
+"""A full cache in 8 or 4 bits: what it computes to the last digit, how far that is from no quantization, what it takes.
 
 Every token reads the keys and values of all tokens, its own among them, as a cache holds them: one function, however a
-text is cut, and without a cache. Training alone does not quantise.
+text is cut, and without a cache. Training alone does not quantize.
 """
 
 import copy
@@ -69,7 +69,7 @@ def test_so_are_padded_rows_and_documents(bits):
     close(model(packed, document_ids=documents, use_cache=False).logits[:, 20:], expected)
 
 
-def test_training_does_not_quantise(bits):
+def test_training_does_not_quantize(bits):
     """In evaluation mode gradients pass as if nothing had been rounded: none is lost."""
     ids = random_ids(2, 12)
     model, plain = model_of(bits), model_of(None)
@@ -193,12 +193,12 @@ def test_a_prompt_read_without_quantisation_cannot_join(bits):
 
 @pytest.mark.parametrize("kv_bits", [2, 16, 0, "8"])
 def test_kv_bits_are_validated(kv_bits):
-    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantise nothing"):
+    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing"):
         kvtrain.Full(kv_bits=kv_bits)
 
 
 def test_the_setting_is_saved_and_exported(tmp_path, bits):
-    """Only a full cache that quantises nothing is a plain host."""
+    """Only a full cache that quantizes nothing is a plain host."""
     method = kvtrain.Full(kv_bits=bits)
     model_of(bits).save_pretrained(tmp_path / "saved")
     assert kvtrain.load(str(tmp_path / "saved")).method == method
@@ -208,7 +208,7 @@ def test_the_setting_is_saved_and_exported(tmp_path, bits):
     assert opened.method == method
     card = card_of(folder)
     assert f"Key-value cache: FULL, {bits} bits a channel." in card
-    assert "it runs the model that was trained, with an ordinary cache that quantises nothing" in card
+    assert "it runs the model that was trained, with an ordinary cache that quantizes nothing" in card
     assert "uncompressed" not in card and "is not the model" not in card
     _, cache = read(opened, random_ids(1, 5), 5)
     assert cache.layers[0].pages.bits == bits
