@@ -81,7 +81,7 @@ def test_gates_are_judged_as_they_will_be_served(bits, compensation):
     close(rounded, model_of(None, compensation)(ids, use_cache=False).logits)
 
 
-def test_logits_stay_near_the_unquantised_ones(bits, compensation):
+def test_logits_stay_near_the_unquantized_ones(bits, compensation):
     """As a share of their norm. Attention in these hosts is ten times too sharp."""
     ids = random_ids(2, 40, seed=3)
     exact, found = (model_of(b, compensation)(ids, use_cache=False).logits for b in (None, bits))

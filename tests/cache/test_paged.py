@@ -229,7 +229,7 @@ TestQuantisedStore = QuantisedMachine.TestCase
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_bytes_by_hand(bits):
+def test_quantized_bytes_by_hand(bits):
     """Codes and four bytes a vector, whatever the dtype; what was announced is what is taken."""
     dims, slot = {"keys": 6, "values": 2}, {8: 6 + 4 + 2 + 4, 4: 3 + 4 + 1 + 4}[bits]
     for dtype in (torch.float64, torch.bfloat16):
@@ -245,7 +245,7 @@ def test_quantised_bytes_by_hand(bits):
         assert {tensor.dtype for tensor in store.pool.tensors()} == {torch.uint8}
 
 
-def test_a_budget_counts_quantised_bytes():
+def test_a_budget_counts_quantized_bytes():
     """What holds 16 tokens in float64 holds 59 in 8 bits, a page and a number in the table for each."""
     token, held = {"keys": torch.ones(1, 1, 1, 6)}, torch.ones(1, 1, dtype=torch.bool)
     limit = 8 + 16 * (6 * 8 + 4)
@@ -259,7 +259,7 @@ def test_a_budget_counts_quantised_bytes():
         assert store.lengths.item() == tokens
 
 
-def test_slots_of_quantised_pages_come_out_in_the_placements_dtype():
+def test_slots_of_quantized_pages_come_out_in_the_placements_dtype():
     store = PagedStore(HEADS, {"keys": 3}, 4, Placement(torch.bfloat16), 8)
     store.admit(2)
     states = torch.randn(2, HEADS, 9, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)

@@ -85,7 +85,7 @@ def test_training_does_not_quantize(bits):
 
 
 @pytest.mark.parametrize(("family", "most"), [("llama", {8: 2e-3, 4: 3e-2}), ("olmo2", {8: 6e-3, 4: 1e-1})])
-def test_logits_stay_near_the_unquantised_ones(bits, family, most):
+def test_logits_stay_near_the_unquantized_ones(bits, family, most):
     """As a share of their norm. Attention in these hosts is ten times too sharp."""
     ids = random_ids(2, 30, seed=3)
     exact, found = (model_of(b, family)(ids, use_cache=False).logits for b in (None, bits))
@@ -183,7 +183,7 @@ def test_bytes(bits, tokens):
     assert cache.kv_tokens().eq(tokens).all() and cache.free_bytes() == 0
 
 
-def test_a_prompt_read_without_quantisation_cannot_join(bits):
+def test_a_prompt_read_without_quantization_cannot_join(bits):
     _, plain = read(model_of(None), random_ids(1, 5), 5)
     _, cache = read(model_of(bits), random_ids(1, 5), 5)
     with pytest.raises(ValueError, match="give both caches the same model, page size and bits"):

@@ -29,7 +29,7 @@ def test_everything_quantized(method):
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 16)
 
 
-def test_a_quantised_host_is_retrofitted():
+def test_a_quantized_host_is_retrofitted():
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     host, ids = make_host(dtype=torch.float32), random_ids(2, 12)

@@ -257,7 +257,7 @@ BITS = [8, 4]
 
 @PROPERTY
 @given(pages(), st.sampled_from(BITS), st.sampled_from(BACKENDS))
-def test_quantised_pages_are_attention_over_what_they_hold(case: Pages, bits: int, backend: str):
+def test_quantized_pages_are_attention_over_what_they_hold(case: Pages, bits: int, backend: str):
     """Ragged and empty heads, few queries and many, garbage elsewhere."""
     packed = case.quantized(bits)
     assert packed.keys.shape == (*case.keys.shape[:2], packed_width(4, bits))
@@ -267,7 +267,7 @@ def test_quantised_pages_are_attention_over_what_they_hold(case: Pages, bits: in
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("page_size", "num_queries"), [(16, 1), (48, 3), (48, 40), (1100, 1)])
-def test_more_quantised_slots_than_one_run_or_the_scratch_holds(
+def test_more_quantized_slots_than_one_run_or_the_scratch_holds(
     monkeypatch, bits: int, page_size: int, num_queries: int
 ):
     for scratch in (1, 2 * 1100 * 8 * 8, 2**22):
@@ -277,7 +277,7 @@ def test_more_quantised_slots_than_one_run_or_the_scratch_holds(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_few_queries_dequantise_into_bounded_memory(bits: int):
+def test_few_queries_dequantize_into_bounded_memory(bits: int):
     """Keys and values of 64 heads would take 128 MiB: never more than 8 runs, 4 MiB, are there at a time."""
     counts, dim = [[4096] * 8] * 8, 64
     case = make_pages([[1]], page_size=32, groups=1, dim=dim, free=0)  # queries, tables and lengths of a larger one
@@ -293,7 +293,7 @@ def test_few_queries_dequantise_into_bounded_memory(bits: int):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("num_queries", [1, 9])
 @pytest.mark.parametrize("free", [0, 2])
-def test_where_nothing_is_visible_on_quantised_pages(bits: int, num_queries: int, free: int):
+def test_where_nothing_is_visible_on_quantized_pages(bits: int, num_queries: int, free: int):
     case = make_pages([[0, 5], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantized(bits)
     hidden = replace(case, lengths=torch.zeros_like(case.lengths))
     empty = make_pages([[0, 0], [0, 0]], page_size=4, num_queries=num_queries, free=free).quantized(bits)
@@ -304,7 +304,7 @@ def test_where_nothing_is_visible_on_quantised_pages(bits: int, num_queries: int
 
 
 @pytest.mark.parametrize("num_queries", [2, 9])
-def test_queries_of_quantised_pages_receive_gradients(num_queries: int):
+def test_queries_of_quantized_pages_receive_gradients(num_queries: int):
     """Values of another width, and pages that were written again."""
     case = make_pages([[9, 0], [4, 30]], page_size=4, num_queries=num_queries, value_dim=6).quantized(4)
     weight, gradients = torch.randn(*case.query.shape[:3], 6, dtype=torch.float64), []
@@ -317,7 +317,7 @@ def test_queries_of_quantised_pages_receive_gradients(num_queries: int):
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-10)
 
 
-def test_bf16_queries_over_quantised_pages():
+def test_bf16_queries_over_quantized_pages():
     case = make_pages([[5000, 40], [3, 0]], page_size=32, dim=16).quantized(8)
     case.query = case.query.bfloat16().double()
     output, lse = case.run(dtype=torch.bfloat16)
