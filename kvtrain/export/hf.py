@@ -18,7 +18,7 @@ from kvtrain.export.card import model_card
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.full import Full
-from kvtrain.models.host import retrofit, retrofitted_class
+from kvtrain.models.host import KVTrainMixin, retrofit, retrofitted_class
 from kvtrain.models.registry import own_model_class
 from kvtrain.run_folder import last_checkpoint
 
@@ -54,8 +54,8 @@ def export_run(
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(settings["tokenizer"]) if settings["tokenizer"] else None
     model = rebuild_model(checkpoint)
-    if isinstance(model.config, KVTrainConfig):
-        model.config.method.deploy(model)
+    if isinstance(model, KVTrainMixin):
+        model.builder.deploy(model)
     _cast(model, stored)
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

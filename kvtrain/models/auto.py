@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.families import retrofitted_names
-from kvtrain.models.registry import OwnModel, own_models
+from kvtrain.models.registry import ModelArchitecture, own_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ class KVTrainForCausalLM(_StandIn):
         return retrofitted_class(config.host_config)
 
 
-def _stand_in(own: OwnModel, head: str) -> type[_StandIn]:
+def _stand_in(own: ModelArchitecture, head: str) -> type[_StandIn]:
     """What stands for one class of a model that has no host."""
     name, auto = f"{own.prefix}For{head}", _HEADS[head][0]
     chosen = staticmethod(lambda _: own.head(name))

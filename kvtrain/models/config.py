@@ -1,5 +1,7 @@
 """One Hugging Face configuration for every retrofitted model: the host's, nested, and the method's."""
 
+import functools
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -58,7 +60,7 @@ class KVTrainConfig(PortableConfig):
         Raises:
             ValueError: ``config.json`` names no method that this kvtrain knows.
         """
-        return method_from_dict(self.method_config or {})
+        return _read_method(json.dumps(self.method_config or {}, sort_keys=True))
 
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("text_config")
@@ -73,3 +75,9 @@ class KVTrainConfig(PortableConfig):
         if name.startswith("__") or not isinstance(host, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(host, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_method(settings: str) -> Method:
+    """A method from its settings as JSON; configurations are asked for it again and again."""
+    return method_from_dict(json.loads(settings))

@@ -1,9 +1,8 @@
-"""The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets new organs."""
+"""The surgery: a Hugging Face decoder keeps its class, its names and its weights, and gets other modules."""
 
 import functools
-import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,13 @@ from transformers.modeling_utils import AttentionInterface
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models.attention import NORMS, PROJECTIONS
+from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.families import HOSTS, retrofitted_name, retrofitted_names
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
+from kvtrain.models.registry import builder
 
 ATTENTION_NAME = "kvtrain"
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -55,7 +56,8 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
     with torch.device("meta"):
         model = retrofitted_class(host_config)(config)
-    model.load_state_dict(method.adapt_state(host.state_dict(keep_vars=True), host_config), assign=True)
+    state = builder(method, host_config).adapt_state(host.state_dict(keep_vars=True))
+    model.load_state_dict(state, assign=True)
     buffers = dict(host.named_buffers())
     for name, module in model.named_modules():
         for key in module._non_persistent_buffers_set:
@@ -133,8 +135,8 @@ def validate_host(config: PreTrainedConfig) -> None:
         raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
 
 
-def _replace_modules(model: PreTrainedModel, method: Method) -> None:
-    """Swap the organs of a freshly built host, in place."""
+def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
+    """Replace norms, feed-forward parts, rotary embedding and attention of a freshly built host, in place."""
     decoder: Any = model.model
     for module in list(decoder.modules()):
         for name, child in list(module.named_children()):
@@ -147,8 +149,8 @@ def _replace_modules(model: PreTrainedModel, method: Method) -> None:
         children = {name for name, _ in layer.self_attn.named_children()}
         if not set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS}:
             raise ValueError(f"layer {index} has an attention of unknown parts: {', '.join(sorted(children))}")
-        layer.self_attn = method.attention(layer.self_attn, index)
-    decoder.layers = method.stack(decoder.layers, decoder.rotary_emb)
+        layer.self_attn = parts.attention(layer.self_attn, index)
+    decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)
 
 
 class KVTrainMixin(CachedLanguageModel):
@@ -165,7 +167,7 @@ class KVTrainMixin(CachedLanguageModel):
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
         super().__init__(host_config)
-        _replace_modules(self, method)
+        _replace_modules(self, builder(method, host_config))
         self.config = config
         self.name_or_path = config.name_or_path  # not the host's: adapters write down what they were trained on
         config.architectures = [type(self).__name__]
@@ -176,7 +178,12 @@ class KVTrainMixin(CachedLanguageModel):
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``CachedLanguageModel``; the method's."""
-        return self.method.cache_layers(self.config.host_config, placements, **options)
+        return self.builder.cache_layers(placements, **options)
+
+    @property
+    def builder(self) -> Builder[Any]:
+        """What makes this model's modules and caches."""
+        return builder(self.method, self.config.host_config)
 
     def assisted_options(self) -> dict[str, Any] | None:
         """See ``CachedLanguageModel``; the method's."""
@@ -196,23 +203,10 @@ class KVTrainMixin(CachedLanguageModel):
         """See ``CachedLanguageModel``; the method's."""
         return self.method.recorded_states(self.config.host_config)
 
-    def binarize(self, sparsity: float | None = None, **options: Any) -> Self:
-        """Round the gates of a model whose heads learn to stream (``kvtrain.Duo``), in place.
-
-        Args:
-            sparsity: Share of streaming heads; the method's own where absent.
-            **options: The method's own, such as ``gates`` to round in place of the model's.
-
-        Returns:
-            This model, which has a cache from now on.
-
-        Raises:
-            ValueError: The method has no gates, or they are rounded already.
-        """
-        self.method.binarize(self, sparsity, **options)
-        return self
-
-    def binarise(self, sparsity: float | None = None, **options: Any) -> Self:
-        """``binarize`` as version 0.1 spelt it."""
-        warnings.warn("binarise() is now binarize(); the old name goes with version 0.3", FutureWarning, stacklevel=2)
-        return self.binarize(sparsity, **options)
+    def __getattr__(self, name: str) -> Any:
+        """What the method's ``Builder`` gives its models besides, such as ``binarize``."""
+        if name not in ("method", "config") and "method" in self.__dict__:
+            function = self.builder.model_functions.get(name)
+            if function is not None:
+                return functools.partial(function, self)
+        return super().__getattr__(name)

@@ -1,6 +1,5 @@
-"""What an architecture has to say for itself: one frozen dataclass with a few questions answered."""
+"""A method's settings: one frozen dataclass with a few questions answered."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -8,11 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from kvtrain.cache.base import KVCacheLayer
-    from kvtrain.cache.rows import Placement
+    from transformers import PreTrainedConfig
 
 
 def key_value_shape(host_config: "PreTrainedConfig") -> tuple[int, int]:
@@ -22,48 +17,14 @@ def key_value_shape(host_config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Settings of one way to shrink a key-value cache, and how to build it.
+class Method:
+    """Settings of one way to shrink a key-value cache, and what follows from them alone.
 
-    Subclasses are frozen dataclasses in ``kvtrain/models/<name>/config.py``; they import torch modules
-    inside their methods only, so that reading settings stays cheap.
+    Subclasses are frozen dataclasses in ``kvtrain/models/<name>/config.py``. What is made of settings, modules and
+    caches, is the business of ``build.py`` beside it.
     """
 
     name: ClassVar[str]
-
-    @abstractmethod
-    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
-        """The module that takes the place of a host's attention, with the host's parameter names."""
-
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "KVCacheLayer":
-        """An empty cache for one layer, whose tensors lie where ``placement`` says."""
-        raise NotImplementedError(f"{type(self).__name__} builds its cache layers together")
-
-    def cache_layers(
-        self, host_config: "PreTrainedConfig", placements: "list[Placement]", **options: Any
-    ) -> "list[KVCacheLayer]":
-        """An empty cache layer for every layer; methods whose layers share something build them together.
-
-        Args:
-            host_config: The host's configuration.
-            placements: Where the tensors of each layer lie.
-            **options: Of ``make_cache``, for methods that have some.
-
-        Raises:
-            ValueError: An option that the method does not have.
-        """
-        if options:
-            raise ValueError(f"caches of method {self.name!r} have no option {next(iter(options))!r}; leave it out")
-        return [self.cache_layer(index, host_config, placement) for index, placement in enumerate(placements)]
-
-    def stack(self, layers: "nn.ModuleList", rotary: "nn.Module") -> "nn.ModuleList":
-        """Take the place of the host's list of layers; most methods leave it alone.
-
-        Args:
-            layers: The host's, with their attention replaced.
-            rotary: The host's rotary embedding, for methods that need angles of their own.
-        """
-        return layers
 
     def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
@@ -110,30 +71,6 @@ class Method(ABC):
     def as_served(self, host_config: "PreTrainedConfig") -> "Method":
         """Settings of a model that these train, as far as they decide its cache's size."""
         return self
-
-    def binarize(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
-        """Round a model's gates in place, for methods that have gates.
-
-        Args:
-            model: The model.
-            sparsity: Share of heads that stream; the method's own where absent.
-            **options: The method's own.
-
-        Raises:
-            ValueError: The method has none.
-        """
-        raise ValueError(f"method {self.name!r} has no gates to round; kvtrain.Duo() has")
-
-    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
-        """A host's weights by name as the retrofitted model wants them; most methods keep all."""
-        return state
-
-    def deploy(self, model: "PreTrainedModel") -> None:
-        """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.
-
-        Raises:
-            ValueError: It cannot be served as it is.
-        """
 
     def validate(self, host_config: "PreTrainedConfig") -> None:
         """Refuse a host that this method cannot serve.

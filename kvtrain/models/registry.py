@@ -1,33 +1,39 @@
-"""Discovery: every folder ``kvtrain/models/<name>/`` that exports ``METHOD`` or ``MODEL`` is an architecture."""
+"""Discovery: every folder ``kvtrain/models/<name>/`` that exports ``ARCHITECTURE`` is one."""
 
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
 from kvtrain.models.method import Method
 
-
-@functools.cache
-def methods(package: str = "kvtrain.models") -> Mapping[str, type[Method]]:
-    """All methods of a package by their name (``dmc``), found by scanning it."""
-    return MappingProxyType({method.name: method for method in _exports("METHOD", package)})
-
-
-def _exports(name: str, package: str) -> Iterator[Any]:
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        exported = getattr(importlib.import_module(f"{package}.{module.name}"), name, None) if module.ispkg else None
-        if exported is not None:
-            yield exported
+if TYPE_CHECKING:
+    from kvtrain.models.build import Builder
 
 
 @dataclass(frozen=True)
-class OwnModel:
+class MethodArchitecture:
+    """A way to shrink the cache of a host.
+
+    Attributes:
+        settings: The method's settings.
+        module: Where its ``Builder`` is, which is imported at first use.
+    """
+
+    settings: type[Method]
+    module: str
+
+    def builder(self, settings: Method, host_config: PreTrainedConfig) -> "Builder[Any]":
+        """What makes modules and caches of these settings for this host."""
+        built: Builder[Any] = importlib.import_module(self.module).Builder(settings, host_config)
+        return built
+
+
+@dataclass(frozen=True)
+class ModelArchitecture:
     """A model that has no host.
 
     Attributes:
@@ -46,9 +52,32 @@ class OwnModel:
 
 
 @functools.cache
-def own_models(package: str = "kvtrain.models") -> tuple[OwnModel, ...]:
+def architectures(package: str = "kvtrain.models") -> tuple[MethodArchitecture | ModelArchitecture, ...]:
+    """All architectures of a package, found by scanning it."""
+    folders = [
+        module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__) if module.ispkg
+    ]
+    exported = (getattr(importlib.import_module(f"{package}.{name}"), "ARCHITECTURE", None) for name in folders)
+    return tuple(architecture for architecture in exported if architecture is not None)
+
+
+def _method_architectures(package: str) -> dict[str, MethodArchitecture]:
+    return {one.settings.name: one for one in architectures(package) if isinstance(one, MethodArchitecture)}
+
+
+def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
+    """Settings of all methods of a package by their name (``dmc``)."""
+    return {name: one.settings for name, one in _method_architectures(package).items()}
+
+
+def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:
     """All models of a package that have no host."""
-    return tuple(_exports("MODEL", package))
+    return [one for one in architectures(package) if isinstance(one, ModelArchitecture)]
+
+
+def builder(settings: Method, host_config: PreTrainedConfig) -> "Builder[Any]":
+    """What makes modules and caches of these settings for this host."""
+    return _method_architectures("kvtrain.models")[settings.name].builder(settings, host_config)
 
 
 def own_model_class(config: PreTrainedConfig) -> Any:

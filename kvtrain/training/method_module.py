@@ -13,6 +13,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.errors import first_line
 from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.method import Method, Repeat, key_value_shape
+from kvtrain.models.registry import builder
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
 
 
@@ -115,5 +116,5 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
         tokens: Of the row.
     """
     served = method.as_served(config)
-    cache = KVCache(served.cache_layers(config, [Placement(KV_DTYPE)] * config.num_hidden_layers))
+    cache = KVCache(builder(served, config).cache_layers([Placement(KV_DTYPE)] * config.num_hidden_layers))
     return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)

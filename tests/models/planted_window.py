@@ -9,8 +9,10 @@ from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models import build
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.method import Method, key_value_shape
+from kvtrain.models.registry import MethodArchitecture
 
 
 class WindowCacheLayer(KVCacheLayer):
@@ -80,14 +82,16 @@ class Window(Method):
     sink: int = 2
     recent: int = 6
 
-    def attention(self, host_attention, layer_idx):
-        return WindowAttention(host_attention, layer_idx, self)
 
-    def cache_layer(self, layer_idx, host_config, placement):
-        return WindowCacheLayer(key_value_shape(host_config), self, placement)
+class Builder(build.Builder):
+    def attention(self, host_attention, layer_idx):
+        return WindowAttention(host_attention, layer_idx, self.settings)
+
+    def cache_layer(self, layer_idx, placement):
+        return WindowCacheLayer(key_value_shape(self.host_config), self.settings, placement)
 
     def deploy(self, model):
         model.model.norm.weight.data.mul_(2.0)
 
 
-METHOD = Window
+ARCHITECTURE = MethodArchitecture(Window, __name__)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import kvtrain
 from kvtrain import models
-from kvtrain.models.registry import methods
+from kvtrain.models.registry import architectures, methods
 from tests.hosts import make_host, random_ids
 
 
@@ -23,9 +23,9 @@ def window(tmp_path, monkeypatch):
     shutil.copy(Path(__file__).parent / "planted_window.py", folder / "__init__.py")
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder.parent)])
     importlib.invalidate_caches()
-    methods.cache_clear()
+    architectures.cache_clear()
     yield kvtrain.Window
-    methods.cache_clear()
+    architectures.cache_clear()
     sys.modules.pop("kvtrain.models.window", None)
 
 

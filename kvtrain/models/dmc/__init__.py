@@ -1,6 +1,7 @@
 """Dynamic Memory Compression: every head learns which tokens to merge into the slot before."""
 
 from kvtrain.models.dmc.config import DMC
+from kvtrain.models.registry import MethodArchitecture
 
-METHOD = DMC
-__all__ = ["DMC", "METHOD"]
+ARCHITECTURE = MethodArchitecture(DMC, "kvtrain.models.dmc.build")
+__all__ = ["ARCHITECTURE", "DMC"]

@@ -1,16 +1,9 @@
 """Settings of Dynamic Memory Compression (Nawrot et al. 2024, arXiv 2403.09636)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from kvtrain.models.method import Method, key_value_shape
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig
-
-    from kvtrain.cache.rows import Placement
-    from kvtrain.models.dmc.cache import DMCCacheLayer
+from kvtrain.models.method import Method
 
 
 @dataclass(frozen=True)
@@ -61,15 +54,3 @@ class DMC(Method):
             raise ValueError(f"decisions must be 'learned' or 'random', not {self.decisions!r}")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}; 16 to 64 waste least")
-
-    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
-        """See ``Method.attention``."""
-        from kvtrain.models.dmc.attention import DMCAttention
-
-        return DMCAttention(host_attention, layer_idx, self)
-
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "DMCCacheLayer":
-        """See ``Method.cache_layer``."""
-        from kvtrain.models.dmc.cache import DMCCacheLayer
-
-        return DMCCacheLayer(*key_value_shape(host_config), placement, self.window, self.page_size)

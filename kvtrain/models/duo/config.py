@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from kvtrain.models.method import Method, Repeat, key_value_shape
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
-    from kvtrain.cache.base import KVCacheLayer
-    from kvtrain.cache.rows import Placement
 
 Mixing = Literal["self", "teacher"]
 GateKind = Literal["plain", "hard_concrete"]
@@ -101,63 +98,9 @@ class Duo(Method):
                     f"full_heads of layer {layer} are {list(chosen)}; give different numbers from 0 to {heads - 1}"
                 )
 
-    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
-        """See ``Method.attention``."""
-        from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
-
-        if self.full_heads is None:
-            return GatedAttention(host_attention, layer_idx, self)
-        return RoundedAttention(host_attention, layer_idx, self)
-
     def assisted_options(self) -> dict[str, Any]:
         """See ``Method.assisted_options``; room for more guesses than assistants make at a time."""
         return {"slack": _GUESSES}
-
-    def cache_layers(
-        self, host_config: "PreTrainedConfig", placements: "list[Placement]", slack: int = 0, **options: Any
-    ) -> "list[KVCacheLayer]":
-        """See ``Method.cache_layers``.
-
-        Args:
-            host_config: The host's configuration.
-            placements: Where the tensors of each layer lie.
-            slack: Tokens that ``rollback`` may take back although streaming heads have dropped others for them.
-            **options: Refused.
-
-        Raises:
-            ValueError: ``slack`` is negative, there is another option, or the gates are not rounded.
-        """
-        if slack < 0:
-            raise ValueError(f"slack is a number of tokens that can be taken back, 0 or more, not {slack}")
-        if options:
-            return super().cache_layers(host_config, placements, **options)
-        return [self.cache_layer(index, host_config, placement, slack) for index, placement in enumerate(placements)]
-
-    def cache_layer(
-        self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement", slack: int = 0
-    ) -> "KVCacheLayer":
-        """See ``Method.cache_layer``; ``slack`` as in ``cache_layers``.
-
-        Raises:
-            ValueError: The gates are not rounded.
-        """
-        from kvtrain.models.duo.cache import DuoCacheLayer
-
-        if self.full_heads is None:
-            raise ValueError(
-                "gates are fractions yet, and no cache fits them; round them with model.binarize(sparsity) "
-                "(kvtrain export does), or pass use_cache=False"
-            )
-        heads, head_dim = key_value_shape(host_config)
-        num_full = len(self.full_heads[layer_idx])
-        shape = (num_full, heads, head_dim, self.sink, self.recent)
-        return DuoCacheLayer(*shape, placement, self.page_size, self.compensation, slack, self.kv_bits)
-
-    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
-        """See ``Method.adapt_state``."""
-        from kvtrain.models.duo.convert import adapt_state
-
-        return adapt_state(self, state, host_config)
 
     def rounded(self, full_heads: Sequence[Sequence[int]]) -> "Duo":
         """These settings for rounded heads."""
@@ -173,14 +116,3 @@ class Duo(Method):
             return self
         equal = torch.zeros(host_config.num_hidden_layers, key_value_shape(host_config)[0])
         return self.rounded(choose_full_heads(equal, self.sparsity))
-
-    def deploy(self, model: "PreTrainedModel") -> None:
-        """See ``Method.deploy``."""
-        if self.full_heads is None:
-            self.binarize(model, self.sparsity)
-
-    def binarize(self, model: "PreTrainedModel", sparsity: float | None = None, **options: Any) -> None:
-        """See ``Method.binarize``."""
-        from kvtrain.models.duo.convert import binarize
-
-        binarize(model, self, self.sparsity if sparsity is None else sparsity, **options)

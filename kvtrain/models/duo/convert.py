@@ -78,7 +78,7 @@ def gates_of(model: "PreTrainedModel") -> Tensor:
 
 
 @torch.no_grad()
-def binarize(model: Any, settings: "Duo", sparsity: float, gates: Tensor | None = None) -> None:
+def round_gates(model: Any, settings: "Duo", sparsity: float, gates: Tensor | None = None) -> None:
     """Round a gated model in place: it keeps its weights, sorted, and gets attention that a cache serves.
 
     Args:

@@ -1,16 +1,9 @@
 """Settings of the identity method."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from kvtrain.models.method import Method, key_value_shape
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig
-
-    from kvtrain.cache.rows import Placement
-    from kvtrain.models.full.cache import FullCacheLayer
+from kvtrain.models.method import Method
 
 
 @dataclass(frozen=True)
@@ -35,12 +28,6 @@ class Full(Method):
         if self.kv_bits not in (None, 4, 8):
             raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
 
-    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
-        """See ``Method.attention``."""
-        from kvtrain.models.full.attention import FullAttention
-
-        return FullAttention(host_attention, layer_idx, self.kv_bits)
-
     @property
     def survives_reentrant_checkpointing(self) -> bool:
         """See ``Method.survives_reentrant_checkpointing``."""
@@ -49,9 +36,3 @@ class Full(Method):
     def assisted_options(self) -> dict[str, Any]:
         """See ``Method.assisted_options``; nothing is ever dropped."""
         return {}
-
-    def cache_layer(self, layer_idx: int, host_config: "PreTrainedConfig", placement: "Placement") -> "FullCacheLayer":
-        """See ``Method.cache_layer``."""
-        from kvtrain.models.full.cache import FullCacheLayer
-
-        return FullCacheLayer(*key_value_shape(host_config), placement, bits=self.kv_bits)

@@ -3,17 +3,13 @@
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
 from kvtrain.models.method import Method, Repeat
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedConfig
-
-    from kvtrain.cache.base import KVCacheLayer
-    from kvtrain.cache.rows import Placement
 
 
 @dataclass(frozen=True)
@@ -139,34 +135,6 @@ class LCKV(Method):
             for stage in stages
             for index in range(stage.first, stage.first + 1 if stage.cyclic else stage.last + 1)
         ]
-
-    def attention(self, host_attention: "nn.Module", layer_idx: int) -> "nn.Module":
-        """See ``Method.attention``."""
-        from kvtrain.models.lckv.attention import SharedAttention
-
-        return SharedAttention(host_attention, layer_idx, self)
-
-    def stack(self, layers: "nn.ModuleList", rotary: "nn.Module") -> "nn.ModuleList":
-        """See ``Method.stack``."""
-        from kvtrain.models.lckv.layer_schedule import LayerSchedule
-
-        return LayerSchedule(layers, rotary, self)
-
-    def cache_layers(
-        self, host_config: "PreTrainedConfig", placements: "list[Placement]", **options: Any
-    ) -> "list[KVCacheLayer]":
-        """See ``Method.cache_layers``; ``sink`` and ``recent`` make a cache for endless generation."""
-        from kvtrain.models.lckv.cache import build_layers
-
-        if unknown := sorted(set(options) - {"sink", "recent"}):
-            raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
-        return build_layers(self, host_config, placements, **options)
-
-    def adapt_state(self, state: "dict[str, Tensor]", host_config: "PreTrainedConfig") -> "dict[str, Tensor]":
-        """See ``Method.adapt_state``."""
-        from kvtrain.models.lckv.convert import adapt_state
-
-        return adapt_state(self, state, host_config.num_hidden_layers)
 
 
 @functools.cache

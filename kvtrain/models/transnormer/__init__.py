@@ -1,6 +1,6 @@
 """TransNormer (Qin et al., arXiv 2210.10340): linear attention under a norm, attention within blocks below it."""
 
-from kvtrain.models.registry import OwnModel
+from kvtrain.models.registry import ModelArchitecture
 from kvtrain.models.transnormer.config import TransNormerConfig
 
-MODEL = OwnModel(TransNormerConfig, "kvtrain.models.transnormer.heads", "TransNormer")
+ARCHITECTURE = ModelArchitecture(TransNormerConfig, "kvtrain.models.transnormer.heads", "TransNormer")

@@ -1,0 +1,75 @@
+"""How a retrofitted model's modules and caches are made: one ``Builder`` a method, in ``build.py`` of its folder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.rows import Placement
+from kvtrain.models.method import Method
+
+Settings = TypeVar("Settings", bound=Method)
+
+
+class Builder(ABC, Generic[Settings]):
+    """Makes modules and caches from settings; holds nothing else.
+
+    Args:
+        settings: The method's.
+        host_config: The host's configuration.
+
+    Attributes:
+        model_functions: What a model with this method can do besides: functions of the model, which gets them as
+            methods by these names.
+    """
+
+    model_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+
+    def __init__(self, settings: Settings, host_config: PreTrainedConfig) -> None:
+        self.settings, self.host_config = settings, host_config
+
+    @abstractmethod
+    def attention(self, host_attention: nn.Module, layer_idx: int) -> nn.Module:
+        """The module that takes the place of a host's attention, with the host's parameter names."""
+
+    def layers(self, layers: nn.ModuleList, rotary: nn.Module) -> nn.ModuleList:
+        """Take the place of the host's list of layers; most methods leave it alone.
+
+        Args:
+            layers: The host's, with their attention replaced.
+            rotary: The host's rotary embedding, for methods that need angles of their own.
+        """
+        return layers
+
+    def cache_layer(self, layer_idx: int, placement: Placement) -> KVCacheLayer:
+        """An empty cache for one layer, whose tensors lie where ``placement`` says."""
+        raise NotImplementedError(f"{type(self).__module__} makes its cache layers together")
+
+    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
+        """An empty cache layer for every layer; methods whose layers share something make them together.
+
+        Args:
+            placements: Where the tensors of each layer lie.
+            **options: Of ``make_cache``, for methods that have some.
+
+        Raises:
+            ValueError: An option that the method does not have.
+        """
+        if options:
+            name = self.settings.name
+            raise ValueError(f"caches of method {name!r} have no option {next(iter(options))!r}; leave it out")
+        return [self.cache_layer(index, placement) for index, placement in enumerate(placements)]
+
+    def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A host's weights by name as the retrofitted model wants them; most methods keep all."""
+        return state
+
+    def deploy(self, model: PreTrainedModel) -> None:
+        """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.
+
+        Raises:
+            ValueError: It cannot be served as it is.
+        """

@@ -1,0 +1,36 @@
+"""Modules and caches of cross-layer sharing."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.rows import Placement
+from kvtrain.models import build
+from kvtrain.models.lckv.attention import SharedAttention
+from kvtrain.models.lckv.cache import build_layers
+from kvtrain.models.lckv.config import LCKV
+from kvtrain.models.lckv.convert import adapt_state
+from kvtrain.models.lckv.layer_schedule import LayerSchedule
+
+
+class Builder(build.Builder[LCKV]):
+    """See ``build.Builder``."""
+
+    def attention(self, host_attention: nn.Module, layer_idx: int) -> SharedAttention:
+        """See ``build.Builder``."""
+        return SharedAttention(host_attention, layer_idx, self.settings)
+
+    def layers(self, layers: nn.ModuleList, rotary: nn.Module) -> LayerSchedule:
+        """See ``build.Builder``."""
+        return LayerSchedule(layers, rotary, self.settings)
+
+    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
+        """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation."""
+        if unknown := sorted(set(options) - {"sink", "recent"}):
+            raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
+        return [*build_layers(self.settings, self.host_config, placements, **options)]
+
+    def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See ``build.Builder``."""
+        return adapt_state(self.settings, state, self.host_config.num_hidden_layers)
