@@ -156,8 +156,8 @@ def _prepare(arguments: list[str]) -> None:
             raise UsageError(f"{folder} exists already; --train-tokenizer writes a new folder")
         require_new(output)
         texts = (document.text for corpus in asked.corpus for document in read_corpus(corpus, **read))
-        with new_folder(folder) as export_warning:  # tokenizer and shards are kept together or not at all
-            tokenizer = train_tokenizer(texts, asked.train_tokenizer, export_warning)
+        with new_folder(folder) as unfinished:  # tokenizer and shards are kept together or not at all
+            tokenizer = train_tokenizer(texts, asked.train_tokenizer, unfinished)
             manifest = prepare_corpus(asked.corpus, tokenizer, output, **read)
     print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
 

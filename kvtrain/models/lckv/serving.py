@@ -299,8 +299,8 @@ def _remember(layer: LCKVCacheLayer, prompt: _Prompt, block: int) -> None:
     if layer.pending is None:
         return
     new = prompt.counts - (prompt.tokens - prompt.start)
-    export_warning = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
-    layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, export_warning, 0), new > 0)
+    open_tokens = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
+    layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, open_tokens, 0), new > 0)
 
 
 def _take(tensor: Tensor, order: Tensor) -> Tensor:
