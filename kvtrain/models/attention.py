@@ -8,6 +8,9 @@ from kvtrain.cache.paged import PagedStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.context import ForwardContext
+
+Angles = tuple[Tensor, Tensor]  # cosines and sines (B, T, D)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -15,6 +18,10 @@ NORMS = ("q_norm", "k_norm")
 
 class HostAttention(nn.Module):
     """Owns a host attention's children under their own names; methods subclass it and write ``forward``.
+
+    ``forward(hidden_states, position_embeddings, context, **_)`` gets ``(B, T, hidden)``, the angles ``(B, T, D)`` and
+    the pass' ``ForwardContext``, attends within the input, and over the cache where there is one, and returns
+    ``(B, T, hidden)`` and None.
 
     Args:
         host_attention: The module to replace.
@@ -63,7 +70,7 @@ class HostAttention(nn.Module):
         normed = norm(heads.transpose(1, 2).flatten(2))
         return self.split_heads(normed)
 
-    def project(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden_states: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``, and values, as the host makes them.
 
         Args:
@@ -75,6 +82,11 @@ class HostAttention(nn.Module):
         )
         query, key = (apply_rotary(heads, *angles, halves_repeat=True) for heads in (query, key))
         return query, key, self.split_heads(self.v_proj(hidden_states))
+
+    def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
+        """Every token over all before it in its document, without a cache, ``(B, H, T, D)``."""
+        documents = context.documents
+        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)[0]
 
     def attend_pages(
         self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None, heads: slice = slice(None)
@@ -114,15 +126,3 @@ class HostAttention(nn.Module):
         """``(B, H, T, D)`` to ``(B, T, hidden)``."""
         merged: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
         return merged
-
-
-def parallel_documents(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Document ids ``(B, T)`` of a forward pass without a cache; padding is document 0.
-
-    Args:
-        document_ids: From the data, or None.
-        attention_mask: 2-D padding mask, or None.
-    """
-    if document_ids is not None:
-        return document_ids
-    return None if attention_mask is None else attention_mask.long()

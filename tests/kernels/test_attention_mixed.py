@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvtrain.kernels import attention_mixed
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
-from kvtrain.models.serving import parallel_positions
+from kvtrain.models.context import document_positions
 
 PROPERTY = settings(max_examples=120)
 
@@ -24,7 +24,7 @@ def definition(query, key, value, gates, window, sink, documents):
     """Both attentions, dense, and mixed afterwards."""
     shared = {"query_documents": documents, "key_documents": documents, "backend": "reference"}
     full, _ = attention(query, key, value, **shared)
-    hidden = {"sink": sink} if documents is None else {"sinks": parallel_positions(None, documents) < sink}
+    hidden = {"sink": sink} if documents is None else {"sinks": document_positions(documents) < sink}
     local, _ = attention(query, key, value, window=window, **hidden, **shared)
     share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
     return (1 - share) * local + share * full
@@ -61,7 +61,7 @@ def test_mixing_is_both_attentions_mixed(seed, heads, groups, length, window, si
     documents = positions = None
     if packed:
         documents = torch.randint(0, 4, (2, length), generator=torch.Generator().manual_seed(seed)).sort(-1).values
-        positions = parallel_positions(None, documents)
+        positions = document_positions(documents)
     found = gradients(
         lambda *t: mixed_attention(*t, window=window, sink=sink, position_ids=positions, documents=documents), tensors
     )

@@ -1,6 +1,6 @@
 """What heads see in a forward pass without a cache: everything, a window, or a mixture."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.dispatch import at_least_float32
-from kvtrain.models.attention import parallel_documents
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.config import Duo
 
 
@@ -25,8 +25,13 @@ class AttentionPatterns(NamedTuple):
 
     settings: Duo
     documents: Tensor | None
-    position_ids: Tensor | None
+    position_ids: Tensor
     scale: float
+
+    @classmethod
+    def of(cls, settings: Duo, scale: float, context: ForwardContext) -> Self:
+        """Who sees whom in this pass."""
+        return cls(settings, context.documents, context.positions, scale)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All tokens before."""
@@ -48,7 +53,7 @@ class AttentionPatterns(NamedTuple):
 
     def _window(self) -> dict[str, Any]:
         positions = self.position_ids
-        if positions is not None and self.documents is not None:
+        if self.documents is not None:
             positions = positions.expand_as(self.documents)
         return {
             "window": self.settings.recent,
@@ -58,27 +63,8 @@ class AttentionPatterns(NamedTuple):
         }
 
 
-def attention_patterns(
-    settings: Duo,
-    scale: float,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    document_ids: Tensor | None = None,
-) -> AttentionPatterns:
-    """Who sees whom, from the arguments of an attention's forward pass without a cache."""
-    documents = _one_per_row(parallel_documents(document_ids, attention_mask))
-    return AttentionPatterns(settings, documents, position_ids, scale)
-
-
 def mix_heads(streaming: Tensor, full: Tensor, gates: Tensor) -> Tensor:
     """``(1 - gate) * streaming + gate * full`` of ``(B, H, T, D)``, by ``gates (H_kv,)``."""
     local, remote = at_least_float32(streaming), at_least_float32(full)
     share = gates.repeat_interleave(local.shape[1] // len(gates))[:, None, None].to(local.dtype)
     return torch.lerp(local, remote, share).to(streaming.dtype)
-
-
-def _one_per_row(documents: Tensor | None) -> Tensor | None:
-    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
-    if documents is None or documents.device.type != "cpu" or not bool((documents == documents[:, :1]).all()):
-        return documents
-    return None

@@ -5,11 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvtrain.cache.rows import bookkeeping
-from kvtrain.kernels.attention import attention
 from kvtrain.kernels.quantization import read_back
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import Angles, HostAttention
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.full.cache import FullCacheLayer
-from kvtrain.models.serving import NewTokens
 
 
 class FullAttention(HostAttention):
@@ -26,35 +25,18 @@ class FullAttention(HostAttention):
         self.bits = bits
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        new_tokens: NewTokens | None = None,
-        document_ids: Tensor | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend within the input, and over the cache where there is one.
-
-        Args:
-            hidden_states: ``(B, T, hidden)``.
-            position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, T)`` padding mask, without a cache.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
-            document_ids: ``(B, T)``, without a cache.
-        """
+        """See ``HostAttention``."""
         query, key, value = self.project(hidden_states, position_embeddings)
-        if new_tokens is None:
-            documents = parallel_documents(document_ids, attention_mask)
+        if context.cache is None:
             bits = None if self.training else self.bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output, _lse = attention(
-                query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
-            )
+            output = self.attend_documents(query, key, value, context)
         else:
-            layer = new_tokens.layer(self.layer_idx)
-            assert isinstance(layer, FullCacheLayer)
-            output = self._serve(query, key, value, new_tokens.valid, layer)
+            layer = context.cache_layer(self.layer_idx)
+            assert isinstance(layer, FullCacheLayer) and context.valid is not None
+            output = self._serve(query, key, value, context.valid, layer)
         return self.project_out(output), None
 
     @bookkeeping

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.kernels.visibility import Diagonal
-from kvtrain.models.attention import HostAttention
+from kvtrain.models.attention import Angles, HostAttention
 
 if TYPE_CHECKING:
     from kvtrain.models.lckv.cache_view import CacheView
     from kvtrain.models.lckv.config import LCKV
 
-Angles = tuple[Tensor, Tensor]
 # Of the new tokens, keys rotated: (B, H_kv, T, D) each; None of what a layer does not own.
 KeyValue = tuple[Tensor | None, Tensor | None]
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvtrain.models.attention import parallel_documents
 from kvtrain.models.compat import CACHE
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.serving import NewTokens
 
 if TYPE_CHECKING:
     from kvtrain.models.lckv.config import LCKV
@@ -93,13 +92,12 @@ class LayerSchedule(nn.ModuleList):
     def run(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """All layers over ``(B, T, hidden)``; arguments are those of a host's layer and what serving adds."""
         kwargs.pop(CACHE, None)
-        new_tokens: NewTokens | None = kwargs.pop("new_tokens", None)
-        prefill, recorded = kwargs.pop("prefill", None), kwargs.pop("recorded", None)
-        documents = parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
-        if new_tokens is not None:
+        context: ForwardContext = kwargs.pop("context")
+        recorded, documents = context.recorded, context.documents
+        if context.cache is not None:
             from kvtrain.models.lckv.serving import serve
 
-            return serve(self, hidden_states, kwargs, new_tokens, prefill, recorded)
+            return serve(self, hidden_states, kwargs, context)
         shared: Shared = {}
         for stage in self.plan:
             if stage.cyclic:

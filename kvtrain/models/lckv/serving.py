@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.lckv.attention import Angles
+from kvtrain.models.attention import Angles
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.cache_view import CacheView, RingContent
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.serving import NewTokens
 from kvtrain.models.windows import take_slots
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def serve(
     schedule: "LayerSchedule",
     hidden: Tensor,
     arguments: dict[str, Any],
-    new_tokens: NewTokens,
-    prefill: bool | None,
-    recorded: RecordedStates | None,
+    context: ForwardContext,
 ) -> Tensor:
     """All layers over new tokens, which enter the cache.
 
@@ -39,9 +37,7 @@ def serve(
         schedule: The layers.
         hidden: ``(B, n, hidden)`` inputs of the lowest one.
         arguments: Of a host's layer.
-        new_tokens: What of the input is real, and the cache it enters.
-        prefill: One token a row, too, is part of a prompt.
-        recorded: Receives what enters the layers.
+        context: Of the pass.
 
     Returns:
         ``(B, n, hidden)``.
@@ -49,9 +45,10 @@ def serve(
     Raises:
         ValueError: Hidden states are wanted of a prompt that an endless cache must read in parts.
     """
-    layers, valid = cast("list[LCKVCacheLayer]", new_tokens.layers()), new_tokens.valid
-    endless, tokens, new = layers[0].endless, new_tokens.cache.tokens, valid.sum(1)
-    reads = (new > 0) if prefill else (new > 1)
+    layers, valid = cast("list[LCKVCacheLayer]", context.cache_layers()), context.valid
+    assert context.cache is not None and context.prefill is not None and valid is not None
+    endless, tokens, new = layers[0].endless, context.cache.tokens, valid.sum(1)
+    reads, recorded = context.prefill, context.recorded
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
         return _serve_chunk(schedule, hidden, arguments, layers, tokens, valid, reads, recorded)
     if recorded is not None:
