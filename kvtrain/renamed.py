@@ -1,7 +1,10 @@
 """Names that version 0.1 wrote into recipes and folders: taken for one version more, with a warning."""
 
-import warnings
+import functools
+import logging
 from typing import Any
+
+logger = logging.getLogger("kvtrain")
 
 # Old names and new ones. None of the old is the name of anything else in a recipe or a configuration.
 _NAMES = {"regularisation": "regularization", "initialisation": "initialization"}
@@ -30,6 +33,11 @@ def option_with_new_name(word: str) -> str:
 def _new_name(old: Any) -> Any:
     if old not in _NAMES:
         return old
-    new = _NAMES[old]
-    warnings.warn(f"'{old}' is now '{new}'; the old name goes with version 0.3", FutureWarning, stacklevel=3)
-    return new
+    _say(old, _NAMES[old])
+    return _NAMES[old]
+
+
+@functools.cache
+def _say(old: str, new: str) -> None:
+    """Say it once."""
+    logger.warning("'%s' is now '%s'; the old name goes with version 0.3", old, new)

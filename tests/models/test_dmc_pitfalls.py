@@ -18,6 +18,7 @@ import torch
 import kvtrain
 from kvtrain.kernels.attention import attention
 from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc import attention as dmc_attention
 from kvtrain.models.dmc.attention import DMCStep
 from kvtrain.training import DMCModule, Phase
