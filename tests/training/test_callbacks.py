@@ -149,8 +149,10 @@ def test_the_norm_is_the_gradient_s_before_clipping(rows, tmp_path):
     train(TinyFull(), rows, tmp_path / "clipped", 1, gradient_clip_val=1e-3)
     trainer = train(TinyFull(), rows, tmp_path / "free", 1)
     batch = next(iter(trainer.datamodule.train_dataloader()))
-    arguments = {name: batch[name] for name in ("document_ids", "position_ids", "labels", "num_items")}
-    module.model(batch["input_ids"], **arguments, use_cache=False).loss.backward()
+    arguments = {name: batch[name] for name in ("document_ids", "position_ids", "labels")}
+    module.model(
+        batch["input_ids"], **arguments, num_items_in_batch=batch["num_items"], use_cache=False
+    ).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()
     for run in ("clipped", "free"):
         (row,) = table(tmp_path / run / "metrics.csv")
