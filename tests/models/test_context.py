@@ -19,9 +19,7 @@ def model(request):
 
 def test_a_misspelt_argument_is_refused_with_the_right_name(model):
     ids = random_ids(1, 6)
-    with pytest.raises(
-        ValueError, match="unknown argument of the forward pass 'documents_ids'. Did you mean 'document_ids'"
-    ):
+    with pytest.raises(ValueError, match="Did you mean 'document_ids'"):
         model(ids, documents_ids=torch.ones_like(ids), use_cache=False)
     with pytest.raises(ValueError, match=r"unknown argument .* 'no_such_thing'. It has input_ids"):
         model(ids, no_such_thing=1)
