@@ -48,6 +48,10 @@ class HostAttention(nn.Module):
         self.num_groups = self.num_heads // self.num_key_value_heads
         self.scaling = float(host_attention.scaling)  # type: ignore[arg-type]
 
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: queries with keys, weights with values, half of each."""
+        return 2 * 2 * self.num_heads * self.head_dim * sequence_length // 2
+
     def split_heads(self, projected: Tensor) -> Tensor:
         """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
         heads: Tensor = projected.unflatten(-1, (-1, self.head_dim))

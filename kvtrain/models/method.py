@@ -26,6 +26,20 @@ class Method:
 
     name: ClassVar[str]
 
+    @property
+    def is_host(self) -> bool:
+        """Whether a model with these settings is its host, weight for weight and number for number."""
+        return False
+
+    @property
+    def trains_as_host(self) -> bool:
+        """Whether training knows nothing of the cache, so that the host's own class runs the model that was trained."""
+        return False
+
+    def described_cache(self) -> str:
+        """The cache that serves, in a few words."""
+        return self.name.upper()
+
     def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
         return True

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,18 @@ class ModelArchitecture:
         config: Its configuration.
         module: Where its classes are, which is imported at first use.
         prefix: Their names' beginning: ``<prefix>ForCausalLM``.
+        tasks: Their names' ends.
     """
 
     config: type[PreTrainedConfig]
     module: str
     prefix: str
+    tasks: tuple[str, ...] = ("CausalLM",)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of all its classes."""
+        return [f"{self.prefix}For{task}" for task in self.tasks]
 
     def head(self, name: str) -> Any:
         """One of its classes, such as ``<prefix>ForCausalLM``."""
@@ -68,6 +76,21 @@ def _method_architectures(package: str) -> dict[str, MethodArchitecture]:
 def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
     """Settings of all methods of a package by their name (``dmc``)."""
     return {name: one.settings for name, one in _method_architectures(package).items()}
+
+
+def public_names(package: str = "kvtrain.models") -> dict[str, Callable[[], Any]]:
+    """What ``kvtrain`` offers of all architectures: settings, configurations and model classes, by their names."""
+    found: dict[str, Callable[[], Any]] = {}
+    for one in architectures(package):
+        settings = one.settings if isinstance(one, MethodArchitecture) else one.config
+        found[settings.__name__] = functools.partial(_itself, settings)
+        if isinstance(one, ModelArchitecture):
+            found.update({name: functools.partial(one.head, name) for name in one.heads})
+    return found
+
+
+def _itself(settings: type[Any]) -> type[Any]:
+    return settings
 
 
 def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:

@@ -22,7 +22,7 @@ from kvtrain.logging_setup import configure_logging
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import option_with_new_name, with_new_names
-from kvtrain.training import messages
+from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
@@ -137,7 +137,7 @@ class RecipeCLI(LightningCLI):
         """Everything that may be set, and every class that may be chosen."""
         parser = self._subcommand_parsers[self.command]
         options = {string.lstrip("-") for action in parser._actions for string in action.option_strings}
-        modules = messages.concrete_subclasses(TrainingModule)
+        modules = training_modules()
         for chosen in modules:
             options |= messages.setting_names(chosen, "model")
         sources = [*_SOURCES, *(other for other in messages.concrete_subclasses(DataModule) if other not in _SOURCES)]

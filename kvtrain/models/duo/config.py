@@ -75,6 +75,10 @@ class Duo(Method):
         """See ``Method.repeats``; of a rounded model each layer is its own."""
         return [] if self.full_heads is not None else super().repeats(host_config)
 
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        return super().described_cache() if self.kv_bits is None else f"DUO, {self.kv_bits} bits a channel"
+
     @property
     def servable(self) -> bool:
         """See ``Method.servable``."""

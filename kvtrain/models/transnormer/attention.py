@@ -127,6 +127,10 @@ class DiagAttention(TransNormerAttention):
         if self.t1:
             self.norm = make_norm(config)
 
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: as in softmax attention, within a block."""
+        return 2 * 2 * self.num_heads * self.head_dim * self.block_size // 2
+
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Attend.
 
@@ -166,6 +170,10 @@ class NormAttention(TransNormerAttention):
         super().__init__(config, layer_idx)
         self._slopes = config.slopes(layer_idx)
         self.norm = make_norm(config)
+
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: its key and value into the state, its query through it."""
+        return 2 * 2 * self.num_heads * self.head_dim**2
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Attend; the arguments are those of ``DiagAttention``."""
