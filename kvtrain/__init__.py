@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtrain.models.auto import register
 from kvtrain.models.compat import say_if_untested
-from kvtrain.models.registry import public_names
+from kvtrain.models.registry import architectures, public_names
 
 if TYPE_CHECKING:
     from kvtrain.inference.load import load
@@ -26,7 +26,7 @@ _FUNCTIONS = {
     "load": "kvtrain.inference.load",
     "retrofit": "kvtrain.models.host",
 }
-__all__ = ["__version__", "convert_gqa", "load", "retrofit", *public_names()]  # noqa: PLE0604
+__all__ = ["__version__", "convert_gqa", "load", "retrofit", *public_names(architectures())]  # noqa: PLE0604
 
 register()
 say_if_untested()
@@ -35,7 +35,7 @@ say_if_untested()
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    names = public_names()
+    names = public_names(architectures())
     if name in names:
         return names[name]()
     raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")

@@ -78,15 +78,16 @@ def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
     return {name: one.settings for name, one in _method_architectures(package).items()}
 
 
-def public_names(package: str = "kvtrain.models") -> dict[str, Callable[[], Any]]:
-    """What ``kvtrain`` offers of all architectures: settings, configurations and model classes, by their names."""
-    found: dict[str, Callable[[], Any]] = {}
-    for one in architectures(package):
+@functools.cache
+def public_names(found: tuple[MethodArchitecture | ModelArchitecture, ...]) -> dict[str, Callable[[], Any]]:
+    """What ``kvtrain`` offers of architectures: settings, configurations and model classes, by their names."""
+    names: dict[str, Callable[[], Any]] = {}
+    for one in found:
         settings = one.settings if isinstance(one, MethodArchitecture) else one.config
-        found[settings.__name__] = functools.partial(_itself, settings)
+        names[settings.__name__] = functools.partial(_itself, settings)
         if isinstance(one, ModelArchitecture):
-            found.update({name: functools.partial(one.head, name) for name in one.heads})
-    return found
+            names.update({name: functools.partial(one.head, name) for name in one.heads})
+    return names
 
 
 def _itself(settings: type[Any]) -> type[Any]:
