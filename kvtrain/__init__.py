@@ -33,9 +33,7 @@ say_if_untested()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    names = public_names(architectures())
-    if name in names:
-        return names[name]()
-    raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")
+    module = _FUNCTIONS.get(name) or public_names(architectures()).get(name)
+    if module is None:
+        raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,19 +78,15 @@ def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
 
 
 @functools.cache
-def public_names(found: tuple[MethodArchitecture | ModelArchitecture, ...]) -> dict[str, Callable[[], Any]]:
-    """What ``kvtrain`` offers of architectures: settings, configurations and model classes, by their names."""
-    names: dict[str, Callable[[], Any]] = {}
+def public_names(found: tuple[MethodArchitecture | ModelArchitecture, ...]) -> dict[str, str]:
+    """What ``kvtrain`` offers of architectures, settings, configurations and model classes: modules by their names."""
+    names: dict[str, str] = {}
     for one in found:
         settings = one.settings if isinstance(one, MethodArchitecture) else one.config
-        names[settings.__name__] = functools.partial(_itself, settings)
+        names[settings.__name__] = settings.__module__
         if isinstance(one, ModelArchitecture):
-            names.update({name: functools.partial(one.head, name) for name in one.heads})
+            names.update(dict.fromkeys(one.heads, one.module))
     return names
-
-
-def _itself(settings: type[Any]) -> type[Any]:
-    return settings
 
 
 def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:

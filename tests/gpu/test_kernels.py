@@ -28,7 +28,7 @@ BEHIND = {
     "linear_attention_chunked": "linear_attention",
     "linear_attention_triton": "linear_attention",
     "linear_loss": "cross_entropy",
-    "slices": "norm",
+    "cpu_tiling": "norm",
     "visibility": "attention",
 }
 
