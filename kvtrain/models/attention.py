@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kvtrain.cache.paged import PagedStore
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 
@@ -104,8 +105,7 @@ class HostAttention(nn.Module):
             pages: The store.
             heads: Its heads.
         """
-        documents = valid.long()
-        parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
+        parts = [attention(query, key, value, documents=Documents(valid.long()), scale=self.scaling)]
         if pages.table.shape[2]:
             parts.append(self.attend_pages(query, pages, heads=heads))
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
@@ -108,9 +109,7 @@ class DMCAttention(HostAttention):
         if scale is not None:
             query = self._scale_channel(apply_rotary(query, *position_embeddings), scale)
             key = self._scale_channel(apply_rotary(key, *position_embeddings), scale)
-            output, _lse = attention(
-                query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
-            )
+            output, _lse = attention(query, key, value, documents=Documents.of(documents), scale=self.scaling)
         elif new_tokens is None:
             output, decisions = self._parallel(
                 query, key, value, position_embeddings, position_ids, documents, dmc_step
@@ -190,9 +189,8 @@ class DMCAttention(HostAttention):
             apply_rotary(key, *angles),
             value,
             key_bias=_next_token(decisions.keep_bias()),
-            diagonal="open",
-            query_documents=documents,
-            key_documents=documents,
+            bias_after=1,
+            documents=Documents.of(documents),
             scale=self.scaling,
         )
         return output, decisions
@@ -225,7 +223,7 @@ class DMCAttention(HostAttention):
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
             return self.attend_pages(query, layer.pages)[0]
-        documents = valid.long()
+        documents = Documents(valid.long())
         bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
         parts = [
             attention(
@@ -233,9 +231,8 @@ class DMCAttention(HostAttention):
                 keys,
                 values,
                 key_bias=bias,
-                diagonal="open",
-                query_documents=documents,
-                key_documents=documents,
+                bias_after=1,
+                documents=documents,
                 scale=self.scaling,
             )
         ]

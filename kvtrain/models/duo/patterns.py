@@ -9,6 +9,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.attention import parallel_documents
 from kvtrain.models.duo.config import Duo
 
@@ -18,20 +19,19 @@ class AttentionPatterns(NamedTuple):
 
     Attributes:
         settings: The method.
-        documents: ``(B, T)``, or None where every row is one.
+        documents: Of the tokens, or None where every row is one.
         position_ids: ``(B or 1, T)`` places within each document.
         scale: Factor on the scores.
     """
 
     settings: Duo
-    documents: Tensor | None
+    documents: Documents | None
     position_ids: Tensor | None
     scale: float
 
     def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All tokens before."""
-        documents = self.documents
-        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
+        return attention(query, key, value, documents=self.documents, scale=self.scale)[0]
 
     def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The first tokens and the latest ones, and where it is so set one that stands for all others."""
@@ -47,13 +47,10 @@ class AttentionPatterns(NamedTuple):
         return mix_heads(self.streaming(query, key, value), self.full(query, key, value), gates)
 
     def _window(self) -> dict[str, Any]:
-        positions = self.position_ids
-        if positions is not None and self.documents is not None:
-            positions = positions.expand_as(self.documents)
         return {
             "window": self.settings.recent,
             "sink": self.settings.sink,
-            "position_ids": positions,
+            "position_ids": self.position_ids,
             "documents": self.documents,
         }
 
@@ -67,7 +64,7 @@ def attention_patterns(
 ) -> AttentionPatterns:
     """Who sees whom, from the arguments of an attention's forward pass without a cache."""
     documents = _one_per_row(parallel_documents(document_ids, attention_mask))
-    return AttentionPatterns(settings, documents, position_ids, scale)
+    return AttentionPatterns(settings, Documents.of(documents), position_ids, scale)
 
 
 def mix_heads(streaming: Tensor, full: Tensor, gates: Tensor) -> Tensor:

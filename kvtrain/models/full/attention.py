@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import HostAttention, parallel_documents
 from kvtrain.models.full.cache import FullCacheLayer
@@ -48,9 +49,7 @@ class FullAttention(HostAttention):
             documents = parallel_documents(document_ids, attention_mask)
             bits = None if self.training else self.bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output, _lse = attention(
-                query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling
-            )
+            output, _lse = attention(query, key, value, documents=Documents.of(documents), scale=self.scaling)
         else:
             layer = new_tokens.layer(self.layer_idx)
             assert isinstance(layer, FullCacheLayer)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.attention import parallel_documents
 from kvtrain.models.compat import CACHE
 from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
@@ -95,7 +96,9 @@ class LayerSchedule(nn.ModuleList):
         kwargs.pop(CACHE, None)
         new_tokens: NewTokens | None = kwargs.pop("new_tokens", None)
         prefill, recorded = kwargs.pop("prefill", None), kwargs.pop("recorded", None)
-        documents = parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
+        documents = Documents.of(
+            parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
+        )
         if new_tokens is not None:
             from kvtrain.models.lckv.serving import serve
 
@@ -111,7 +114,7 @@ class LayerSchedule(nn.ModuleList):
         return hidden_states
 
     def _iterate(
-        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Tensor | None
+        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Documents | None
     ) -> Tensor:
         """A cyclic stage from no keys and values: passes without gradient, with, and the last one's output.
 
