@@ -19,7 +19,7 @@ from turns import decoding, decoding_lines, machine, median_seconds
 
 import kvtrain
 from kvtrain.data.packing import IGNORE_INDEX
-from kvtrain.kernels.visibility import Visibility, visible_pairs
+from kvtrain.kernels.attention_mask import AttentionMask, visible_pairs
 from kvtrain.models.duo import patterns as duo_patterns
 from kvtrain.training import DuoModule, Phase
 from kvtrain.training import duo as duo_training
@@ -51,7 +51,7 @@ class DensePatterns(duo_patterns.AttentionPatterns):
     def streaming(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """By torch's kernel, which skips nothing."""
         positions = torch.arange(query.shape[2])
-        mask = visible_pairs(positions[:, None], positions, Visibility(window=RECENT, sink=SINK))
+        mask = visible_pairs(positions[:, None], positions, AttentionMask(window=RECENT, sink=SINK))
         return sdpa(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
 
     def full(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Softmax attention for every architecture here.
 
 On top of plain attention it knows what key-value compression needs: a bias per key that receives
-gradients, a diagonal that is open (exempt from the bias) or closed (a token never sees itself),
-windows with sinks, documents, and a log-sum-exp by which disjoint key sets are merged.
+gradients and may begin some tokens back, a strict mask (a token never sees its own key), windows with
+sinks, documents, and a log-sum-exp by which disjoint key sets are merged.
 
 Backends: ``chunked`` runs any call anywhere (``attention_chunked.py``), ``flash_cpu`` is torch's
 flash kernel for the CPU (``attention_cpu.py``), ``flash`` is the flash-attn library
@@ -18,8 +18,9 @@ from kvtrain.kernels.attention_chunked import CHUNK, CHUNK_IN_WINDOW, ChunkedAtt
 from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run, is_narrow
 from kvtrain.kernels.attention_flash import flash_attend, flash_can_run
 from kvtrain.kernels.attention_flex import flex_attend, flex_can_run
+from kvtrain.kernels.attention_mask import AttentionMask, biased_pairs, finite, log_sum_exp, visible_pairs
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend
-from kvtrain.kernels.visibility import Diagonal, Visibility, finite, log_sum_exp, visible_pairs
+from kvtrain.kernels.documents import Documents
 
 
 def attention(
@@ -29,12 +30,12 @@ def attention(
     *,
     key_bias: Tensor | None = None,
     causal: bool = True,
-    diagonal: Diagonal = "plain",
+    strict: bool = False,
+    bias_after: int = 0,
     window: int | None = None,
     sink: int = 0,
     sinks: Tensor | None = None,
-    query_documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
+    documents: Documents | None = None,
     scale: float | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -47,13 +48,13 @@ def attention(
         value: ``(B, H_kv, T_k, D_v)``.
         key_bias: ``(B, H_kv, T_k)`` added to the scores of each key, ``-inf`` hides it.
         causal: Query ``i`` sees key ``j`` only if ``j <= i + T_k - T_q``.
-        diagonal: ``"plain"``; ``"open"``: the bias does not touch a token's own key (DMC);
-            ``"closed"``: a token never sees its own key (LCKV).
+        strict: A token never sees its own key (LCKV).
+        bias_after: How many tokens back the key bias begins: a query at key position ``p`` is not touched by that of
+            the keys ``p - bias_after + 1`` to ``p``. 0: every key's bias counts; 1: all but the token's own (DMC).
         window: Number of latest keys that are visible, the token's own included.
         sink: First keys that stay visible beyond the window.
         sinks: ``(B, T_k)``, keys that stay visible beyond the window, where they are not the first of each row.
-        query_documents: ``(B, T_q)`` integer ids; a query sees keys of its own document alone.
-        key_documents: ``(B, T_k)``; the same tensor where queries and keys are the same tokens.
+        documents: A query sees keys of its own document alone; None: every row is one.
         scale: Factor on the scores, ``D ** -0.5`` by default.
         chunk_size: Queries per chunk of the chunked backend; fewer in a window than without one where absent.
         backend: ``"auto"``, the first of these that can run the call: ``"flash_cpu"`` (not in a narrow window),
@@ -64,35 +65,41 @@ def attention(
         float32. A query that sees no key gets zeros and ``-inf``.
 
     Raises:
-        ValueError: Head counts or visibility do not fit, or the backend cannot run this call.
+        ValueError: Head counts or mask do not fit, or the backend cannot run this call.
     """
     check_groups(query.shape[1], key.shape[1])
-    visibility = Visibility(causal, diagonal, window, sink, query_documents, key_documents, sinks)
-    visibility.validate()
+    mask = AttentionMask(causal, strict, bias_after, window, sink, documents, sinks)
+    mask.validate()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    fast = {
-        "flash_cpu": flash_cpu_can_run(query, key, value, key_bias, visibility),
-        "flash": flash_can_run(query, key, value, key_bias, visibility),
-        "flex": flex_can_run(query, key, value),
-    }
-    available = [*(name for name, can_run in fast.items() if can_run), "chunked", "reference"]
-    if is_narrow(visibility, query.shape[-2]):
-        available.sort(key="flash_cpu".__eq__)  # to the end
-    chosen = choose_backend("attention", backend, available)
+    chosen = choose_backend("attention", backend, _available(query, key, value, key_bias, mask))
     output: tuple[Tensor, Tensor]
     with autocast_off(query):
         if chosen == "reference":
-            output = attention_reference(query, key, value, key_bias, visibility, scale)
+            output = attention_reference(query, key, value, key_bias, mask, scale)
         elif chosen == "flash_cpu":
-            output = FlashAttentionCPU.apply(query, key, value, key_bias, visibility, scale)  # type: ignore[no-untyped-call]
+            output = FlashAttentionCPU.apply(query, key, value, key_bias, mask, scale)  # type: ignore[no-untyped-call]
         elif chosen == "flash":
-            output = flash_attend(query, key, value, visibility, scale)
+            output = flash_attend(query, key, value, mask, scale)
         elif chosen == "flex":
-            output = flex_attend(query, key, value, key_bias, visibility, scale)
+            output = flex_attend(query, key, value, key_bias, mask, scale)
         else:
             chunk_size = chunk_size or (CHUNK if window is None else CHUNK_IN_WINDOW)
-            output = ChunkedAttention.apply(query, key, value, key_bias, visibility, scale, chunk_size)  # type: ignore[no-untyped-call]
+            output = ChunkedAttention.apply(query, key, value, key_bias, mask, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output
+
+
+def _available(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: AttentionMask) -> list[str]:
+    """Backends that can run this call, best first."""
+    can_run = {
+        "flash_cpu": flash_cpu_can_run(query, key, value, key_bias, mask),
+        "flash": flash_can_run(query, key, value, key_bias, mask),
+        "flex": flex_can_run(query, key, value),
+        "chunked": True,
+        "reference": True,
+    }
+    if is_narrow(mask, query.shape[-2]):  # it still can, but the chunks are faster: last
+        can_run["flash_cpu"] = can_run.pop("flash_cpu")
+    return [name for name, can in can_run.items() if can]
 
 
 def check_groups(num_heads: int, num_key_value_heads: int) -> None:
@@ -129,7 +136,7 @@ def attention_reference(
     key: Tensor,
     value: Tensor,
     key_bias: Tensor | None,
-    visibility: Visibility,
+    mask: AttentionMask,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The definition, dense and by autograd; ``attention`` says what the arguments mean."""
@@ -141,12 +148,12 @@ def attention_reference(
     columns = torch.arange(num_keys, device=query.device)
     if key_bias is not None:
         bias = key_bias.repeat_interleave(groups, 1).unsqueeze(-2)
-        exempt = (rows == columns) & (visibility.diagonal == "open")
-        scores = torch.where(exempt, scores, scores + bias)
-    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
-    visible = visible_pairs(rows, columns, visibility, sinks)
-    if visibility.query_documents is not None and visibility.key_documents is not None:
-        visible = visible & (visibility.query_documents[:, :, None] == visibility.key_documents[:, None, :])
+        biased = scores + bias
+        scores = torch.where(biased_pairs(rows, columns, mask), biased, scores) if mask.bias_after else biased
+    sinks = None if mask.sinks is None else mask.sinks[:, None]
+    visible = visible_pairs(rows, columns, mask, sinks)
+    if mask.documents is not None:
+        visible = visible & (mask.documents.queries[:, :, None] == mask.documents.keys[:, None, :])
     scores = scores.masked_fill(~(visible if visible.dim() == 2 else visible[:, None]), float("-inf"))
     lse = log_sum_exp(scores, -1)
     weights = torch.exp(scores - finite(lse).unsqueeze(-1))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels.attention_mask import AttentionMask, biased_pairs, finite, visible_pairs
 from kvtrain.kernels.cpu_tiling import spans
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
-from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Queries at a time; with a window a chunk wastes what its first query sees and its last does not.
 CHUNK, CHUNK_IN_WINDOW = 256, 64
@@ -43,13 +43,13 @@ class _Chunk(NamedTuple):
 class _Problem:
     """Shapes and masks of one call; forward and backward share it."""
 
-    def __init__(self, query: Tensor, key: Tensor, visibility: Visibility, chunk_size: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, mask: AttentionMask, chunk_size: int) -> None:
         self.batch, self.heads, self.num_queries, self.dim = query.shape
         self.kv_heads, self.num_keys = key.shape[1:3]
         self.groups = self.heads // self.kv_heads
         self.offset = self.num_keys - self.num_queries
         self.device = query.device
-        self.visibility = visibility
+        self.mask = mask
         self.chunk_size = chunk_size
 
     def chunks(self) -> list[_Chunk]:
@@ -57,7 +57,7 @@ class _Problem:
         return [self._chunk(cut.start, min(cut.stop, self.num_queries)) for cut in cuts]
 
     def _chunk(self, start: int, stop: int) -> _Chunk:
-        causal, window = self.visibility.causal, self.visibility.window
+        causal, window = self.mask.causal, self.mask.window
         key_start, key_stop = 0, self.num_keys
         if causal:
             key_stop = max(0, stop + self.offset)
@@ -73,14 +73,14 @@ class _Problem:
 
     def _sinks_before(self, key_start: int, start: int, stop: int) -> Tensor | None:
         """Keys before ``key_start`` that the window does not hide from the queries of a chunk, or None."""
-        sinks = self.visibility.sinks
+        sinks = self.mask.sinks
         if sinks is None:
-            count = min(self.visibility.sink, key_start)
+            count = min(self.mask.sink, key_start)
             return torch.arange(count, device=self.device) if count else None
         columns = sinks[:, :key_start].any(0).nonzero().squeeze(1)
-        query_documents, key_documents = self.visibility.query_documents, self.visibility.key_documents
-        if query_documents is not None and key_documents is not None:
-            shared = query_documents[:, start:stop, None] == key_documents[:, None, columns]  # (B, c, sinks)
+        documents = self.mask.documents
+        if documents is not None:
+            shared = documents.queries[:, start:stop, None] == documents.keys[:, None, columns]  # (B, c, sinks)
             columns = columns[(shared.any(1) & sinks[:, columns]).any(0).nonzero().squeeze(1)]
         return columns if columns.numel() else None
 
@@ -99,27 +99,27 @@ class _Problem:
             return rows, chunk.columns
         return rows, torch.arange(chunk.key_start, chunk.key_stop, device=self.device)
 
-    def on_diagonal(self, chunk: _Chunk) -> Tensor:
-        rows, columns = self.positions(chunk)
-        return rows == columns
+    def unbiased(self, chunk: _Chunk) -> Tensor:
+        """Pairs ``(c, k)`` that are too near for the bias to count."""
+        return ~biased_pairs(*self.positions(chunk), self.mask)
 
     def bias_gradient(self, grad_scores: Tensor, chunk: _Chunk) -> Tensor:
         """Sum score gradients ``(B, H_kv, G, c, k)`` over the queries whose bias counts."""
-        if self.visibility.diagonal == "open":
-            grad_scores = grad_scores.masked_fill(self.on_diagonal(chunk), 0.0)
+        if self.mask.bias_after:
+            grad_scores = grad_scores.masked_fill(self.unbiased(chunk), 0.0)
         return grad_scores.sum((2, 3))
 
     def hidden(self, chunk: _Chunk) -> Tensor | None:
         """Pairs that are out of sight, ``(B or 1, 1, 1, c, k)``; None where everything is visible."""
-        query_documents, key_documents = self.visibility.query_documents, self.visibility.key_documents
-        if not self.visibility.causal and query_documents is None:
+        documents = self.mask.documents
+        if not self.mask.causal and documents is None:
             return None
         rows, columns = self.positions(chunk)
-        sinks = None if self.visibility.sinks is None else chunk.keys(self.visibility.sinks, 1)[:, None]
-        hidden = ~visible_pairs(rows, columns, self.visibility, sinks)
-        if query_documents is not None and key_documents is not None:
-            documents = query_documents[:, chunk.start : chunk.stop, None]
-            hidden = hidden | (documents != chunk.keys(key_documents, 1)[:, None])
+        sinks = None if self.mask.sinks is None else chunk.keys(self.mask.sinks, 1)[:, None]
+        hidden = ~visible_pairs(rows, columns, self.mask, sinks)
+        if documents is not None:
+            queries = documents.queries[:, chunk.start : chunk.stop, None]
+            hidden = hidden | (queries != chunk.keys(documents.keys, 1)[:, None])
         return (hidden if hidden.dim() == 3 else hidden[None])[:, None, None]
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, chunk: _Chunk) -> Tensor:
@@ -129,8 +129,8 @@ class _Problem:
         raw = raw.view(self.batch, self.kv_heads, self.groups, rows, raw.shape[-1])
         if bias is not None:
             addend = at_least_float32(chunk.keys(bias))[:, :, None, None, :]
-            if self.visibility.diagonal == "open":
-                addend = torch.where(self.on_diagonal(chunk), addend.new_zeros(()), addend)
+            if self.mask.bias_after:
+                addend = torch.where(self.unbiased(chunk), addend.new_zeros(()), addend)
             raw += addend
         hidden = self.hidden(chunk)
         return raw if hidden is None else raw.masked_fill_(hidden, float("-inf"))
@@ -146,12 +146,12 @@ class ChunkedAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         key_bias: Tensor | None,
-        visibility: Visibility,
+        mask: AttentionMask,
         scale: float,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
-        problem = _Problem(query, key, visibility, chunk_size)
+        problem = _Problem(query, key, mask, chunk_size)
         output = value.new_empty((*query.shape[:3], value.shape[-1]))
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for chunk in problem.chunks():
@@ -162,7 +162,7 @@ class ChunkedAttention(torch.autograd.Function):
             output[:, :, rows] = problem.unfold(weights.to(value.dtype) @ chunk.keys(value), chunk)
             lse[:, :, rows] = part_lse.flatten(1, 2)
         ctx.save_for_backward(query, key, value, key_bias, output, lse)
-        ctx.visibility, ctx.scale, ctx.chunk_size = visibility, scale, chunk_size
+        ctx.mask, ctx.scale, ctx.chunk_size = mask, scale, chunk_size
         return output, lse
 
     @staticmethod
@@ -170,9 +170,7 @@ class ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the four tensors; the gradient of a gradient is refused."""
         with autocast_off(grad_output):
-            grads = chunked_backward(
-                ctx.saved_tensors, grad_output, grad_lse, ctx.visibility, ctx.scale, ctx.chunk_size
-            )
+            grads = chunked_backward(ctx.saved_tensors, grad_output, grad_lse, ctx.mask, ctx.scale, ctx.chunk_size)
         return *grads, None, None, None
 
 
@@ -180,7 +178,7 @@ def chunked_backward(
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
     grad_output: Tensor,
     grad_lse: Tensor,
-    visibility: Visibility,
+    mask: AttentionMask,
     scale: float,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -190,12 +188,12 @@ def chunked_backward(
         saved: Query, key, value, bias (or None), output and log-sum-exp.
         grad_output: Gradient of the output, ``(B, H, T_q, D_v)``.
         grad_lse: Gradient of the log-sum-exp, ``(B, H, T_q)``.
-        visibility: As in the forward pass.
+        mask: As in the forward pass.
         scale: As in the forward pass.
         chunk_size: Queries per chunk.
     """
     query, key, value, key_bias, output, lse = saved
-    problem = _Problem(query, key, visibility, chunk_size)
+    problem = _Problem(query, key, mask, chunk_size)
     delta = (at_least_float32(grad_output) * output).sum(-1) - grad_lse  # (B, H, T_q)
     grad_query = torch.empty_like(query)
     grad_key = torch.zeros_like(at_least_float32(key))

@@ -14,7 +14,6 @@ Rows go a few at a time, which keeps them near the processor, and documents that
 the kernel computes what a mask hides, and reads the mask besides.
 """
 
-import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -23,10 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
+from kvtrain.kernels.attention_mask import AttentionMask, finite, visible_pairs
 from kvtrain.kernels.cpu_tiling import row_tiles, tiles_to_run
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.flash_cpu import flash, flash_backward
-from kvtrain.kernels.visibility import Visibility, finite, visible_pairs
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
 _HIDDEN = -1e30
@@ -35,39 +34,37 @@ _NARROW = 4
 _QKV = tuple[Tensor, Tensor, Tensor]  # query, key and value
 
 
-def flash_cpu_can_run(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility
-) -> bool:
-    """Whether this call fits the kernel: on the CPU, queries and keys the same tokens, an exempt diagonal if biased."""
+def flash_cpu_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: AttentionMask) -> bool:
+    """Whether this call fits the kernel: on the CPU, queries and keys the same tokens, no bias on their own keys."""
     return (
         query.device.type == "cpu"
         and query.dtype != torch.float16
         and query.shape[-2:] == key.shape[-2:]
         and key.shape == value.shape
         and query.shape[-2] > 1
-        and visibility.causal
-        and visibility.query_documents is visibility.key_documents
-        and (key_bias is None or visibility.diagonal == "open")
+        and mask.causal
+        and (mask.documents is None or mask.documents.same_tokens)
+        and (key_bias is None or (mask.bias_after == 1 and not mask.strict))
     )
 
 
-def is_narrow(visibility: Visibility, length: int) -> bool:
+def is_narrow(mask: AttentionMask, length: int) -> bool:
     """Whether a window hides so much that the kernel, which skips nothing below the diagonal, loses to chunks."""
-    return visibility.window is not None and _NARROW * (visibility.window + visibility.sink) <= length
+    return mask.window is not None and _NARROW * (mask.window + mask.sink) <= length
 
 
-def _mask(query: Tensor, visibility: Visibility) -> Tensor | None:
-    """Additive ``(B or 1, 1, T, T)`` mask, or None where causality alone decides."""
-    documents = visibility.query_documents
-    if documents is None and visibility.window is None:
+def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor | None:
+    """What the kernel adds to its scores, ``(B or 1, 1, T, T)``; None where causality alone decides."""
+    documents = mask.documents
+    if documents is None and mask.window is None:
         return None
     positions = torch.arange(query.shape[-2])
-    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
-    visible = visible_pairs(positions[:, None], positions, visibility, sinks)
+    sinks = None if mask.sinks is None else mask.sinks[:, None]
+    visible = visible_pairs(positions[:, None], positions, mask, sinks)
     if documents is not None:
-        visible = visible & (documents[:, :, None] == documents[:, None, :])
-    mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-    return (mask if mask.dim() == 3 else mask[None]).unsqueeze(1)
+        visible = visible & (documents.queries[:, :, None] == documents.keys[:, None, :])
+    additive = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+    return (additive if additive.dim() == 3 else additive[None]).unsqueeze(1)
 
 
 class _Piece(NamedTuple):
@@ -86,30 +83,17 @@ def _parts(piece: _Piece, tensors: Iterable[Tensor | None]) -> list[Any]:
     return [None if tensor is None else piece.of(tensor) for tensor in tensors]
 
 
-def _pieces(query: Tensor, visibility: Visibility) -> tuple[list[_Piece], Visibility]:
-    """What to attend to by itself, and the visibility within each piece."""
-    whole, documents = slice(None), visibility.query_documents
-    if visibility.window is not None:
-        return [_Piece(whole, whole)], visibility
-    alone = visibility._replace(query_documents=None, key_documents=None)
-    borders = (
-        {} if documents is None else {row: _borders(documents[row]) for row in tiles_to_run(range(len(documents)))}
-    )
-    if documents is None or not any(borders.values()):
-        return [_Piece(rows, whole) for rows in row_tiles(query)], alone
-    if any(len(documents[row].unique()) <= len(inner) for row, inner in borders.items()):
-        return [_Piece(whole, whole)], visibility  # a document that was left comes again
-    pieces = []
-    for row, inner in borders.items():
-        edges = [0, *(last + 1 for last in inner), query.shape[2]]
-        pieces += [_Piece(slice(row, row + 1), slice(*run)) for run in itertools.pairwise(edges)]
-    return pieces, alone
-
-
-def _borders(documents: Tensor) -> list[int]:
-    """The last token of each document of a row but the last one."""
-    changes: list[int] = (documents[1:] != documents[:-1]).nonzero().flatten().tolist()
-    return changes
+def _pieces(query: Tensor, mask: AttentionMask) -> tuple[list[_Piece], AttentionMask]:
+    """What to attend to by itself, and the mask within each piece."""
+    whole = slice(None)
+    runs = [] if mask.documents is None else mask.documents.runs
+    if mask.window is not None or runs is None:
+        return [_Piece(whole, whole)], mask
+    within = mask._replace(documents=None)
+    if all(len(documents) == 1 for documents in runs):
+        return [_Piece(rows, whole) for rows in row_tiles(query)], within
+    rows = tiles_to_run(range(len(runs)))
+    return [_Piece(slice(row, row + 1), tokens) for row in rows for tokens in runs[row]], within
 
 
 class FlashAttentionCPU(torch.autograd.Function):
@@ -122,12 +106,12 @@ class FlashAttentionCPU(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         key_bias: Tensor | None,
-        visibility: Visibility,
+        mask: AttentionMask,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         ctx.set_materialize_grads(False)
-        pieces, within = _pieces(query, visibility)
+        pieces, within = _pieces(query, mask)
         output, lse = torch.empty_like(query), torch.empty_like(at_least_float32(query[..., 0]))
         own = None if key_bias is None else torch.empty_like(lse)
         for piece in pieces:
@@ -136,7 +120,7 @@ class FlashAttentionCPU(torch.autograd.Function):
                 if whole is not None and part is not None:
                     piece.of(whole)[:] = part
         ctx.save_for_backward(query, key, value, key_bias, output, lse, own)
-        ctx.pieces, ctx.within, ctx.visibility, ctx.scale = pieces, within, visibility, scale
+        ctx.pieces, ctx.within, ctx.mask, ctx.scale = pieces, within, mask, scale
         return output, lse
 
     @staticmethod
@@ -148,7 +132,7 @@ class FlashAttentionCPU(torch.autograd.Function):
             grad_output = torch.zeros_like(saved[4])
         with autocast_off(saved[0]):
             if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
-                return *chunked_backward(saved[:-1], grad_output, grad_lse, ctx.visibility, ctx.scale), None, None
+                return *chunked_backward(saved[:-1], grad_output, grad_lse, ctx.mask, ctx.scale), None, None
             grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved[:4]]
             for piece in ctx.pieces:
                 found = _gradients(_parts(piece, saved), piece.of(grad_output), ctx.within, ctx.scale)
@@ -158,27 +142,27 @@ class FlashAttentionCPU(torch.autograd.Function):
         return *grads, None, None
 
 
-def _attend(tensors: list[Any], visibility: Visibility, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def _attend(tensors: list[Any], mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and log-sum-exp of a piece's query, key, value and bias; with a bias, each token's score with itself."""
     query, key, value, bias = tensors
-    mask = _mask(query, visibility)
-    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
-        return *flash(query, key, value, causal=True, mask=mask, scale=scale), None
-    output, lse = _strict(query, key, value, bias, mask, scale)
-    if visibility.diagonal == "closed":
+    additive = _additive_mask(query, mask)
+    if bias is None and not mask.strict:
+        return *flash(query, key, value, causal=True, mask=additive, scale=scale), None
+    output, lse = _strict(query, key, value, bias, additive, scale)
+    if mask.strict:
         return output, lse, None
     own = _own_scores(query, key, scale)
     return *_merge_own(own, value, output, lse), own
 
 
-def _gradients(saved: list[Any], grad_output: Tensor, visibility: Visibility, scale: float) -> list[Tensor | None]:
+def _gradients(saved: list[Any], grad_output: Tensor, mask: AttentionMask, scale: float) -> list[Tensor | None]:
     """Gradients of a piece's query, key, value and bias."""
     query, key, value, bias, output, lse, own = saved
-    mask = _mask(query, visibility)
-    if visibility.diagonal == "plain" or (visibility.diagonal == "open" and bias is None):
+    additive = _additive_mask(query, mask)
+    if bias is None and not mask.strict:
         known = (query, key, value, output, finite(lse))
-        return [*flash_backward(grad_output, *known, causal=True, mask=mask, scale=scale), None]
-    grads = _strict_backward(grad_output, query, key, value, bias, mask, output, lse, scale)
+        return [*flash_backward(grad_output, *known, causal=True, mask=additive, scale=scale), None]
+    grads = _strict_backward(grad_output, query, key, value, bias, additive, output, lse, scale)
     if own is not None:
         _add_own_backward(grads, grad_output, query, key, value, output, torch.exp(own - lse), scale)
     return grads

@@ -1,6 +1,6 @@
 """The flash-attn backend of ``kernels.attention``: calls on CUDA whose mask is causality and perhaps a window.
 
-A strict diagonal is the causal one on shifted slices (queries 1.., keys ..T-2). The library has no gradient of its
+A strict mask is the causal one on shifted slices (queries 1.., keys ..T-2). The library has no gradient of its
 log-sum-exp; where a loss depends on it, that part of the gradient is computed by the chunked backend.
 """
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention_chunked import chunked_backward
+from kvtrain.kernels.attention_mask import AttentionMask
 from kvtrain.kernels.dispatch import autocast_off
-from kvtrain.kernels.visibility import Visibility
 
 _MAX_CHANNELS = 256
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-def flash_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility) -> bool:
+def flash_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: AttentionMask) -> bool:
     """Whether this call fits the library: half types on CUDA, no bias, no documents, no sink, and no blind query."""
     return (
         _on_gpu(query)
@@ -32,17 +32,17 @@ def flash_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | 
         and query.numel() > 0
         and key.numel() > 0
         and key_bias is None
-        and visibility.query_documents is None
-        and (visibility.window is None or (visibility.sink == 0 and visibility.sinks is None))
-        and _shows_keys(visibility, query.shape[-2], key.shape[-2])
+        and mask.documents is None
+        and (mask.window is None or (mask.sink == 0 and mask.sinks is None))
+        and _shows_keys(mask, query.shape[-2], key.shape[-2])
     )
 
 
-def _shows_keys(visibility: Visibility, num_queries: int, num_keys: int) -> bool:
-    """Whether every query sees a key, the first one of a strict diagonal aside."""
-    if visibility.diagonal == "closed":
-        return num_queries == num_keys > 1 and visibility.window != 1
-    return not visibility.causal or num_queries <= num_keys
+def _shows_keys(mask: AttentionMask, num_queries: int, num_keys: int) -> bool:
+    """Whether every query sees a key, the first one of a strict mask aside."""
+    if mask.strict:
+        return num_queries == num_keys > 1 and mask.window != 1
+    return not mask.causal or num_queries <= num_keys
 
 
 @functools.cache
@@ -55,12 +55,10 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
-def flash_attend(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float
-) -> tuple[Tensor, Tensor]:
+def flash_attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, both differentiable, as ``kernels.attention`` says."""
-    plain = visibility._replace(diagonal="plain")
-    if visibility.diagonal != "closed":
+    plain = mask._replace(strict=False)
+    if not mask.strict:
         return _attend(query, key, value, plain, scale)
     if plain.window is not None:
         plain = plain._replace(window=plain.window - 1)
@@ -69,19 +67,19 @@ def flash_attend(
     return pad(output, (0, 0, 1, 0)), pad(lse, (1, 0), value=float("-inf"))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_func
 
-    window = (-1, -1) if visibility.window is None else (visibility.window - 1, 0)
+    window = (-1, -1) if mask.window is None else (mask.window - 1, 0)
     output, lse, _ = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         softmax_scale=scale,
-        causal=visibility.causal,
+        causal=mask.causal,
         window_size=window,
         return_attn_probs=True,
     )
     output = output.transpose(1, 2)
-    lse = _LogSumExp.apply(query, key, value, output.detach(), lse.detach(), visibility, scale)  # type: ignore[no-untyped-call]
+    lse = _LogSumExp.apply(query, key, value, output.detach(), lse.detach(), mask, scale)  # type: ignore[no-untyped-call]
     return output, lse
 
 
@@ -96,11 +94,11 @@ class _LogSumExp(torch.autograd.Function):
         value: Tensor,
         output: Tensor,
         lse: Tensor,
-        visibility: Visibility,
+        mask: AttentionMask,
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.visibility, ctx.scale = visibility, scale
+        ctx.mask, ctx.scale = mask, scale
         return lse.clone()
 
     @staticmethod
@@ -109,5 +107,5 @@ class _LogSumExp(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         saved = (query, key, value, None, output, lse)
         with autocast_off(query):
-            grads = chunked_backward(saved, torch.zeros_like(output), grad_lse, ctx.visibility, ctx.scale)
+            grads = chunked_backward(saved, torch.zeros_like(output), grad_lse, ctx.mask, ctx.scale)
         return *grads[:2], None, None, None, None, None

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvtrain.kernels.attention_mask import AttentionMask, biased_pairs, visible_pairs
 from kvtrain.kernels.dispatch import at_least_float32
-from kvtrain.kernels.visibility import Visibility, visible_pairs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -45,7 +45,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def flex_attend(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, visibility: Visibility, scale: float
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: AttentionMask, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, both differentiable, as ``kernels.attention`` says."""
     from torch.nn.attention.flex_attention import AuxRequest
@@ -53,14 +53,14 @@ def flex_attend(
     biased = None
     if key_bias is not None:
         bias = at_least_float32(key_bias).repeat_interleave(query.shape[1] // key.shape[1], 1)
-        biased = _score_mod(_Captured.apply(bias), visibility.diagonal == "open")  # type: ignore[no-untyped-call]
+        biased = _score_mod(_Captured.apply(bias), mask)  # type: ignore[no-untyped-call]
     with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
         output, aux = _compiled()(
             query,
             key,
             value,
             score_mod=biased,
-            block_mask=block_mask(visibility, query.shape[-2], query.device),
+            block_mask=block_mask(mask, query.shape[-2], query.device),
             scale=scale,
             enable_gqa=True,
             return_aux=AuxRequest(lse=True),
@@ -90,52 +90,63 @@ class _Captured(torch.autograd.Function):
         return grad
 
 
-def _score_mod(bias: Tensor, exempt_diagonal: bool) -> Callable[..., Tensor]:
-    """Adds ``bias (B, H, T)`` to the scores of each key."""
+def _score_mod(bias: Tensor, mask: AttentionMask) -> Callable[..., Tensor]:
+    """Adds ``bias (B, H, T)`` to the scores of each key, where it counts."""
+    plain = mask._replace(documents=None, sinks=None)
 
     def biased(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         total = score + bias[batch, head, column]
-        return torch.where(row == column, score, total) if exempt_diagonal else total
+        return torch.where(biased_pairs(row, column, plain), total, score) if plain.bias_after else total
 
     return biased
 
 
-def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
+def _mask_mod(mask: AttentionMask) -> Callable[..., Tensor]:
     """Which pairs are visible, element by element."""
-    query_documents, key_documents, sinks = visibility.query_documents, visibility.key_documents, visibility.sinks
+    documents, plain = mask.documents, mask._replace(documents=None, sinks=None)
+    queries, keys = (None, None) if documents is None else map(_for_training, (documents.queries, documents.keys))
+    sinks = None if mask.sinks is None else _for_training(mask.sinks)
 
     def visible(batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        pair = visible_pairs(row, column, visibility, None if sinks is None else sinks[batch, column])
-        if query_documents is None or key_documents is None:
-            return pair
-        return pair & (query_documents[batch, row] == key_documents[batch, column])
+        pair = visible_pairs(row, column, plain, None if sinks is None else sinks[batch, column])
+        return pair if queries is None or keys is None else pair & (queries[batch, row] == keys[batch, column])
 
     return visible
 
 
-def block_mask(visibility: Visibility, length: int, device: torch.device) -> "BlockMask | None":
+def _for_training(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that may be saved for a backward pass, which one made under inference mode may not."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def block_mask(mask: AttentionMask, length: int, device: torch.device) -> "BlockMask | None":
     """What FlexAttention wants to know of a mask over ``length`` tokens; None where everything is visible."""
-    if visibility.query_documents is not None or (visibility.sinks is not None and visibility.window is not None):
-        return _build(visibility, length, device)
-    return _positional(visibility, length, device) if visibility.causal else None
+    # Where the bias counts is no business of blocks, and without a window nothing is beyond it.
+    mask = mask._replace(bias_after=0, sinks=None if mask.window is None else mask.sinks)
+    if mask.documents is not None:
+        name = ("block mask", mask._replace(documents=None), length, device)
+        return mask.documents.keep(name, lambda: _build(mask, length, device))
+    if mask.sinks is not None:
+        return _build(mask, length, device)
+    return _positional(mask, length, device) if mask.causal else None
 
 
 @functools.lru_cache(maxsize=32)
-def _positional(visibility: Visibility, length: int, device: torch.device) -> "BlockMask":
+def _positional(mask: AttentionMask, length: int, device: torch.device) -> "BlockMask":
     """Positions alone decide: one mask for all layers and steps, those of inference and of training alike."""
     with torch.inference_mode(False):
-        return _build(visibility, length, device)
+        return _build(mask, length, device)
 
 
-def _build(visibility: Visibility, length: int, device: torch.device) -> "BlockMask":
+def _build(mask: AttentionMask, length: int, device: torch.device) -> "BlockMask":
     from torch.nn.attention.flex_attention import BlockMask
 
-    some, every = _block_visibility(visibility, length, device)
+    some, every = _visible_blocks(mask, length, device)
     return BlockMask.from_kv_blocks(
         *_listed(some & ~every),
         *_listed(every),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=_mask_mod(visibility),
+        mask_mod=_mask_mod(mask),
         seq_lengths=(length, length),
     )
 
@@ -146,35 +157,35 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1).int(), chosen.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _block_visibility(visibility: Visibility, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _visible_blocks(mask: AttentionMask, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Blocks with perhaps a visible pair, and blocks that surely show all of theirs, each ``(B or 1, n, n)``."""
     first = torch.arange(0, length, _BLOCK, device=device)
     last = (first + _BLOCK - 1).clamp(max=length - 1)
     # The corner that sees most, the latest query and the earliest key, and the one that sees least; a window turns
     # them around.
-    some, every = _corners(first, last, visibility), _corners(last, first, visibility)
+    some, every = _corners(first, last, mask), _corners(last, first, mask)
     whole = first + _BLOCK <= length
     every = every & whole[:, None] & whole
     some, every = some[None], every[None]
-    if visibility.sinks is not None and visibility.window is not None:
-        held = _in_blocks(visibility.sinks).any(-1)[:, None]  # (B, 1, n), masked element by element
-        some = some | (held & _corners(first, last, visibility._replace(window=None)))
-    if visibility.query_documents is None or visibility.key_documents is None:
+    if mask.sinks is not None and mask.window is not None:
+        held = _in_blocks(mask.sinks).any(-1)[:, None]  # (B, 1, n), masked element by element
+        some = some | (held & _corners(first, last, mask._replace(window=None)))
+    if mask.documents is None:
         return some, every.expand_as(some)
-    query_low, query_high = _document_range(visibility.query_documents)
-    key_low, key_high = _document_range(visibility.key_documents)
+    query_low, query_high = _document_range(mask.documents.queries)
+    key_low, key_high = _document_range(mask.documents.keys)
     overlap = (query_low[:, :, None] <= key_high[:, None]) & (key_low[:, None] <= query_high[:, :, None])
     single = (query_low == query_high)[:, :, None] & (key_low == key_high)[:, None]
     return some & overlap, every & overlap & single
 
 
-def _corners(local: Tensor, remote: Tensor, visibility: Visibility) -> Tensor:
+def _corners(local: Tensor, remote: Tensor, mask: AttentionMask) -> Tensor:
     """Causality at the pair (far query, near key), the window at (near query, far key), ``(n, n)``."""
-    if not visibility.causal:
+    if not mask.causal:
         return torch.ones(len(local), len(local), dtype=torch.bool, device=local.device)
-    seen = visible_pairs(remote[:, None], local, visibility._replace(window=None))
-    if visibility.window is not None:
-        seen = seen & ((local[:, None] - remote < visibility.window) | (local < visibility.sink))
+    seen = visible_pairs(remote[:, None], local, mask._replace(window=None))
+    if mask.window is not None:
+        seen = seen & ((local[:, None] - remote < mask.window) | (local < mask.sink))
     return seen
 
 

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_chunked import CHUNK_IN_WINDOW, chunked_backward
 from kvtrain.kernels.attention_cpu import flash_cpu_can_run
+from kvtrain.kernels.attention_mask import AttentionMask
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.flash_cpu import flash_backward
-from kvtrain.kernels.visibility import Visibility
 
 
 def mixed_attention(
@@ -31,7 +32,7 @@ def mixed_attention(
     window: int,
     sink: int = 0,
     position_ids: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """``(1 - gate) * window attention + gate * full attention``, both causal.
@@ -43,8 +44,8 @@ def mixed_attention(
         gates: ``(H_kv,)``.
         window: Latest tokens that the window shows, the token's own included.
         sink: First tokens of each document that it shows as well.
-        position_ids: ``(B, T)`` within the documents; needed where there are documents.
-        documents: ``(B, T)`` integer ids; None: every row is one document.
+        position_ids: ``(B or 1, T)`` within the documents; needed where there are documents.
+        documents: Of queries and keys, the same tokens; None: every row is one document.
         scale: Factor on the scores, ``D ** -0.5`` by default.
 
     Returns:
@@ -53,7 +54,7 @@ def mixed_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]  # (H, 1, 1)
     plain = documents is None and query.shape[2] > window + sink
-    if plain and flash_cpu_can_run(query, key, value, None, Visibility()):
+    if plain and flash_cpu_can_run(query, key, value, None, AttentionMask()):
         with autocast_off(query):
             output: Tensor = _MixedOnCPU.apply(query, key, value, share, window, sink, scale)  # type: ignore[no-untyped-call]
         return output
@@ -75,7 +76,7 @@ def window_attention(
     window: int,
     sink: int = 0,
     position_ids: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latest tokens of the document and to its first ones; arguments as in ``mixed_attention``.
@@ -90,17 +91,17 @@ def window_attention(
         key,
         value,
         window=window,
-        sinks=_sinks(position_ids, sink),
-        query_documents=documents,
-        key_documents=documents,
+        sinks=_sinks(documents, position_ids, sink),
+        documents=documents,
         scale=scale,
     )
 
 
-def _sinks(position_ids: Tensor | None, sink: int) -> Tensor:
+def _sinks(documents: Documents, position_ids: Tensor | None, sink: int) -> Tensor:
+    """The first tokens of each document, ``(B, T)``; the same tensor for all layers that have the same positions."""
     if position_ids is None:
         raise ValueError("rows of several documents need position_ids: their first tokens stay visible")
-    return position_ids < sink
+    return documents.keep(("sinks", position_ids, sink), lambda: (position_ids < sink).expand_as(documents.keys))
 
 
 def _beyond(
@@ -110,7 +111,7 @@ def _beyond(
     window: int,
     sink: int,
     position_ids: Tensor | None,
-    documents: Tensor | None,
+    documents: Documents | None,
     scale: float,
 ) -> tuple[int, Tensor, Tensor]:
     """Attention to what the window hides, of all queries from the first one on that may see any."""
@@ -119,17 +120,11 @@ def _beyond(
         remote = _remote_slices(query, key, value, window, sink)
         return first, *attention(*remote, scale=scale)
     first = min(window, query.shape[2])
-    hidden = torch.zeros_like(documents, dtype=torch.promote_types(query.dtype, torch.float32))
-    hidden = hidden.masked_fill(_sinks(position_ids, sink), float("-inf"))[:, : -window or None]
+    hidden = torch.zeros_like(documents.keys, dtype=torch.promote_types(query.dtype, torch.float32))
+    hidden = hidden.masked_fill(_sinks(documents, position_ids, sink), float("-inf"))[:, : -window or None]
     bias = hidden[:, None].expand(-1, key.shape[1], -1)
     remote = _remote_slices(query, key, value, window, 0)
-    return first, *attention(
-        *remote,
-        key_bias=bias,
-        query_documents=documents[:, first:],
-        key_documents=documents[:, : remote[1].shape[2]],
-        scale=scale,
-    )
+    return first, *attention(*remote, key_bias=bias, documents=documents.part(first, remote[1].shape[2]), scale=scale)
 
 
 def _remote_slices(query: Tensor, key: Tensor, value: Tensor, window: int, sink: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,9 +175,9 @@ class _MixedOnCPU(torch.autograd.Function):
         grad_local[:, :, first:] = (late * (1 - share + share * local_share)).to(grad.dtype)
         grad_lse[:, :, first:] = (-share * local_share * along).squeeze(-1)
         with autocast_off(grad):
-            visibility = Visibility(window=ctx.window, sink=ctx.sink)
+            mask = AttentionMask(window=ctx.window, sink=ctx.sink)
             saved = (query, key, value, None, local, local_lse)
-            grads = chunked_backward(saved, grad_local, grad_lse, visibility, ctx.scale, CHUNK_IN_WINDOW)[:3]
+            grads = chunked_backward(saved, grad_local, grad_lse, mask, ctx.scale, CHUNK_IN_WINDOW)[:3]
             slices = _remote_slices(query, key, value, ctx.window, ctx.sink)
             full_lse, grad_full = torch.logaddexp(late_lse, remote_lse), (share * late).to(query.dtype)
             remote = flash_backward(grad_full, *slices, full, full_lse, causal=True, mask=None, scale=ctx.scale)

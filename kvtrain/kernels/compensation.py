@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from kvtrain.kernels.attention import merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.documents import Documents
 
 
 class Dropped(NamedTuple):
@@ -35,7 +36,7 @@ def dropped_by_window(
     window: int,
     sink: int = 0,
     position_ids: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Dropped:
     """Running sums over the tokens that a window with sinks hides from each token of a sequence.
 
@@ -44,8 +45,8 @@ def dropped_by_window(
         value: ``(B, H_kv, T, D_v)``.
         window: Latest tokens that are seen, the token's own included.
         sink: First tokens of each document that are seen as well.
-        position_ids: ``(B, T)`` within the documents; needed where there are documents.
-        documents: ``(B, T)`` integer ids, each a run of its row; None: every row is one document.
+        position_ids: ``(B or 1, T)`` within the documents; needed where there are documents.
+        documents: Of the tokens, each a run of its row; None: every row is one document.
 
     Raises:
         ValueError: Documents without positions.
@@ -57,8 +58,8 @@ def dropped_by_window(
         return Dropped(keys, values, (index - (window + sink) + 1).clamp(min=0))
     if position_ids is None:
         raise ValueError("rows of several documents need position_ids: their first tokens stay visible")
-    drops = position_ids >= window + sink  # the token ``window`` places back leaves as this one enters
-    before = torch.where(drops, 0, index).cummax(1).values  # the latest token that dropped nothing
+    name = ("dropped", position_ids, window + sink)
+    drops, before = documents.keep(name, lambda: _dropping(position_ids.expand_as(documents.keys), window + sink))
     last = max(0, key.shape[2] - window)
     keys, values = (_sums_since(before, _behind(states[:, :, :last], states), drops) for states in (key, value))
     return Dropped(keys, values, index - before)
@@ -85,6 +86,13 @@ def add_compensation(
     score = score.masked_fill((dropped.number == 0)[:, None, None], float("-inf"))
     values = values.expand(-1, -1, wide.shape[2], -1, -1)
     return merge_attention([part, (values.flatten(1, 2), score.flatten(1, 2))])
+
+
+def _dropping(position_ids: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``(B, T)`` that see one less than there are, and for each the latest one that does not."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)[None]
+    drops = position_ids >= seen  # the token a window back leaves as this one enters
+    return drops, torch.where(drops, 0, index).cummax(1).values
 
 
 def _behind(states: Tensor, like: Tensor) -> Tensor:

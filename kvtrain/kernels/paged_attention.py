@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvtrain.kernels.attention import attention, check_groups, merge_attention
+from kvtrain.kernels.attention_mask import finite, log_sum_exp
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
 from kvtrain.kernels.quantization import dequantize, packed_channels
-from kvtrain.kernels.visibility import finite, log_sum_exp
 
 _RUN = 1024  # slots of one head that are copied at a time
 _SCRATCH = 4 * 2**20  # bytes of dequantized keys and values at a time, unless a single run takes more

@@ -89,8 +89,7 @@ class HostAttention(nn.Module):
 
     def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """Every token over all before it in its document, without a cache, ``(B, H, T, D)``."""
-        documents = context.documents
-        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)[0]
+        return attention(query, key, value, documents=context.documents, scale=self.scaling)[0]
 
     def attend_pages(
         self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None, heads: slice = slice(None)
@@ -108,7 +107,13 @@ class HostAttention(nn.Module):
         return paged_attention(query, keys, values, table, lengths[:, heads], self.scaling, bits=pages.bits)
 
     def attend_pages_and_new(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, pages: PagedStore, heads: slice = slice(None)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        pages: PagedStore,
+        heads: slice = slice(None),
     ) -> Tensor:
         """Several new tokens over themselves and over all that some heads, all by default, hold before them.
 
@@ -116,12 +121,11 @@ class HostAttention(nn.Module):
             query: ``(B, H, n, D)``, of the key-value heads in ``heads``.
             key: ``(B, H_kv, n, D)``, likewise.
             value: ``(B, H_kv, n, D)``, likewise.
-            valid: ``(B, n)`` real tokens.
+            context: Of the pass.
             pages: The store.
             heads: Its heads.
         """
-        documents = valid.long()
-        parts = [attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scaling)]
+        parts = [attention(query, key, value, documents=context.entering(), scale=self.scaling)]
         if pages.table.shape[2]:
             parts.append(self.attend_pages(query, pages, heads=heads))
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.errors import unknown
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.compat import CACHE, NEWEST_TESTED, OLDEST_TESTED, rename_cache
 from kvtrain.models.recording import RecordedStates
 
@@ -39,8 +40,8 @@ class ForwardContext:
 
     Attributes:
         positions: ``(B or 1, T)`` of each token within its document.
-        documents: ``(B, T)`` document of each token, 0 for padding, of a pass without a cache; None: every row is one
-            document, and all of it is real.
+        documents: Of a pass without a cache, ``(B, T)``, 0 for padding; None: every row is one document, and all of it
+            is real.
         counted: Whether every row's tokens are known to stand at positions 0, 1, 2, ..., none of them padding.
         cache: The model's, which the tokens enter; None without one.
         valid: ``(B, n)`` real tokens, with a cache; in every row the padding stands before them.
@@ -52,7 +53,7 @@ class ForwardContext:
     """
 
     positions: Tensor
-    documents: Tensor | None = None
+    documents: Documents | None = None
     counted: bool = False
     cache: KVCache | None = None
     valid: Tensor | None = None
@@ -75,6 +76,12 @@ class ForwardContext:
         assert self.cache is not None
         self._visited.update(range(len(self.cache.layers)))
         return self.cache.layers
+
+    def entering(self) -> Documents:
+        """Of the tokens that enter the cache: real ones belong together, and so does padding."""
+        assert self.valid is not None
+        valid = self.valid
+        return self.derive("entering", lambda: Documents(valid.long()))
 
     def derive(self, name: Hashable, make: Callable[[], Made]) -> Made:
         """What follows from the pass alone, and so is made by the first layer that asks and kept for the others.
@@ -200,7 +207,7 @@ def parallel_context(kwargs: Mapping[str, Any], packed: Tensor | None) -> Forwar
     elif positions is None:
         positions = torch.arange(_tokens(kwargs).shape[1], device=_tokens(kwargs).device)[None]
     step, outputs = kwargs.get("step"), kwargs.get("outputs")
-    return ForwardContext(positions, documents, counted=counted, step=step, outputs=outputs)
+    return ForwardContext(positions, Documents.of(documents), counted=counted, step=step, outputs=outputs)
 
 
 def _unless_alone(documents: Tensor) -> Tensor | None:

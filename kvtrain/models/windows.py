@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.visibility import Diagonal
+from kvtrain.kernels.documents import Documents
 
 
 def attend_cache_and_window(
@@ -18,7 +18,7 @@ def attend_cache_and_window(
     window: int,
     sink: int = 0,
     visible: Tensor | None = None,
-    diagonal: Diagonal = "plain",
+    strict: bool = False,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Several new tokens a row, each over the first tokens of its row and over the latest ones before it.
@@ -32,7 +32,7 @@ def attend_cache_and_window(
         window: Latest tokens that a token sees, its own included.
         sink: First tokens of the row that it sees as well.
         visible: ``(B, n)`` new tokens that may be seen; those in ``valid`` where absent.
-        diagonal: As in ``attention``.
+        strict: A token does not see its own key.
         scale: Factor on the scores.
 
     Returns:
@@ -56,11 +56,10 @@ def attend_cache_and_window(
         query,
         keys,
         values,
-        diagonal=diagonal,
+        strict=strict,
         window=window,
         sinks=sinks,
-        query_documents=valid.long(),
-        key_documents=documents.long(),
+        documents=Documents(valid.long(), documents.long()),
         scale=scale,
     )
 

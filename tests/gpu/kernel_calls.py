@@ -15,6 +15,7 @@ from kvtrain.kernels.compensation import dropped_by_window
 from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum
 from kvtrain.kernels.dispatch import wide_matmul
 from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum, linear_mixed_sum
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
 from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm, simple_rms_norm
@@ -115,18 +116,18 @@ def _pool(pool: Callable[..., Tensor], inputs: Tensor, ties: Tensor, weights: Te
 
 def _mixed(kernel: Callable[..., Any], documents: Tensor | None = None, **arguments: Any) -> Any:
     positions = None if documents is None else document_positions(documents)
-    return kernel(**arguments, window=20, sink=3, position_ids=positions, documents=documents)
+    return kernel(**arguments, window=20, sink=3, position_ids=positions, documents=Documents.of(documents))
 
 
 def _window(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    shared: dict[str, Any] = {"query_documents": documents, "key_documents": documents, "backend": "reference"}
+    shared: dict[str, Any] = {"documents": Documents.of(documents), "backend": "reference"}
     sinks = {"sink": 3} if documents is None else {"sinks": document_positions(documents) < 3}
     return attention(query, key, value, window=20, **sinks, **shared)
 
 
 def _dropped(key: Tensor, value: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     positions = document_positions(documents)
-    sums = dropped_by_window(key, value, window=7, sink=2, position_ids=positions, documents=documents)
+    sums = dropped_by_window(key, value, window=7, sink=2, position_ids=positions, documents=Documents(documents))
     return sums.keys, sums.values
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.documents import Documents
 from tests.backends import forget_backends
 from tests.kernels.attention_cases import Case, make_case
 
@@ -17,21 +18,22 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "closed": {"diagonal": "closed"},
+    "strict": {"strict": True},
     "window": {"window": 70},
-    "closed, window": {"diagonal": "closed", "window": 3},
+    "strict, window": {"strict": True, "window": 3},
     "both ways": {"causal": False},
-    "open, bias": {"diagonal": "open", "bias": "finite"},
-    "open, hiding bias, documents": {"diagonal": "open", "bias": "hiding", "documents": "shared"},
+    "bias but on the own": {"bias_after": 1, "bias": "finite"},
+    "bias far back": {"bias_after": 70, "bias": "finite"},
+    "hiding bias, documents": {"bias_after": 1, "bias": "hiding", "documents": "shared"},
     "bias": {"bias": "finite"},
     "sink": {"window": 40, "sink": 3},
     "documents": {"documents": "shared"},
-    "closed, foreign documents": {"diagonal": "closed", "documents": "foreign"},
+    "strict, foreign documents": {"strict": True, "documents": "foreign"},
     "both ways, hiding bias": {"causal": False, "bias": "hiding"},
-    "blind": {"diagonal": "closed", "window": 1},
+    "blind": {"strict": True, "window": 1},
 }
-KNOWN_TO_FLASH = ("plain", "closed", "window", "closed, window", "both ways")
-NEEDED = ("closed", "open, hiding bias, documents", "sink")  # by LCKV, DMC and Duo
+KNOWN_TO_FLASH = ("plain", "strict", "window", "strict, window", "both ways")
+NEEDED = ("strict", "hiding bias, documents", "sink")  # by LCKV, DMC and Duo
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +68,20 @@ def combinations() -> list[Any]:
     ]
 
 
+def moved(option: Any, device: str) -> Any:
+    """An argument of ``attention`` on a device."""
+    if isinstance(option, Documents):
+        queries = option.queries.to(device)
+        return Documents(queries, None if option.same_tokens else option.keys.to(device))
+    return option.to(device) if isinstance(option, torch.Tensor) else option
+
+
 def run(
     case: Case, backend: str, device: str = "cuda", *, use_lse: bool = True, checkpointed: bool = False
 ) -> dict[str, torch.Tensor]:
     """``Case.run`` on a device."""
     leaves = {name: tensor.to(device).detach().requires_grad_() for name, tensor in case.tensors.items()}
-    options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in case.options.items()}
+    options = {name: moved(option, device) for name, option in case.options.items()}
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         return attention(**leaves, **options, backend=backend)
@@ -134,7 +144,7 @@ def test_shapes(backend: str, shape: dict[str, int]):
 @pytest.mark.parametrize("backend", ["flex", "flash"])
 def test_under_checkpointing(backend: str):
     skip_without(backend)
-    case = make_case(4, num_queries=200, dim=64, dtype=torch.bfloat16, diagonal="closed")
+    case = make_case(4, num_queries=200, dim=64, dtype=torch.bfloat16, strict=True)
     assert_near(run(case, backend, checkpointed=True), exactly(case), torch.bfloat16)
 
 
@@ -157,11 +167,11 @@ def test_more_keys_than_queries_on_flash():
 def test_memory_does_not_grow_with_the_square():
     """Forward and backward over 8,192 tokens hold less than one matrix of scores."""
     length, heads = 8192, 4
-    case = make_case(7, batch=1, num_queries=length, dim=64, dtype=torch.bfloat16, bias="finite", diagonal="open")
+    case = make_case(7, batch=1, num_queries=length, dim=64, dtype=torch.bfloat16, bias="finite", bias_after=1)
     leaves = [tensor.cuda().requires_grad_() for tensor in case.tensors.values()]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    output, lse = attention(*leaves[:3], key_bias=leaves[3], diagonal="open", backend="flex")
+    output, lse = attention(*leaves[:3], key_bias=leaves[3], bias_after=1, backend="flex")
     (output.float().sum() + lse.sum()).backward()
     assert torch.cuda.max_memory_allocated() - before < heads * length * length * 2
 

@@ -22,14 +22,14 @@ BEHIND = {
     "attention_cpu": "attention",
     "attention_flash": "attention",
     "attention_flex": "attention",
+    "attention_mask": "attention",
+    "cpu_tiling": "norm",
     "flash_cpu": "attention",
     "head": "cross_entropy",
     "liger": "norm",
     "linear_attention_chunked": "linear_attention",
     "linear_attention_triton": "linear_attention",
     "linear_loss": "cross_entropy",
-    "cpu_tiling": "norm",
-    "visibility": "attention",
 }
 
 

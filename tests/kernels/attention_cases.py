@@ -7,6 +7,15 @@ import torch
 from hypothesis import strategies as st
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.documents import Documents
+
+# What architectures ask of every backend: nothing, DMC's bias on all keys but the own, LCKV's strict mask.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {"bias": "finite", "bias_after": 1},
+    "strict": {"strict": True},
+}
+HIDING = {name: kind | ({"bias": "hiding"} if kind.get("bias") else {}) for name, kind in KINDS.items()}
 
 
 @dataclass
@@ -89,9 +98,9 @@ def make_case(
         hidden = torch.rand((batch, kv_heads, num_keys), generator=generator) < 1 / 3
         tensors["key_bias"] = tensors["key_bias"].masked_fill(hidden, float("-inf"))
     if documents == "shared":
-        options["query_documents"] = options["key_documents"] = ids(num_queries)
+        options["documents"] = Documents(ids(num_queries))
     elif documents == "foreign":
-        options["query_documents"], options["key_documents"] = ids(num_queries), ids(num_keys)
+        options["documents"] = Documents(ids(num_queries), ids(num_keys))
     if sinks:
         options["sinks"] = torch.rand((batch, num_keys), generator=generator) < 1 / 4
     return Case(tensors, options, seed)
@@ -101,8 +110,9 @@ def make_case(
 def cases(draw: st.DrawFn, *, square: bool) -> Case:
     """Any call (``square=False``), or one that the CPU flash kernel can run."""
     causal = square or draw(st.booleans())
-    diagonal = draw(st.sampled_from(["plain", "open", "closed"])) if causal else "plain"
-    biases = ["none", "finite", "hiding"] if not square or diagonal == "open" else ["none"]
+    strict = causal and draw(st.integers(0, 2)) == 0
+    bias_after = draw(st.sampled_from([0, 1, 1, 2, 5] if square else [0, 1, 2, 5])) if causal else 0
+    biases = ["none", "finite", "hiding"] if not square or (bias_after == 1 and not strict) else ["none"]
     window = draw(st.none() | st.integers(1, 9)) if causal else None
     num_queries = draw(st.integers(2 if square else 1, 17))
     sinks = draw(st.booleans()) if window else False
@@ -118,7 +128,8 @@ def cases(draw: st.DrawFn, *, square: bool) -> Case:
         bias=draw(st.sampled_from(biases)),
         documents=draw(st.sampled_from(["none", "shared" if square else "foreign"])),
         causal=causal,
-        diagonal=diagonal,
+        strict=strict,
+        bias_after=bias_after,
         window=window,
         sink=draw(st.integers(0, 4)) if window and not sinks else 0,
         sinks=sinks,

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels import attention_chunked, attention_cpu
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.documents import Documents
 
-from .attention_cases import Case, assert_same, cases, make_case
+from .attention_cases import HIDING, KINDS, Case, assert_same, cases, make_case
 from .tensor_sizes import TensorSizes
 
 PROPERTY = settings(max_examples=250)
@@ -31,17 +32,33 @@ def test_the_definition_agrees_with_torch():
 
 
 def test_the_definition_by_hand():
-    """Two keys, the open diagonal: the bias touches the other key alone."""
+    """Two keys, and a bias that touches the other key alone."""
     query = torch.tensor([[[[1.0], [2.0]]]], dtype=torch.float64)
     key = torch.tensor([[[[0.5], [1.0]]]], dtype=torch.float64)
     value = torch.tensor([[[[3.0], [5.0]]]], dtype=torch.float64)
     bias = torch.tensor([[[-0.25, -7.0]]], dtype=torch.float64)
-    output, lse = attention(query, key, value, key_bias=bias, diagonal="open", scale=1.0, backend="reference")
+    output, lse = attention(query, key, value, key_bias=bias, bias_after=1, scale=1.0, backend="reference")
     past, own = torch.tensor([2.0 * 0.5 - 0.25, 2.0 * 1.0], dtype=torch.float64).exp()
     assert output.flatten().tolist() == pytest.approx([3.0, ((3 * past + 5 * own) / (past + own)).item()])
     assert lse.flatten().tolist() == pytest.approx([0.5, (past + own).log().item()])
-    _, closed = attention(query, key, value, key_bias=bias, diagonal="closed", scale=1.0, backend="reference")
-    assert closed.flatten().tolist() == [-INF, pytest.approx(0.75)]
+    _, strict = attention(query, key, value, key_bias=bias, strict=True, scale=1.0, backend="reference")
+    assert strict.flatten().tolist() == [-INF, pytest.approx(0.75)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_bias_that_begins_three_tokens_back(backend: str):
+    """All scores are 0, so a query's log-sum-exp counts keys: each of the latest three as 1, earlier ones by bias."""
+    zeros, values = torch.zeros(1, 1, 5, 1, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)[None, None]
+    bias = torch.tensor([[[0.5, 0.25, 0.1, 0.1, 0.1]]], dtype=torch.float64).log().requires_grad_()
+    call = {"key_bias": bias, "bias_after": 3, "backend": backend, "chunk_size": 2}
+    output, lse = attention(zeros, zeros, values.unsqueeze(-1), **call)
+    assert lse.exp().flatten().tolist() == pytest.approx([1, 2, 3, 3.5, 3.75])
+    sums = [0, 1, 1 + 2, 0 * 0.5 + 1 + 2 + 3, 0 * 0.5 + 1 * 0.25 + 2 + 3 + 4]
+    assert (output * lse.exp().unsqueeze(-1)).flatten().tolist() == pytest.approx(sums)
+    (grad,) = torch.autograd.grad(lse.sum(), bias)  # a biased key's weights: with the fourth query, with the fifth
+    assert grad.flatten().tolist() == pytest.approx([0.5 / 3.5 + 0.5 / 3.75, 0.25 / 3.75, 0, 0, 0])
+    _, strict = attention(zeros, zeros, zeros, strict=True, **call)
+    assert strict.exp().flatten().tolist() == pytest.approx([0, 1, 2, 2.5, 2.75])
 
 
 @PROPERTY
@@ -67,7 +84,7 @@ def test_a_bias_travels_in_a_channel_that_both_sides_leave_empty(
         return flash(query, key, value, **options)
 
     monkeypatch.setattr(attention_cpu, "flash", spy)
-    case = make_case(5, batch=1, num_queries=23, dim=8, bias="hiding", diagonal="open", empty=empty)
+    case = make_case(5, batch=1, num_queries=23, dim=8, bias="hiding", bias_after=1, empty=empty)
     assert_same(case.run("flash_cpu", use_lse=False), case.run("reference", use_lse=False), 1e-10)
     assert widths == [(width, width, width)]
 
@@ -75,32 +92,36 @@ def test_a_bias_travels_in_a_channel_that_both_sides_leave_empty(
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
 def test_a_long_odd_call(backend: str):
     """Longer than the kernel's blocks and the default chunk."""
-    case = make_case(3, batch=1, num_queries=531, dim=8, bias="hiding", diagonal="open", documents="shared")
+    case = make_case(3, batch=1, num_queries=531, dim=8, bias="hiding", bias_after=1, documents="shared")
     assert_same(case.run(backend, chunk_size=256), case.run("reference"), 1e-10)
 
 
 @pytest.mark.parametrize(
     ("ids", "masks"), [([[1, 1, 2, 3, 3, 0], [4, 5, 5, 5, 6, 6]], 0), ([[1, 2, 2, 1, 1, 3]] * 2, 2)]
 )
-@pytest.mark.parametrize(("diagonal", "bias"), [("plain", "none"), ("open", "hiding"), ("closed", "none")])
+@pytest.mark.parametrize("kind", HIDING)
 def test_documents_that_are_runs_need_no_mask(
-    monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], masks: int, diagonal: str, bias: str
+    monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], masks: int, kind: str
 ):
     """Runs of a single token among them; a document that was left and comes again is masked, forward and backward."""
     made: list[bool] = []
-    make = attention_cpu._mask
-    monkeypatch.setattr(attention_cpu, "_mask", lambda *args: made.append((mask := make(*args)) is not None) or mask)
-    case = make_case(20, num_queries=6, bias=bias, diagonal=diagonal)
-    case.options["query_documents"] = case.options["key_documents"] = torch.tensor(ids)
+    make = attention_cpu._additive_mask
+
+    def spy(*args):
+        made.append((additive := make(*args)) is not None)
+        return additive
+
+    monkeypatch.setattr(attention_cpu, "_additive_mask", spy)
+    case = make_case(20, num_queries=6, **HIDING[kind])
+    case.options["documents"] = Documents(torch.tensor(ids))
     assert_same(case.run("flash_cpu", use_lse=False), case.run("reference", use_lse=False), 1e-10)
     assert sum(made) == masks
 
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
-@pytest.mark.parametrize("diagonal", ["plain", "open", "closed"])
-def test_gradients_are_the_derivatives(backend: str, diagonal: str):
-    bias = "finite" if diagonal == "open" else "none"
-    case = make_case(1, batch=1, num_queries=5, dim=3, bias=bias, diagonal=diagonal, window=3, sink=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_derivatives(backend: str, kind: str):
+    case = make_case(1, batch=1, num_queries=5, dim=3, window=3, sink=1, **KINDS[kind])
     leaves = [tensor.requires_grad_() for tensor in case.tensors.values()]
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +135,7 @@ def test_gradients_are_the_derivatives(backend: str, diagonal: str):
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu", "reference"])
 def test_a_query_that_sees_nothing(backend: str):
     """Zeros, -inf, and gradients that are finite: exactly 0 where only the blind query could send any."""
-    case = make_case(2, num_queries=6, diagonal="closed", window=1)
+    case = make_case(2, num_queries=6, strict=True, window=1)
     found = case.run(backend)
     assert found["lse"].eq(-INF).all()
     for name in ("output", "grad_query", "grad_key", "grad_value"):
@@ -133,12 +154,10 @@ def test_keys_that_are_all_hidden_by_their_bias(backend: str):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
-@pytest.mark.parametrize(("diagonal", "bias"), [("plain", "none"), ("open", "hiding"), ("closed", "none")])
+@pytest.mark.parametrize("kind", HIDING)
 @pytest.mark.parametrize("use_lse", [True, False])
-def test_nothing_reads_uninitialised_memory(
-    monkeypatch: pytest.MonkeyPatch, backend: str, diagonal: str, bias: str, use_lse: bool
-):
-    case = make_case(5, num_queries=11, bias=bias, diagonal=diagonal, window=4, sink=2, documents="shared")
+def test_nothing_reads_uninitialised_memory(monkeypatch: pytest.MonkeyPatch, backend: str, kind: str, use_lse: bool):
+    case = make_case(5, num_queries=11, window=4, sink=2, documents="shared", **HIDING[kind])
     expected = case.run("reference", use_lse=use_lse)
     poison(monkeypatch)
     assert torch.empty(2).isnan().all() and torch.ones(2).new_empty(2).isnan().all()
@@ -160,12 +179,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu", "reference"])
-@pytest.mark.parametrize("diagonal", ["plain", "open", "closed"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (5, 2)])
-def test_bf16_stays_near_fp32(backend: str, diagonal: str, window: int | None, sink: int):
+def test_bf16_stays_near_fp32(backend: str, kind: str, window: int | None, sink: int):
     """Half tensors in, their own dtype out, a wide log-sum-exp, and errors of bf16 rounding alone."""
-    bias = "finite" if diagonal == "open" else "none"
-    options = {"num_queries": 65, "dim": 16, "bias": bias, "diagonal": diagonal, "window": window, "sink": sink}
+    options = {"num_queries": 65, "dim": 16, "window": window, "sink": sink, **KINDS[kind]}
     case = make_case(6, dtype=torch.bfloat16, **options)
     exact = Case({name: tensor.double() for name, tensor in case.tensors.items()}, case.options, case.seed)
     found, expected = case.run(backend, chunk_size=16), exact.run("reference")
@@ -189,7 +207,7 @@ def test_half_scores_are_not_rounded():
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
 def test_autocast_does_not_change_what_was_asked(backend: str):
-    case = make_case(8, dtype=torch.float32, bias="finite", diagonal="open")
+    case = make_case(8, dtype=torch.float32, bias="finite", bias_after=1)
     expected = case.run(backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = case.run(backend)
@@ -247,12 +265,11 @@ def test_parts_that_see_nothing_merge_into_nothing():
 
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu", "reference"])
-@pytest.mark.parametrize("diagonal", ["plain", "open", "closed"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_future_never_reaches_back(backend: str, diagonal: str, dtype: torch.dtype):
+def test_the_future_never_reaches_back(backend: str, kind: str, dtype: torch.dtype):
     """Another token from t on changes nothing before t, to the bit, and something at or after t."""
-    bias = "finite" if diagonal == "open" else "none"
-    options = {"num_queries": 37, "dim": 8, "bias": bias, "diagonal": diagonal, "dtype": dtype}
+    options = {"num_queries": 37, "dim": 8, "dtype": dtype, **KINDS[kind]}
     case = make_case(10, **options)
     other = make_case(11, **options)
     before = attention(**case.tensors, **case.options, backend=backend, chunk_size=8)
@@ -276,7 +293,7 @@ def test_empty_calls(shape: dict[str, int]):
 
 @pytest.mark.parametrize("backend", ["chunked", "flash_cpu"])
 def test_under_checkpointing(backend: str):
-    case = make_case(13, bias="finite", diagonal="open")
+    case = make_case(13, bias="finite", bias_after=1)
     expected = case.run(backend)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     result = checkpoint(lambda: attention(**leaves, **case.options, backend=backend, chunk_size=3), use_reentrant=False)
@@ -325,12 +342,12 @@ def test_an_unavailable_backend_is_an_error(case: Case, wrong: dict[str, Any]):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"diagonal": "ajar"}, "diagonal must be"),
+        ({"bias_after": -1}, "bias_after must not be negative"),
         ({"window": 0}, "window must be at least 1"),
         ({"sink": -1}, "sink must not be negative"),
         ({"window": 3, "causal": False}, "need causal=True"),
-        ({"diagonal": "open", "causal": False}, "need causal=True"),
-        ({"query_documents": torch.zeros(2, 7)}, "for queries and keys, or for neither"),
+        ({"bias_after": 1, "causal": False}, "need causal=True"),
+        ({"strict": True, "causal": False}, "need causal=True"),
     ],
 )
 def test_nonsense_is_refused(wrong: dict[str, Any], message: str):
@@ -347,7 +364,7 @@ def test_heads_that_cannot_share_are_refused():
 def test_memory_grows_with_the_chunk_not_with_the_square():
     """No tensor of T x T elements is made, forward or backward."""
     length, chunk = 512, 32
-    case = make_case(19, batch=1, groups=1, kv_heads=1, num_queries=length, dim=4, bias="finite", diagonal="open")
+    case = make_case(19, batch=1, groups=1, kv_heads=1, num_queries=length, dim=4, bias="finite", bias_after=1)
     with TensorSizes() as sizes:
         case.run("chunked", chunk_size=chunk)
     assert max(sizes) == chunk * length

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvtrain.kernels import attention_flash
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.visibility import Visibility
+from kvtrain.kernels.attention_mask import AttentionMask
 
 from .attention_cases import Case, assert_same, make_case
 
@@ -55,18 +55,18 @@ def _library() -> Iterator[None]:
 
 def fits(case: Case) -> bool:
     query, key, value = (case.tensors[name] for name in ("query", "key", "value"))
-    visibility = Visibility(**{name: option for name, option in case.options.items() if name != "scale"})
-    return attention_flash.flash_can_run(query, key, value, case.tensors.get("key_bias"), visibility)
+    mask = AttentionMask(**{name: option for name, option in case.options.items() if name != "scale"})
+    return attention_flash.flash_can_run(query, key, value, case.tensors.get("key_bias"), mask)
 
 
 @st.composite
 def known_cases(draw: st.DrawFn) -> Case:
-    """What the library can run: no query may be blind, but for the first of a strict diagonal."""
+    """What the library can run: no query may be blind, but for the first of a strict mask."""
     causal = draw(st.booleans())
-    diagonal = draw(st.sampled_from(["plain", "open", "closed"])) if causal else "plain"
-    window = draw(st.none() | st.integers(2 if diagonal == "closed" else 1, 9)) if causal else None
-    num_queries = draw(st.integers(2 if diagonal == "closed" else 1, 17))
-    num_keys = num_queries + draw(st.integers(0, 5) if diagonal != "closed" else st.just(0))
+    strict = causal and draw(st.booleans())
+    window = draw(st.none() | st.integers(2 if strict else 1, 9)) if causal else None
+    num_queries = draw(st.integers(2 if strict else 1, 17))
+    num_keys = num_queries + draw(st.just(0) if strict else st.integers(0, 5))
     return make_case(
         draw(st.integers(0, 10**6)),
         groups=draw(st.sampled_from([1, 2, 4])),
@@ -74,7 +74,8 @@ def known_cases(draw: st.DrawFn) -> Case:
         num_keys=num_keys if causal else draw(st.integers(1, 17)),
         dim=draw(st.sampled_from([2, 5, 8])),
         causal=causal,
-        diagonal=diagonal,
+        strict=strict,
+        bias_after=draw(st.sampled_from([0, 1, 5])) if causal else 0,
         window=window,
         scale=draw(st.sampled_from([None, 0.7])),
     )
@@ -88,11 +89,11 @@ def test_flash_is_the_definition(case: Case, use_lse: bool):
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5])
-@pytest.mark.parametrize("diagonal", ["plain", "open", "closed"])
-def test_windows_on_every_diagonal(diagonal: str, window: int | None):
-    """The strict diagonal with a window of the token alone shows nothing, which the library cannot say."""
-    case = make_case(1, num_queries=11, diagonal=diagonal, window=window)
-    assert fits(case) == (diagonal != "closed" or window != 1)
+@pytest.mark.parametrize("strict", [False, True])
+def test_windows_of_strict_masks_and_others(strict: bool, window: int | None):
+    """A strict mask with a window of the token alone shows nothing, which the library cannot say."""
+    case = make_case(1, num_queries=11, strict=strict, window=window)
+    assert fits(case) == (not strict or window != 1)
     if fits(case):
         assert_same(case.run("flash"), case.run("reference"), 1e-10)
 
@@ -101,7 +102,7 @@ def test_a_loss_that_ignores_the_log_sum_exp_pays_nothing_for_it(monkeypatch: py
     calls: list[Any] = []
     backward = attention_flash.chunked_backward
     monkeypatch.setattr(attention_flash, "chunked_backward", lambda *args: calls.append(1) or backward(*args))
-    case = make_case(2, diagonal="closed")
+    case = make_case(2, strict=True)
     case.run("flash", use_lse=False)
     assert calls == []
     case.run("flash")
@@ -111,12 +112,12 @@ def test_a_loss_that_ignores_the_log_sum_exp_pays_nothing_for_it(monkeypatch: py
 @pytest.mark.parametrize(
     "case",
     [
-        make_case(3, bias="finite", diagonal="open"),
+        make_case(3, bias="finite", bias_after=1),
         make_case(3, documents="shared"),
         make_case(3, window=3, sink=1),
         make_case(3, num_queries=7, num_keys=5),
-        make_case(3, num_queries=5, num_keys=7, diagonal="closed"),
-        make_case(3, num_queries=1, diagonal="closed"),
+        make_case(3, num_queries=5, num_keys=7, strict=True),
+        make_case(3, num_queries=1, strict=True),
         make_case(3, value_dim=3),
         make_case(3, dim=257),
         make_case(3, dtype=torch.float32),

@@ -11,7 +11,8 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from kvtrain.kernels import attention_flex
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.visibility import Visibility, visible_pairs
+from kvtrain.kernels.attention_mask import AttentionMask, visible_pairs
+from kvtrain.kernels.documents import Documents
 from tests.thinning import thinned
 
 from .attention_cases import assert_same, make_case
@@ -35,18 +36,19 @@ def _traced() -> Iterator[None]:
 
 
 # Four have every option between them; each is a compilation.
-GATING = ("closed, documents", "all of it", "both ways, hiding, documents", "one row, ungrouped")
+GATING = ("strict, documents", "all of it", "both ways, hiding, documents", "one row, ungrouped")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "open": {"bias": "finite", "diagonal": "open"},
-    "open, hiding, documents": {"bias": "hiding", "diagonal": "open", "documents": "shared"},
-    "closed, documents": {"diagonal": "closed", "documents": "shared"},
+    "biased": {"bias": "finite", "bias_after": 1},
+    "biased far back": {"bias": "finite", "bias_after": 5},
+    "biased, hiding, documents": {"bias": "hiding", "bias_after": 2, "documents": "shared"},
+    "strict, documents": {"strict": True, "documents": "shared"},
     "window and sink": {"window": 40, "sink": 3},
-    "all of it": {"bias": "finite", "diagonal": "open", "window": 140, "sink": 2, "documents": "foreign"},
+    "all of it": {"bias": "finite", "bias_after": 3, "window": 140, "sink": 2, "documents": "foreign"},
     "both ways": {"causal": False},
     "both ways, hiding, documents": {"causal": False, "bias": "hiding", "documents": "foreign"},
-    "blind": {"diagonal": "closed", "window": 1},
-    "one row, ungrouped": {"batch": 1, "groups": 1, "bias": "finite", "diagonal": "open", "scale": 0.7},
+    "blind": {"strict": True, "window": 1},
+    "one row, ungrouped": {"batch": 1, "groups": 1, "bias": "finite", "bias_after": 1, "scale": 0.7},
 }
 
 
@@ -108,92 +110,91 @@ def test_a_lost_gradient_is_an_error():
 def test_a_mask_of_inference_serves_training():
     attention_flex._positional.cache_clear()
     with torch.inference_mode():
-        mask = attention_flex.block_mask(Visibility(window=7), 300, CPU)
-    assert mask is attention_flex.block_mask(Visibility(window=7), 300, CPU)
+        mask = attention_flex.block_mask(AttentionMask(window=7), 300, CPU)
+    assert mask is attention_flex.block_mask(AttentionMask(window=7), 300, CPU)
     assert mask is not None and not mask.kv_indices.is_inference() and not mask.q_indices.is_inference()
 
 
 @st.composite
-def masks(draw: st.DrawFn) -> tuple[Visibility, int, int]:
+def masks(draw: st.DrawFn) -> tuple[AttentionMask, int, int]:
     """A mask, a length and a size of blocks; ids of documents in any order."""
     length, block = draw(st.integers(1, 23)), draw(st.integers(1, 6))
     causal = draw(st.booleans())
     window = draw(st.none() | st.integers(1, 9)) if causal else None
-    documents: list[torch.Tensor | None] = [None, None]
+    documents = None
     if draw(st.booleans()):
         ids = st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=2, max_size=2)
-        documents = [torch.tensor(draw(ids)), torch.tensor(draw(ids))]
-        if draw(st.booleans()):
-            documents = [ids.sort(-1).values for ids in documents if ids is not None]
-    diagonal = draw(st.sampled_from(["plain", "open", "closed"])) if causal else "plain"
+        sides = [torch.tensor(draw(ids)), torch.tensor(draw(ids))]
+        documents = Documents(*(ids.sort(-1).values for ids in sides) if draw(st.booleans()) else sides)
+    strict = causal and draw(st.booleans())
     sinks = None
     if window is not None and draw(st.booleans()):
         flags = st.lists(st.booleans(), min_size=length, max_size=length)
         sinks = torch.tensor(draw(st.lists(flags, min_size=2, max_size=2)))
     sink = draw(st.integers(0, 4)) if sinks is None else 0
-    return Visibility(causal, diagonal, window, sink, *documents, sinks), length, block
+    return AttentionMask(causal, strict, 0, window, sink, documents, sinks), length, block
 
 
-def dense(visibility: Visibility, length: int) -> torch.Tensor:
+def dense(mask: AttentionMask, length: int) -> torch.Tensor:
     """``(B or 1, T, T)``."""
     positions = torch.arange(length)
-    sinks = None if visibility.sinks is None else visibility.sinks[:, None]
-    visible = visible_pairs(positions[:, None], positions, visibility, sinks)
+    sinks = None if mask.sinks is None else mask.sinks[:, None]
+    visible = visible_pairs(positions[:, None], positions, mask, sinks)
     visible = visible if visible.dim() == 3 else visible[None]
-    if visibility.query_documents is None or visibility.key_documents is None:
+    if mask.documents is None:
         return visible
-    return visible & (visibility.query_documents[:, :, None] == visibility.key_documents[:, None])
+    return visible & (mask.documents.queries[:, :, None] == mask.documents.keys[:, None])
 
 
 @PROPERTY
 @given(masks())
-def test_blocks_say_what_their_pairs_say(drawn: tuple[Visibility, int, int]):
+def test_blocks_say_what_their_pairs_say(drawn: tuple[AttentionMask, int, int]):
     """No visible pair is skipped and no hidden one goes unmasked; by positions alone, nothing is run in vain."""
-    visibility, length, block = drawn
+    mask, length, block = drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_flex, "_BLOCK", block)
-        some, every = attention_flex._block_visibility(visibility, length, CPU)
-    pairs = dense(visibility, length)
+        some, every = attention_flex._visible_blocks(mask, length, CPU)
+    pairs = dense(mask, length)
     for row, row_start in enumerate(range(0, length, block)):
         for column, column_start in enumerate(range(0, length, block)):
             inside = pairs[:, row_start : row_start + block, column_start : column_start + block].flatten(1)
             whole = inside.shape[1] == block * block
             assert (some[:, row, column] | ~inside.any(1)).all()
             assert (~every[:, row, column] | (inside.all(1) & whole)).all()
-            one = visibility.diagonal == "closed" and visibility.window == 1
-            if visibility.query_documents is None and visibility.sinks is None and not one:
+            one = mask.strict and mask.window == 1
+            if mask.documents is None and mask.sinks is None and not one:
                 assert torch.equal(some[:, row, column], inside.any(1))
-                assert visibility.sink or torch.equal(every[:, row, column], inside.all(1) & whole)
+                assert mask.sink or torch.equal(every[:, row, column], inside.all(1) & whole)
 
 
 @pytest.mark.parametrize(
-    "visibility",
+    "mask",
     [
-        Visibility(),
-        Visibility(diagonal="closed"),
-        Visibility(window=300),
-        Visibility(window=310, sink=200),
-        Visibility(False, "plain", None, 0, *[torch.arange(700)[None] // 256] * 2),
-        Visibility(True, "open", None, 0, *[torch.arange(1400).view(2, 700) // 300] * 2),
-        Visibility(window=310, sinks=torch.arange(700)[None] % 300 < 20),
+        AttentionMask(),
+        AttentionMask(strict=True),
+        AttentionMask(window=300),
+        AttentionMask(window=310, sink=200),
+        AttentionMask(causal=False, documents=Documents(torch.arange(700)[None] // 256)),
+        AttentionMask(bias_after=1, documents=Documents(torch.arange(1400).view(2, 700) // 300)),
+        AttentionMask(window=310, sinks=torch.arange(700)[None] % 300 < 20),
     ],
-    ids=["causal", "closed", "window", "sink", "documents", "rows", "sinks"],
+    ids=["causal", "strict", "window", "sink", "documents", "rows", "sinks"],
 )
-def test_the_mask_is_the_one_that_torch_finds_pair_by_pair(visibility: Visibility):
-    mask = attention_flex.block_mask(visibility, 700, CPU)
-    rows = None if visibility.query_documents is None else len(visibility.query_documents)
-    expected = torch_flex.create_block_mask(attention_flex._mask_mod(visibility), rows, None, 700, 700, device="cpu")
-    assert mask is not None and mask.shape == expected.shape
+def test_the_mask_is_the_one_that_torch_finds_pair_by_pair(mask: AttentionMask):
+    blocks = attention_flex.block_mask(mask, 700, CPU)
+    rows = None if mask.documents is None else len(mask.documents.queries)
+    expected = torch_flex.create_block_mask(attention_flex._mask_mod(mask), rows, None, 700, 700, device="cpu")
+    assert blocks is not None and blocks.shape == expected.shape
     kinds = [(f"{full}{side}_num_blocks", f"{full}{side}_indices") for full in ("", "full_") for side in ("kv", "q")]
     for counts, indices in kinds:
-        assert torch.equal(getattr(mask, counts), getattr(expected, counts)), counts
-        listed = torch.arange(6) < getattr(mask, counts)[..., None]
-        assert torch.equal(getattr(mask, indices)[listed], getattr(expected, indices)[listed]), indices
-    assert mask.full_kv_num_blocks.sum() > 0
+        assert torch.equal(getattr(blocks, counts), getattr(expected, counts)), counts
+        listed = torch.arange(6) < getattr(blocks, counts)[..., None]
+        assert torch.equal(getattr(blocks, indices)[listed], getattr(expected, indices)[listed]), indices
+    assert blocks.full_kv_num_blocks.sum() > 0
 
 
 def test_seeing_everything_needs_no_mask():
-    assert attention_flex.block_mask(Visibility(causal=False), 300, CPU) is None
+    assert attention_flex.block_mask(AttentionMask(causal=False), 300, CPU) is None
 
 
 @pytest.mark.parametrize(

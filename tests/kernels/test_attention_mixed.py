@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvtrain.kernels import attention_mixed
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.context import document_positions
 
 PROPERTY = settings(max_examples=120)
@@ -22,7 +23,7 @@ def leaves(seed: int, rows: int, heads: int, groups: int, length: int, dim: int 
 
 def definition(query, key, value, gates, window, sink, documents):
     """Both attentions, dense, and mixed afterwards."""
-    shared = {"query_documents": documents, "key_documents": documents, "backend": "reference"}
+    shared = {"documents": Documents.of(documents), "backend": "reference"}
     full, _ = attention(query, key, value, **shared)
     hidden = {"sink": sink} if documents is None else {"sinks": document_positions(documents) < sink}
     local, _ = attention(query, key, value, window=window, **hidden, **shared)
@@ -62,9 +63,8 @@ def test_mixing_is_both_attentions_mixed(seed, heads, groups, length, window, si
     if packed:
         documents = torch.randint(0, 4, (2, length), generator=torch.Generator().manual_seed(seed)).sort(-1).values
         positions = document_positions(documents)
-    found = gradients(
-        lambda *t: mixed_attention(*t, window=window, sink=sink, position_ids=positions, documents=documents), tensors
-    )
+    told = {"window": window, "sink": sink, "position_ids": positions, "documents": Documents.of(documents)}
+    found = gradients(lambda *t: mixed_attention(*t, **told), tensors)
     assert_same(found, gradients(lambda *t: definition(*t, window, sink, documents), tensors), 1e-10)
 
 
@@ -108,4 +108,4 @@ def test_frozen_inputs_cost_no_backward_pass_of_attention(monkeypatch):
 def test_several_documents_need_their_positions():
     query, key, value, _ = leaves(0, 1, 1, 1, 8)
     with pytest.raises(ValueError, match="need position_ids"):
-        window_attention(query, key, value, window=3, sink=1, documents=torch.ones(1, 8, dtype=torch.long))
+        window_attention(query, key, value, window=3, sink=1, documents=Documents(torch.ones(1, 8, dtype=torch.long)))

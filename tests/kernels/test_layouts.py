@@ -16,6 +16,7 @@ from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum, linear_token_losses
 from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.linear_attention import linear_attention
 from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm
@@ -28,7 +29,8 @@ Shape = tuple[int, ...]
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 B, H, KV, T, D = 2, 4, 2, 11, 4
 QUERY, KEY = (B, H, T, D), (B, KV, T, D)
-DOCUMENTS = torch.tensor([[1] * 4 + [2] * 7, [1] * 9 + [2] * 2])
+IDS = torch.tensor([[1] * 4 + [2] * 7, [1] * 9 + [2] * 2])
+DOCUMENTS = Documents(IDS)
 TARGETS = torch.tensor([3, -100, 0, 6, 1, 2, 5])
 PLACES = torch.arange(T).expand(B, -1)
 
@@ -37,8 +39,8 @@ def attend(**options) -> Callable[..., tuple[Tensor, ...]]:
     return lambda query, key, value: attention(query, key, value, **options)
 
 
-def attend_open(backend: str) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *tensors: attention(*tensors[:3], key_bias=tensors[3], diagonal="open", backend=backend)
+def attend_biased(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *tensors: attention(*tensors[:3], key_bias=tensors[3], bias_after=1, backend=backend)
 
 
 def attend_compensated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -65,12 +67,12 @@ CALLS: dict[str, tuple[Call, tuple[Shape, ...]]] = {
         for backend in ("flash_cpu", "chunked")
         for name, options in {
             "plain": {},
-            "documents": {"query_documents": DOCUMENTS, "key_documents": DOCUMENTS},
+            "documents": {"documents": DOCUMENTS},
             "window": {"window": 4, "sink": 2},
-            "closed": {"diagonal": "closed"},
+            "strict": {"strict": True},
         }.items()
     },
-    **{f"{backend}, open": (attend_open(backend), (*QKV, KEY[:3])) for backend in ("flash_cpu", "chunked")},
+    **{f"{backend}, biased": (attend_biased(backend), (*QKV, KEY[:3])) for backend in ("flash_cpu", "chunked")},
     "mixed": (lambda *qkvg: mixed_attention(*qkvg, window=4, sink=1), (*QKV, (KV,))),
     "mixed, documents": (
         lambda *qkvg: mixed_attention(*qkvg, window=4, position_ids=PLACES, documents=DOCUMENTS),
@@ -85,7 +87,7 @@ CALLS: dict[str, tuple[Call, tuple[Shape, ...]]] = {
     ),
     "linear": (lambda *qkv: linear_attention(*qkv[:3], state=qkv[3], chunk_size=4), ((QUERY,) * 3 + ((B, H, D, D),))),
     "linear, both ways": (
-        lambda *qkv: linear_attention(*qkv, causal=False, document_ids=DOCUMENTS, chunk_size=4),
+        lambda *qkv: linear_attention(*qkv, causal=False, document_ids=IDS, chunk_size=4),
         (QUERY,) * 3,
     ),
     "pooling": (lambda x, merge, weight: pool_segments(x, merge.sigmoid(), weight.exp(), 3), (KEY, KEY[:3], KEY[:3])),

@@ -8,6 +8,7 @@ import torch
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models import build
 from kvtrain.models.attention import HostAttention
@@ -43,8 +44,7 @@ class WindowAttention(HostAttention):
                 value,
                 window=self.window.recent,
                 sink=self.window.sink,
-                query_documents=documents,
-                key_documents=documents,
+                documents=Documents.of(documents),
                 scale=self.scaling,
             )
         else:

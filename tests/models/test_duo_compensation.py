@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvtrain
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.context import document_positions
 from kvtrain.models.duo.attention import DuoStep
 from tests.hosts import make_host, random_ids
@@ -59,8 +60,9 @@ def compensated(query, key, value, window, sink, documents=None):
     """The parallel form, from kernels alone."""
     positions = None if documents is None else document_positions(documents)
     hidden = {"sink": sink} if documents is None else {"sinks": positions < sink}
-    local = attention(query, key, value, window=window, query_documents=documents, key_documents=documents, **hidden)
-    dropped = dropped_by_window(key, value, window=window, sink=sink, position_ids=positions, documents=documents)
+    local = attention(query, key, value, window=window, documents=Documents.of(documents), **hidden)
+    told = {"position_ids": positions, "documents": Documents.of(documents)}
+    dropped = dropped_by_window(key, value, window=window, sink=sink, **told)
     return add_compensation(local, query, dropped, query.shape[-1] ** -0.5)
 
 
@@ -118,7 +120,7 @@ def test_running_means_are_batch_means(seed, length, window, sink, packed):
     _, key, value = heads_of(seed, 2, 2, 1, length)
     documents = spread_documents(seed, 2, length) if packed else torch.zeros(2, length, dtype=torch.long)
     places = document_positions(documents)
-    told = {"position_ids": places, "documents": documents} if packed else {}
+    told = {"position_ids": places, "documents": Documents(documents)} if packed else {}
     dropped = dropped_by_window(key, value, window=window, sink=sink, **told)
     number = dropped.number.expand(2, -1)
     for row in range(2):
@@ -140,7 +142,7 @@ def test_a_short_document_at_the_end_of_a_long_row_keeps_its_digits():
     """Sums over the row are taken apart in float64; in float32 a part in a thousand would be lost."""
     key = torch.randn(1, 1, 20_016, 4) + 50
     documents = torch.tensor([[0] * 20_000 + [1] * 16])
-    told = {"position_ids": document_positions(documents), "documents": documents}
+    told = {"position_ids": document_positions(documents), "documents": Documents(documents)}
     dropped = dropped_by_window(key, key, window=12, sink=3, **told)
     assert dropped.keys.dtype == torch.float32 and dropped.number[0, -1] == 1
     torch.testing.assert_close(dropped.keys[:, :, -1], key[:, :, -13], atol=1e-5, rtol=0)
@@ -345,4 +347,4 @@ def test_it_is_part_of_the_checkpoint(tmp_path):
 def test_documents_need_positions():
     key = torch.zeros(1, 1, 4, 2)
     with pytest.raises(ValueError, match="need position_ids"):
-        dropped_by_window(key, key, window=2, documents=torch.zeros(1, 4, dtype=torch.long))
+        dropped_by_window(key, key, window=2, documents=Documents(torch.zeros(1, 4, dtype=torch.long)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
@@ -153,9 +154,8 @@ class DMCAttention(HostAttention):
             apply_rotary(key, *angles),
             value,
             key_bias=_next_token(decisions.keep_bias()),
-            diagonal="open",
-            query_documents=context.documents,
-            key_documents=context.documents,
+            bias_after=1,
+            documents=context.documents,
             scale=self.scaling,
         )
         return output, decisions
@@ -180,7 +180,6 @@ class DMCAttention(HostAttention):
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
             return self.attend_pages(query, layer.pages)[0]
-        documents = valid.long()
         bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
         parts = [
             attention(
@@ -188,9 +187,8 @@ class DMCAttention(HostAttention):
                 keys,
                 values,
                 key_bias=bias,
-                diagonal="open",
-                query_documents=documents,
-                key_documents=documents,
+                bias_after=1,
+                documents=context.entering(),
                 scale=self.scaling,
             )
         ]
@@ -211,10 +209,10 @@ def _say_untargeted() -> None:
     )
 
 
-def _bound_to_append(documents: Tensor | None, logits: Tensor) -> Tensor:
+def _bound_to_append(documents: Documents | None, logits: Tensor) -> Tensor:
     """Tokens ``(B, 1, T)`` without a choice: padding, and the first of every document."""
     one = torch.ones_like(logits[:, 0], dtype=torch.long)
-    return ~free_to_merge(one if documents is None else documents)[:, None]
+    return ~free_to_merge(one if documents is None else documents.queries)[:, None]
 
 
 def _without_channel(angles: Angles) -> Angles:

@@ -128,22 +128,24 @@ class RoundedAttention(HostAttention):
             output = self._by_class(patterns.full, patterns.streaming, query, key, value)
         else:
             layer = context.cache_layer(self.layer_idx)
-            assert isinstance(layer, DuoCacheLayer) and context.valid is not None
-            output = self._serve(query, key, value, context.cache.tokens, context.valid, layer)
+            assert isinstance(layer, DuoCacheLayer)
+            output = self._serve(query, key, value, context, layer)
         return self.project_out(output), None
 
     @bookkeeping
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: DuoCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
+        assert context.cache is not None and context.valid is not None
+        past, valid = context.cache.tokens, context.valid
         dropped = layer.drop(key, value, past, valid)
         if query.shape[2] == 1:
             layer.write(key, value, past, valid)
             return self._decode(query, layer, dropped)
 
         def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_pages_and_new(query, key, value, valid, layer.pages, slice(self.num_full))
+            return self.attend_pages_and_new(query, key, value, context, layer.pages, slice(self.num_full))
 
         def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             local = attend_cache_and_window(

@@ -9,6 +9,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.config import Duo
 
@@ -18,13 +19,13 @@ class AttentionPatterns(NamedTuple):
 
     Attributes:
         settings: The method.
-        documents: ``(B, T)``, or None where every row is one.
+        documents: Of the tokens, or None where every row is one.
         position_ids: ``(B or 1, T)`` places within each document.
         scale: Factor on the scores.
     """
 
     settings: Duo
-    documents: Tensor | None
+    documents: Documents | None
     position_ids: Tensor
     scale: float
 
@@ -35,8 +36,7 @@ class AttentionPatterns(NamedTuple):
 
     def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All tokens before."""
-        documents = self.documents
-        return attention(query, key, value, query_documents=documents, key_documents=documents, scale=self.scale)[0]
+        return attention(query, key, value, documents=self.documents, scale=self.scale)[0]
 
     def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The first tokens and the latest ones, and where it is so set one that stands for all others."""
@@ -54,7 +54,7 @@ class AttentionPatterns(NamedTuple):
     def _window(self) -> dict[str, Any]:
         positions = self.position_ids
         if self.documents is not None:
-            positions = positions.expand_as(self.documents)
+            positions = positions.expand_as(self.documents.queries)
         return {
             "window": self.settings.recent,
             "sink": self.settings.sink,

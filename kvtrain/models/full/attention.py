@@ -35,17 +35,21 @@ class FullAttention(HostAttention):
             output = self.attend_documents(query, key, value, context)
         else:
             layer = context.cache_layer(self.layer_idx)
-            assert isinstance(layer, FullCacheLayer) and context.valid is not None
-            output = self._serve(query, key, value, context.valid, layer)
+            assert isinstance(layer, FullCacheLayer)
+            output = self._serve(query, key, value, context, layer)
         return self.project_out(output), None
 
     @bookkeeping
-    def _serve(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer) -> Tensor:
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: FullCacheLayer
+    ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
+        valid = context.valid
+        assert valid is not None
         if query.shape[2] == 1:
             layer.append(key, value, valid)
             return self.attend_pages(query, layer.pages)[0]
         read = read_back(key, self.bits), read_back(value, self.bits)
-        output = self.attend_pages_and_new(query, *read, valid, layer.pages)
+        output = self.attend_pages_and_new(query, *read, context, layer.pages)
         layer.append(key, value, valid)
         return output

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.kernels.visibility import Diagonal
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.lckv.config import LCKV
 
@@ -41,7 +41,7 @@ class LayerInputs:
         value: Likewise.
         own: Whether an owner sees the keys and values that it makes in this call.
         first: Keys and values of layer 0, for a residual mix.
-        documents: ``(B, T)`` documents, or real tokens, of the input.
+        documents: Documents, or real tokens, of the input.
         key_value_only: Stop once keys and values are made.
         reader: Of the cache, while serving.
     """
@@ -50,7 +50,7 @@ class LayerInputs:
     value: Tensor | None = None
     own: bool = True
     first: KeyValue | None = None
-    documents: Tensor | None = None
+    documents: Documents | None = None
     key_value_only: bool = False
     view: View | None = None
 
@@ -85,7 +85,7 @@ class SharedAttention(HostAttention):
         self.key_layer, self.value_layer = keys.sources[layer_idx], values.sources[layer_idx]
         self.owns_key, self.owns_value = layer_idx in keys.owners, layer_idx in values.owners
         self.cyclic = keys.is_cyclic(layer_idx)
-        self.diagonal: Diagonal = "closed" if self.cyclic or settings.mask_all_diagonals else "plain"
+        self.strict = self.cyclic or settings.mask_all_diagonals  # no token sees its own key
         self.window = settings.sliding_window if keys.sliding[layer_idx] else None
         for name in absent_parts(layer_idx, settings, config.num_hidden_layers):
             if hasattr(self, name):
@@ -145,10 +145,9 @@ class SharedAttention(HostAttention):
                 query,
                 key,
                 value,
-                diagonal=self.diagonal,
+                strict=self.strict,
                 window=self.window,
-                query_documents=inputs.documents,
-                key_documents=inputs.documents,
+                documents=inputs.documents,
                 scale=self.scaling,
             )
         return self.project_out(output), None

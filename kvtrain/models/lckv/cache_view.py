@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
@@ -61,7 +62,7 @@ class CacheView:
             self._store(module.layer_idx, key_value, self.write)
         layer = self.layers[module.key_layer]
         one = query.shape[2] == 1  # which has been stored by now, if its layer's keys and values are there at all
-        itself = one and new is not None and module.diagonal != "closed"
+        itself = one and new is not None and not module.strict
         seen = self.past + (self.valid[:, -1] if itself else 0)
         if layer.pages is not None:
             return self._attend_pages(module, query, None if one else new, seen)
@@ -106,10 +107,8 @@ class CacheView:
 
     def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The new tokens over themselves."""
-        documents, scale = self.valid.long(), module.scaling
-        return attention(
-            query, *new, diagonal=module.diagonal, query_documents=documents, key_documents=documents, scale=scale
-        )
+        documents = Documents(self.valid.long())
+        return attention(query, *new, strict=module.strict, documents=documents, scale=module.scaling)
 
     def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor) -> Tensor:
         """One new token a row over the ring, where it lies."""
@@ -134,7 +133,7 @@ class CacheView:
             self.valid,
             window=module.window,
             visible=None if new is not None else torch.zeros_like(self.valid),
-            diagonal=module.diagonal,
+            strict=module.strict,
             scale=module.scaling,
         )[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtrain.kernels.documents import Documents
 from kvtrain.models.compat import CACHE
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
@@ -107,7 +108,7 @@ class LayerSchedule(nn.ModuleList):
         return hidden_states
 
     def _iterate(
-        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Tensor | None
+        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Documents | None
     ) -> Tensor:
         """A cyclic stage from no keys and values: passes without gradient, with, and the last one's output.
 

@@ -45,7 +45,8 @@ class TokenLayout:
 
     @classmethod
     def _find(cls, context: ForwardContext, rows: int) -> Self:
-        positions, documents, aligned = context.positions, context.documents, context.counted
+        positions, aligned = context.positions, context.counted
+        documents = None if context.documents is None else context.documents.queries
         if context.valid is not None:
             whole = bool(context.valid.all())
             documents = None if whole else context.valid.long()
