@@ -54,41 +54,6 @@ RETIRED_NAMES = {
     "write_place": "write_corpus_and_host",
 }
 
-# Retired words and names that still occur; who renames the last of one takes it out, until nothing is left.
-ALLOWED_YET: set[str] = {
-    "Made",
-    "Place",
-    "Reader",
-    "Scope",
-    "aside",
-    "binarise",
-    "colour",
-    "consult",
-    "everything",
-    "far",
-    "forgetful",
-    "initialisation",
-    "ledger",
-    "made",
-    "mistakes",
-    "near",
-    "normalise",
-    "opening",
-    "quantisation",
-    "quantise",
-    "quiet",
-    "reading",
-    "regularisation",
-    "rehearsal",
-    "rehearse",
-    "scope_of",
-    "skeleton",
-    "told",
-    "training_place",
-    "twin",
-    "validation_place",
-}
-
 
 def parts(name: str) -> set[str]:
     """``attend_KVMap2`` as attend, kv, map, 2."""
@@ -144,8 +109,7 @@ def retired(name: str) -> set[str]:
 def test_retired_words_do_not_come_back():
     found = [(word, name, where) for name, where in all_names() for word in retired(name)]
     remedy = {**RETIRED, **RETIRED_NAMES}
-    assert [f"{where}: {name} ({remedy[word]})" for word, name, where in found if word not in ALLOWED_YET] == []
-    assert ALLOWED_YET - {word for word, _, _ in found} == set(), "gone from the code; take them out of the table"
+    assert [f"{where}: {name} ({remedy[word]})" for word, name, where in found] == []
 
 
 @pytest.mark.parametrize(

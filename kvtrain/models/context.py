@@ -24,7 +24,7 @@ _OURS = {"document_ids", "prefill", "step", "outputs"}
 _UNREAD = {"token_type_ids", "output_attentions", "cache_position", "output_router_logits", "seq_idx"}
 _UNREAD |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
-Made = TypeVar("Made")
+Derived = TypeVar("Derived")
 
 
 class LayerOutputs(UserDict[int, Any]):
@@ -83,7 +83,7 @@ class ForwardContext:
         valid = self.valid
         return self.derive("entering", lambda: Documents(valid.long()))
 
-    def derive(self, name: Hashable, make: Callable[[], Made]) -> Made:
+    def derive(self, name: Hashable, make: Callable[[], Derived]) -> Derived:
         """What follows from the pass alone, and so is made by the first layer that asks and kept for the others.
 
         Args:
@@ -92,8 +92,8 @@ class ForwardContext:
         """
         if name not in self._derived:
             self._derived[name] = make()
-        made: Made = self._derived[name]
-        return made
+        found: Derived = self._derived[name]
+        return found
 
     def leave(self, output: Any) -> Any:
         """Count the tokens that went into the cache, and give a decoder's outputs back in the caller's order.
