@@ -61,7 +61,7 @@ class HostAttention(nn.Module):
         return self.norm_heads("q_norm", query), self.norm_heads("k_norm", key)
 
     def norm_heads(self, name: str, heads: Tensor) -> Tensor:
-        """Apply one of the host's norms, where it has them, to ``(B, heads, T, D)``: to each head, or to all at once."""
+        """Apply one of the host's norms, where it has them, to ``(B, heads, T, D)``: by head, or all at once."""
         if self.query_key_norm is None:
             return heads
         norm = getattr(self, name)
