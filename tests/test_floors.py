@@ -14,6 +14,9 @@ GROUND = {"assets", "errors", "logging_setup", "metrics", "recipes", "renamed", 
 # Part of the roof, as every other module that lies directly in the package.
 ROOF = {"help"}
 
+# Folders of models/ that are no architecture, for models/*.py and architectures alike.
+SHARED_MODELS = {"hosts"}
+
 # Which rooms a room may import from, itself and the ground apart.
 FLOORS = {
     "kernels": set(),
@@ -102,7 +105,7 @@ def architecture(module: str, package: Path) -> str | None:
     """``dmc`` for ``kvtrain.models.dmc.attention``; None outside the architecture folders."""
     parts = module.split(".")
     inside = len(parts) > 2 and parts[1] == "models" and (package / "models" / parts[2]).is_dir()
-    return parts[2] if inside else None
+    return parts[2] if inside and parts[2] not in SHARED_MODELS else None
 
 
 def violation(importer: str, imported: str, package: Path) -> str | None:

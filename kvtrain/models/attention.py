@@ -9,11 +9,9 @@ from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
+from kvtrain.models.hosts import host_adapter
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines (B, T, D)
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
 
 
 class HostAttention(nn.Module):
@@ -40,11 +38,12 @@ class HostAttention(nn.Module):
         for name, child in host_attention.named_children():
             self.add_module(name, child)
         config: Any = host_attention.config
+        adapter = host_adapter(config)
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = int(host_attention.head_dim)  # type: ignore[arg-type]
         self.num_heads = int(config.num_attention_heads)
-        self.num_key_value_heads = int(config.num_key_value_heads)
+        self.num_key_value_heads, self.head_dim = adapter.key_value_shape(config, layer_idx)
+        self.query_key_norm = adapter.query_key_norm
         self.num_groups = self.num_heads // self.num_key_value_heads
         self.scaling = float(host_attention.scaling)  # type: ignore[arg-type]
 
@@ -59,16 +58,15 @@ class HostAttention(nn.Module):
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the host's norms, where it has them, to queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``."""
-        if hasattr(self, "q_norm"):
-            return self._norm_heads(self.q_norm, query), self._norm_heads(self.k_norm, key)
-        return query, key
+        return self.norm_heads("q_norm", query), self.norm_heads("k_norm", key)
 
-    def _norm_heads(self, norm: nn.Module, heads: Tensor) -> Tensor:
-        """One head at a time (Qwen3), or all heads together (OLMo2): the norm's width tells."""
-        weight = norm.weight
-        assert isinstance(weight, Tensor)
+    def norm_heads(self, name: str, heads: Tensor) -> Tensor:
+        """Apply one of the host's norms, where it has them, to ``(B, heads, T, D)``: by head, or all at once."""
+        if self.query_key_norm is None:
+            return heads
+        norm = getattr(self, name)
         normed: Tensor
-        if weight.numel() == self.head_dim:
+        if self.query_key_norm == "head":
             normed = norm(heads)
             return normed
         normed = norm(heads.transpose(1, 2).flatten(2))

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.families import retrofitted_names
+from kvtrain.models.hosts import retrofitted_names
 from kvtrain.models.registry import ModelArchitecture, own_models
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.method import key_value_shape
+from kvtrain.models.hosts import common_key_value_shape, host_adapter
 
 Pooling = Literal["mean", "first"]
 
@@ -26,21 +26,22 @@ def convert_gqa(host: PreTrainedModel, num_key_value_heads: int, how: Pooling = 
         A new model of the host's class.
 
     Raises:
-        ValueError: The number does not divide the host's, the way is unknown, or the model is retrofitted already.
+        ValueError: The number does not divide the host's, the way is unknown, the model is retrofitted already, or its
+            family has no adapter.
     """
     if isinstance(host.config, KVTrainConfig):
         raise ValueError("this model is retrofitted already; convert its host, then retrofit the result")
     if how not in ("mean", "first"):
         raise ValueError(f"how must be 'mean' or 'first', not {how!r}")
     config = gqa_config(host.config, num_key_value_heads)
-    old, head_dim = key_value_shape(host.config)
     converted: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     nn.Module.to(converted, device=host.device, dtype=host.dtype)
-    state = dict(host.state_dict())
-    for name, module in host.named_modules():
-        if name.endswith("self_attn"):
-            for key, parameter in _per_key_value_head(module, old * head_dim):
-                state[f"{name}.{key}"] = _pool(parameter.detach(), old, num_key_value_heads, how)
+    prefixes = _per_key_value_head(host.config)
+    old, _ = common_key_value_shape(host.config)
+    state = {
+        name: _pool(tensor, old, num_key_value_heads, how) if name.startswith(prefixes) else tensor
+        for name, tensor in host.state_dict().items()
+    }
     converted.load_state_dict(state)
     converted.generation_config = host.generation_config
     nn.Module.train(converted, host.training)
@@ -51,9 +52,9 @@ def gqa_config(config: PreTrainedConfig, num_key_value_heads: int) -> PreTrained
     """The host's configuration with so many key-value heads.
 
     Raises:
-        ValueError: They do not divide the host's.
+        ValueError: They do not divide the host's, or its layers differ.
     """
-    old = int(config.num_key_value_heads)
+    old, _ = common_key_value_shape(config)
     if num_key_value_heads < 1 or old % num_key_value_heads:
         divisors = ", ".join(str(n) for n in range(1, old) if old % n == 0)
         raise ValueError(f"{old} key-value heads cannot become {num_key_value_heads}; use {divisors}")
@@ -61,10 +62,12 @@ def gqa_config(config: PreTrainedConfig, num_key_value_heads: int) -> PreTrained
     return type(config).from_dict(settings)
 
 
-def _per_key_value_head(attention: nn.Module, width: int) -> list[tuple[str, Tensor]]:
-    """Parameters with a part for every key-value head: projections, their biases, and a norm over all heads."""
-    names = ("k_proj.", "v_proj.", "k_norm.")
-    return [(key, p) for key, p in attention.named_parameters() if key.startswith(names) and p.shape[0] == width]
+def _per_key_value_head(config: PreTrainedConfig) -> tuple[str, ...]:
+    """How names of weights begin that have a part for every key-value head: projections, and a norm over all heads."""
+    adapter = host_adapter(config)
+    modules = ["k_proj", "v_proj", *(["k_norm"] if adapter.query_key_norm == "all" else [])]
+    layers = range(config.num_hidden_layers)
+    return tuple(f"{adapter.attention_name(layer)}.{module}." for layer in layers for module in modules)
 
 
 def _pool(parameter: Tensor, old: int, new: int, how: Pooling) -> Tensor:

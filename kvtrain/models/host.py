@@ -5,24 +5,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
-from kvtrain.models.attention import NORMS, PROJECTIONS
 from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.families import HOSTS, retrofitted_name, retrofitted_names
+from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_names
+from kvtrain.models.hosts.base import PROJECTIONS, HostAdapter
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
 from kvtrain.models.registry import builder
 
 ATTENTION_NAME = "kvtrain"
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -104,53 +103,37 @@ def retrofitted_class(host_config: PreTrainedConfig) -> type["KVTrainMixin"]:
     Raises:
         ValueError: Unknown family.
     """
-    if host_config.model_type not in HOSTS:
-        raise ValueError(
-            f"hosts of type {host_config.model_type!r} are not supported; kvtrain retrofits {', '.join(HOSTS)}"
-        )
+    host_adapter(host_config)
     return _subclass(AutoModelForCausalLM._model_mapping[type(host_config)])
-
-
-def validate_host(config: PreTrainedConfig) -> None:
-    """Refuse what the replaced modules would silently ignore.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    layer_types = getattr(config, "layer_types", None) or []
-    sliding = any(kind != "full_attention" for kind in layer_types)
-    if not layer_types and getattr(config, "sliding_window", None) is not None:
-        sliding = bool(getattr(config, "use_sliding_window", True))
-    if sliding:
-        raise ValueError("hosts with sliding-window layers are not supported; set sliding_window=None first")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in _STATIC_ROPE:
-        raise ValueError(f"rotary embedding of type {kind!r} is not supported; use {', '.join(_STATIC_ROPE)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial rotary embedding is not supported; the whole head must rotate")
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
 
 
 def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
     """Replace norms, feed-forward parts, rotary embedding and attention of a freshly built host, in place."""
     decoder: Any = model.model
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, RMSNorm(child))
-            elif hasattr(child, "gate_proj"):
-                setattr(module, name, GatedMLP(child))
+    adapter = host_adapter(parts.host_config)
+    _replace(decoder, adapter.final_norm, RMSNorm)
     decoder.rotary_emb = RotaryEmbedding(decoder.rotary_emb)
-    for index, layer in enumerate(decoder.layers):
-        children = {name for name, _ in layer.self_attn.named_children()}
-        if not set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS}:
-            raise ValueError(f"layer {index} has an attention of unknown parts: {', '.join(sorted(children))}")
-        layer.self_attn = parts.attention(layer.self_attn, index)
+    for layer_idx, layer in enumerate(decoder.layers):
+        attention = getattr(layer, adapter.attention)
+        _check_parts(attention, layer_idx, adapter)
+        for norm in adapter.attention_norms:
+            _replace(attention, norm, RMSNorm)
+        for norm in adapter.norms:
+            _replace(layer, norm, RMSNorm)
+        _replace(layer, adapter.mlp, GatedMLP)
+        setattr(layer, adapter.attention, parts.attention(attention, layer_idx))
     decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)
+
+
+def _replace(parent: nn.Module, name: str, replacement: type[nn.Module]) -> None:
+    setattr(parent, name, replacement(getattr(parent, name)))
+
+
+def _check_parts(attention: nn.Module, layer_idx: int, adapter: HostAdapter) -> None:
+    """Refuse an attention that does more, or less, than its family's adapter says."""
+    parts = sorted(name for name, _ in attention.named_children())
+    if parts != sorted((*PROJECTIONS, *adapter.attention_norms)):
+        raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(parts)}")
 
 
 class KVTrainMixin(CachedLanguageModel):
@@ -162,7 +145,7 @@ class KVTrainMixin(CachedLanguageModel):
 
     def __init__(self, config: KVTrainConfig) -> None:
         host_config, method = config.host_config, config.method
-        validate_host(host_config)
+        host_adapter(host_config).validate(host_config)
         method.validate(host_config)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME

@@ -7,13 +7,9 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
+from kvtrain.models.hosts import key_value_shapes
+
 Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
-
-
-def key_value_shape(host_config: PreTrainedConfig) -> tuple[int, int]:
-    """Key-value heads of a host, and the channels of each."""
-    head_dim = getattr(host_config, "head_dim", None) or host_config.hidden_size // host_config.num_attention_heads
-    return int(host_config.num_key_value_heads), int(head_dim)
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,12 @@ class Method(ABC):
         return 1.0
 
     def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
-        """Which groups of layers cost the same: without one of them the model is a smaller one of the same make."""
-        return [[(layer,) for layer in range(host_config.num_hidden_layers)]]
+        """Which groups of layers cost the same: without one of them the model is a smaller one of the same make.
+
+        A host's layers come again, unless they differ in their keys and values.
+        """
+        shapes = key_value_shapes(host_config)
+        return [[(layer,) for layer in range(len(shapes))]] if len(set(shapes)) == 1 else []
 
     def simplified(self, dropped: Collection[int], host_config: PreTrainedConfig) -> Self:
         """Settings as an estimate rehearses them: what repeats and holds nothing new is done less often.

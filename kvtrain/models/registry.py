@@ -2,12 +2,12 @@
 
 import functools
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from kvtrain.models.discovery import exported
 from kvtrain.models.method import Method
 
 if TYPE_CHECKING:
@@ -61,11 +61,7 @@ class ModelArchitecture:
 @functools.cache
 def architectures(package: str = "kvtrain.models") -> tuple[MethodArchitecture | ModelArchitecture, ...]:
     """All architectures of a package, found by scanning it."""
-    folders = [
-        module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__) if module.ispkg
-    ]
-    exported = (getattr(importlib.import_module(f"{package}.{name}"), "ARCHITECTURE", None) for name in folders)
-    return tuple(architecture for architecture in exported if architecture is not None)
+    return tuple(exported(package, "ARCHITECTURE", folders=True))
 
 
 def _method_architectures(package: str) -> dict[str, MethodArchitecture]:

@@ -12,7 +12,8 @@ from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
 from kvtrain.errors import first_line
 from kvtrain.models.host import retrofit, retrofitted_class
-from kvtrain.models.method import Method, Repeat, key_value_shape
+from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.method import Method, Repeat
 from kvtrain.models.registry import builder
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
 
@@ -103,8 +104,7 @@ def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:
 
 def kv_bytes_per_token(config: PreTrainedConfig) -> int:
     """Bytes that a full cache holds for one token: keys and values of every layer and key-value head."""
-    heads, head_dim = key_value_shape(config)
-    return 2 * int(config.num_hidden_layers) * heads * head_dim * KV_DTYPE.itemsize
+    return sum(2 * heads * head_dim * KV_DTYPE.itemsize for heads, head_dim in key_value_shapes(config))
 
 
 def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:

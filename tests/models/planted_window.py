@@ -12,7 +12,8 @@ from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models import build
 from kvtrain.models.attention import HostAttention
-from kvtrain.models.method import Method, key_value_shape
+from kvtrain.models.hosts import key_value_shape
+from kvtrain.models.method import Method
 from kvtrain.models.registry import MethodArchitecture
 
 
@@ -79,7 +80,7 @@ class Builder(build.Builder):
         return WindowAttention(host_attention, layer_idx, self.settings)
 
     def cache_layer(self, layer_idx, placement):
-        return WindowCacheLayer(key_value_shape(self.host_config), self.settings, placement)
+        return WindowCacheLayer(key_value_shape(self.host_config, layer_idx), self.settings, placement)
 
     def deploy(self, model):
         model.model.norm.weight.data.mul_(2.0)

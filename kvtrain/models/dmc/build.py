@@ -7,7 +7,7 @@ from kvtrain.models import build
 from kvtrain.models.dmc.attention import DMCAttention
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
-from kvtrain.models.method import key_value_shape
+from kvtrain.models.hosts import key_value_shape
 
 
 class Builder(build.Builder[DMC]):
@@ -19,5 +19,5 @@ class Builder(build.Builder[DMC]):
 
     def cache_layer(self, layer_idx: int, placement: Placement) -> DMCCacheLayer:
         """See ``build.Builder``."""
-        shape, settings = key_value_shape(self.host_config), self.settings
+        shape, settings = key_value_shape(self.host_config, layer_idx), self.settings
         return DMCCacheLayer(*shape, placement, settings.window, settings.page_size)

@@ -15,7 +15,7 @@ from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.convert import adapt_state, round_gates
-from kvtrain.models.method import key_value_shape
+from kvtrain.models.hosts import key_value_shape
 
 
 def binarize(model: Any, sparsity: float | None = None, gates: Tensor | None = None) -> Any:
@@ -81,7 +81,7 @@ class Builder(build.Builder[Duo]):
                 "gates are fractions yet, and no cache fits them; round them with model.binarize(sparsity) "
                 "(kvtrain export does), or pass use_cache=False"
             )
-        heads, head_dim = key_value_shape(self.host_config)
+        heads, head_dim = key_value_shape(self.host_config, layer_idx)
         shape = (len(settings.full_heads[layer_idx]), heads, head_dim, settings.sink, settings.recent)
         return DuoCacheLayer(*shape, placement, settings.page_size, settings.compensation, slack, settings.kv_bits)
 

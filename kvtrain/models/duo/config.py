@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.method import Method, Repeat, key_value_shape
+from kvtrain.models.hosts import common_key_value_shape
+from kvtrain.models.method import Method, Repeat
 
 Mixing = Literal["self", "teacher"]
 GateKind = Literal["plain", "hard_concrete"]
@@ -89,9 +90,9 @@ class Duo(Method):
 
     def validate(self, host_config: PreTrainedConfig) -> None:
         """See ``Method.validate``."""
+        heads, depth = common_key_value_shape(host_config)[0], host_config.num_hidden_layers
         if self.full_heads is None:
             return
-        heads, depth = key_value_shape(host_config)[0], host_config.num_hidden_layers
         if len(self.full_heads) != depth:
             raise ValueError(f"full_heads names {len(self.full_heads)} layers and the host has {depth}")
         for layer, chosen in enumerate(self.full_heads):
@@ -116,5 +117,5 @@ class Duo(Method):
 
         if self.full_heads is not None:
             return self
-        equal = torch.zeros(host_config.num_hidden_layers, key_value_shape(host_config)[0])
+        equal = torch.zeros(host_config.num_hidden_layers, common_key_value_shape(host_config)[0])
         return self.rounded(choose_full_heads(equal, self.sparsity))

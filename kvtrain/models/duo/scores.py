@@ -189,7 +189,8 @@ def _observe(
         heads = module.project(kwargs["hidden_states"], kwargs["position_embeddings"])
         seen.append(look(module, heads, kwargs["context"]).double().cpu())
 
-    hooks = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
+    attentions = [module for module in model.modules() if isinstance(module, HostAttention)]
+    hooks = [attention.register_forward_pre_hook(before, with_kwargs=True) for attention in attentions]
     try:
         model.model(input_ids, use_cache=False, step=DuoStep(full_attention=True), **arguments)
     finally:

@@ -7,7 +7,7 @@ from kvtrain.models import build
 from kvtrain.models.full.attention import FullAttention
 from kvtrain.models.full.cache import FullCacheLayer
 from kvtrain.models.full.config import Full
-from kvtrain.models.method import key_value_shape
+from kvtrain.models.hosts import key_value_shape
 
 
 class Builder(build.Builder[Full]):
@@ -19,4 +19,4 @@ class Builder(build.Builder[Full]):
 
     def cache_layer(self, layer_idx: int, placement: Placement) -> FullCacheLayer:
         """See ``build.Builder``."""
-        return FullCacheLayer(*key_value_shape(self.host_config), placement, bits=self.settings.kv_bits)
+        return FullCacheLayer(*key_value_shape(self.host_config, layer_idx), placement, bits=self.settings.kv_bits)

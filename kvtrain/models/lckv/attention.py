@@ -97,9 +97,7 @@ class SharedAttention(HostAttention):
         """Keys and values that this layer owns, of ``hidden (B, T, hidden)``; keys are rotated."""
         key = value = None
         if self.owns_key:
-            key = self.split_heads(self.k_proj(hidden))
-            if hasattr(self, "k_norm"):
-                key = self._norm_heads(self.k_norm, key)
+            key = self.norm_heads("k_norm", self.split_heads(self.k_proj(hidden)))
             key = apply_rotary(key, *angles, halves_repeat=True)
         if self.owns_value:
             value = self.split_heads(self.v_proj(hidden))
@@ -133,9 +131,7 @@ class SharedAttention(HostAttention):
         value = own_value if inputs.own and self.value_layer == self.layer_idx else inputs.value
         if inputs.view is None and (key is None or value is None):
             return self._nothing(hidden_states), None
-        query = self.split_heads(self.q_proj(hidden_states))
-        if hasattr(self, "q_norm"):
-            query = self._norm_heads(self.q_norm, query)
+        query = self.norm_heads("q_norm", self.split_heads(self.q_proj(hidden_states)))
         query = apply_rotary(query, *position_embeddings, halves_repeat=True)
         if inputs.view is not None:
             output = inputs.view.attend(self, query, key, value, outputs.key_value)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models import build
+from kvtrain.models.hosts import host_adapter
 from kvtrain.models.lckv.attention import SharedAttention
 from kvtrain.models.lckv.cache import build_layers
 from kvtrain.models.lckv.config import LCKV
@@ -24,7 +25,7 @@ class Builder(build.Builder[LCKV]):
 
     def layers(self, layers: nn.ModuleList, rotary: nn.Module) -> LayerSchedule:
         """See ``build.Builder``."""
-        return LayerSchedule(layers, rotary, self.settings, serve)
+        return LayerSchedule(layers, rotary, self.settings, host_adapter(self.host_config), serve)
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation."""
@@ -34,4 +35,4 @@ class Builder(build.Builder[LCKV]):
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``build.Builder``."""
-        return adapt_state(self.settings, state, self.host_config.num_hidden_layers)
+        return adapt_state(self.settings, state, self.host_config)

@@ -15,9 +15,9 @@ from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement, RowStore
+from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import KVMap
-from kvtrain.models.method import key_value_shape
 
 
 class PendingInputs(PagedStore):
@@ -144,7 +144,7 @@ def build_layers(
             f"layers marked 's' see {settings.sliding_window} tokens and this endless cache keeps {endless.capacity}; "
             "let sink + recent be no more than sliding_window"
         )
-    heads, head_dim = key_value_shape(host_config)
+    heads, head_dim = common_key_value_shape(host_config)
     paged = {
         f"{name}.{owner}": head_dim
         for name, kv_map in (("keys", keys), ("values", values))

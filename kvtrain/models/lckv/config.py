@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from transformers import PreTrainedConfig
 
+from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
 from kvtrain.models.method import Method, Repeat
 
@@ -86,6 +87,7 @@ class LCKV(Method):
 
     def validate(self, host_config: PreTrainedConfig) -> None:
         """See ``Method.validate``."""
+        common_key_value_shape(host_config)
         keys, _ = self.maps(host_config.num_hidden_layers)
         for stage in keys.stages():
             for layer in range(stage.first, stage.last + 1) if stage.cyclic else ():

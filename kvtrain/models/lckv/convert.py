@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvtrain.models.hosts import host_adapter
+from kvtrain.models.hosts.base import HostAdapter
 from kvtrain.models.lckv.attention import absent_parts, no_residual, residual_parts
 from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import KVMap
@@ -95,20 +97,20 @@ def load_published(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def adapt_state(settings: LCKV, state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+def adapt_state(settings: LCKV, state: dict[str, Tensor], host_config: PreTrainedConfig) -> dict[str, Tensor]:
     """A host's state without the projections that nobody reads, and with what the method adds.
 
     Args:
         settings: The method; ``init="mean"`` gives every owner the mean of its readers' projections.
         state: The host's, by name.
-        depth: Its layers.
+        host_config: Its configuration.
     """
-    adapted = dict(state)
+    adapted, depth, adapter = dict(state), host_config.num_hidden_layers, host_adapter(host_config)
     if settings.init == "mean":
         keys, values = settings.maps(depth)
-        adapted |= _means(state, keys, "k_proj") | _means(state, values, "v_proj")
+        adapted |= _means(state, keys, "k_proj", adapter) | _means(state, values, "v_proj", adapter)
     for layer_idx in range(depth):
-        prefix = _attention(layer_idx)
+        prefix = f"{adapter.attention_name(layer_idx)}."
         parts = tuple(f"{prefix}{name}." for name in absent_parts(layer_idx, settings, depth))
         adapted = {name: tensor for name, tensor in adapted.items() if not name.startswith(parts)}
         like = state[f"{prefix}q_proj.weight"]
@@ -117,18 +119,14 @@ def adapt_state(settings: LCKV, state: dict[str, Tensor], depth: int) -> dict[st
     return adapted
 
 
-def _attention(layer_idx: int) -> str:
-    return f"model.layers.{layer_idx}.self_attn."
-
-
-def _means(state: dict[str, Tensor], kv_map: KVMap, projection: str) -> dict[str, Tensor]:
+def _means(state: dict[str, Tensor], kv_map: KVMap, projection: str, adapter: HostAdapter) -> dict[str, Tensor]:
     """Weights and biases of every owner's projection, averaged over the layers that read it."""
     means: dict[str, Tensor] = {}
     for owner in kv_map.owners:
-        readers = [_attention(reader) + projection for reader in kv_map.readers(owner)]
+        readers = [f"{adapter.attention_name(reader)}.{projection}" for reader in kv_map.readers(owner)]
         for kind in ("weight", "bias"):
             if len(readers) > 1 and f"{readers[0]}.{kind}" in state:
                 stacked = torch.stack([state[f"{reader}.{kind}"].detach().double() for reader in readers])
                 mean = stacked.mean(0).to(state[f"{readers[0]}.{kind}"].dtype)
-                means[f"{_attention(owner)}{projection}.{kind}"] = torch.nn.Parameter(mean)
+                means[f"{adapter.attention_name(owner)}.{projection}.{kind}"] = torch.nn.Parameter(mean)
     return means

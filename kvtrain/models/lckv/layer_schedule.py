@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kvtrain.kernels.documents import Documents
 from kvtrain.models.compat import CACHE
 from kvtrain.models.context import ForwardContext
+from kvtrain.models.hosts.base import HostAdapter
 from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
 from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import Stage
@@ -28,15 +29,16 @@ class SharingLayer(nn.Module):
     as arguments and results, so that checkpointing and sharding see a layer like any other.
     """
 
-    self_attn: Any
-    input_layernorm: nn.Module  # of hosts that normalize before attention
+    adapter: HostAdapter
 
     def forward(self, hidden_states: Tensor, *, inputs: LayerInputs, **kwargs: Any) -> tuple[Tensor | None, KeyValue]:
         """The host layer's output, and what the layer owns; the output is None where only that is wanted."""
         outputs = LayerOutputs()
         if inputs.key_value_only:
-            normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
-            self.self_attn(normed, kwargs["position_embeddings"], inputs=inputs, outputs=outputs)
+            norm = self.adapter.input_norm
+            normed = hidden_states if norm is None else getattr(self, norm)(hidden_states)
+            attention = getattr(self, self.adapter.attention)
+            attention(normed, kwargs["position_embeddings"], inputs=inputs, outputs=outputs)
             return None, outputs.key_value
         output = super().forward(hidden_states, inputs=inputs, outputs=outputs, **kwargs)
         return output, outputs.key_value
@@ -56,10 +58,10 @@ def _empty_layer(host_class: Any) -> Any:
     return sharing.__new__(sharing)
 
 
-def sharing_layer(layer: nn.Module) -> nn.Module:
-    """A layer with the parameters of ``layer`` that hands out keys and values."""
+def sharing_layer(layer: nn.Module, adapter: HostAdapter) -> nn.Module:
+    """A layer with the parameters of ``layer``, one of the adapter's family, that hands out keys and values."""
     adopted: nn.Module = _empty_layer(type(layer))
-    adopted.__setstate__(vars(layer).copy())
+    adopted.__setstate__({**vars(layer), "adapter": adapter})
     return adopted
 
 
@@ -72,11 +74,14 @@ class LayerSchedule(nn.ModuleList):
         layers: The host's layers, with their attention replaced.
         rotary: The host's rotary embedding, for positions besides those of the input.
         settings: The method.
+        adapter: Of the host's family.
         serve: The serving form: this list, hidden states, a layer's arguments and the context to hidden states.
     """
 
-    def __init__(self, layers: nn.ModuleList, rotary: nn.Module, settings: LCKV, serve: "Serve") -> None:
-        super().__init__(sharing_layer(layer) for layer in layers)
+    def __init__(
+        self, layers: nn.ModuleList, rotary: nn.Module, settings: LCKV, adapter: HostAdapter, serve: "Serve"
+    ) -> None:
+        super().__init__(sharing_layer(layer, adapter) for layer in layers)
         self.settings, self.serve = settings, serve
         self.keys, self.values = settings.maps(len(layers))
         self.plan = self.keys.stages()

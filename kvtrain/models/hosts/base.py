@@ -1,0 +1,83 @@
+"""What differs between families of hosts, as far as surgery and caches must know."""
+
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedConfig
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+QUERY_KEY_NORMS = ("q_norm", "k_norm")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+KeyValueShape = tuple[int, int]  # key-value heads, and the channels of each
+
+
+class HostAdapter:
+    """Names the modules of one family and reads its configuration; the values here are Llama's.
+
+    All families have the outline of Llama's decoder, and no attribute says so: ``model.layers`` and
+    ``model.rotary_emb``; RMS norms with ``weight`` and ``variance_epsilon``; a gated MLP of ``gate_proj``, ``up_proj``
+    and ``down_proj``; an attention with ``PROJECTIONS``.
+
+    Attributes:
+        model_type: The family's name in ``config.json``.
+        final_norm: Of the decoder, after the last layer.
+        norms: Of a layer.
+        input_norm: The one of them through which attention reads; None where it reads hidden states as they are.
+        attention: The mixer of a layer.
+        mlp: Its feed-forward part.
+        query_key_norm: Whether ``q_norm`` and ``k_norm`` of an attention normalize each ``"head"`` by itself or
+            ``"all"`` together; None where there are none.
+    """
+
+    model_type: ClassVar[str]
+    final_norm: ClassVar[str] = "norm"
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    input_norm: ClassVar[str | None] = "input_layernorm"
+    attention: ClassVar[str] = "self_attn"
+    mlp: ClassVar[str] = "mlp"
+    query_key_norm: ClassVar[Literal["head", "all"] | None] = None
+
+    @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """Names of the norms in an attention."""
+        return () if self.query_key_norm is None else QUERY_KEY_NORMS
+
+    def attention_name(self, layer_idx: int) -> str:
+        """A layer's attention by its name in the model, with which the names of its weights begin."""
+        return f"model.layers.{layer_idx}.{self.attention}"
+
+    def key_value_shape(self, config: PreTrainedConfig, layer_idx: int) -> KeyValueShape:
+        """Key-value heads of a layer, and the channels of each."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(config.num_key_value_heads), int(head_dim)
+
+    def validate(self, config: PreTrainedConfig) -> None:
+        """Refuse what the modules that take the place of the host's would silently ignore.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        _refuse_windows(config)
+        _refuse_rotary(config)
+        if getattr(config, "attention_dropout", 0.0):
+            raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
+        if getattr(config, "hidden_act", "silu") != "silu":
+            raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
+
+
+def _refuse_windows(config: PreTrainedConfig) -> None:
+    layer_types = getattr(config, "layer_types", None) or []
+    sliding = any(kind != "full_attention" for kind in layer_types)
+    if not layer_types and getattr(config, "sliding_window", None) is not None:
+        sliding = bool(getattr(config, "use_sliding_window", True))
+    if sliding:
+        raise ValueError("hosts with sliding-window layers are not supported; set sliding_window=None first")
+
+
+def _refuse_rotary(config: PreTrainedConfig) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in _STATIC_ROPE:
+        raise ValueError(f"rotary embedding of type {kind!r} is not supported; use {', '.join(_STATIC_ROPE)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial rotary embedding is not supported; the whole head must rotate")
