@@ -23,7 +23,7 @@ from turns import machine, median_seconds
 
 import kvtrain
 from kvtrain.assets import resolve
-from kvtrain.losses.compression import compression_hinge, merged_fraction
+from kvtrain.losses.compression import compressed_fraction, compression_hinge
 from kvtrain.models.dmc.attention import DMCStep
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
@@ -44,11 +44,11 @@ def make_step(method: Method, rows: int = ROWS, length: int = LENGTH, *, autocas
         outputs: dict[int, torch.Tensor] = {}
         extra: dict[str, Any] = {}
         if isinstance(method, kvtrain.DMC):
-            extra = {"outputs": outputs, "step": DMCStep(None, 0, 0, torch.arange(rows))}
+            extra = {"outputs": outputs, "step": DMCStep(seed=0, step=0, row_ids=torch.arange(rows))}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids, use_cache=False, document_ids=documents, **extra).loss
             if outputs:
-                loss = loss + compression_hinge(merged_fraction(outputs.values(), documents > 0), 4.0)
+                loss = loss + compression_hinge(compressed_fraction(outputs.values(), documents > 0), 4.0)
         loss.backward()
 
     return step

@@ -23,10 +23,11 @@ from benchmarks.gpu.models import (
     transnormer,
 )
 from kvtrain.kernels.distillation import TeacherHead
-from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
+from kvtrain.losses.compression import compressed_fraction, compression_hinge
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.dmc.attention import DMCStep
 from kvtrain.models.duo.attention import DuoStep
+from kvtrain.models.gating import has_choice
 
 LENGTHS = (2048, 4096)
 WARM_UP, STEPS = 3, 10
@@ -43,7 +44,7 @@ def dmc_loss(model: Any, ids: Tensor) -> Tensor:
     outputs: dict[int, Tensor] = {}
     rows = torch.arange(len(ids), device=ids.device)
     loss = model(input_ids=ids, labels=ids, use_cache=False, outputs=outputs, step=DMCStep(row_ids=rows)).loss
-    merged = merged_fraction(outputs.values(), free_to_merge(torch.ones_like(ids)))
+    merged = compressed_fraction(outputs.values(), has_choice(torch.ones_like(ids)))
     total: Tensor = loss + compression_hinge(merged, COMPRESSION)
     return total
 

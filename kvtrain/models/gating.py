@@ -1,5 +1,6 @@
-"""Binary decisions that can be trained: relaxed while training, hard when serving."""
+"""Binary decisions of heads about tokens that can be trained: relaxed while training, hard when serving."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,12 +10,29 @@ from torch import Tensor
 NEVER = -1e4
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecisionStep:
+    """What a training step says to attention that decides; methods add to it.
+
+    Args:
+        seed: Of the noise.
+        step: Optimizer step.
+        row_ids: ``(B,)`` rows, so that noise belongs to the row; None trains without noise.
+        compression: Tokens a slot aimed at in this step.
+    """
+
+    seed: int = 0
+    step: int = 0
+    row_ids: Tensor | None = None
+    compression: float | None = None
+
+
 class Decisions(NamedTuple):
     """Decisions of one layer.
 
     Attributes:
         logits: ``(B, H_kv, T)`` after noise and temperature.
-        values: Probabilities of merging while training, 0 or 1 when hard.
+        values: Probabilities of deciding while training, 0 or 1 when hard.
     """
 
     logits: Tensor
@@ -43,3 +61,16 @@ def decide(logits: Tensor, *, never: Tensor, temperature: float | None = None) -
         return Decisions(torch.where(hard, float("inf"), NEVER).to(logits.dtype), hard.to(logits.dtype))
     relaxed = (logits / temperature).masked_fill(never, NEVER)
     return Decisions(relaxed, torch.sigmoid(relaxed))
+
+
+def has_choice(document_ids: Tensor) -> Tensor:
+    """Tokens ``(B, T)`` that may decide: neither padding, which is document 0, nor a document's first."""
+    free = document_ids > 0
+    free[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
+    free[:, 0] = False
+    return free
+
+
+def next_token(values: Tensor) -> Tensor:
+    """What the following token says of each token ``(B, H, T)``; the last hears nothing."""
+    return torch.nn.functional.pad(values[..., 1:], (0, 1))

@@ -1,20 +1,13 @@
 """Retrofitting Dynamic Memory Compression (Nawrot et al. 2024, section 3 and the released recipe)."""
 
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor
-
 from kvtrain.data.packing import Batch
-from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
 from kvtrain.models.context import LayerOutputs
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dmc.attention import DMCAttention, DMCStep
-from kvtrain.training.callbacks.head_compression import HeadCompression
+from kvtrain.training.compression import CompressionModule
 from kvtrain.training.parameters import zero_rows
-from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase, PhaseStep
 
 ZERO_OUT, RETROFIT, FINETUNE = "zero_out", "retrofit", "finetune"
@@ -23,18 +16,17 @@ _ORDER = (ZERO_OUT, RETROFIT, FINETUNE)
 _ZERO_OUT_SHARE = 0.8
 
 
-class DMCModule(RetrofitModule):
+class DMCModule(CompressionModule):
     """Three phases: ``zero_out`` frees a channel, ``retrofit`` ramps the target, ``finetune`` holds it.
 
     Args:
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: DMC's settings.
-        compression_weight: Of the compression hinge beside the mean loss of a token (released code: 1). The target is
-            reached where merging one more token in a hundred costs less than a hundredth of this.
+        compression_weight: See ``CompressionModule`` (released code: 1).
         noisy_finetune: Whether decisions keep their noise in the last phase (released code: yes). Without it the model
             ends on the decisions that it is served with.
-        **training: See ``RetrofitModule`` and ``TrainingModule``; phases carry the three names, in that order, each
-            at most once.
+        **training: See ``CompressionModule`` and what it derives from; phases carry the three names, in that order,
+            each at most once.
 
     Raises:
         ValueError: Phases of other names or in another order, or a weight that pulls nowhere.
@@ -50,18 +42,11 @@ class DMCModule(RetrofitModule):
         noisy_finetune: bool = True,
         **training: Any,
     ) -> None:
-        super().__init__(base, method or DMC(), **training)
-        if compression_weight <= 0:
-            raise ValueError(f"compression_weight must be above 0, not {compression_weight}; 1 is the released code's")
-        self.compression_weight, self.noisy_finetune = compression_weight, noisy_finetune
+        super().__init__(base, method or DMC(), compression_weight, **training)
+        self.noisy_finetune = noisy_finetune
         names = [phase.name for phase in self.schedule.phases]
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """What each head decides is written down at every validation."""
-        self._heads = HeadCompression(Path(self.trainer.default_root_dir))
-        return [self._heads]
 
     def channel_scale(self, phase_step: PhaseStep) -> float | None:
         """Factor on the borrowed channel: from 1 to 0 in the zero-out phase, None afterwards."""
@@ -83,25 +68,13 @@ class DMCModule(RetrofitModule):
         noisy = self.noisy_finetune or phase_step.phase.name != FINETUNE
         rows = batch["row_ids"] if noisy or self.method.decisions == "random" else None
         step = DMCStep(
-            self.channel_scale(phase_step), self.seed, self.global_step, rows, compression=self.target(phase_step)
+            seed=self.seed,
+            step=self.global_step,
+            row_ids=rows,
+            compression=self.target(phase_step),
+            channel_scale=self.channel_scale(phase_step),
         )
         return {**super().model_arguments(batch), "step": step, "outputs": LayerOutputs()}
-
-    def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        """The compression hinge."""
-        phase_step = self.phase_step()
-        fractions = self._fractions(batch, arguments)
-        if fractions is None:
-            return None
-        self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
-        self.log("compression_target", self.target(phase_step), prog_bar=True)
-        return self.compression_weight * compression_hinge(fractions, self.target(phase_step))
-
-    def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        decisions: LayerOutputs = arguments["outputs"]
-        if not decisions:
-            return None
-        return merged_fraction(decisions.values(), free_to_merge(batch["document_ids"]))
 
     def unlike_phases(self) -> list[int]:
         """See ``TrainingModule``; no phase holds more than ``retrofit``, and ``finetune`` as much, if it has noise."""
@@ -113,26 +86,6 @@ class DMCModule(RetrofitModule):
         if self.schedule.phase_step(self._seen_step()).phase.name != ZERO_OUT:
             return None
         return "the run is in its zero_out phase, whose channel decides nothing yet; train on into the next phase"
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
-        super().on_validation_epoch_start()
-        self._validation_merged = torch.zeros(2, device=self.device)  # sum of fractions, rows
-
-    def observe_validation(self, batch: Batch, arguments: dict[str, Any], output: Any) -> None:
-        """Collect what hard decisions merge in the held-out rows."""
-        fractions = self._fractions(batch, arguments)
-        if fractions is not None:
-            self._heads.count(arguments["outputs"], free_to_merge(batch["document_ids"]))
-            real = (batch["document_ids"] > 0).any(1)
-            self._validation_merged += torch.stack([fractions[real].sum(), real.sum()])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the held-out compression with the perplexity."""
-        super().on_validation_epoch_end()
-        merged, rows = self.trainer.strategy.reduce(self._validation_merged, reduce_op="sum")
-        if rows > 0:
-            self.log("val_compression", 1 / (1 - merged / rows), prog_bar=True)
 
     def on_train_start(self) -> None:
         """A recipe without zero-out starts with the borrowed rows cleared."""

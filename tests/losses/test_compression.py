@@ -2,13 +2,13 @@
 
 import torch
 
-from kvtrain.losses.compression import compression_hinge, merged_fraction
+from kvtrain.losses.compression import compressed_fraction, compression_hinge
 
 
 def test_fraction_counts_what_had_a_choice():
     decisions = [torch.tensor([[[1.0, 1, 0, 1], [0, 0, 0, 1]]]), torch.tensor([[[1.0, 0, 0, 1], [1, 0, 0, 1]]])]
     counted = torch.tensor([[False, True, True, False]])
-    assert merged_fraction(decisions, counted).tolist() == [1 / 8]
+    assert compressed_fraction(decisions, counted).tolist() == [1 / 8]
 
 
 def test_hinge_is_zero_from_the_target_on_and_so_is_its_gradient():
@@ -29,4 +29,4 @@ def test_hinge_is_per_row():
 
 def test_a_row_without_choices_is_harmless():
     counted = torch.zeros(1, 3, dtype=torch.bool)
-    assert torch.isfinite(merged_fraction([torch.ones(1, 2, 3)], counted)).all()
+    assert torch.isfinite(compressed_fraction([torch.ones(1, 2, 3)], counted)).all()

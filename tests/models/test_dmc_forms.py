@@ -247,7 +247,7 @@ def test_random_decisions_merge_at_the_asked_rate(compression):
     handed_out = []
     for number in (0, 0, 1):
         handed_out.append({})
-        step = DMCStep(None, 0, number, torch.arange(4), compression=2.0)
+        step = DMCStep(seed=0, step=number, row_ids=torch.arange(4), compression=2.0)
         with torch.no_grad():
             model.train()(ids, use_cache=False, outputs=handed_out[-1], step=step)
     first, again, later = (outputs[0] for outputs in handed_out)

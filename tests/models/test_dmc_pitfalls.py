@@ -17,10 +17,11 @@ import torch
 
 import kvtrain
 from kvtrain.kernels.attention import attention
-from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
+from kvtrain.losses.compression import compressed_fraction, compression_hinge
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc import attention as dmc_attention
 from kvtrain.models.dmc.attention import DMCStep
+from kvtrain.models.gating import has_choice
 from kvtrain.training import DMCModule, Phase
 from tests.hosts import dmc_at_rate, make_host, random_ids
 
@@ -322,7 +323,7 @@ def step_of(model, ids, documents, step):
     model.zero_grad()
     outputs = {}
     loss = model(ids, labels=ids, document_ids=documents, use_cache=False, outputs=outputs, step=step).loss
-    loss = loss + compression_hinge(merged_fraction(outputs.values(), free_to_merge(documents)), 8.0)
+    loss = loss + compression_hinge(compressed_fraction(outputs.values(), has_choice(documents)), 8.0)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

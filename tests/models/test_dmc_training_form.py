@@ -115,7 +115,7 @@ def test_noise_belongs_to_seed_step_and_row():
 
     def decisions(rows, seed=1, step=1):
         outputs = {}
-        model(ids, use_cache=False, outputs=outputs, step=DMCStep(None, seed, step, torch.tensor(rows)))
+        model(ids, use_cache=False, outputs=outputs, step=DMCStep(seed=seed, step=step, row_ids=torch.tensor(rows)))
         return outputs[1].detach()
 
     here, there = decisions([7, 8]), decisions([8, 7])
@@ -133,7 +133,7 @@ def test_fresh_retrofit_merges_next_to_nothing():
         layer.self_attn.settings = type(layer.self_attn.settings)()
     outputs = {}
     rows = torch.arange(32)
-    model(random_ids(32, 256), use_cache=False, outputs=outputs, step=DMCStep(None, 0, 0, rows))
+    model(random_ids(32, 256), use_cache=False, outputs=outputs, step=DMCStep(seed=0, step=0, row_ids=rows))
     share = torch.stack(list(outputs.values()))[..., 1:].mean().item()
     expected, count = 1 / (1 + math.exp(5)), 2 * 32 * 2 * 255
     assert abs(share - expected) < 3 * math.sqrt(expected * (1 - expected) / count)

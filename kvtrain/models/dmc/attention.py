@@ -21,12 +21,11 @@ from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.losses.compression import free_to_merge
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
-from kvtrain.models.gating import Decisions, decide
+from kvtrain.models.gating import Decisions, DecisionStep, decide, has_choice, next_token
 
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
 # the same in float32; it is bfloat16's own epsilon, which the released checkpoints used.
@@ -35,24 +34,16 @@ IMPORTANCE_FLOOR = 2.0**-7
 logger = logging.getLogger("kvtrain")
 
 
-@dataclass(frozen=True)
-class DMCStep:
-    """What a training step tells every DMC attention.
+@dataclass(frozen=True, kw_only=True)
+class DMCStep(DecisionStep):
+    """What a training step says to every DMC attention; random decisions merge at the rate of ``compression``.
 
     Args:
         channel_scale: In the zero-out phase the factor on the borrowed channel, which then decides
             nothing; None in the others.
-        seed: Of the noise.
-        step: Optimizer step.
-        row_ids: ``(B,)`` rows, so that noise belongs to the row; None trains without noise.
-        compression: Aimed at in this step; random decisions merge at this rate.
     """
 
     channel_scale: float | None = None
-    seed: int = 0
-    step: int = 0
-    row_ids: Tensor | None = None
-    compression: float | None = None
 
 
 class DMCAttention(HostAttention):
@@ -153,7 +144,7 @@ class DMCAttention(HostAttention):
             apply_rotary(query, *angles),
             apply_rotary(key, *angles),
             value,
-            key_bias=_next_token(decisions.keep_bias()),
+            key_bias=next_token(decisions.keep_bias()),
             bias_after=1,
             documents=context.documents,
             scale=self.scaling,
@@ -180,7 +171,7 @@ class DMCAttention(HostAttention):
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
             return self.attend_pages(query, layer.pages)[0]
-        bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
+        bias = torch.zeros_like(merge).masked_fill(next_token(merge) > 0, float("-inf"))
         parts = [
             attention(
                 query,
@@ -212,7 +203,7 @@ def _say_untargeted() -> None:
 def _bound_to_append(documents: Documents | None, logits: Tensor) -> Tensor:
     """Tokens ``(B, 1, T)`` without a choice: padding, and the first of every document."""
     one = torch.ones_like(logits[:, 0], dtype=torch.long)
-    return ~free_to_merge(one if documents is None else documents.queries)[:, None]
+    return ~has_choice(one if documents is None else documents.queries)[:, None]
 
 
 def _without_channel(angles: Angles) -> Angles:
@@ -226,8 +217,3 @@ def _without_channel(angles: Angles) -> Angles:
     cos[..., -1] = 0
     sin[..., [half - 1, -1]] = 0
     return cos, sin
-
-
-def _next_token(values: Tensor) -> Tensor:
-    """What the following token says of each token ``(B, H, T)``; the last hears nothing."""
-    return torch.nn.functional.pad(values[..., 1:], (0, 1))
