@@ -20,6 +20,7 @@ from kvtrain.models.duo.gates import choose_full_heads, open_probability, patter
 from kvtrain.training.callbacks.head_gates import HeadGates
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
+from kvtrain.training.teachers import teach
 
 Weights = Literal["float32", "bfloat16"]
 
@@ -121,24 +122,15 @@ class DuoModule(RetrofitModule):
         if not mixes and self.distillation is None:
             return batch, {}
         seen = LayerOutputs() if mixes else None
-        with torch.no_grad():
-            hidden = self.model(
-                batch["input_ids"],
-                document_ids=batch["document_ids"],
-                position_ids=batch["position_ids"],
-                use_cache=False,
-                skip_logits=True,
-                step=DuoStep(full_attention=True),
-                outputs=seen,
-            ).last_hidden_state
+        teacher = teach(self.model, batch, step=DuoStep(full_attention=True), outputs=seen)
         kwargs: dict[str, Any] = {}
         if seen is not None:
             columns = receptive_field(batch, self.method, len(seen))
             batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
-            hidden = hidden[:, columns]
+            teacher = TeacherHead(teacher.hidden[:, columns], teacher.head)
             kwargs["step"] = self._step(teacher={layer: heads[:, :, columns] for layer, heads in seen.items()})
         if self.distillation is not None:
-            kwargs["teacher"] = TeacherHead(hidden, self.model.lm_head)
+            kwargs["teacher"] = teacher
             kwargs["distillation"] = self.distillation
         return batch, kwargs
 

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
 from kvtrain.errors import explain_load_errors
-from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.full import Full
 from kvtrain.models.gqa import convert_gqa, gqa_config
@@ -16,6 +15,7 @@ from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.recipes import find_config
 from kvtrain.training.method_module import MethodModule
+from kvtrain.training.teachers import second_model, teach
 
 
 class RetrofitModule(MethodModule):
@@ -77,22 +77,13 @@ class RetrofitModule(MethodModule):
             self._load_teacher()
 
     def _load_teacher(self) -> None:
-        teacher = retrofit(self._load_base(), Full()).requires_grad_(False).eval()
-        self._teacher = (torch.nn.Module.to(teacher, self.device),)
+        self._teacher = (second_model(self._load_base(), self.device),)
 
-    @torch.no_grad()
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """The base's last hidden states of this batch with its head, and how to learn from them."""
         if not self._teacher:
             return batch, {}
-        teacher: Any = self._teacher[0]
-        hidden = teacher.model(
-            batch["input_ids"],
-            document_ids=batch["document_ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-        ).last_hidden_state
-        return batch, {"teacher": TeacherHead(hidden, teacher.lm_head), "distillation": self.distillation}
+        return batch, {"teacher": teach(self._teacher[0], batch), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
         """Load the base, convert its heads and retrofit it."""

@@ -1,0 +1,39 @@
+"""Whose distribution a model learns: that of a second model, or its own in another form."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvtrain.data.packing import Batch
+from kvtrain.kernels.distillation import TeacherHead
+from kvtrain.models.full import Full
+from kvtrain.models.host import retrofit
+
+
+@torch.no_grad()
+def teach(model: Any, batch: Batch, **arguments: Any) -> TeacherHead:
+    """What a model makes of a batch: its last hidden states ``(B, T, D)``, and the head that stands on them.
+
+    Args:
+        model: A second model, or the student itself, whose ``arguments`` then say in which form it teaches.
+        batch: Packed rows.
+        **arguments: Of its forward pass, such as ``step`` and ``outputs``.
+    """
+    hidden = model(
+        batch["input_ids"],
+        document_ids=batch["document_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        skip_logits=True,
+        **arguments,
+    ).last_hidden_state
+    return TeacherHead(hidden, model.lm_head)
+
+
+def second_model(host: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A host as a teacher: on our kernels, on the student's device, and never trained."""
+    teacher: PreTrainedModel = retrofit(host, Full()).requires_grad_(False).eval()
+    nn.Module.to(teacher, device)
+    return teacher
