@@ -318,6 +318,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if not arguments:
+        raise UsageError("no command given. See kvtrain --help")
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise UsageError(unknown("command", name, COMMANDS, "See kvtrain --help"))

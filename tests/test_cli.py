@@ -13,7 +13,7 @@ import pytest
 
 import kvtrain
 import kvtrain_cli
-from kvtrain.cli import COMMANDS, main
+from kvtrain.cli import COMMANDS
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.errors import UsageError, causes, explain_load_errors, nearest, raised_by_kvtrain, unknown
 from kvtrain.help import FOLDER, generated_pages
@@ -24,7 +24,7 @@ HELP_SECONDS = 1.0
 
 def refused(capsys, *argv: str) -> str:
     """The one line that a command line is refused with."""
-    assert main(list(argv)) == 2
+    assert kvtrain_cli.main(list(argv)) == 2
     captured = capsys.readouterr()
     assert captured.out.strip() == ""
     lines = captured.err.splitlines()
@@ -63,19 +63,19 @@ def test_every_command_has_a_page():
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_both_doors_print_the_stored_page(capsys, name):
-    assert main([name, "--help"]) == 0
+    assert kvtrain_cli.main([name, "--help"]) == 0
     page = capsys.readouterr().out
     assert kvtrain_cli.main([name, "-h"]) == 0
     assert page == capsys.readouterr().out == (FOLDER / f"{name}.txt").read_text()
 
 
 def test_version_is_the_package_s(capsys):
-    assert main(["--version"]) == 0
+    assert kvtrain_cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kvtrain {kvtrain.__version__}\n"
 
 
 def test_nothing_asked_shows_the_commands_and_fails(capsys):
-    assert main([]) == 2
+    assert kvtrain_cli.main([]) == 2
     assert "commands:" in capsys.readouterr().out
 
 
@@ -119,8 +119,10 @@ def planted(monkeypatch, module: str, **functions) -> None:
 def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
     planted(monkeypatch, "kvtrain.export.hf", export_run=lambda *args: calls.append(args) or Path("out"))
-    assert main(["export", "runs/x", "out"]) == 0
-    assert main(["export", "runs/x", "out", "--push-to", "me/model", "--private", "--dtype", "float32"]) == 0
+    assert kvtrain_cli.main(["export", "runs/x", "out"]) == 0
+    assert (
+        kvtrain_cli.main(["export", "runs/x", "out", "--push-to", "me/model", "--private", "--dtype", "float32"]) == 0
+    )
     run, out = Path("runs/x"), Path("out")
     assert calls == [(run, out, None, False, "bfloat16"), (run, out, "me/model", True, "float32")]
     assert capsys.readouterr().out == "out\nout\n"
@@ -134,7 +136,10 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
         return SimpleNamespace(text="once upon", facts=lambda: "12 tok/s")
 
     planted(monkeypatch, "kvtrain.inference.generate", generate_text=generate_text)
-    assert main(["generate", "m", "--prompt", "once", "--temperature", "0.5", "--top-p=0.9", "--seed", "7"]) == 0
+    assert (
+        kvtrain_cli.main(["generate", "m", "--prompt", "once", "--temperature", "0.5", "--top-p=0.9", "--seed", "7"])
+        == 0
+    )
     assert calls == [("m", "once", {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "seed": 7})]
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("once upon\n", "12 tok/s\n")
@@ -149,7 +154,7 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     planted(monkeypatch, "kvtrain.evaluation.evaluate", run_tasks=lambda *a, **k: calls.append((a, k)) or rows)
     file = tmp_path / "figures.json"
     words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--json", str(file)]
-    assert main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
+    assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
     settings["passkeys"] = PasskeyTask(4, 8)
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
@@ -163,8 +168,8 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
 def test_report_prints_what_it_drew(monkeypatch, capsys):
     calls = []
     planted(monkeypatch, "kvtrain.evaluation.report", report_run=lambda *a: calls.append(a) or [Path("a.png")])
-    assert main(["report", "runs/x"]) == 0
-    assert main(["report", "runs/x", "--output", "d"]) == 0
+    assert kvtrain_cli.main(["report", "runs/x"]) == 0
+    assert kvtrain_cli.main(["report", "runs/x", "--output", "d"]) == 0
     assert calls == [(Path("runs/x"), None), (Path("runs/x"), Path("d"))]
     assert capsys.readouterr().out == "a.png\na.png\n"
 
@@ -179,7 +184,7 @@ def corpus(tmp_path):
 def test_prepare_trains_a_tokenizer_and_writes_shards(capsys, tmp_path, corpus):
     arguments = ["prepare", "--corpus", str(corpus), "--text-column", "body"]
     arguments += ["--tokenizer", str(tmp_path / "bpe"), "--train-tokenizer", "270"]
-    assert main([*arguments, "--output", str(tmp_path / "shards")]) == 0
+    assert kvtrain_cli.main([*arguments, "--output", str(tmp_path / "shards")]) == 0
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     assert (manifest["num_documents"], manifest["vocab_size"]) == (20, 270)
     assert f"20 documents, {manifest['num_tokens']:,} tokens" in capsys.readouterr().out
@@ -209,13 +214,13 @@ def test_a_missing_file_is_named(monkeypatch, capsys):
 def test_a_defect_keeps_its_traceback(monkeypatch):
     plant_report(monkeypatch, ValueError("from a library"))
     with pytest.raises(ValueError, match="from a library"):
-        main(["report", "runs/x"])
+        kvtrain_cli.main(["report", "runs/x"])
 
 
 def test_debug_shows_every_traceback(monkeypatch):
     monkeypatch.setenv("KVTRAIN_DEBUG", "1")
     with pytest.raises(UsageError):
-        main(["fti"])
+        kvtrain_cli.main(["fti"])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +235,7 @@ def test_debug_shows_every_traceback(monkeypatch):
 )
 def test_leaving_has_an_exit_code(monkeypatch, capsys, error, code, words):
     plant_report(monkeypatch, error)
-    assert main(["report", "x"]) == code
+    assert kvtrain_cli.main(["report", "x"]) == code
     assert capsys.readouterr().err == words
 
 

@@ -186,14 +186,25 @@ class CachedLanguageModel(_Decoder):
             outputs=outputs,
             **{**kwargs, "return_dict": True},
         )
-        hidden = decoded.last_hidden_state
-        loss = parts = None
         targets = _targets(labels, shift_labels)
-        if targets is not None:
-            loss, parts = self._loss(hidden, targets, num_items_in_batch, teacher, distillation or Distillation())
         skip_logits = targets is not None and self.training if skip_logits is None else skip_logits
-        logits = None
-        if not skip_logits:
+        kept = None if skip_logits else logits_to_keep
+        return self._output(decoded, kept, targets, num_items_in_batch, teacher, distillation or Distillation())
+
+    def _output(
+        self,
+        decoded: Any,
+        logits_to_keep: int | Tensor | None,
+        targets: Tensor | None,
+        num_items: Tensor | int | None,
+        teacher: TeacherHead | None,
+        distillation: Distillation,
+    ) -> LanguageModelOutput:
+        """What is made of the decoder's output: a loss where there are targets, logits unless None are kept."""
+        hidden, loss, parts, logits = decoded.last_hidden_state, None, None, None
+        if targets is not None:
+            loss, parts = self._loss(hidden, targets, num_items, teacher, distillation)
+        if logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         output = LanguageModelOutput(

@@ -1,35 +1,46 @@
-"""A folder dropped beside the others is an architecture: nothing that exists needs to know of it."""
+"""Files dropped beside the others are an architecture: nothing that exists needs to know of it."""
 
 import importlib
-import shutil
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import kvtrain
-from kvtrain import models
+from kvtrain import models, training
+from kvtrain.cli import main
 from kvtrain.models.registry import architectures, methods
 from tests.hosts import make_host, random_ids
+from tests.training.small_runs import recipe_text, write_place
+
+PLANTED = Path(__file__).parents[1] / "planted"
+
+
+def forget() -> None:
+    architectures.cache_clear()
+    training._modules.cache_clear()
 
 
 @pytest.fixture
-def window(tmp_path, monkeypatch):
-    """Plant ``kvtrain/models/window/`` on the package's path."""
-    folder = tmp_path / "elsewhere" / "window"
-    folder.mkdir(parents=True)
-    shutil.copy(Path(__file__).parent / "planted_window.py", folder / "__init__.py")
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder.parent)])
+def window(monkeypatch):
+    """Plant ``kvtrain/models/window/`` and ``kvtrain/training/window.py`` on the packages' paths."""
+    for package in (models, training):
+        folder = PLANTED / package.__name__.rpartition(".")[2]
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     importlib.invalidate_caches()
-    architectures.cache_clear()
+    forget()
     yield kvtrain.Window
-    architectures.cache_clear()
-    sys.modules.pop("kvtrain.models.window", None)
+    forget()
+    for name in [name for name in sys.modules if name.startswith(("kvtrain.models.window", "kvtrain.training.window"))]:
+        if not name.endswith("windows"):
+            del sys.modules[name]
 
 
-def test_it_trains_serves_and_loads(window, tmp_path):
+def test_it_serves_generates_and_loads(window, tmp_path):
     model = kvtrain.retrofit(make_host("qwen2", dtype=torch.float64), window(sink=2, recent=6))
     ids = random_ids(2, 40)
     mask = torch.ones_like(ids)
@@ -62,7 +73,33 @@ def test_the_loss_reaches_its_parameters(window):
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
+def test_a_recipe_trains_estimates_exports_evaluates_and_reports(window, tmp_path, capsys):
+    write_place(tmp_path)
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    recipe = yaml.safe_load(recipe_text(tmp_path, run, steps=6))
+    own = {"base": "kvtrain:tiny", "method": {"sink": 1, "recent": 8}, "norm_weight": 0.5}
+    settings = {"base": "kvtrain:tiny", **own, "phases": recipe["model"]["init_args"]["phases"]}
+    recipe["model"] = {"class_path": "WindowModule", "init_args": settings}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    assert main(["estimate", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "KVLlamaForCausalLM with Window" in said and "KV cache of 32 tokens, after" in said
+
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert "norm_pull" in (run / "metrics.csv").read_text().splitlines()[0]
+    assert main(["export", str(run), str(exported), "--dtype", "float32"]) == 0
+    card = (exported / "README.md").read_text()
+    assert "Key-value cache: WINDOW." in card and '"recent": 8' in card
+
+    figures = tmp_path / "eval.json"
+    asked = ["eval", str(exported), "--tasks", "perplexity", "--corpus", str(tmp_path / "held.jsonl")]
+    assert main([*asked, "--limit", "2", "--json", str(figures)]) == 0
+    (row,) = json.loads(figures.read_text())
+    assert row["compression"] > 2 and row["perplexity"] > 1
+    assert main(["report", str(run)]) == 0
+    assert (run / "report" / "report.html").is_file()
+
+
 def test_it_is_gone_again():
-    assert "window" not in methods()
-    with pytest.raises(AttributeError, match="Window"):
-        kvtrain.Window  # noqa: B018
+    assert "window" not in methods() and "WindowModule" not in training._modules()
