@@ -41,14 +41,14 @@ def make_step(method: Method, rows: int = ROWS, length: int = LENGTH, *, autocas
     documents = torch.ones_like(ids)
 
     def step() -> None:
-        ledger: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         extra: dict[str, Any] = {}
         if isinstance(method, kvtrain.DMC):
-            extra = {"ledger": ledger, "dmc_step": DMCStep(None, 0, 0, torch.arange(rows))}
+            extra = {"outputs": outputs, "step": DMCStep(None, 0, 0, torch.arange(rows))}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids, use_cache=False, document_ids=documents, **extra).loss
-            if ledger:
-                loss = loss + compression_hinge(merged_fraction(ledger.values(), documents > 0), 4.0)
+            if outputs:
+                loss = loss + compression_hinge(merged_fraction(outputs.values(), documents > 0), 4.0)
         loss.backward()
 
     return step

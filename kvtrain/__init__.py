@@ -4,65 +4,36 @@
     model = kvtrain.load("path-or-hub-id")
 
 Importing this package registers its models with ``AutoConfig`` and the ``AutoModelFor*`` classes; everything
-heavy is loaded at first use.
+heavy is loaded at first use. Methods (``kvtrain.DMC``) and models without a host (``kvtrain.TransNormerForCausalLM``)
+are found in ``kvtrain.models``; where a type checker must know them, import them from there.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvtrain.models.auto import register
 from kvtrain.models.compat import say_if_untested
-from kvtrain.models.registry import methods, own_models
-from kvtrain.models.transnormer.config import TransNormerConfig
+from kvtrain.models.registry import architectures, public_names
 
 if TYPE_CHECKING:
     from kvtrain.inference.load import load
-    from kvtrain.models.dmc import DMC
-    from kvtrain.models.full import Full
     from kvtrain.models.gqa import convert_gqa
     from kvtrain.models.host import retrofit
-    from kvtrain.models.lckv import LCKV
-    from kvtrain.models.transnormer.heads import (
-        TransNormerForCausalLM,
-        TransNormerForMaskedLM,
-        TransNormerForSequenceClassification,
-    )
 
 __version__ = "0.1.0"
-__all__ = [
-    "DMC",
-    "LCKV",
-    "Full",
-    "TransNormerConfig",
-    "TransNormerForCausalLM",
-    "TransNormerForMaskedLM",
-    "TransNormerForSequenceClassification",
-    "__version__",
-    "convert_gqa",
-    "load",
-    "retrofit",
-]
+_FUNCTIONS = {
+    "convert_gqa": "kvtrain.models.gqa",
+    "load": "kvtrain.inference.load",
+    "retrofit": "kvtrain.models.host",
+}
+__all__ = ["__version__", "convert_gqa", "load", "retrofit", *public_names(architectures())]  # noqa: PLE0604
 
 register()
 say_if_untested()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "retrofit":
-        from kvtrain.models.host import retrofit
-
-        return retrofit
-    if name == "convert_gqa":
-        from kvtrain.models.gqa import convert_gqa
-
-        return convert_gqa
-    if name == "load":
-        from kvtrain.inference.load import load
-
-        return load
-    for own in own_models():
-        if name.startswith(f"{own.prefix}For"):
-            return own.head(name)
-    for method in methods().values():
-        if method.__name__ == name:
-            return method
-    raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")
+    module = _FUNCTIONS.get(name) or public_names(architectures()).get(name)
+    if module is None:
+        raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

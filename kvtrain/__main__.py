@@ -1,5 +1,5 @@
 """``python -m kvtrain`` is ``kvtrain``."""
 
-from kvtrain.cli import main
+from kvtrain_cli import main
 
 raise SystemExit(main())

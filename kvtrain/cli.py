@@ -11,7 +11,6 @@ from typing import Any
 
 from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
 from kvtrain.parser import Parser, finite
-from kvtrain_cli import quick_answer
 
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 2, 130
@@ -294,7 +293,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line; ``kvtrain_cli.main``, which is what a shell calls, answers calls for help before.
 
     Args:
         argv: What follows ``kvtrain``; None takes it from the process.
@@ -306,10 +305,6 @@ def main(argv: list[str] | None = None) -> int:
         Exception: Whatever is no mistake of the caller keeps its traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    answer = quick_answer(arguments)
-    if answer is not None:
-        print(answer, end="")
-        return 0 if arguments else _USAGE_EXIT_CODE
     try:
         return _run(arguments)
     except KeyboardInterrupt as interruption:

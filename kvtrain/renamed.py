@@ -1,10 +1,19 @@
 """Names that version 0.1 wrote into recipes and folders: taken for one version more, with a warning."""
 
-import warnings
+import functools
+import logging
+import re
 from typing import Any
+
+logger = logging.getLogger("kvtrain")
 
 # Old names and new ones. None of the old is the name of anything else in a recipe or a configuration.
 _NAMES = {"regularisation": "regularization", "initialisation": "initialization"}
+
+
+def has_old_names(text: str) -> bool:
+    """Whether some old name stands anywhere in a text."""
+    return not _NAMES.keys().isdisjoint(re.findall(r"\w+", text))
 
 
 def with_new_names(values: Any) -> Any:
@@ -30,6 +39,11 @@ def option_with_new_name(word: str) -> str:
 def _new_name(old: Any) -> Any:
     if old not in _NAMES:
         return old
-    new = _NAMES[old]
-    warnings.warn(f"'{old}' is now '{new}'; the old name goes with version 0.3", FutureWarning, stacklevel=3)
-    return new
+    _say(old, _NAMES[old])
+    return _NAMES[old]
+
+
+@functools.cache
+def _say(old: str, new: str) -> None:
+    """Say it once."""
+    logger.warning("'%s' is now '%s'; the old name goes with version 0.3", old, new)

@@ -4,7 +4,9 @@ YAML allows what no recipe needs and what no reader of plain values survives: a 
 lines that stand for a billion values, a key that is given twice and silently counts once, numbers that are none.
 """
 
+import functools
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,8 @@ _MOST_VALUES = 100_000
 _DEEPEST = 64
 _MERGE = "<<"
 _NO_NUMBERS = (".nan", ".inf")
+# Plain words and numbers, which need no walk: nothing in them opens, names or separates.
+_WORDS = re.compile(r"[\w./+][\w ./+-]*", re.ASCII)
 
 
 class StrictYAMLError(yaml.MarkedYAMLError):
@@ -33,6 +37,7 @@ class _Collection:
     lines: dict[str, int] = field(default_factory=dict)  # where each key was given
 
 
+@functools.lru_cache(maxsize=1024)  # parsers ask for the same words and the same file again and again
 def check(text: str) -> None:
     """Refuse what is not worth loading, in one pass that builds nothing.
 
@@ -42,6 +47,8 @@ def check(text: str) -> None:
     """
     if len(text) > MOST_CHARACTERS:
         raise _refusal(f"longer than {MOST_CHARACTERS:,} characters")
+    if _WORDS.fullmatch(text) and not _is_no_number(text):
+        return
     walk = _Walk()
     try:
         for event in yaml.parse(text, Loader=_LOADER):
@@ -86,14 +93,17 @@ class _Walk:
             closed = self.open.pop()
             self._add(closed.values, closed.anchor, event)
         elif isinstance(event, yaml.NodeEvent):
-            self._check_key(event)
-            self.open[-1].children += 1
+            parent = self.open[-1]
+            if parent.is_mapping and not parent.children % 2 and isinstance(event, yaml.ScalarEvent):
+                self._check_key(event)
+            parent.children += 1
             if isinstance(event, yaml.CollectionStartEvent):
                 self._enter(event)
             elif isinstance(event, yaml.AliasEvent):
                 self._add(self._size_of(event), None, event)
             elif isinstance(event, yaml.ScalarEvent):
-                self._check_number(event)
+                if event.implicit[0] and _is_no_number(event.value):
+                    raise _refusal(f"{event.value} is not a finite number", event)
                 self._add(1, event.anchor, event)
 
     def _enter(self, event: yaml.CollectionStartEvent) -> None:
@@ -113,21 +123,17 @@ class _Walk:
         if self.open[-1].values > _MOST_VALUES:
             raise _refusal(f"stands for more than {_MOST_VALUES:,} values, aliases written out", event)
 
-    def _check_key(self, event: yaml.NodeEvent) -> None:
-        parent = self.open[-1]
-        if not parent.is_mapping or parent.children % 2 or not isinstance(event, yaml.ScalarEvent):
-            return
-        if event.value in parent.lines and event.value != _MERGE:
-            raise _refusal(f"'{event.value}' is given twice, first in line {parent.lines[event.value]}", event)
-        parent.lines[event.value] = _mark(event).line + 1
-
-    def _check_number(self, event: yaml.ScalarEvent) -> None:
-        if event.implicit[0] and (event.value.lstrip("+-").lower() in _NO_NUMBERS or _overflows(event.value)):
-            raise _refusal(f"{event.value} is not a finite number", event)
+    def _check_key(self, event: yaml.ScalarEvent) -> None:
+        lines = self.open[-1].lines
+        if event.value in lines and event.value != _MERGE:
+            raise _refusal(f"'{event.value}' is given twice, first in line {lines[event.value]}", event)
+        lines[event.value] = _mark(event).line + 1
 
 
-def _overflows(text: str) -> bool:
-    """Whether it is written with an exponent and too large for a float."""
+def _is_no_number(text: str) -> bool:
+    """Whether YAML would read it as infinite or as none, or its exponent is too large for a float."""
+    if text.lstrip("+-").lower() in _NO_NUMBERS:
+        return True
     try:
         return any(map(str.isdigit, text)) and "e" in text.lower() and math.isinf(float(text))
     except ValueError:

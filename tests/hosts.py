@@ -67,10 +67,10 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 def merge_rate(model: PreTrainedModel, ids: Tensor) -> float:
     """Share of decisions that merge, over layers, heads and tokens but the first."""
-    ledger: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     with torch.no_grad():
-        model(ids, use_cache=False, ledger=ledger)
-    return torch.stack(list(ledger.values()))[..., 1:].mean().item()
+        model(ids, use_cache=False, outputs=outputs)
+    return torch.stack(list(outputs.values()))[..., 1:].mean().item()
 
 
 def set_bias(model: PreTrainedModel, bias: float) -> None:

@@ -1,6 +1,7 @@
-"""The house rule: a room imports from its own floor's list and from the ground, never upward or sideways."""
+"""The house rule: a room imports from its own floor's list and from the ground, not upward, sideways or in circles."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,21 +28,35 @@ FLOORS = {
 }
 
 
+# Files that import each other in the end, at whatever depth the imports stand. Who opens a circle takes it out.
+KNOWN_CIRCLES: list[set[str]] = []
+
+
 def module_name(path: Path, package: Path) -> str:
-    """``<package>/models/dmc/__init__.py`` as ``kvtrain.models.dmc``."""
+    """``<package>/models/dmc/__init__.py`` as ``kvtrain.models.dmc``; a file beside the package by its own name."""
+    if not path.is_relative_to(package):
+        return path.stem
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(["kvtrain", *(part for part in parts if part != "__init__")])
 
 
-def imported_modules(path: Path, package: Path) -> set[str]:
-    """Every ``kvtrain`` module that a file names in an import, at any depth and for type checking too.
+def statements(node: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """Everything below a node, at any depth; ``types`` takes what stands under ``if TYPE_CHECKING`` along."""
+    for child in ast.iter_child_nodes(node):
+        if types or not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+            yield child
+            yield from statements(child, types)
+
+
+def imported_modules(path: Path, package: Path, types: bool = True) -> set[str]:
+    """Every module of ours that a file names in an import, at any depth and, with ``types``, for type checking too.
 
     ``from kvtrain.a import b`` counts as ``kvtrain.a.b``: ``b`` may be a module.
     """
     name = module_name(path, package)
     folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")), types):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -50,7 +65,37 @@ def imported_modules(path: Path, package: Path) -> set[str]:
                 base = folder.split(".")[: len(folder.split(".")) - node.level + 1]
                 start = ".".join([*base, *([node.module] if node.module else [])])
             found.update(f"{start}.{alias.name}" for alias in node.names)
-    return {module for module in found if module.split(".")[0] == "kvtrain"}
+    return {module for module in found if module.split(".")[0] in ("kvtrain", "kvtrain_cli")}
+
+
+def import_graph(package: Path, types: bool) -> dict[str, set[str]]:
+    """Which files import which, of the package and the command beside it."""
+    paths = [*package.rglob("*.py"), *package.parent.glob("kvtrain_cli.py")]
+    names = {module_name(path, package): path for path in paths}
+
+    def file_of(module: str) -> str:
+        return module if module in names or "." not in module else file_of(module.rpartition(".")[0])
+
+    return {name: {file_of(m) for m in imported_modules(path, package, types)} for name, path in names.items()}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """What a file imports, and they, and so on."""
+    seen: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = graph.get(ahead.pop(), set()) - seen
+        seen |= new
+        ahead += new
+    return seen
+
+
+def circles(package: Path, types: bool) -> list[set[str]]:
+    """Groups of files each of which imports every other in the end."""
+    graph = import_graph(package, types)
+    below = {name: reachable(graph, name) for name in graph}
+    groups = {frozenset(m for m in below[name] if name in below[m]) for name in graph if name in below[name]}
+    return sorted(map(set, groups), key=sorted)
 
 
 def architecture(module: str, package: Path) -> str | None:
@@ -88,6 +133,36 @@ def violations(package: Path) -> list[str]:
 
 def test_nothing_imports_upward_or_sideways():
     assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(("types", "known"), [(False, KNOWN_CIRCLES), (True, KNOWN_CIRCLES)])
+def test_files_import_in_no_circle_but_those_known(types, known):
+    assert circles(PACKAGE, types) == known
+
+
+@pytest.mark.parametrize(
+    ("b", "of_types_alone"),
+    [
+        ("from kvtrain import a", False),
+        ("def f():\n    from kvtrain.a import something", False),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvtrain.a import A", True),
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path, b, of_types_alone):
+    package = tmp_path / "kvtrain"
+    package.mkdir()
+    for name, source in {"__init__": "", "a": "import kvtrain.c", "b": b, "c": "from . import b", "d": b}.items():
+        (package / f"{name}.py").write_text(source + "\n")
+    circle = [{"kvtrain.a", "kvtrain.b", "kvtrain.c"}]
+    assert circles(package, types=True) == circle
+    assert circles(package, types=False) == ([] if of_types_alone else circle)
+
+
+def test_the_command_beside_the_package_is_in_the_graph(tmp_path):
+    (tmp_path / "kvtrain").mkdir()
+    (tmp_path / "kvtrain" / "cli.py").write_text("from kvtrain_cli import quick_answer\n")
+    (tmp_path / "kvtrain_cli.py").write_text("def main():\n    from kvtrain.cli import main\n")
+    assert circles(tmp_path / "kvtrain", types=False) == [{"kvtrain.cli", "kvtrain_cli"}]
 
 
 def test_every_room_has_a_floor():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtrain.cli import main
+from kvtrain_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvtrain.cli import main
 from kvtrain.errors import UsageError
 from kvtrain.recipes import describe, list_recipes, nearest_recipe, read_recipe_file, recipes_folder, shown
 from kvtrain.training.cli import read_recipe
 from kvtrain.training.estimate import estimate
+from kvtrain_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -40,10 +40,10 @@ def plain_loss(model: Any, ids: Tensor) -> Tensor:
 
 def dmc_loss(model: Any, ids: Tensor) -> Tensor:
     """With noise in the decisions, and the pull towards the target."""
-    ledger: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     rows = torch.arange(len(ids), device=ids.device)
-    loss = model(input_ids=ids, labels=ids, use_cache=False, ledger=ledger, dmc_step=DMCStep(row_ids=rows)).loss
-    merged = merged_fraction(ledger.values(), free_to_merge(torch.ones_like(ids)))
+    loss = model(input_ids=ids, labels=ids, use_cache=False, outputs=outputs, step=DMCStep(row_ids=rows)).loss
+    merged = merged_fraction(outputs.values(), free_to_merge(torch.ones_like(ids)))
     total: Tensor = loss + compression_hinge(merged, COMPRESSION)
     return total
 
@@ -52,9 +52,9 @@ def duo_loss(model: Any, ids: Tensor) -> Tensor:
     """Come close to what the model says with all gates open."""
     step = DuoStep(full_attention=True)
     with torch.no_grad():
-        hidden = model(input_ids=ids, use_cache=False, skip_logits=True, duo_step=step).last_hidden_state
+        hidden = model(input_ids=ids, use_cache=False, skip_logits=True, step=step).last_hidden_state
     teacher = TeacherHead(hidden, model.lm_head.weight)
-    kwargs = {"teacher": teacher, "distillation": Distillation(of="hidden"), "duo_step": DuoStep(step=0)}
+    kwargs = {"teacher": teacher, "distillation": Distillation(of="hidden"), "step": DuoStep(step=0)}
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
     return loss
 

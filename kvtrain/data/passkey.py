@@ -27,7 +27,7 @@ _ALPHABET = (
 _NUMBERS = "first second third fourth fifth sixth seventh eighth ninth tenth"
 WORDS, ORDINALS = _ALPHABET.split(), _NUMBERS.split()
 
-_OPENING = "This is a very long story book: <book> "
+_PROLOGUE = "This is a very long story book: <book> "
 _CLOSING = " </book>.\n\n"
 _NEEDLE = "\n\nRemember this sequence of words, it's the {} passkey to the vault:"
 _QUESTION = "Based on the content of the book, what is the {} passkey to the vault?\nPasskey:"
@@ -71,7 +71,7 @@ def passkey_texts() -> Iterator[str]:
         keys = ["".join(f" {WORDS[word]}" for word in rng.integers(len(WORDS), size=8)) for _ in ORDINALS]
         needles = [_NEEDLE.format(ordinal) + key for ordinal, key in zip(ORDINALS, keys, strict=True)]
         answers = [_QUESTION.format(ordinal) + key for ordinal, key in zip(ORDINALS, keys, strict=True)]
-        yield _OPENING + "".join(needles) + _CLOSING + _SEPARATOR.join(answers)
+        yield _PROLOGUE + "".join(needles) + _CLOSING + _SEPARATOR.join(answers)
 
 
 class PasskeySample(NamedTuple):
@@ -102,7 +102,7 @@ class PasskeyWriter:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: PasskeyTask) -> None:
         self.tokenizer, self.task = tokenizer, task
         beginning = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        self._opening = np.concatenate([np.asarray(beginning, dtype=np.int64), self._ids(_OPENING)])
+        self._prologue = np.concatenate([np.asarray(beginning, dtype=np.int64), self._ids(_PROLOGUE)])
         self._closing, self._separator = self._ids(_CLOSING), self._ids(_SEPARATOR)
         self._words = [self._ids(" " + word) for word in WORDS]
         self.vocabulary = np.unique(np.concatenate(self._words))
@@ -133,7 +133,7 @@ class PasskeyWriter:
         if not keys:
             self._refuse(length)
         book = np.resize(haystack, length - self._overhead(keys))
-        parts = [self._opening, *self._hide(rng, book, keys), self._closing]
+        parts = [self._prologue, *self._hide(rng, book, keys), self._closing]
         begin = sum(part.size for part in parts)
         learnt, answers = [], []
         for (_, question), key in zip(self._frames, keys, strict=False):
@@ -173,7 +173,7 @@ class PasskeyWriter:
             needle.size + question.size + 2 * (key.size + self._separator.size)
             for (needle, question), key in zip(self._frames, keys, strict=False)
         )
-        return self._opening.size + self._closing.size + frames
+        return self._prologue.size + self._closing.size + frames
 
     def _hide(self, rng: np.random.Generator, book: Ids, keys: list[Ids]) -> list[Ids]:
         """The book in pieces, with a needle after each but the last."""

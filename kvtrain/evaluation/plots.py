@@ -24,7 +24,7 @@ _STEPS = "optimizer step"
 _SIZE = (7.2, 4.2)  # inches
 _WINDOWS = 20  # a smoothed curve averages over the twentieth part of its points
 _FEW = 60  # up to so many held-out points each gets a marker
-_COLOURS = matplotlib.colormaps["viridis"]  # even in lightness, and distinct to the colour-blind
+_COLORS = matplotlib.colormaps["viridis"]  # even in lightness, and distinct to the colour-blind
 _MOST = 64  # tokens a slot at which pictures end
 _COMPRESSIONS = (1, 2, 4, 8, 16, 32, _MOST)
 _MANY = 16  # more heads than that leave no room for a number in every cell, nor for a mark at each
@@ -212,7 +212,7 @@ def layer_figure(heads: Rows) -> Figure | None:
         return None
     layers = sorted({int(row["layer"]) for row in heads})
     figure, axes = _canvas("Compression of every layer", "tokens per slot")
-    shades = _COLOURS(np.linspace(0, 0.92, len(layers)))  # the lightest yellow is lost on white
+    shades = _COLORS(np.linspace(0, 0.92, len(layers)))  # the lightest yellow is lost on white
     for layer, shade in zip(layers, shades, strict=True):
         curve = _mean_compression([row for row in heads if row["layer"] == layer])
         axes.plot(curve.steps, curve.values, color=shade, marker=_marker(curve), markersize=4, label=f"layer {layer}")
@@ -255,7 +255,7 @@ def map_figure(kv_map: Rows) -> Figure | None:
     axes.set_yticks(range(len(sources)))
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    above, below = (axes.plot([], [], color=colour, label=label)[0] for colour, label in _DIRECTIONS)
+    above, below = (axes.plot([], [], color=color, label=label)[0] for color, label in _DIRECTIONS)
     figure.legend(handles=[above, below], frameon=False, loc="outside lower center", ncols=2)
     return figure
 
@@ -325,7 +325,7 @@ def _grid(values: Grid, title: str, scale: Normalize) -> tuple[Figure, Axes, Axe
     figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    image = axes.imshow(values, cmap=_COLOURS, norm=scale, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, cmap=_COLORS, norm=scale, aspect="auto", interpolation="nearest")
     axes.set_xlabel("key-value head", fontsize=11)
     axes.set_ylabel("layer", fontsize=11)
     axes.set_xticks(_marks(range(columns)))
@@ -339,8 +339,8 @@ def _arc(axes: Axes, reader: int, owner: int, style: str) -> None:
     angles = np.linspace(np.pi / 2, 3 * np.pi / 2, 40)
     middle, reach = (reader + owner) / 2, abs(reader - owner) / 2
     width = 0.15 + 0.8 * (1 - math.exp(-reach / 4))
-    colour = _DIRECTIONS[0 if owner > reader else 1][0]
-    axes.plot(width * np.cos(angles), middle + reach * np.sin(angles), style, color=colour, linewidth=1.3, zorder=0)
+    color = _DIRECTIONS[0 if owner > reader else 1][0]
+    axes.plot(width * np.cos(angles), middle + reach * np.sin(angles), style, color=color, linewidth=1.3, zorder=0)
 
 
 def _marks(numbers: Sequence[int]) -> Sequence[int]:
@@ -353,8 +353,8 @@ def _write_numbers(image: AxesImage, values: Grid, written: Callable[[float], st
     tones = np.asarray(image.norm(values), dtype=np.float64)
     for (layer, head), value in np.ndenumerate(values):
         if not math.isnan(value):
-            colour = "white" if tones[layer, head] < 0.6 else "black"
-            image.axes.text(head, layer, written(value), color=colour, fontsize=8, ha="center", va="center")
+            color = "white" if tones[layer, head] < 0.6 else "black"
+            image.axes.text(head, layer, written(value), color=color, fontsize=8, ha="center", va="center")
 
 
 def _as_compression(tokens: float) -> str:

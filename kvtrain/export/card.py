@@ -9,9 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.full import Full
-from kvtrain.models.portable import SHIM
-from kvtrain.models.transnormer.config import TransNormerConfig
+from kvtrain.models.portable import SHIM, PortableConfig
 
 
 def model_card(model: PreTrainedModel, run: Path) -> str:
@@ -22,12 +20,12 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         run: Its run folder; held-out figures are taken from its metrics where there are any.
     """
     config = model.config
-    ours = isinstance(config, KVTrainConfig | TransNormerConfig)
+    ours = isinstance(config, PortableConfig)
     lines = [
         "---",
         "library_name: kvtrain" if ours else "library_name: transformers",
         f"pipeline_tag: {_task(model)[0]}",
-        f"tags: [kvtrain{', ' + _architecture(config) if ours else ''}]",
+        f"tags: [kvtrain{', ' + config.architecture_name if ours else ''}]",
         "---",
         "",
         f"# {run.name}",
@@ -57,10 +55,6 @@ def lacking_parameters(model: PreTrainedModel, host_config: PreTrainedConfig) ->
     return [name for name, _ in host.named_parameters() if name not in present]
 
 
-def _architecture(config: PreTrainedConfig) -> str:
-    return config.method.name if isinstance(config, KVTrainConfig) else str(config.model_type)
-
-
 def _task(model: PreTrainedModel) -> tuple[str, str]:
     """The Hub's name of what the model does, and the class that opens it."""
     if type(model).__name__.endswith("ForMaskedLM"):
@@ -72,20 +66,9 @@ def _task(model: PreTrainedModel) -> tuple[str, str]:
 
 def _summary(model: PreTrainedModel) -> str:
     config, size = model.config, f"{model.num_parameters():,} parameters"
-    if isinstance(config, TransNormerConfig):
-        kinds = f"{config.num_block_layers} layers of attention within blocks, then linear ones"
-        return f"TransNormer {config.variant}, {size}, {config.num_hidden_layers} layers: {kinds}."
-    host = config.host_config.model_type if isinstance(config, KVTrainConfig) else config.model_type
-    return f"Host: {host}, {size}. Key-value cache: {_cache(model)}."
-
-
-def _cache(model: PreTrainedModel) -> str:
-    """What serves, in words."""
-    if not isinstance(model.config, KVTrainConfig):
-        return "none (plain host)"
-    method = model.config.method
-    bits = getattr(method, "kv_bits", None)
-    return method.name.upper() if bits is None else f"{method.name.upper()}, {bits} bits a channel"
+    if isinstance(config, PortableConfig):
+        return config.summary(size)
+    return f"Host: {config.model_type}, {size}. Key-value cache: none (plain host)."
 
 
 def _usage(ours: bool) -> list[str]:
@@ -143,7 +126,7 @@ def _host_class(model: PreTrainedModel) -> list[str]:
             f"{len(lacking)} of the host's parameters are not in this folder, because the method does without them. "
             "What transformers opens then is random in these places, and no trained model."
         )
-    elif isinstance(config.method, Full):  # whose training knows nothing of its cache
+    elif config.method.trains_as_host:
         outcome = (
             "it runs the model that was trained, with an ordinary cache that quantizes nothing: more memory, and "
             "slightly other results."

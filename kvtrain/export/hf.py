@@ -17,7 +17,6 @@ from kvtrain.errors import explain_load_errors, first_line
 from kvtrain.export.card import model_card
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
-from kvtrain.models.full import Full
 from kvtrain.models.host import KVTrainMixin, retrofit, retrofitted_class
 from kvtrain.models.registry import own_model_class
 from kvtrain.run_folder import last_checkpoint
@@ -91,7 +90,7 @@ def checkpoint_path(run: Path) -> Path:
 
 
 def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
-    """The trained model: a retrofitted one, the plain host where the method is ``Full()``, or one without a host."""
+    """The trained model: a retrofitted one, the plain host where its method is that, or one without a host."""
     settings = json.loads(checkpoint[CHECKPOINT_KEY])
     stored = dict(settings["config"])
     config: Any = AutoConfig.for_model(stored.pop("model_type"), **stored)
@@ -99,7 +98,7 @@ def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
         return _on_base(base, config, model_weights(checkpoint))
     if own := own_model_class(config):
         model: PreTrainedModel = own(config)
-    elif config.method == Full():
+    elif config.method.is_host:
         host_config = config.host_config
         host_config._attn_implementation = None
         model = AutoModelForCausalLM.from_config(host_config)

@@ -1,5 +1,6 @@
 """Work in slices: what several passes read and write should stay in a processor's cache."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,7 +36,15 @@ def tiles_to_run(alike: range, odd: int = 0) -> range:
 
 
 def spans(length: int, size: int) -> list[slice]:
-    """Slices of ``size`` that cover ``length`` entries, the last perhaps shorter; ``without_values`` the last few."""
+    """Slices of ``size`` that cover ``length`` entries, the last perhaps shorter; ``without_values`` the last few.
+
+    The list is shared by all who ask for the same: leave it as it is.
+    """
+    return _spans(length, size, _WITHOUT_VALUES.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _spans(length: int, size: int, without_values: bool) -> list[slice]:
     starts = tiles_to_run(range(0, length, size), odd=int(length % size > 0))
     return [slice(start, start + size) for start in starts]
 
@@ -59,9 +68,10 @@ def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         *tensors: ``(..., D)`` each, with the same leading axes.
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    cuts = row_tiles(flat[0])
+    rows = rows_per_tile(flat[0])
+    cuts = spans(len(flat[0]), rows)
     first = cuts[0].start if cuts else 0
-    return zip(*(tensor[first:].split(rows_per_tile(flat[0])) for tensor in flat), strict=True)
+    return zip(*[tensor[first:].split(rows) for tensor in flat], strict=True)
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,8 +17,14 @@ AVOID = "KVTRAIN_AVOID"
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Promote half types to float32; leave float32 and float64 as they are (DESIGN: numerics)."""
+    """Promote half types to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@functools.cache
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half types, which sums and products are computed in; others stay."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -36,13 +43,7 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-@functools.cache
-def log_backend(operation: str, backend: str) -> None:
-    """Say once per process which backend runs an operation."""
-    logger.info("%s runs on the %s backend", operation, backend)
-
-
-def choose_backend(operation: str, requested: str, available: list[str]) -> str:
+def choose_backend(operation: str, requested: str, available: Sequence[str]) -> str:
     """Resolve ``"auto"`` to the first available backend; refuse an explicit one that is not there.
 
     ``KVTRAIN_AVOID=flex,liger`` in the environment lets ``"auto"`` pass over backends, so long as another is left.
@@ -55,12 +56,24 @@ def choose_backend(operation: str, requested: str, available: list[str]) -> str:
     Raises:
         ValueError: The requested backend cannot run this call here.
     """
+    return _choose(operation, requested, tuple(available), os.environ.get(AVOID, ""))
+
+
+@functools.cache
+def _choose(operation: str, requested: str, available: tuple[str, ...], avoid: str) -> str:
+    """Asked in every layer of every step, and answered once."""
     if requested != "auto" and requested not in available:
         raise ValueError(
             f"{operation}: backend {requested!r} cannot run this call; use 'auto' or one of {', '.join(available)}"
         )
-    avoided = os.environ.get(AVOID, "").split(",")
+    avoided = avoid.split(",")
     wanted = [name for name in available if name not in avoided] or available
     backend = wanted[0] if requested == "auto" else requested
     log_backend(operation, backend)
     return backend
+
+
+@functools.cache
+def log_backend(operation: str, backend: str) -> None:
+    """Say once per process which backend runs an operation."""
+    logger.info("%s runs on the %s backend", operation, backend)

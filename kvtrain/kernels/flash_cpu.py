@@ -28,7 +28,7 @@ def flash(
     Returns:
         Output ``(B, H, T_q, D)`` and log-sum-exp ``(B, H, T_q)``, which is 0 where a query sees nothing.
     """
-    query, key, value = (_side_by_side(tensor) for tensor in (query, key, value))
+    query, key, value = _side_by_side(query, key, value)
     result: tuple[Tensor, Tensor] = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return result
 
@@ -58,13 +58,13 @@ def flash_backward(
         mask: Likewise.
         scale: Likewise.
     """
-    query, key, value, output = (_side_by_side(tensor) for tensor in (query, key, value, output))
+    query, key, value, output = _side_by_side(query, key, value, output)
     grads: tuple[Tensor, Tensor, Tensor] = _backward(
         grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return grads
 
 
-def _side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose last axis has stride 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, or copies whose last axis has stride 1."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.cpu_tiling import empty_like, tiles
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import wide_dtype
 from kvtrain.kernels.liger import LigerSwiGLU, takes_liger
 
 
@@ -37,18 +37,18 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        result = empty_like(up)
+        result, wide = empty_like(up), wide_dtype(gate.dtype)
         for gates, ups, results in tiles(gate, up, result):
-            results.copy_(torch.nn.functional.silu(at_least_float32(gates)) * ups)
+            results.copy_(torch.nn.functional.silu(gates.to(wide)) * ups)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = empty_like(gate), empty_like(up)
+        grad_gate, grad_up, wide = empty_like(gate), empty_like(up), wide_dtype(gate.dtype)
         for gates, ups, grads, grad_gates, grad_ups in tiles(gate, up, grad, grad_gate, grad_up):
-            gates, grads = at_least_float32(gates), at_least_float32(grads)
+            gates, grads = gates.to(wide), grads.to(wide)
             grad_ups.copy_(torch.nn.functional.silu(gates) * grads)
             grad_gates.copy_(torch.ops.aten.silu_backward(grads * ups, gates))
         return grad_gate, grad_up

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.cpu_tiling import empty_like, tiles
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import at_least_float32, wide_dtype
 from kvtrain.kernels.liger import LigerRMSNorm, takes_liger
 
 
@@ -47,20 +47,17 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight = ctx.saved_tensors
         grad_hidden, grad_weight = empty_like(hidden), torch.zeros_like(at_least_float32(weight))
+        wide, channels = wide_dtype(hidden.dtype), hidden.shape[-1]
         for inputs, grads, results in tiles(hidden, grad, grad_hidden):
-            inputs, grads = at_least_float32(inputs), at_least_float32(grads)
-            inverse = _mean_product(inputs, inputs).add_(ctx.epsilon).rsqrt_()
+            inputs, grads = inputs.to(wide), grads.to(wide)
+            mean_square = torch.linalg.vecdot(inputs, inputs).unsqueeze(-1).div_(channels)  # (n, 1)
+            inverse = mean_square.add_(ctx.epsilon).rsqrt_()
             unit = inputs * inverse
             grad_weight += (grads * unit).sum(0)
             grads = grads * weight
-            results.copy_(grads.sub_(unit * _mean_product(grads, unit)).mul_(inverse))
+            along = torch.linalg.vecdot(grads, unit).unsqueeze(-1).div_(channels)
+            results.copy_(grads.sub_(unit * along).mul_(inverse))
         return grad_hidden, grad_weight.to(weight.dtype), None
-
-
-def _mean_product(left: Tensor, right: Tensor) -> Tensor:
-    """``(n, 1)`` of ``(n, D)`` each."""
-    mean: Tensor = torch.linalg.vecdot(left, right).unsqueeze(-1).div_(left.shape[-1])
-    return mean
 
 
 def simple_rms_norm(hidden: Tensor, epsilon: float, *, epsilon_in_root: bool = False) -> Tensor:

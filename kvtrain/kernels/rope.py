@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.cpu_tiling import row_tiles
-from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.dispatch import at_least_float32, wide_dtype
 from kvtrain.kernels.liger import LigerRotary, takes_liger
 
 
@@ -69,11 +69,14 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A few rows at a time, so that what is wide stays near the processor."""
-    result = torch.empty_like(heads)
-    cos, sin = (angle.expand(len(heads), -1, -1).unsqueeze(1) for angle in (cos, sin))
+    result, half, wide = torch.empty_like(heads), heads.shape[-1] // 2, wide_dtype(heads.dtype)
+    cos, sin = cos.expand(len(heads), -1, -1).unsqueeze(1), sin.expand(len(heads), -1, -1).unsqueeze(1)
     for rows in row_tiles(heads):
-        wide = at_least_float32(heads[rows])
-        result[rows].copy_((wide * cos[rows]).add_(_turn(wide).mul_(sin[rows])))
+        part = heads[rows].to(wide)
+        first, second, turned = part[..., :half], part[..., half:], part * cos[rows]
+        turned[..., :half].sub_(second * sin[rows][..., :half])
+        turned[..., half:].add_(first * sin[rows][..., half:])
+        result[rows] = turned
     return result
 
 

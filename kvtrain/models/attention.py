@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from kvtrain.cache.paged import PagedStore
 from kvtrain.kernels.attention import attention, merge_attention
-from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.context import ForwardContext
+
+Angles = tuple[Tensor, Tensor]  # cosines and sines (B, T, D)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -16,6 +18,10 @@ NORMS = ("q_norm", "k_norm")
 
 class HostAttention(nn.Module):
     """Owns a host attention's children under their own names; methods subclass it and write ``forward``.
+
+    ``forward(hidden_states, position_embeddings, context, **_)`` gets ``(B, T, hidden)``, the angles ``(B, T, D)`` and
+    the pass' ``ForwardContext``, attends within the input, and over the cache where there is one, and returns
+    ``(B, T, hidden)`` and None.
 
     Args:
         host_attention: The module to replace.
@@ -42,6 +48,10 @@ class HostAttention(nn.Module):
         self.num_groups = self.num_heads // self.num_key_value_heads
         self.scaling = float(host_attention.scaling)  # type: ignore[arg-type]
 
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: queries with keys, weights with values, half of each."""
+        return 2 * 2 * self.num_heads * self.head_dim * sequence_length // 2
+
     def split_heads(self, projected: Tensor) -> Tensor:
         """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
         heads: Tensor = projected.unflatten(-1, (-1, self.head_dim))
@@ -64,7 +74,7 @@ class HostAttention(nn.Module):
         normed = norm(heads.transpose(1, 2).flatten(2))
         return self.split_heads(normed)
 
-    def project(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden_states: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``, and values, as the host makes them.
 
         Args:
@@ -76,6 +86,10 @@ class HostAttention(nn.Module):
         )
         query, key = (apply_rotary(heads, *angles, halves_repeat=True) for heads in (query, key))
         return query, key, self.split_heads(self.v_proj(hidden_states))
+
+    def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
+        """Every token over all before it in its document, without a cache, ``(B, H, T, D)``."""
+        return attention(query, key, value, documents=context.documents, scale=self.scaling)[0]
 
     def attend_pages(
         self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None, heads: slice = slice(None)
@@ -93,7 +107,13 @@ class HostAttention(nn.Module):
         return paged_attention(query, keys, values, table, lengths[:, heads], self.scaling, bits=pages.bits)
 
     def attend_pages_and_new(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, pages: PagedStore, heads: slice = slice(None)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        pages: PagedStore,
+        heads: slice = slice(None),
     ) -> Tensor:
         """Several new tokens over themselves and over all that some heads, all by default, hold before them.
 
@@ -101,11 +121,11 @@ class HostAttention(nn.Module):
             query: ``(B, H, n, D)``, of the key-value heads in ``heads``.
             key: ``(B, H_kv, n, D)``, likewise.
             value: ``(B, H_kv, n, D)``, likewise.
-            valid: ``(B, n)`` real tokens.
+            context: Of the pass.
             pages: The store.
             heads: Its heads.
         """
-        parts = [attention(query, key, value, documents=Documents(valid.long()), scale=self.scaling)]
+        parts = [attention(query, key, value, documents=context.entering(), scale=self.scaling)]
         if pages.table.shape[2]:
             parts.append(self.attend_pages(query, pages, heads=heads))
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
@@ -114,15 +134,3 @@ class HostAttention(nn.Module):
         """``(B, H, T, D)`` to ``(B, T, hidden)``."""
         merged: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
         return merged
-
-
-def parallel_documents(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Document ids ``(B, T)`` of a forward pass without a cache; padding is document 0.
-
-    Args:
-        document_ids: From the data, or None.
-        attention_mask: 2-D padding mask, or None.
-    """
-    if document_ids is not None:
-        return document_ids
-    return None if attention_mask is None else attention_mask.long()

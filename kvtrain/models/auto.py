@@ -98,7 +98,7 @@ def register() -> None:
     _register_head("CausalLM", KVTrainForCausalLM, retrofitted)
     for own in own_models():
         _register_config(own.config)
-        for head in _HEADS:
+        for head in own.tasks:
             _register_head(head, _stand_in(own, head), {})
 
 

@@ -62,6 +62,15 @@ class KVTrainConfig(PortableConfig):
         """
         return _read_method(json.dumps(self.method_config or {}, sort_keys=True))
 
+    @property
+    def architecture_name(self) -> str:
+        """See ``PortableConfig``."""
+        return self.method.name
+
+    def summary(self, size: str) -> str:
+        """See ``PortableConfig``."""
+        return f"Host: {self.host_config.model_type}, {size}. Key-value cache: {self.method.described_cache()}."
+
     def __setattr__(self, name: str, value: Any) -> None:
         host = self.__dict__.get("text_config")
         own = name.startswith("_") or hasattr(type(self), name) or name in {field.name for field in fields(self)}

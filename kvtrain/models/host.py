@@ -205,8 +205,10 @@ class KVTrainMixin(CachedLanguageModel):
 
     def __getattr__(self, name: str) -> Any:
         """What the method's ``Builder`` gives its models besides, such as ``binarize``."""
-        if name not in ("method", "config") and "method" in self.__dict__:
-            function = self.builder.model_functions.get(name)
-            if function is not None:
-                return functools.partial(function, self)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            function = self.builder.model_functions.get(name) if "method" in self.__dict__ else None
+            if function is None:
+                raise
+            return functools.partial(function, self)

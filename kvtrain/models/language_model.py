@@ -1,7 +1,8 @@
 """A decoder with a head: its forward pass, its losses, and the matching cache, which nobody passes by hand."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
@@ -16,17 +17,17 @@ from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.compat import CACHE, rename_cache, with_cache
+from kvtrain.models.context import (
+    ForwardContext,
+    cache_context,
+    check_cache,
+    named_arguments,
+    packed_documents,
+    parallel_context,
+)
 from kvtrain.models.outputs import LanguageModelOutput
 from kvtrain.models.placement import execution_device
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.serving import (
-    check_cache,
-    enter_cache,
-    enter_parallel,
-    leave_cache,
-    named_arguments,
-    packed_documents,
-)
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerationMixin
@@ -133,9 +134,13 @@ class CachedLanguageModel(_Decoder):
         skip_logits: bool | None = None,
         teacher: TeacherHead | None = None,
         distillation: Distillation | None = None,
+        document_ids: Tensor | None = None,
+        prefill: bool | Tensor | None = None,
+        step: Any = None,
+        outputs: MutableMapping[int, Any] | None = None,
         **kwargs: Any,
     ) -> LanguageModelOutput:
-        """The host's forward pass, with four additions.
+        """The host's forward pass, with some additions.
 
         Args:
             input_ids: ``(B, T)``.
@@ -154,14 +159,20 @@ class CachedLanguageModel(_Decoder):
                 states are given instead.
             teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
             distillation: How to; by its divergence alone where absent.
-            **kwargs: Go to every attention module: ``document_ids (B, T)``, ``ledger`` and the method's own; with a
-                cache, ``prefill=True``: even a single token a row is part of a prompt, cut anywhere.
+            document_ids: ``(B, T)`` packed documents of a pass without a cache, 0 for padding.
+            prefill: With a cache: even a single token a row is part of a prompt, cut anywhere; or ``(B,)``, of which
+                rows that holds.
+            step: What a training step says to the method's attention, such as a ``DMCStep``.
+            outputs: Receives what layers hand out by the layer's number, such as DMC's decisions ``(B, H_kv, T)``: a
+                ``LayerOutputs``, or any other mapping.
+            **kwargs: ``output_hidden_states`` and ``return_dict``, as the host's.
 
         Raises:
-            ValueError: A foreign cache, a cache together with training or packed documents, or one with other rows.
+            ValueError: A foreign cache, a cache together with training or packed documents, or one with other rows;
+                an argument that the model does not have.
             CacheFullError: The new tokens may not fit into the cache's budget; nothing has changed.
         """
-        outputs = self.model(
+        decoded = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -169,9 +180,13 @@ class CachedLanguageModel(_Decoder):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            document_ids=document_ids,
+            prefill=prefill,
+            step=step,
+            outputs=outputs,
             **{**kwargs, "return_dict": True},
         )
-        hidden = outputs.last_hidden_state
+        hidden = decoded.last_hidden_state
         loss = parts = None
         targets = _targets(labels, shift_labels)
         if targets is not None:
@@ -184,11 +199,11 @@ class CachedLanguageModel(_Decoder):
         output = LanguageModelOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
+            hidden_states=decoded.hidden_states,
             loss_parts=parts or None,
             last_hidden_state=hidden if loss is None and logits is None else None,
         )
-        return with_cache(output, outputs.get(CACHE))
+        return with_cache(output, decoded.get(CACHE))
 
     def _loss(
         self,
@@ -213,7 +228,7 @@ class CachedLanguageModel(_Decoder):
     def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
         kwargs = named_arguments(args, kwargs)
-        self._enter_recording(kwargs)
+        recorded = self._recorded(kwargs)
         cache, asked = kwargs.get(CACHE), kwargs.get("use_cache")
         documents = packed_documents(kwargs) if cache is None else None
         if asked is None:
@@ -221,34 +236,47 @@ class CachedLanguageModel(_Decoder):
             asked = serves and self.config.use_cache
         if asked and cache is None:
             cache = self.make_cache()
-        kwargs.update({CACHE: cache, "use_cache": cache is not None})
         if cache is not None:
             check_cache(cache, self.training)
-            enter_cache(kwargs, cache)
+            context = cache_context(kwargs, cache)
         else:
-            enter_parallel(kwargs, documents)
-        return (), kwargs
+            context = parallel_context(kwargs, documents)
+        return (), {
+            "input_ids": kwargs.get("input_ids"),
+            "inputs_embeds": kwargs.get("inputs_embeds"),
+            "attention_mask": None,
+            "position_ids": context.positions,
+            CACHE: cache,
+            "use_cache": cache is not None,
+            "output_hidden_states": kwargs["output_hidden_states"] if recorded is None else False,
+            "return_dict": kwargs.get("return_dict"),
+            "context": replace(context, recorded=recorded),
+        }
 
-    def _enter_recording(self, kwargs: dict[str, Any]) -> None:
-        """What is to be recorded: an argument decides, or the configuration, of which the decoder knows another."""
+    def _recorded(self, kwargs: dict[str, Any]) -> RecordedStates | None:
+        """Hidden states to be recorded, where the stack does so by itself.
+
+        An argument decides, or the configuration, of which the decoder knows another.
+        """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("attention weights are never materialised here; set output_attentions=False")
         if kwargs.get("output_hidden_states") is None:
             kwargs["output_hidden_states"] = self.config.output_hidden_states
         known, wanted = self.recorded_states(), kwargs["output_hidden_states"]
-        if known is not None and wanted is not None and wanted is not False:
-            depth = self.config.get_text_config().num_hidden_layers
-            kwargs.update(recorded=RecordedStates(wanted, known, depth), output_hidden_states=False)
+        if known is None or wanted is None or wanted is False:
+            return None
+        return RecordedStates(wanted, known, self.config.get_text_config().num_hidden_layers)
 
     def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """After the decoder has run."""
-        if kwargs.get("recorded") is not None:
-            states = kwargs["recorded"].tuple_with(output[0])
+        context: ForwardContext = kwargs["context"]
+        if context.recorded is not None:
+            states = context.recorded.tuple_with(output[0])
             if isinstance(output, tuple):
                 output = (*output, states)
             else:
                 output.hidden_states = states
-        return output if kwargs[CACHE] is None else leave_cache(output, kwargs["new_tokens"])
+        return context.leave(output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's, with the matching cache, and in evaluation mode even between two steps of training."""

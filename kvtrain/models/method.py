@@ -1,23 +1,23 @@
 """A method's settings: one frozen dataclass with a few questions answered."""
 
+from abc import ABC
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
+
+from transformers import PreTrainedConfig
 
 Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
-
-def key_value_shape(host_config: "PreTrainedConfig") -> tuple[int, int]:
+def key_value_shape(host_config: PreTrainedConfig) -> tuple[int, int]:
     """Key-value heads of a host, and the channels of each."""
     head_dim = getattr(host_config, "head_dim", None) or host_config.hidden_size // host_config.num_attention_heads
     return int(host_config.num_key_value_heads), int(head_dim)
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Settings of one way to shrink a key-value cache, and what follows from them alone.
 
     Subclasses are frozen dataclasses in ``kvtrain/models/<name>/config.py``. What is made of settings, modules and
@@ -26,26 +26,40 @@ class Method:
 
     name: ClassVar[str]
 
-    def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
+    @property
+    def is_host(self) -> bool:
+        """Whether a model with these settings is its host, weight for weight and number for number."""
+        return False
+
+    @property
+    def trains_as_host(self) -> bool:
+        """Whether training knows nothing of the cache, so that the host's own class runs the model that was trained."""
+        return False
+
+    def described_cache(self) -> str:
+        """The cache that serves, in a few words."""
+        return self.name.upper()
+
+    def runs_layers_once(self, host_config: PreTrainedConfig) -> bool:
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""
         return True
 
-    def recorded_states(self, host_config: "PreTrainedConfig") -> Sequence[int] | None:
+    def recorded_states(self, host_config: PreTrainedConfig) -> Sequence[int] | None:
         """Layers whose input has a single value, for methods whose stack records hidden states by itself.
 
         None leaves that to transformers, which sees every layer run once.
         """
         return None
 
-    def training_cost(self, host_config: "PreTrainedConfig") -> float:
+    def training_cost(self, host_config: PreTrainedConfig) -> float:
         """Layers that a training step runs, backward ones counted as two, as a multiple of the plain host's."""
         return 1.0
 
-    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+    def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """Which groups of layers cost the same: without one of them the model is a smaller one of the same make."""
         return [[(layer,) for layer in range(host_config.num_hidden_layers)]]
 
-    def simplified(self, dropped: Collection[int], host_config: "PreTrainedConfig") -> Self:
+    def simplified(self, dropped: Collection[int], host_config: PreTrainedConfig) -> Self:
         """Settings as an estimate rehearses them: what repeats and holds nothing new is done less often.
 
         Args:
@@ -68,11 +82,11 @@ class Method:
         """Options of ``make_cache`` under which it takes tokens back, for assisted decoding; None where none does."""
         return None
 
-    def as_served(self, host_config: "PreTrainedConfig") -> "Method":
+    def as_served(self, host_config: PreTrainedConfig) -> "Method":
         """Settings of a model that these train, as far as they decide its cache's size."""
         return self
 
-    def validate(self, host_config: "PreTrainedConfig") -> None:
+    def validate(self, host_config: PreTrainedConfig) -> None:
         """Refuse a host that this method cannot serve.
 
         Raises:

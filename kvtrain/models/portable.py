@@ -15,6 +15,19 @@ class PortableConfig(PreTrainedConfig):
     """Saves with itself the file that imports kvtrain, and names it in ``config.json``."""
 
     @property
+    def architecture_name(self) -> str:
+        """What the Hub's tags call it."""
+        return str(self.model_type)
+
+    def summary(self, size: str) -> str:
+        """What a model of this configuration is, in a sentence or two, for its card.
+
+        Args:
+            size: Its parameters, in words.
+        """
+        return f"{self.architecture_name}, {size}."
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Heads that a model of this configuration may have, as in ``AutoModelFor<task>``."""
         return ("CausalLM",)

@@ -40,11 +40,18 @@ class ModelArchitecture:
         config: Its configuration.
         module: Where its classes are, which is imported at first use.
         prefix: Their names' beginning: ``<prefix>ForCausalLM``.
+        tasks: Their names' ends.
     """
 
     config: type[PreTrainedConfig]
     module: str
     prefix: str
+    tasks: tuple[str, ...] = ("CausalLM",)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of all its classes."""
+        return [f"{self.prefix}For{task}" for task in self.tasks]
 
     def head(self, name: str) -> Any:
         """One of its classes, such as ``<prefix>ForCausalLM``."""
@@ -68,6 +75,18 @@ def _method_architectures(package: str) -> dict[str, MethodArchitecture]:
 def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
     """Settings of all methods of a package by their name (``dmc``)."""
     return {name: one.settings for name, one in _method_architectures(package).items()}
+
+
+@functools.cache
+def public_names(found: tuple[MethodArchitecture | ModelArchitecture, ...]) -> dict[str, str]:
+    """What ``kvtrain`` offers of architectures, settings, configurations and model classes: modules by their names."""
+    names: dict[str, str] = {}
+    for one in found:
+        settings = one.settings if isinstance(one, MethodArchitecture) else one.config
+        names[settings.__name__] = settings.__module__
+        if isinstance(one, ModelArchitecture):
+            names.update(dict.fromkeys(one.heads, one.module))
+    return names
 
 
 def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:

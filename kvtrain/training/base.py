@@ -3,7 +3,6 @@
 import json
 import math
 from abc import abstractmethod
-from collections import UserDict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,6 @@ class Cost:
     layers: float
     kv_bytes_before: int
     kv_bytes_after: int
-
-
-class Ledger(UserDict[int, Any]):
-    """Where layers leave figures by their number. No plain ``dict``: FSDP2 hands layers copies of those."""
 
 
 def check_numbers(weight_decay: float, betas: tuple[float, float], seed: int) -> None:
@@ -151,7 +146,7 @@ class TrainingModule(pl.LightningModule):
         return max(0, self.global_step - 1) if self._last_step is None else self._last_step
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
-        """What the model is told beyond the tokens; subclasses add to it."""
+        """What the model gets beyond the tokens; subclasses add to it."""
         return {"document_ids": batch["document_ids"], "position_ids": batch["position_ids"]}
 
     def estimate_batch(self, batch: Batch) -> Batch:
@@ -159,7 +154,7 @@ class TrainingModule(pl.LightningModule):
         return batch
 
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
-        """What of a training batch the model reads, and what it is told of a teacher: nothing without one."""
+        """What of a training batch the model reads, and what it gets of a teacher: nothing without one."""
         return batch, {}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
@@ -267,10 +262,6 @@ class TrainingModule(pl.LightningModule):
         """The model whose weights stay as they are, so that checkpoints need not hold them; None where all train."""
         return None
 
-    def head_gates(self) -> tuple[Tensor, Tensor] | None:
-        """Gates ``(layers, H_kv)``, and as they would be rounded now; None where heads have none."""
-        return None
-
     def export_warning(self) -> str | None:
         """Why the model is not one to serve yet, with the remedy; None where it is."""
         return None
@@ -290,7 +281,7 @@ class TrainingModule(pl.LightningModule):
 
 
 def _summed(batch: Batch) -> dict[str, Any]:
-    """What the model is told of any batch: to sum its loss, without a cache."""
+    """What the model gets of any batch: to sum its loss, without a cache."""
     return {
         "input_ids": batch["input_ids"],
         "labels": batch["labels"],

@@ -21,8 +21,8 @@ from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
-from kvtrain.renamed import option_with_new_name, with_new_names
-from kvtrain.training import messages
+from kvtrain.renamed import has_old_names, option_with_new_name, with_new_names
+from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
@@ -42,7 +42,8 @@ _STRICT = "strict"  # our name for the parser's own reader of YAML behind our ch
 
 def _load(text: str) -> Any:
     strict_yaml.check(text)
-    return with_new_names(get_loader("yaml")(text))
+    loaded = get_loader("yaml")(text)
+    return with_new_names(loaded) if has_old_names(text) else loaded
 
 
 set_loader(_STRICT, _load, (yaml.YAMLError,))
@@ -78,6 +79,7 @@ class RecipeCLI(LightningCLI):
     command: ClassVar[str]
 
     def __init__(self, arguments: list[str]) -> None:
+        training_modules()  # imports them all: a recipe may name a class without its module
         self.arguments = [option_with_new_name(word) for word in arguments]
         super().__init__(
             TrainingModule,
@@ -137,7 +139,7 @@ class RecipeCLI(LightningCLI):
         """Everything that may be set, and every class that may be chosen."""
         parser = self._subcommand_parsers[self.command]
         options = {string.lstrip("-") for action in parser._actions for string in action.option_strings}
-        modules = messages.concrete_subclasses(TrainingModule)
+        modules = training_modules()
         for chosen in modules:
             options |= messages.setting_names(chosen, "model")
         sources = [*_SOURCES, *(other for other in messages.concrete_subclasses(DataModule) if other not in _SOURCES)]

@@ -1,15 +1,18 @@
 """Retrofitting Dynamic Memory Compression (Nawrot et al. 2024, section 3 and the released recipe)."""
 
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from kvtrain.data.packing import Batch
 from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
+from kvtrain.models.context import LayerOutputs
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dmc.attention import DMCAttention, DMCStep
-from kvtrain.training.base import Ledger
+from kvtrain.training.callbacks.head_compression import HeadCompression
 from kvtrain.training.parameters import zero_rows
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.schedules import Phase, PhaseStep
@@ -55,6 +58,11 @@ class DMCModule(RetrofitModule):
         if names != [name for name in _ORDER if name in names]:
             raise ValueError(f"DMC's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What each head decides is written down at every validation."""
+        self._heads = HeadCompression(Path(self.trainer.default_root_dir))
+        return [self._heads]
+
     def channel_scale(self, phase_step: PhaseStep) -> float | None:
         """Factor on the borrowed channel: from 1 to 0 in the zero-out phase, None afterwards."""
         if phase_step.phase.name != ZERO_OUT:
@@ -70,14 +78,14 @@ class DMCModule(RetrofitModule):
         return 1.0 + (self.method.compression - 1.0) * (phase_step.step + 1) / phase_step.phase.steps
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
-        """Phase, noise key and a ledger for the decisions."""
+        """Phase, noise key and a place for the decisions."""
         phase_step = self.phase_step()
         noisy = self.noisy_finetune or phase_step.phase.name != FINETUNE
         rows = batch["row_ids"] if noisy or self.method.decisions == "random" else None
         step = DMCStep(
             self.channel_scale(phase_step), self.seed, self.global_step, rows, compression=self.target(phase_step)
         )
-        return {**super().model_arguments(batch), "dmc_step": step, "ledger": Ledger()}
+        return {**super().model_arguments(batch), "step": step, "outputs": LayerOutputs()}
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """The compression hinge."""
@@ -90,10 +98,10 @@ class DMCModule(RetrofitModule):
         return self.compression_weight * compression_hinge(fractions, self.target(phase_step))
 
     def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        ledger: Ledger = arguments["ledger"]
-        if not ledger:
+        decisions: LayerOutputs = arguments["outputs"]
+        if not decisions:
             return None
-        return merged_fraction(ledger.values(), free_to_merge(batch["document_ids"]))
+        return merged_fraction(decisions.values(), free_to_merge(batch["document_ids"]))
 
     def unlike_phases(self) -> list[int]:
         """See ``TrainingModule``; no phase holds more than ``retrofit``, and ``finetune`` as much, if it has noise."""
@@ -115,6 +123,7 @@ class DMCModule(RetrofitModule):
         """Collect what hard decisions merge in the held-out rows."""
         fractions = self._fractions(batch, arguments)
         if fractions is not None:
+            self._heads.count(arguments["outputs"], free_to_merge(batch["document_ids"]))
             real = (batch["document_ids"] > 0).any(1)
             self._validation_merged += torch.stack([fractions[real].sum(), real.sum()])
 

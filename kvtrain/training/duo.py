@@ -1,7 +1,9 @@
 """Learning which heads need everything (DuoAttention, arXiv 2410.10819; PruLong, arXiv 2506.17121)."""
 
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,10 +13,11 @@ from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
 from kvtrain.losses.gate_regularization import gate_size, sparsity_penalty
+from kvtrain.models.context import LayerOutputs
 from kvtrain.models.duo import Duo
 from kvtrain.models.duo.attention import DuoStep, GatedAttention
 from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
-from kvtrain.training.base import Ledger
+from kvtrain.training.callbacks.head_gates import HeadGates
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
 
@@ -85,11 +88,15 @@ class DuoModule(RetrofitModule):
     def _load_teacher(self) -> None:
         """Nothing: the model is its own teacher."""
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Gates are written down at every validation."""
+        return [HeadGates(Path(self.trainer.default_root_dir), self.head_gates)]
+
     def _gated(self) -> list[GatedAttention]:
         return [module for module in self.model.modules() if isinstance(module, GatedAttention)]
 
     def head_gates(self) -> tuple[Tensor, Tensor]:
-        """See ``TrainingModule``."""
+        """Gates ``(layers, H_kv)``, and as they would be rounded now."""
         stored = torch.stack([whole(module.gates) for module in self._gated()]).float()
         gates = open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
         rounded = pattern_of(choose_full_heads(gates, self.method.sparsity), gates.shape[1])
@@ -99,8 +106,8 @@ class DuoModule(RetrofitModule):
         """While training the gates and where they are noted, otherwise the rounded ones."""
         arguments = super().model_arguments(batch)
         if self.trainer.validating or not self.model.training:
-            return {**arguments, "duo_step": DuoStep(gates=self._rounded)}
-        return {**arguments, "duo_step": self._step(), "gate_ledger": Ledger()}
+            return {**arguments, "step": DuoStep(gates=self._rounded)}
+        return {**arguments, "step": self._step(), "outputs": LayerOutputs()}
 
     def _step(self, **kwargs: Any) -> DuoStep:
         return DuoStep(seed=self.seed, step=self.global_step, **kwargs)
@@ -113,7 +120,7 @@ class DuoModule(RetrofitModule):
         mixes = self.method.mixing == "teacher"
         if not mixes and self.distillation is None:
             return batch, {}
-        step = DuoStep(full_attention=True, record={} if mixes else None)
+        seen = LayerOutputs() if mixes else None
         with torch.no_grad():
             hidden = self.model(
                 batch["input_ids"],
@@ -121,15 +128,15 @@ class DuoModule(RetrofitModule):
                 position_ids=batch["position_ids"],
                 use_cache=False,
                 skip_logits=True,
-                duo_step=step,
+                step=DuoStep(full_attention=True),
+                outputs=seen,
             ).last_hidden_state
         kwargs: dict[str, Any] = {}
-        if mixes:
-            assert step.record is not None
-            columns = receptive_field(batch, self.method, len(step.record))
+        if seen is not None:
+            columns = receptive_field(batch, self.method, len(seen))
             batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
             hidden = hidden[:, columns]
-            kwargs["duo_step"] = self._step(teacher={layer: seen[:, :, columns] for layer, seen in step.record.items()})
+            kwargs["step"] = self._step(teacher={layer: heads[:, :, columns] for layer, heads in seen.items()})
         if self.distillation is not None:
             kwargs["teacher"] = TeacherHead(hidden, self.model.lm_head)
             kwargs["distillation"] = self.distillation
@@ -137,10 +144,10 @@ class DuoModule(RetrofitModule):
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """What pulls gates down."""
-        ledger = arguments.get("gate_ledger")
-        if not ledger:
+        outputs: LayerOutputs | None = arguments.get("outputs")
+        if not outputs:
             return None
-        used, stored = (torch.stack(gates) for gates in zip(*ledger.values(), strict=True))
+        used, stored = (torch.stack(gates) for gates in zip(*outputs.values(), strict=True))
         self.log("mean_gate", used.detach().mean(), prog_bar=True)
         if self.method.gates == "plain":
             return self.regularization * gate_size(stored)

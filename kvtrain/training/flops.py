@@ -6,16 +6,21 @@ run several times count once. Attention is causal: of a row's T x T products hal
 documents are not looked at.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvtrain.models.attention import HostAttention
-from kvtrain.models.transnormer.attention import DiagAttention, NormAttention
-
 _TERA = 10**12
+
+
+@runtime_checkable
+class MixesTokens(Protocol):
+    """A module that does more for a token than its linear layers: attention of any kind."""
+
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token, forward, in a row of so many tokens; linear layers not counted."""
 
 
 class TrainingFlops(NamedTuple):
@@ -50,13 +55,7 @@ def _forward(module: nn.Module, sequence_length: int) -> int:
     """Of a module by itself, without its children."""
     if isinstance(module, nn.Linear):  # the features, because under ZeRO-3 a weight's own shape is no guide
         return 2 * module.in_features * module.out_features
-    if isinstance(module, HostAttention):  # queries with keys, weights with values; the causal half of each
-        return 2 * 2 * module.num_heads * module.head_dim * sequence_length // 2
-    if isinstance(module, DiagAttention):  # the same within a block
-        return 2 * 2 * module.num_heads * module.head_dim * module.block_size // 2
-    if isinstance(module, NormAttention):  # a key-value product into the state, a query through it
-        return 2 * 2 * module.num_heads * module.head_dim**2
-    return 0
+    return module.mixing_flops(sequence_length) if isinstance(module, MixesTokens) else 0
 
 
 def _backward(module: nn.Module, sequence_length: int) -> int:

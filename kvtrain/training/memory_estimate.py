@@ -150,8 +150,7 @@ class _Run:
             parameters, gradients = _bytes(detached.parameters()), _bytes(_trained(detached))
             state = _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
         moments = {
-            moment: _held(reading, parameters, 0 if moment == START else state)
-            for moment, reading in meter.peaks.items()
+            moment: _held(peak, parameters, 0 if moment == START else state) for moment, peak in meter.peaks.items()
         }
         return TrainingMemory(parameters, gradients, state, teacher, kept, moments)
 
@@ -206,9 +205,9 @@ class _Run:
         return kept
 
 
-def _held(reading: Reading, parameters: int, optimizer: int) -> Held:
-    others = reading.live - parameters - reading.gradients - optimizer
-    return Held(parameters, reading.gradients, optimizer, others)
+def _held(peak: Reading, parameters: int, optimizer: int) -> Held:
+    others = peak.live - parameters - peak.gradients - optimizer
+    return Held(parameters, peak.gradients, optimizer, others)
 
 
 def _trained(detached: nn.Module) -> list[nn.Parameter]:

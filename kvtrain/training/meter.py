@@ -58,7 +58,7 @@ class MemoryMeter(TorchDispatchMode):
     @property
     def peak(self) -> int:
         """Most bytes that were held."""
-        return max(reading.live for reading in self.peaks.values())
+        return max(peak.live for peak in self.peaks.values())
 
     def begin(self, moment: Hashable) -> None:
         """Give what follows a name; what had that name before goes on."""

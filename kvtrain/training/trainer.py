@@ -13,8 +13,6 @@ from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
 from kvtrain.training.callbacks.guard import NonFiniteGuard
-from kvtrain.training.callbacks.head_compression import HeadCompression
-from kvtrain.training.callbacks.head_gates import HeadGates
 from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
@@ -75,7 +73,7 @@ class KVTrainer(pl.Trainer):
             torch.set_num_threads(num_threads)
         run = Path(settings.get("default_root_dir") or DEFAULT_RUN)
         settings["default_root_dir"] = str(run)
-        standing = [*_observers(run, peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
+        standing = [*_observers(peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
         if settings.get("enable_model_summary") is None:
@@ -147,9 +145,8 @@ def _check_cpu_strategy(strategy: Any) -> None:
         raise ValueError(f"trainer.strategy {strategy} needs CUDA; on the CPU take {ours}")
 
 
-def _observers(run: Path, peak_flops: float | None) -> list[pl.Callback]:
-    heads = [HeadCompression(run), HeadGates(run)]
-    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), *heads, ThreadCount(), RunSummary()]
+def _observers(peak_flops: float | None) -> list[pl.Callback]:
+    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), ThreadCount(), RunSummary()]
 
 
 def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:

@@ -74,7 +74,7 @@ def test_gates_are_judged_as_they_will_be_served(bits, compensation):
     ids, host = random_ids(2, 24), make_host(layers=len(FULL_HEADS))
     model, plain = (kvtrain.retrofit(host, replace(method_of(b, compensation), full_heads=None)) for b in (bits, None))
     gates = [torch.tensor([float(head in full) for head in range(HEADS)]) for full in FULL_HEADS]
-    told = {"use_cache": False, "duo_step": DuoStep(gates=dict(enumerate(gates)))}
+    told = {"use_cache": False, "step": DuoStep(gates=dict(enumerate(gates)))}
     close(model(ids, **told).logits, model_of(bits, compensation)(ids, use_cache=False).logits)
     close(model.train()(ids, **told).logits, plain(ids, **told).logits)
     rounded = model_of(bits, compensation).train()(ids, use_cache=False).logits

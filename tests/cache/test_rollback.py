@@ -47,7 +47,7 @@ class Oracle:
     """Which tokens of a row could still be shown again, kept as a plain set of positions."""
 
     def __init__(self, slack, tokens=()):
-        self.slack, self.tokens, self.aside = slack, [], set()
+        self.slack, self.tokens, self.evicted = slack, [], set()
         self.append(tokens)
 
     def append(self, tokens):
@@ -55,14 +55,14 @@ class Oracle:
             leaving = len(self.tokens) - RECENT
             self.tokens.append(token)
             if leaving >= SINK:
-                self.aside = {p for p in self.aside | {leaving} if p > leaving - self.slack}
+                self.evicted = {p for p in self.evicted | {leaving} if p > leaving - self.slack}
 
     def allows(self, count):
-        return count <= len(self.tokens) and self._shown_again(count) <= self.aside
+        return count <= len(self.tokens) and self._shown_again(count) <= self.evicted
 
     def rollback(self, count):
         left = len(self.tokens) - count
-        self.aside = {p for p in self.aside if p < left - RECENT}
+        self.evicted = {p for p in self.evicted if p < left - RECENT}
         del self.tokens[left:]
 
     def _shown_again(self, count):
@@ -72,7 +72,7 @@ class Oracle:
 
     def copy(self):
         other = Oracle(self.slack)
-        other.tokens, other.aside = list(self.tokens), set(self.aside)
+        other.tokens, other.evicted = list(self.tokens), set(self.evicted)
         return other
 
 

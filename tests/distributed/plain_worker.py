@@ -74,9 +74,9 @@ def gates(rank: int = 0, world_size: int = 1) -> list[Tensor]:
     stored = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, ids, history = torch.optim.AdamW(stored, lr=GATE_RATE), random_ids(ROWS, LENGTH)[rank::world_size], []
     for _ in range(GATE_STEPS):
-        ledger: UserDict[int, tuple[Tensor, Tensor]] = UserDict()  # of a plain one FSDP2 gives layers copies
-        loss = model(ids, labels=ids, num_items_in_batch=ROWS * (LENGTH - 1), use_cache=False, gate_ledger=ledger).loss
-        pull = torch.stack([gates.sum() for _, gates in ledger.values()]).sum()
+        outputs: UserDict[int, tuple[Tensor, Tensor]] = UserDict()  # of a plain one FSDP2 gives layers copies
+        loss = model(ids, labels=ids, num_items_in_batch=ROWS * (LENGTH - 1), use_cache=False, outputs=outputs).loss
+        pull = torch.stack([gates.sum() for _, gates in outputs.values()]).sum()
         (loss * world_size + 0.001 * pull).backward()  # FSDP2 takes the mean over ranks
         optimizer.step()
         optimizer.zero_grad()

@@ -49,12 +49,12 @@ class Naive(NamedTuple):
 
 
 def naive_window(model, window, first_target):
-    ids, ledger = torch.tensor([window]), {}
+    ids, outputs = torch.tensor([window]), {}
     with torch.no_grad():
-        logits = model(ids, use_cache=False, ledger=ledger).logits[0]
+        logits = model(ids, use_cache=False, outputs=outputs).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
     losses[: first_target - 1] = torch.nan
-    opened = torch.stack([1 - decisions[0] for decisions in ledger.values()]).double()
+    opened = torch.stack([1 - decisions[0] for decisions in outputs.values()]).double()
     opened[..., 0] = 1
     return Naive(losses, opened.cumsum(-1).mean((0, 1)))
 

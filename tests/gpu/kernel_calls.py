@@ -21,7 +21,7 @@ from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm, simple_rms_norm
 from kvtrain.kernels.pooling import pool_segments, pool_segments_reference
 from kvtrain.kernels.rope import apply_rotary, rotary_angles
-from kvtrain.models.serving import parallel_positions
+from kvtrain.models.context import document_positions
 from tests.kernels import test_attention_mixed as mixed
 from tests.kernels import test_block_attention as blocks
 from tests.kernels import test_cross_entropy as cross_entropy
@@ -115,25 +115,24 @@ def _pool(pool: Callable[..., Tensor], inputs: Tensor, merge: Tensor, weights: T
 
 
 def _mixed(kernel: Callable[..., Any], documents: Tensor | None = None, **arguments: Any) -> Any:
-    positions = None if documents is None else parallel_positions(None, documents)
+    positions = None if documents is None else document_positions(documents)
     return kernel(**arguments, window=20, sink=3, position_ids=positions, documents=Documents.of(documents))
 
 
 def _window(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     shared: dict[str, Any] = {"documents": Documents.of(documents), "backend": "reference"}
-    sinks = {"sink": 3} if documents is None else {"sinks": parallel_positions(None, documents) < 3}
+    sinks = {"sink": 3} if documents is None else {"sinks": document_positions(documents) < 3}
     return attention(query, key, value, window=20, **sinks, **shared)
 
 
 def _dropped(key: Tensor, value: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    positions = parallel_positions(None, documents)
-    told = {"position_ids": positions, "documents": Documents(documents)}
-    sums = dropped_by_window(key, value, window=7, sink=2, **told)
+    positions = document_positions(documents)
+    sums = dropped_by_window(key, value, window=7, sink=2, position_ids=positions, documents=Documents(documents))
     return sums.keys, sums.values
 
 
 def _dense_dropped(key: Tensor, value: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    index, places = torch.arange(key.shape[2]), parallel_positions(None, documents)
+    index, places = torch.arange(key.shape[2]), document_positions(documents)
     gone = (index[:, None] - index >= 7) & (places[:, None] >= 2) & (documents[:, :, None] == documents[:, None])
     return gone[:, None].double() @ key, gone[:, None].double() @ value
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.dispatch import log_backend
 from kvtrain.kernels.documents import Documents
+from tests.backends import forget_backends
 from tests.kernels.attention_cases import Case, make_case
 
 INF = float("inf")
@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_the_square():
 @pytest.mark.parametrize("bias", ["none", "finite"])
 def test_auto_takes_a_kernel_of_the_gpu(bias: str, caplog: pytest.LogCaptureFixture):
     """Also where flash-attn is not installed, or does not know the call."""
-    log_backend.cache_clear()
+    forget_backends()
     case = make_case(8, num_queries=256, dim=64, dtype=torch.bfloat16, bias=bias)
     with caplog.at_level(logging.INFO, logger="kvtrain"):
         run(case, "auto")

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from kvtrain.kernels.dispatch import log_backend
+from tests.backends import forget_backends
 from tests.kernels.liger_cases import autocast_errors, error, errors, norm, normal, refusals
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_refusals():
 
 
 def test_auto_takes_it(caplog: pytest.LogCaptureFixture):
-    log_backend.cache_clear()
+    forget_backends()
     with caplog.at_level(logging.INFO, logger="kvtrain"):
         norm(torch.ones(2, 8, device="cuda"), torch.ones(8, device="cuda"))
     assert [record.message for record in caplog.records] == ["norm runs on the liger backend"]

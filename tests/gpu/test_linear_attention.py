@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from kvtrain.kernels.dispatch import log_backend
 from kvtrain.kernels.linear_attention import linear_attention
+from tests.backends import forget_backends
 from tests.kernels.test_linear_attention_triton import CASES, TOLERANCES, errors, normal, run
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_long_rows_are_as_on_the_cpu(dtype: torch.dtype, channels: int):
 
 
 def test_auto_takes_it(caplog: pytest.LogCaptureFixture):
-    log_backend.cache_clear()
+    forget_backends()
     with caplog.at_level(logging.INFO, logger="kvtrain"):
         linear_attention(*(torch.ones(1, 2, 8, 16, device="cuda") for _ in range(3)))
     assert [record.message for record in caplog.records] == ["linear attention runs on the triton backend"]

@@ -9,7 +9,7 @@ from kvtrain.kernels import attention_mixed
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.documents import Documents
-from kvtrain.models.serving import parallel_positions
+from kvtrain.models.context import document_positions
 
 PROPERTY = settings(max_examples=120)
 
@@ -25,7 +25,7 @@ def definition(query, key, value, gates, window, sink, documents):
     """Both attentions, dense, and mixed afterwards."""
     shared = {"documents": Documents.of(documents), "backend": "reference"}
     full, _ = attention(query, key, value, **shared)
-    hidden = {"sink": sink} if documents is None else {"sinks": parallel_positions(None, documents) < sink}
+    hidden = {"sink": sink} if documents is None else {"sinks": document_positions(documents) < sink}
     local, _ = attention(query, key, value, window=window, **hidden, **shared)
     share = gates.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
     return (1 - share) * local + share * full
@@ -62,7 +62,7 @@ def test_mixing_is_both_attentions_mixed(seed, heads, groups, length, window, si
     documents = positions = None
     if packed:
         documents = torch.randint(0, 4, (2, length), generator=torch.Generator().manual_seed(seed)).sort(-1).values
-        positions = parallel_positions(None, documents)
+        positions = document_positions(documents)
     told = {"window": window, "sink": sink, "position_ids": positions, "documents": Documents.of(documents)}
     found = gradients(lambda *t: mixed_attention(*t, **told), tensors)
     assert_same(found, gradients(lambda *t: definition(*t, window, sink, documents), tensors), 1e-10)

@@ -19,7 +19,7 @@ from kvtrain.kernels.attention_mask import AttentionMask
 from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.compensation import dropped_by_window
 from kvtrain.kernels.documents import Documents
-from kvtrain.models.serving import parallel_positions
+from kvtrain.models.context import document_positions
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[7, 7, 0, 0, 0, 2], [1, 1, 1, 1, 1, 1]])
@@ -109,7 +109,7 @@ def test_layers_backward_and_recomputation_find_the_borders_of_the_first():
 
 def test_what_windows_hide_is_found_once():
     heads, gates = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3])
-    told = {"window": 2, "sink": 1, "position_ids": parallel_positions(None, IDS), "documents": Documents(IDS)}
+    told = {"window": 2, "sink": 1, "position_ids": document_positions(IDS), "documents": Documents(IDS)}
 
     def layer() -> list[torch.Tensor]:
         sums = dropped_by_window(heads, heads, **told)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from kvtrain.kernels.dispatch import log_backend
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
+from tests.backends import forget_backends
 
 from .tensor_sizes import TensorSizes
 
@@ -402,7 +402,7 @@ def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], message: str):
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture):
-    log_backend.cache_clear()
+    forget_backends()
     with caplog.at_level(logging.INFO, logger="kvtrain"):
         for _ in range(2):
             linear_attention(**tensors_of(17))

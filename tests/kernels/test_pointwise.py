@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend, log_backend, wide_matmul
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend, wide_matmul
 from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm
 from kvtrain.kernels.rope import apply_rotary, rotary_angles
+from tests.backends import forget_backends
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -182,7 +183,7 @@ def test_autocast_is_kept_out(device: str):
 
 def test_the_backend_rule(caplog: pytest.LogCaptureFixture):
     """``auto`` takes the first; an explicit name is taken or refused, never replaced; each is logged once."""
-    log_backend.cache_clear()
+    forget_backends()
     with caplog.at_level(logging.INFO, logger="kvtrain"):
         assert [choose_backend("washing", "auto", ["fast", "slow"]) for _ in range(3)] == ["fast"] * 3
         assert choose_backend("washing", "slow", ["fast", "slow"]) == "slow"

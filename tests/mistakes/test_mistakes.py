@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from kvtrain.cli import main
+from kvtrain_cli import main
 
 from . import command_table, model_table, recipe_table, trainer_table
 from .place import build, snapshot

@@ -11,7 +11,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models import build
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import HostAttention
 from kvtrain.models.method import Method, key_value_shape
 from kvtrain.models.registry import MethodArchitecture
 
@@ -31,22 +31,13 @@ class WindowAttention(HostAttention):
         super().__init__(host_attention, layer_idx)
         self.window = window
 
-    def forward(
-        self,
-        hidden_states,
-        position_embeddings,
-        attention_mask=None,
-        new_tokens=None,
-        position_ids=None,
-        document_ids=None,
-        **_,
-    ):
+    def forward(self, hidden_states, position_embeddings, context, **_):
         query, key, value = (
             self.split_heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (apply_rotary(heads, *position_embeddings) for heads in (query, key))
-        if new_tokens is None:
-            documents = parallel_documents(document_ids, attention_mask)
+        if context.cache is None:
+            documents = context.documents
             output, _lse = attention(
                 query,
                 key,
@@ -57,9 +48,9 @@ class WindowAttention(HostAttention):
                 scale=self.scaling,
             )
         else:
-            ring = new_tokens.layer(self.layer_idx).ring
-            output = self._serve(query, key, value, position_ids, new_tokens.valid, ring)
-            ring.write(key, value, new_tokens.valid)
+            ring = context.cache_layer(self.layer_idx).ring
+            output = self._serve(query, key, value, context.positions, context.valid, ring)
+            ring.write(key, value, context.valid)
         return self.project_out(output), None
 
     def _serve(self, query, key, value, positions, valid, ring):

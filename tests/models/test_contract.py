@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import output_capturing
 
 import kvtrain
 from kvtrain.models.compat import CACHE, NEWEST_TESTED, say_if_untested
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.attention import _say_untargeted
 from kvtrain.models.transnormer.heads import TransNormerForMaskedLM, TransNormerForSequenceClassification
 from tests.caches import CACHES
@@ -291,14 +293,16 @@ def test_a_cache_has_two_names(model):
 def test_a_cache_that_no_layer_looks_at_is_an_error(model, monkeypatch):
     """What happened in silence when transformers gave the cache another name."""
     layers = model.model.layers
-    stack = layers if type(layers).__name__ == "SharingStack" else None
+    stack = layers if type(layers).__name__ == "LayerSchedule" else None
     for module in [stack] if stack else [layer.self_attn for layer in layers]:
         name = "run" if stack else "forward"
         forward = getattr(module, name)
 
         def forgetful(*args, forward=forward, **kwargs):
-            args = [None if type(arg).__name__ == "NewTokens" else arg for arg in args]
-            return forward(*args, **{**kwargs, "new_tokens": None} if "new_tokens" in kwargs else kwargs)
+            def without(value):
+                return replace(value, cache=None, valid=None) if isinstance(value, ForwardContext) else value
+
+            return forward(*map(without, args), **{name: without(value) for name, value in kwargs.items()})
 
         monkeypatch.setattr(module, name, forgetful)
     with pytest.raises(RuntimeError, match="did not hand the cache to any layer"):

@@ -34,11 +34,11 @@ def assert_forms_agree(model, ids, tolerance, split):
     """Compare the three forms and their slot counts; returns the parallel logits."""
     length = ids.shape[1]
     with torch.no_grad():
-        ledger = {}
-        parallel = model(ids, use_cache=False, ledger=ledger).logits
+        outputs = {}
+        parallel = model(ids, use_cache=False, outputs=outputs).logits
         decoded, cache = run_chunks(model, ids, [1] * length)
         chunked, chunk_cache = run_chunks(model, ids, [size for size in split if size])
-    slots = torch.stack([1 + (1 - ledger[layer][..., 1:]).sum(-1) for layer in sorted(ledger)])
+    slots = torch.stack([1 + (1 - outputs[layer][..., 1:]).sum(-1) for layer in sorted(outputs)])
     assert torch.equal(slots.long(), cache.kv_tokens())
     assert torch.equal(slots.long(), chunk_cache.kv_tokens())
     torch.testing.assert_close(decoded, parallel, atol=tolerance, rtol=0)
@@ -95,7 +95,7 @@ def test_no_merging_is_the_host_without_the_channel(family):
         changed = model(ids).logits
         assert (changed - original).abs().max() > 1e-6  # the channel did carry something
         masked = kvtrain.retrofit(host, kvtrain.DMC(init_bias=1e3))
-        zeroed = masked(ids, use_cache=False, dmc_step=DMCStep(channel_scale=0.0)).logits
+        zeroed = masked(ids, use_cache=False, step=DMCStep(channel_scale=0.0)).logits
     if family != "qwen3":  # zero-out scales before a key norm, which changes the norm
         torch.testing.assert_close(changed, zeroed, atol=1e-12, rtol=0)
 
@@ -244,13 +244,13 @@ def test_random_decisions_merge_at_the_asked_rate(compression):
     ids = random_ids(4, 500)
     model = kvtrain.retrofit(make_host("llama", layers=1), kvtrain.DMC(compression=compression, decisions="random"))
     assert abs(merge_rate(model, ids) - (1 - 1 / compression)) < 0.05
-    ledgers = []
+    handed_out = []
     for number in (0, 0, 1):
-        ledgers.append({})
+        handed_out.append({})
         step = DMCStep(None, 0, number, torch.arange(4), compression=2.0)
         with torch.no_grad():
-            model.train()(ids, use_cache=False, ledger=ledgers[-1], dmc_step=step)
-    first, again, later = (ledger[0] for ledger in ledgers)
+            model.train()(ids, use_cache=False, outputs=handed_out[-1], step=step)
+    first, again, later = (outputs[0] for outputs in handed_out)
     assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first[0], first[1])
     assert abs(first[..., 1:].mean() - 0.5) < 0.05
 

@@ -18,6 +18,7 @@ import torch
 import kvtrain
 from kvtrain.kernels.attention import attention
 from kvtrain.losses.compression import compression_hinge, free_to_merge, merged_fraction
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc import attention as dmc_attention
 from kvtrain.models.dmc.attention import DMCStep
 from kvtrain.training import DMCModule, Phase
@@ -219,12 +220,12 @@ def test_evaluation_decides_by_the_sign_of_the_channel(family):
         channel = key[..., -1].transpose(1, 2)
         bias = scale * channel.median().item() + 1e-3
         model = kvtrain.retrofit(host, kvtrain.DMC(init_bias=bias, decision_scale=scale))
-        ledger, step = {}, DMCStep(seed=1, step=2, row_ids=torch.arange(3))
-        model(ids, use_cache=False, ledger=ledger, dmc_step=step)
+        outputs, step = {}, DMCStep(seed=1, step=2, row_ids=torch.arange(3))
+        model(ids, use_cache=False, outputs=outputs, step=step)
     expected = scale * channel > bias
     expected[..., 0] = False
-    assert torch.equal(ledger[0] > 0, expected)
-    assert 0.3 < ledger[0].mean() < 0.7
+    assert torch.equal(outputs[0] > 0, expected)
+    assert 0.3 < outputs[0].mean() < 0.7
 
 
 def test_zero_out_shrinks_activations_and_not_weights():
@@ -240,8 +241,9 @@ def test_zero_out_shrinks_activations_and_not_weights():
         first, second = heads.chunk(2, -1)
         rotated.append((heads * cos + torch.cat([-second, first], -1) * sin) * factor)
     expected = torch.nn.functional.scaled_dot_product_attention(*rotated, value, is_causal=True)
+    context = ForwardContext(torch.arange(cos.shape[-2])[None], step=DMCStep(channel_scale=0.25))
     for _ in range(2):
-        output, _ = module(hidden, (cos.squeeze(1), sin.squeeze(1)), dmc_step=DMCStep(channel_scale=0.25))
+        output, _ = module(hidden, (cos.squeeze(1), sin.squeeze(1)), context)
         torch.testing.assert_close(output, module.project_out(expected), atol=1e-12, rtol=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -256,7 +258,7 @@ def test_compression_is_tokens_over_slots():
     decisions = torch.zeros(1, 2, 13)
     decisions[:, 0] = 1
     decisions[..., [0, 6, 10, 11, 12]] = 1
-    module.extra_loss({"document_ids": documents}, {"ledger": {0: decisions, 1: decisions}})
+    module.extra_loss({"document_ids": documents}, {"outputs": {0: decisions, 1: decisions}})
     assert logged == {"compression": pytest.approx(2.0), "compression_target": 4.0}
 
 
@@ -318,9 +320,9 @@ def test_a_row_goes_back_with_its_open_segment(rate):
 def step_of(model, ids, documents, step):
     """Loss of a training step, hinge included, and all gradients."""
     model.zero_grad()
-    ledger = {}
-    loss = model(ids, labels=ids, document_ids=documents, use_cache=False, ledger=ledger, dmc_step=step).loss
-    loss = loss + compression_hinge(merged_fraction(ledger.values(), free_to_merge(documents)), 8.0)
+    outputs = {}
+    loss = model(ids, labels=ids, document_ids=documents, use_cache=False, outputs=outputs, step=step).loss
+    loss = loss + compression_hinge(merged_fraction(outputs.values(), free_to_merge(documents)), 8.0)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -364,7 +366,7 @@ def test_a_hidden_past_leaves_the_own_value_exact(backend, bias):
 
 
 def test_no_decision_outlives_its_pass(monkeypatch):
-    """P26: with a ledger nobody keeps, or without one, in training and in evaluation."""
+    """P26: with a outputs nobody keeps, or without one, in training and in evaluation."""
     alive, decide = [], dmc_attention.decide
 
     def spy(*args, **settings):
@@ -376,7 +378,7 @@ def test_no_decision_outlives_its_pass(monkeypatch):
     ids = random_ids(2, 12)
     model = dmc_at_rate(make_host(), 0.5, ids)
     for training in (False, True):
-        for arguments in ({}, {"ledger": {}}):
+        for arguments in ({}, {"outputs": {}}):
             with torch.set_grad_enabled(training):
                 model.train(training)(ids, use_cache=False, **arguments)
     del arguments

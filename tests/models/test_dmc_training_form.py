@@ -7,6 +7,7 @@ import torch
 
 from kvtrain.kernels.pooling import pool_segments_reference
 from kvtrain.kernels.rope import apply_rotary
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.attention import IMPORTANCE_FLOOR, DMCStep
 from tests.hosts import dmc_at_rate, make_host, random_ids
 
@@ -49,11 +50,12 @@ def test_training_form_is_the_formula(kv_heads):
     model = dmc_at_rate(make_host("llama", kv_heads=kv_heads, layers=1), 0.5, ids, temperature=0.7, window=4).train()
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(2, 20, 32, dtype=torch.float64, requires_grad=True)
-    angles = model.model.rotary_emb(hidden, torch.arange(20).expand(2, -1))
+    context = ForwardContext(torch.arange(20)[None])
+    angles = model.model.rotary_emb(hidden, context.positions.expand(2, -1))
     weights = torch.randn(2, 20, 32, dtype=torch.float64)
     leaves = [hidden, *attention.parameters()]
     results = []
-    for output in (attention(hidden, angles)[0], formula(attention, hidden, angles)):
+    for output in (attention(hidden, angles, context)[0], formula(attention, hidden, angles)):
         results.append((output, *torch.autograd.grad((output * weights).sum(), leaves)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-7)
@@ -64,8 +66,9 @@ def test_gradcheck():
     model = dmc_at_rate(make_host("llama", layers=1), 0.5, random_ids(1, 7), temperature=0.8, window=3).train()
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 7, 32, dtype=torch.float64, requires_grad=True)
-    angles = model.model.rotary_emb(hidden, torch.arange(7)[None])
-    assert torch.autograd.gradcheck(lambda x: attention(x, angles)[0], (hidden,), atol=1e-6)
+    context = ForwardContext(torch.arange(7)[None])
+    angles = model.model.rotary_emb(hidden, context.positions)
+    assert torch.autograd.gradcheck(lambda x: attention(x, angles, context)[0], (hidden,), atol=1e-6)
 
 
 @torch.no_grad()
@@ -77,16 +80,16 @@ def zero_borrowed_rows(model):
 
 def loss_gradients(model, ids, step):
     """Gradients of the loss and of the decisions with everything that training passes."""
-    ledger = {}
+    outputs = {}
     model.zero_grad()
-    loss = model(ids, labels=ids, ledger=ledger, dmc_step=step).loss
-    decisions = torch.stack([ledger[layer] for layer in sorted(ledger)])
+    loss = model(ids, labels=ids, outputs=outputs, step=step).loss
+    decisions = torch.stack([outputs[layer] for layer in sorted(outputs)])
     (loss + decisions.mean()).backward()
     return decisions.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def test_checkpointing_changes_nothing():
-    """Recomputation draws the same noise, and decisions in the ledger keep their gradients."""
+    """Recomputation draws the same noise, and decisions in the outputs keep their gradients."""
     ids = random_ids(2, 24)
     model = dmc_at_rate(make_host("llama"), 0.3, ids).train()
     step = DMCStep(seed=3, step=11, row_ids=torch.tensor([5, 9]))
@@ -111,9 +114,9 @@ def test_noise_belongs_to_seed_step_and_row():
     model = dmc_at_rate(make_host("llama"), 0.5, ids).train()
 
     def decisions(rows, seed=1, step=1):
-        ledger = {}
-        model(ids, use_cache=False, ledger=ledger, dmc_step=DMCStep(None, seed, step, torch.tensor(rows)))
-        return ledger[1].detach()
+        outputs = {}
+        model(ids, use_cache=False, outputs=outputs, step=DMCStep(None, seed, step, torch.tensor(rows)))
+        return outputs[1].detach()
 
     here, there = decisions([7, 8]), decisions([8, 7])
     assert torch.equal(here[0], there[1]) and torch.equal(here[1], there[0])
@@ -128,10 +131,10 @@ def test_fresh_retrofit_merges_next_to_nothing():
     zero_borrowed_rows(model)
     for layer in model.model.layers:
         layer.self_attn.settings = type(layer.self_attn.settings)()
-    ledger = {}
+    outputs = {}
     rows = torch.arange(32)
-    model(random_ids(32, 256), use_cache=False, ledger=ledger, dmc_step=DMCStep(None, 0, 0, rows))
-    share = torch.stack(list(ledger.values()))[..., 1:].mean().item()
+    model(random_ids(32, 256), use_cache=False, outputs=outputs, step=DMCStep(None, 0, 0, rows))
+    share = torch.stack(list(outputs.values()))[..., 1:].mean().item()
     expected, count = 1 / (1 + math.exp(5)), 2 * 32 * 2 * 255
     assert abs(share - expected) < 3 * math.sqrt(expected * (1 - expected) / count)
 
@@ -142,9 +145,9 @@ def test_zeroing_rows_after_zero_out_changes_nothing(family):
     model = dmc_at_rate(make_host(family), 0.0, random_ids(1, 8)).train()
     ids, step = random_ids(2, 30), DMCStep(channel_scale=0.0)
     with torch.no_grad():
-        before = model(ids, use_cache=False, dmc_step=step).logits
+        before = model(ids, use_cache=False, step=step).logits
         zero_borrowed_rows(model)
-        after = model(ids, use_cache=False, dmc_step=step).logits
+        after = model(ids, use_cache=False, step=step).logits
         compressing = model.eval()(ids, use_cache=False).logits
     assert torch.equal(before, after)
     torch.testing.assert_close(compressing, after, atol=1e-12, rtol=0)

@@ -11,8 +11,8 @@ import kvtrain
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.documents import Documents
+from kvtrain.models.context import document_positions
 from kvtrain.models.duo.attention import DuoStep
-from kvtrain.models.serving import parallel_positions
 from tests.hosts import make_host, random_ids
 
 PROPERTY = settings(max_examples=20)
@@ -39,7 +39,7 @@ def definition(query, key, value, window, sink, documents=None):
     """Query by query, with the weights as they are published: ``N exp(q k) v`` beside ``exp(q k) v`` of each."""
     rows, heads, length, dim = query.shape
     groups, output = heads // key.shape[1], torch.zeros(query.shape, dtype=query.dtype)
-    places = torch.arange(length).expand(rows, -1) if documents is None else parallel_positions(None, documents)
+    places = torch.arange(length).expand(rows, -1) if documents is None else document_positions(documents)
     for row in range(rows):
         for at in range(length):
             own = [j for j in range(at + 1) if documents is None or documents[row, j] == documents[row, at]]
@@ -58,7 +58,7 @@ def definition(query, key, value, window, sink, documents=None):
 
 def compensated(query, key, value, window, sink, documents=None):
     """The parallel form, from kernels alone."""
-    positions = None if documents is None else parallel_positions(None, documents)
+    positions = None if documents is None else document_positions(documents)
     hidden = {"sink": sink} if documents is None else {"sinks": positions < sink}
     local = attention(query, key, value, window=window, documents=Documents.of(documents), **hidden)
     told = {"position_ids": positions, "documents": Documents.of(documents)}
@@ -119,7 +119,7 @@ def test_running_means_are_batch_means(seed, length, window, sink, packed):
     """Also ``mean <- (N mean + k) / (N + 1)``, one token after the other."""
     _, key, value = heads_of(seed, 2, 2, 1, length)
     documents = spread_documents(seed, 2, length) if packed else torch.zeros(2, length, dtype=torch.long)
-    places = parallel_positions(None, documents)
+    places = document_positions(documents)
     told = {"position_ids": places, "documents": Documents(documents)} if packed else {}
     dropped = dropped_by_window(key, value, window=window, sink=sink, **told)
     number = dropped.number.expand(2, -1)
@@ -142,7 +142,7 @@ def test_a_short_document_at_the_end_of_a_long_row_keeps_its_digits():
     """Sums over the row are taken apart in float64; in float32 a part in a thousand would be lost."""
     key = torch.randn(1, 1, 20_016, 4) + 50
     documents = torch.tensor([[0] * 20_000 + [1] * 16])
-    told = {"position_ids": parallel_positions(None, documents), "documents": Documents(documents)}
+    told = {"position_ids": document_positions(documents), "documents": Documents(documents)}
     dropped = dropped_by_window(key, key, window=12, sink=3, **told)
     assert dropped.keys.dtype == torch.float32 and dropped.number[0, -1] == 1
     torch.testing.assert_close(dropped.keys[:, :, -1], key[:, :, -13], atol=1e-5, rtol=0)
@@ -262,7 +262,7 @@ def test_gates_mix_the_compensated_side_with_everything(rows):
         step = DuoStep(gates={0: torch.tensor(gates)})
         seen = []
         hook = gated.model.layers[0].self_attn.register_forward_hook(lambda *event: seen.append(event[2][0]))
-        logits = gated(ids, duo_step=step, **told).logits
+        logits = gated(ids, step=step, **told).logits
         hook.remove()
         return logits, seen[0]
 
@@ -278,13 +278,13 @@ def test_gates_mix_the_compensated_side_with_everything(rows):
 def test_teacher_mixing_keeps_float64_and_its_gradient():
     model = kvtrain.retrofit(make_host(layers=1), kvtrain.Duo(sink=1, recent=3, mixing="teacher", compensation=True))
     ids, record = random_ids(1, 16), {}
-    model(ids, use_cache=False, duo_step=DuoStep(full_attention=True, record=record))
+    model(ids, use_cache=False, step=DuoStep(full_attention=True), outputs=record)
     gates = model.model.layers[0].self_attn.gates
 
     def logits(value):
         with torch.no_grad():
             gates.fill_(value)
-        return model(ids, use_cache=False, duo_step=DuoStep(teacher=record)).logits
+        return model(ids, use_cache=False, step=DuoStep(teacher=record)).logits
 
     plain = kvtrain.retrofit(make_host(layers=1), kvtrain.Duo(sink=1, recent=3, compensation=True))
     with torch.no_grad():

@@ -142,8 +142,8 @@ def taught(model, ids, graph=False, **told):
     """The teacher's pass and then the student's: hidden states of both, student first."""
     record = {}
     with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-        teacher = states(model, ids, duo_step=DuoStep(full_attention=True, record=record), **told)
-    return states(model, ids, duo_step=DuoStep(teacher=record), **told), teacher
+        teacher = states(model, ids, step=DuoStep(full_attention=True), outputs=record, **told)
+    return states(model, ids, step=DuoStep(teacher=record), **told), teacher
 
 
 def parameters(model):
@@ -324,10 +324,10 @@ def test_open_gates_feel_nothing_of_the_distance(mixing):
     assert gradient(student.square().sum(), model).abs().min() > 1e-3
 
 
-def test_a_ledger_gets_gates_as_used_and_as_stored():
-    model, ledger = gated(host_of(), torch.tensor([[1.5, 0.25], [0.5, -1.0]])), {}
-    states(model, random_ids(1, 9), gate_ledger=ledger)
-    used, stored = (torch.stack([ledger[layer][which] for layer in range(2)]) for which in (0, 1))
+def test_outputs_get_gates_as_used_and_as_stored():
+    model, outputs = gated(host_of(), torch.tensor([[1.5, 0.25], [0.5, -1.0]])), {}
+    states(model, random_ids(1, 9), outputs=outputs)
+    used, stored = (torch.stack([outputs[layer][which] for layer in range(2)]) for which in (0, 1))
     assert used.tolist() == [[1.0, 0.25], [0.5, 0.0]]
     assert stored.tolist() == [[1.5, 0.25], [0.5, -1.0]]
     assert gradient(used.sum(), model).tolist() == [[0, 1], [1, 0]]

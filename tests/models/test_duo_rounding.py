@@ -313,9 +313,9 @@ def test_random_gates_are_drawn_by_seed_step_and_layer():
     model = gated(host, torch.zeros(2, 2), gates="hard_concrete")
 
     def drawn(**step):
-        ledger = {}
-        logits = states(model, ids, gate_ledger=ledger, duo_step=DuoStep(**step) if step else None)
-        gates = torch.stack([ledger[layer][0] for layer in range(2)]).detach()
+        outputs = {}
+        logits = states(model, ids, outputs=outputs, step=DuoStep(**step) if step else None)
+        gates = torch.stack([outputs[layer][0] for layer in range(2)]).detach()
         close(logits, Dense(host).states(ids, gates.double())[0])
         return gates
 

@@ -193,7 +193,7 @@ def test_a_tolerance_spares_passes(monkeypatch):
         passes[-1] += 1
         update_kv(*given, **more)
 
-    monkeypatch.setattr(LayerSchedule, "refine", count)
+    monkeypatch.setattr(LayerSchedule, "update_kv", count)
     for tolerance in (0.3, 1e-2, 1e-12):
         model = make("0_3_3_3_3_5", (2, 1), prefill_block=16, prefill_tolerance=tolerance)
         exact = refer(model, "0_3_3_3_3_5").sequential(ids)

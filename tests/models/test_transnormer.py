@@ -9,7 +9,8 @@ from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from kvtrain.kernels.norm import simple_rms_norm
-from kvtrain.models.transnormer.attention import DiagAttention, Layout, NormAttention
+from kvtrain.models.context import ForwardContext
+from kvtrain.models.transnormer.attention import DiagAttention, NormAttention
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.heads import TransNormerForCausalLM, TransNormerForMaskedLM
 from kvtrain.models.transnormer.layers import RelativePosition, TokenBatchNorm
@@ -162,7 +163,7 @@ def test_a_shift_of_all_positions_changes_no_linear_layer(variant, causal, shift
     attention, hidden = attention_with(lrpe(), variant, causal=causal), torch.randn(2, 13, 16, dtype=torch.float64)
     positions = torch.arange(13)[None]
     assert_near(
-        attention(hidden, Layout(positions + shift, None, False)), attention(hidden, Layout(positions, None, True))
+        attention(hidden, ForwardContext(positions + shift)), attention(hidden, ForwardContext(positions, counted=True))
     )
 
 
@@ -252,15 +253,15 @@ def test_the_released_norms_gradients_are_bounded_by_the_size_of_a_row():
 @pytest.mark.parametrize("what", ["values", "features"])
 def test_the_scale_of_queries_keys_and_values_does_not_matter(monkeypatch, variant, factor, what):
     attention, hidden = small_model(variant=variant, norm_eps=1e-20).model.layers[-1].self_attn, torch.randn(2, 13, 16)
-    layout, hidden = Layout(torch.arange(13)[None], None, True), hidden.double()
-    expected = attention(hidden, layout)
+    context, hidden = ForwardContext(torch.arange(13)[None], counted=True), hidden.double()
+    expected = attention(hidden, context)
     if what == "features":
         original = attention._features
         monkeypatch.setattr(attention, "_features", lambda heads: factor * original(heads))
     else:
         with torch.no_grad():
             attention.v_proj.weight.mul_(factor), attention.v_proj.bias.mul_(factor)
-    assert_near(attention(hidden, layout), expected, tolerance=1e-10)
+    assert_near(attention(hidden, context), expected, tolerance=1e-10)
 
 
 @VARIANTS
@@ -283,10 +284,10 @@ def test_no_token_sees_a_later_one(variant, dtype, options):
 @WAYS
 def test_tokens_of_other_blocks_change_no_block_layer(variant, causal):
     attention = small_model(variant=variant, causal=causal).model.layers[0].self_attn
-    hidden, layout = torch.randn(2, 13, 16, dtype=torch.float64), Layout(torch.arange(13)[None], None, True)
-    before = attention(hidden, layout)
+    hidden, context = torch.randn(2, 13, 16, dtype=torch.float64), ForwardContext(torch.arange(13)[None], counted=True)
+    before = attention(hidden, context)
     hidden[:, 7] += 1.0
-    after = attention(hidden, layout)
+    after = attention(hidden, context)
     same = [bool(torch.equal(before[:, token], after[:, token])) for token in range(13)]
     assert same == [not (7 <= token < 10 if causal else 5 <= token < 10) for token in range(13)]
 

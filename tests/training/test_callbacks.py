@@ -149,8 +149,10 @@ def test_the_norm_is_the_gradient_s_before_clipping(rows, tmp_path):
     train(TinyFull(), rows, tmp_path / "clipped", 1, gradient_clip_val=1e-3)
     trainer = train(TinyFull(), rows, tmp_path / "free", 1)
     batch = next(iter(trainer.datamodule.train_dataloader()))
-    arguments = {name: batch[name] for name in ("document_ids", "position_ids", "labels", "num_items")}
-    module.model(batch["input_ids"], **arguments, use_cache=False).loss.backward()
+    arguments = {name: batch[name] for name in ("document_ids", "position_ids", "labels")}
+    module.model(
+        batch["input_ids"], **arguments, num_items_in_batch=batch["num_items"], use_cache=False
+    ).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()
     for run in ("clipped", "free"):
         (row,) = table(tmp_path / run / "metrics.csv")
@@ -160,14 +162,14 @@ def test_the_norm_is_the_gradient_s_before_clipping(rows, tmp_path):
 def merged_by_hand(module, rows):
     """Share of merges by (layer, head), token by token."""
     batch = rows.batch(torch.arange(5).numpy())
-    documents, ledger = batch["document_ids"], {}
+    documents, outputs = batch["document_ids"], {}
     with torch.no_grad():
-        module.model.eval()(batch["input_ids"], document_ids=documents, use_cache=False, ledger=ledger)
+        module.model.eval()(batch["input_ids"], document_ids=documents, use_cache=False, outputs=outputs)
     merged, free = torch.zeros(2, 2), 0
     for row, token in itertools.product(range(5), range(1, LENGTH)):
         if documents[row, token] > 0 and documents[row, token] == documents[row, token - 1]:
             free += 1
-            merged += torch.stack([ledger[layer][row, :, token] for layer in (0, 1)])
+            merged += torch.stack([outputs[layer][row, :, token] for layer in (0, 1)])
     return merged / free
 
 

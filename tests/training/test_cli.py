@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from kvtrain import run_folder
-from kvtrain.cli import main
 from kvtrain.help import FOLDER
 from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
+from kvtrain_cli import main
 from tests.thinning import thinned
 
 from .small_runs import STEPS, acting, fit, recipe_text, refused, steps_saved

@@ -169,10 +169,10 @@ def test_the_hinge_pulls_towards_the_target(base, rows, tmp_path):
     module = DMCModule(base, DMC(compression=4.0, init_bias=1.0), phases=[Phase("finetune", 30, 3e-3)], seed=1)
     train(module, rows, tmp_path, 30, batch_size=8)
     batch = rows.batch(torch.arange(8).numpy())
-    ledger = {}
+    outputs = {}
     with torch.no_grad():
-        module.model.eval()(batch["input_ids"], use_cache=False, document_ids=batch["document_ids"], ledger=ledger)
-    assert torch.stack(list(ledger.values())).mean() > 0.3
+        module.model.eval()(batch["input_ids"], use_cache=False, document_ids=batch["document_ids"], outputs=outputs)
+    assert torch.stack(list(outputs.values())).mean() > 0.3
 
 
 @pytest.mark.parametrize("noisy", [True, False])
@@ -183,7 +183,7 @@ def test_the_last_phase_may_decide_without_noise(base, rows, noisy):
     def noise(step, method=None):
         module = DMCModule(base, method, phases=phases(), noisy_finetune=noisy)
         module.trainer = SimpleNamespace(validating=False, global_step=step, strategy=None)
-        return module.model_arguments(batch)["dmc_step"].row_ids is not None
+        return module.model_arguments(batch)["step"].row_ids is not None
 
     assert noise(29)  # the last step of the ramp
     assert noise(30) is noisy
@@ -197,7 +197,7 @@ def test_the_hinge_has_its_weight(base, rows, monkeypatch):
     def hinge(**settings):
         module = DMCModule(base, DMC(compression=4.0), phases=[Phase("finetune", 5, 1e-2)], **settings)
         module.trainer = SimpleNamespace(validating=False, global_step=0)
-        return module.extra_loss(batch, {"ledger": {0: torch.zeros(2, 2, batch["input_ids"].shape[1])}})
+        return module.extra_loss(batch, {"outputs": {0: torch.zeros(2, 2, batch["input_ids"].shape[1])}})
 
     assert hinge().item() == pytest.approx(0.75)
     assert hinge(compression_weight=3.0).item() == pytest.approx(2.25)

@@ -8,7 +8,6 @@ token counts in the slot's mean. Keys are pooled before rotation and rotate at t
 import functools
 import logging
 import math
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +22,17 @@ from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.pooling import pool_segments
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.losses.compression import free_to_merge
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import Angles, HostAttention
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
 from kvtrain.models.gating import Decisions, decide
-from kvtrain.models.serving import NewTokens
 
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
 # the same in float32; it is bfloat16's own epsilon, which the released checkpoints used.
 IMPORTANCE_FLOOR = 2.0**-7
 
 logger = logging.getLogger("kvtrain")
-
-Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,49 +74,29 @@ class DMCAttention(HostAttention):
         return [(parameter, rows) for layer in (self.q_proj, self.k_proj) for parameter in layer.parameters()]
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Angles,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        new_tokens: NewTokens | None = None,
-        document_ids: Tensor | None = None,
-        ledger: MutableMapping[int, Tensor] | None = None,
-        dmc_step: DMCStep | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend within the input, and over the cache where there is one.
+        """See ``HostAttention``.
 
-        Args:
-            hidden_states: ``(B, T, hidden)``.
-            position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, T)`` padding mask, without a cache.
-            position_ids: ``(B or 1, T)`` places within each row.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
-            document_ids: ``(B, T)``, without a cache.
-            ledger: Receives this layer's decisions ``(B, H_kv, T)``, straight-through.
-            dmc_step: What training says; without it decisions are soft and noiseless in training
-                mode, hard in evaluation mode.
+        ``context.step`` is a ``DMCStep``; without one decisions are soft and noiseless in training mode, hard in
+        evaluation mode. ``context.outputs`` receives the decisions ``(B, H_kv, T)``, straight-through.
         """
-        if self.training and dmc_step is None:
+        step: DMCStep | None = context.step
+        if self.training and step is None:
             _say_untargeted()
-        scale = None if dmc_step is None else dmc_step.channel_scale
+        scale = None if step is None else step.channel_scale
         query, key, value = self._project(hidden_states, scale)
-        documents = parallel_documents(document_ids, attention_mask)
         if scale is not None:
             query = self._scale_channel(apply_rotary(query, *position_embeddings), scale)
             key = self._scale_channel(apply_rotary(key, *position_embeddings), scale)
-            output, _lse = attention(query, key, value, documents=Documents.of(documents), scale=self.scaling)
-        elif new_tokens is None:
-            output, decisions = self._parallel(
-                query, key, value, position_embeddings, position_ids, documents, dmc_step
-            )
-            if ledger is not None:
-                ledger[self.layer_idx] = decisions.straight_through()
+            return self.project_out(self.attend_documents(query, key, value, context)), None
+        angles = context.derive("angles without the borrowed channel", lambda: _without_channel(position_embeddings))
+        if context.cache is None:
+            output, decisions = self._parallel(query, key, value, angles, context)
+            if context.outputs is not None:
+                context.outputs[self.layer_idx] = decisions.straight_through()
         else:
-            layer = new_tokens.layer(self.layer_idx)
-            assert isinstance(layer, DMCCacheLayer)
-            output = self._serve(query, key, value, position_embeddings, position_ids, new_tokens.valid, layer)
+            output = self._serve(query, key, value, angles, context)
         return self.project_out(output), None
 
     def _project(self, hidden: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,9 +116,7 @@ class DMCAttention(HostAttention):
         factors[-1] = scale
         return heads * factors
 
-    def _borrow(
-        self, query: Tensor, key: Tensor, positions: Tensor | None, step: DMCStep | None
-    ) -> tuple[Tensor, Tensor]:
+    def _borrow(self, query: Tensor, key: Tensor, positions: Tensor, step: DMCStep | None) -> tuple[Tensor, Tensor]:
         """Read the borrowed channel: decision logits, noise included, and importances ``(B, H_kv, T)``."""
         bias = self.settings.init_bias
         logits = self.settings.decision_scale * at_least_float32(key[..., -1]) - bias
@@ -154,7 +129,7 @@ class DMCAttention(HostAttention):
         noise = self._noise(logits.shape, positions, step)
         return logits if noise is None else logits + noise, torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
 
-    def _noise(self, shape: torch.Size, positions: Tensor | None, step: DMCStep | None) -> Tensor | None:
+    def _noise(self, shape: torch.Size, positions: Tensor, step: DMCStep | None) -> Tensor | None:
         """Logistic noise ``(B, H_kv or 1, T)`` of a training step; that of random decisions otherwise."""
         heads = 1 if self.settings.shared_decisions else shape[1]
         if self.training:
@@ -163,34 +138,24 @@ class DMCAttention(HostAttention):
             return keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, (heads, shape[2]))
         if self.settings.decisions == "learned":
             return None
-        assert positions is not None
         by_token = keyed_logistic(positions.expand(shape[0], -1).flatten(), 0, 0, self.layer_idx, (heads, 1))
         return by_token.view(shape[0], shape[2], heads).transpose(1, 2)
 
     def _parallel(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        angles: Angles,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        step: DMCStep | None,
+        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
-        logits, importance = self._borrow(query, key, positions, step)
-        one_document = torch.ones_like(logits[:, 0], dtype=torch.long)
-        never = ~free_to_merge(one_document if documents is None else documents)[:, None]
+        logits, importance = self._borrow(query, key, context.positions, context.step)
+        never = context.derive("bound to append", lambda: _bound_to_append(context.documents, logits))
         decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
-        angles = _without_borrowed_channel(angles)
         output, _lse = attention(
             apply_rotary(query, *angles),
             apply_rotary(key, *angles),
             value,
             key_bias=_next_token(decisions.keep_bias()),
             bias_after=1,
-            documents=Documents.of(documents),
+            documents=context.documents,
             scale=self.scaling,
         )
         return output, decisions
@@ -201,29 +166,20 @@ class DMCAttention(HostAttention):
         return keys, values
 
     @bookkeeping
-    def _serve(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        angles: Angles,
-        positions: Tensor | None,
-        valid: Tensor,
-        layer: DMCCacheLayer,
-    ) -> Tensor:
+    def _serve(self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext) -> Tensor:
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
-        logits, importance = self._borrow(query, key, positions, None)
+        layer, valid = context.cache_layer(self.layer_idx), context.valid
+        assert isinstance(layer, DMCCacheLayer) and valid is not None
+        logits, importance = self._borrow(query, key, context.positions, None)
         first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
         never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
         merge = decide(logits, never=never).values
         pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance, valid)
         keys, values = pooled.split(self.head_dim, -1)
-        angles = _without_borrowed_channel(angles)
         query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:
             layer.write(keys, values, merge, valid)
             return self.attend_pages(query, layer.pages)[0]
-        documents = Documents(valid.long())
         bias = torch.zeros_like(merge).masked_fill(_next_token(merge) > 0, float("-inf"))
         parts = [
             attention(
@@ -232,7 +188,7 @@ class DMCAttention(HostAttention):
                 values,
                 key_bias=bias,
                 bias_after=1,
-                documents=documents,
+                documents=context.entering(),
                 scale=self.scaling,
             )
         ]
@@ -253,7 +209,13 @@ def _say_untargeted() -> None:
     )
 
 
-def _without_borrowed_channel(angles: Angles) -> Angles:
+def _bound_to_append(documents: Documents | None, logits: Tensor) -> Tensor:
+    """Tokens ``(B, 1, T)`` without a choice: padding, and the first of every document."""
+    one = torch.ones_like(logits[:, 0], dtype=torch.long)
+    return ~free_to_merge(one if documents is None else documents.queries)[:, None]
+
+
+def _without_channel(angles: Angles) -> Angles:
     """Angles that rotate as if the last channel were cleared before and after.
 
     The channel turns with the last of the first half. Its own row of both angles becomes 0, which clears it

@@ -5,7 +5,7 @@ document and the latest ``recent``, itself included, at their true positions (no
 streaming head sees one token more, which stands for all others.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,13 @@ from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.compensation import Dropped, add_compensation
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.quantization import read_back
-from kvtrain.models.attention import HostAttention
+from kvtrain.models.attention import Angles, HostAttention
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.gates import hard_concrete
-from kvtrain.models.duo.patterns import attention_patterns, mix_heads
-from kvtrain.models.serving import NewTokens
+from kvtrain.models.duo.patterns import AttentionPatterns, mix_heads
 from kvtrain.models.windows import attend_cache_and_window
-
-Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,14 @@ class DuoStep:
 
     Args:
         full_attention: The pass of the teacher: gates count as 1.
-        record: In that pass, receives what heads saw, ``(B, H, T, D)`` by layer.
-        teacher: What they saw there, to be mixed in instead of the student's own attention over everything.
+        teacher: What heads saw there, ``(B, H, T, D)`` by layer, to be mixed in instead of the student's own full
+            attention.
         seed: Of random gates.
         step: Optimizer step; None: gates are the most likely ones.
         gates: ``(H_kv,)`` by layer, in place of the model's own.
     """
 
     full_attention: bool = False
-    record: dict[int, Tensor] | None = None
     teacher: Mapping[int, Tensor] | None = None
     seed: int = 0
     step: int | None = None
@@ -74,47 +71,35 @@ class GatedAttention(HostAttention):
         return hard_concrete(self.gates.float(), noise)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Angles,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        gate_ledger: MutableMapping[int, tuple[Tensor, Tensor]] | None = None,
-        duo_step: DuoStep | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend within the input.
+        """See ``HostAttention``.
 
-        Args:
-            hidden_states: ``(B, T, hidden)``.
-            position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, T)`` padding mask.
-            position_ids: ``(B or 1, T)`` places within each document.
-            document_ids: ``(B, T)``.
-            gate_ledger: Receives this layer's gates ``(H_kv,)`` as used and as stored, both with gradient. Under FSDP2
-                no plain ``dict``, of which layers get copies, but a ``collections.UserDict``.
-            duo_step: What training says; without it gates are used as they are.
+        ``context.step`` is a ``DuoStep``; without one gates are used as they are. ``context.outputs`` receives this
+        layer's gates ``(H_kv,)`` as used and as stored, both with gradient, or in the teacher's pass what heads saw,
+        ``(B, H, T, D)``.
         """
-        step = duo_step or DuoStep()
+        step: DuoStep = context.step or DuoStep()
         query, key, value = self.project(hidden_states, position_embeddings)
         bits = None if self.training else self.settings.kv_bits
         key, value = read_back(key, bits), read_back(value, bits)
-        patterns = attention_patterns(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+        patterns = AttentionPatterns.of(self.settings, self.scaling, context)
         if step.full_attention:
             output = patterns.full(query, key, value)
-            if step.record is not None:
-                step.record[self.layer_idx] = output
+            self._hand_out(output, context)
             return self.project_out(output), None
         gates = self.gate_values(step) if step.gates is None else step.gates[self.layer_idx]
-        if gate_ledger is not None:
-            # A copy: where parameters are sharded, this one is gone when the loss looks at it.
-            gate_ledger[self.layer_idx] = (gates, self.gates.clone())
+        # A copy: where parameters are sharded, this one is gone when the loss looks at it.
+        self._hand_out((gates, self.gates.clone()), context)
         if step.teacher is None:
             output = patterns.mixed(query, key, value, gates)
         else:
             output = mix_heads(patterns.streaming(query, key, value), step.teacher[self.layer_idx], gates)
         return self.project_out(output), None
+
+    def _hand_out(self, what: Any, context: ForwardContext) -> None:
+        if context.outputs is not None:
+            context.outputs[self.layer_idx] = what
 
 
 class RoundedAttention(HostAttention):
@@ -132,49 +117,35 @@ class RoundedAttention(HostAttention):
         self.settings, self.num_full = settings, len(settings.full_heads[layer_idx])
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Angles,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        new_tokens: NewTokens | None = None,
-        document_ids: Tensor | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend within the input, and over the cache where there is one.
-
-        Args:
-            hidden_states: ``(B, T, hidden)``.
-            position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, T)`` padding mask, without a cache.
-            position_ids: ``(B or 1, T)`` places within each document.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
-            document_ids: ``(B, T)``, without a cache.
-        """
+        """See ``HostAttention``."""
         query, key, value = self.project(hidden_states, position_embeddings)
-        if new_tokens is None:
-            patterns = attention_patterns(self.settings, self.scaling, attention_mask, position_ids, document_ids)
+        if context.cache is None:
+            patterns = AttentionPatterns.of(self.settings, self.scaling, context)
             bits = None if self.training else self.settings.kv_bits
             key, value = read_back(key, bits), read_back(value, bits)
             output = self._by_class(patterns.full, patterns.streaming, query, key, value)
         else:
-            layer = new_tokens.layer(self.layer_idx)
+            layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, DuoCacheLayer)
-            output = self._serve(query, key, value, new_tokens.cache.tokens, new_tokens.valid, layer)
+            output = self._serve(query, key, value, context, layer)
         return self.project_out(output), None
 
     @bookkeeping
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, past: Tensor, valid: Tensor, layer: DuoCacheLayer
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: DuoCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
+        assert context.cache is not None and context.valid is not None
+        past, valid = context.cache.tokens, context.valid
         dropped = layer.drop(key, value, past, valid)
         if query.shape[2] == 1:
             layer.write(key, value, past, valid)
             return self._decode(query, layer, dropped)
 
         def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_pages_and_new(query, key, value, valid, layer.pages, slice(self.num_full))
+            return self.attend_pages_and_new(query, key, value, context, layer.pages, slice(self.num_full))
 
         def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             local = attend_cache_and_window(

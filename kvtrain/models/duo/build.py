@@ -36,7 +36,7 @@ def binarize(model: Any, sparsity: float | None = None, gates: Tensor | None = N
     return model
 
 
-def _binarise(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _as_spelt_before(model: Any, *args: Any, **kwargs: Any) -> Any:
     """``binarize`` as version 0.1 spelt it."""
     warnings.warn("binarise() is now binarize(); the old name goes with version 0.3", FutureWarning, stacklevel=2)
     return binarize(model, *args, **kwargs)
@@ -45,7 +45,7 @@ def _binarise(model: Any, *args: Any, **kwargs: Any) -> Any:
 class Builder(build.Builder[Duo]):
     """See ``build.Builder``."""
 
-    model_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"binarize": binarize, "binarise": _binarise}
+    model_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"binarize": binarize, "binarise": _as_spelt_before}
 
     def attention(self, host_attention: nn.Module, layer_idx: int) -> HostAttention:
         """See ``build.Builder``."""

@@ -74,7 +74,7 @@ class _Sums(StateStore):
             self[name] = sums.masked_fill(empty[:, None, None], 0)
 
 
-class _SetAside(StateStore):
+class _Evicted(StateStore):
     """The latest tokens that have left the windows of a row, as pages hold them: ``p`` lies in slot ``p % slack``.
 
     Its ``end`` is the position behind the last token that it ever took up; it holds those from ``end - slack`` on.
@@ -138,8 +138,8 @@ class DuoCacheLayer(KVCacheLayer):
         tracks, page = self.num_streaming > 0, self.pages.pool.slots["keys"]
         self.sums = _Sums(self.num_streaming, head_dim, placement) if compensation and tracks else None
         kind = (self.num_streaming, page.shape[-1], page.dtype, slack)
-        self.aside = _SetAside(*kind, placement) if slack and tracks else None
-        super().__init__(*(store for store in (self.pages, self.sums, self.aside) if store is not None))
+        self.evicted = _Evicted(*kind, placement) if slack and tracks else None
+        super().__init__(*(store for store in (self.pages, self.sums, self.evicted) if store is not None))
 
     def kv_tokens(self) -> Tensor:
         """See ``KVCacheLayer``."""
@@ -151,14 +151,14 @@ class DuoCacheLayer(KVCacheLayer):
         Returns:
             With compensation, what each of the new tokens no longer sees.
         """
-        if self.sums is None and self.aside is None:
+        if self.sums is None and self.evicted is None:
             return None
         positions = past[:, None] + valid.cumsum(-1) - 1 - self.recent  # (B, n) of the tokens that leave
         leaves = valid & (positions >= self.sink)
         new = {"keys": keys[:, self.num_full :], "values": values[:, self.num_full :]}
         left = self._leaving(new, positions, leaves, leaves & (positions < past[:, None]))
-        if self.aside is not None:
-            self.aside.put(left, positions, leaves, past + valid.sum(-1) - self.recent)
+        if self.evicted is not None:
+            self.evicted.put(left, positions, leaves, past + valid.sum(-1) - self.recent)
         if self.sums is None:
             return None
         return Dropped(**self.sums.add(self._opened(left)), number=(positions - self.sink + 1).clamp(min=0))
@@ -202,7 +202,7 @@ class DuoCacheLayer(KVCacheLayer):
         if not self.num_streaming:
             return
         left = past - tokens
-        end, slack = (past - self.recent, 0) if self.aside is None else (self.aside["end"], self.aside.slack)
+        end, slack = (past - self.recent, 0) if self.evicted is None else (self.evicted["end"], self.evicted.slack)
         lacking = (end - slack - self._first_recent(left)).masked_fill(left <= self.sink, 0)
         if bool((lacking > 0).any()):
             row = int(lacking.argmax())
@@ -224,16 +224,16 @@ class DuoCacheLayer(KVCacheLayer):
         """Return to windows what had not left them when a row had ``left (B,)`` tokens of ``past (B,)``."""
         returned: Entries = {}
         nothing_dropped = left <= self.sink + self.recent
-        if self.aside is not None:
+        if self.evicted is not None:
             first = self._first_recent(left)  # more than the slack only where sinks are left alone, and none is needed
-            count = (past - self.recent - first).clamp(0, self.aside.slack)
+            count = (past - self.recent - first).clamp(0, self.evicted.slack)
             column = torch.arange(int(count.max()) if count.numel() else 0, device=left.device)
             positions, real = first[:, None] + column, column < count[:, None]
-            returned = self.aside.take(positions, real)
+            returned = self.evicted.take(positions, real)
             padded = {name: pad(states, (0, 0, 0, 0, self.num_full, 0)) for name, states in returned.items()}
             seen = real & (positions < left[:, None])
             self.pages.write(padded, *self._by_head(positions, torch.zeros_like(seen), seen), packed=True)
-            self.aside["end"] = self.aside["end"].masked_fill(nothing_dropped, 0)
+            self.evicted["end"] = self.evicted["end"].masked_fill(nothing_dropped, 0)
         if self.sums is not None:
             self.sums.take_out(self._opened(returned), nothing_dropped)
 

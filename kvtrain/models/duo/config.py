@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import PreTrainedConfig
 
 from kvtrain.models.method import Method, Repeat, key_value_shape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 Mixing = Literal["self", "teacher"]
 GateKind = Literal["plain", "hard_concrete"]
@@ -71,9 +69,13 @@ class Duo(Method):
         if self.full_heads is not None:  # JSON and YAML know lists alone
             object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
 
-    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+    def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """See ``Method.repeats``; of a rounded model each layer is its own."""
         return [] if self.full_heads is not None else super().repeats(host_config)
+
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        return super().described_cache() if self.kv_bits is None else f"DUO, {self.kv_bits} bits a channel"
 
     @property
     def servable(self) -> bool:
@@ -85,7 +87,7 @@ class Duo(Method):
         """See ``Method.survives_reentrant_checkpointing``: gates that train go another way."""
         return self.full_heads is not None
 
-    def validate(self, host_config: "PreTrainedConfig") -> None:
+    def validate(self, host_config: PreTrainedConfig) -> None:
         """See ``Method.validate``."""
         if self.full_heads is None:
             return
@@ -106,7 +108,7 @@ class Duo(Method):
         """These settings for rounded heads."""
         return replace(self, full_heads=full_heads)
 
-    def as_served(self, host_config: "PreTrainedConfig") -> "Duo":
+    def as_served(self, host_config: PreTrainedConfig) -> "Duo":
         """See ``Method.as_served``: which heads are full makes no difference to the bytes."""
         import torch
 

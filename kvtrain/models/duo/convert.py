@@ -1,24 +1,20 @@
 """Surgery on gated models: gates put in, rounded, and the heads of every layer sorted."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
+from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.gates import HARD_CONCRETE_START, choose_full_heads
 from kvtrain.models.method import key_value_shape
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from kvtrain.models.duo.config import Duo
-
-
-def adapt_state(settings: "Duo", state: dict[str, Tensor], host_config: "PreTrainedConfig") -> dict[str, Tensor]:
+def adapt_state(settings: Duo, state: dict[str, Tensor], host_config: PreTrainedConfig) -> dict[str, Tensor]:
     """A host's weights by name with open gates, or with the heads that ``full_heads`` names sorted to the front."""
     heads = key_value_shape(host_config)[0]
     if settings.full_heads is None:
@@ -28,7 +24,7 @@ def adapt_state(settings: "Duo", state: dict[str, Tensor], host_config: "PreTrai
     return {name: _sorted_for(settings, name, tensor, host_config) for name, tensor in state.items()}
 
 
-def _sorted_for(settings: "Duo", name: str, tensor: Tensor, host_config: "PreTrainedConfig") -> Tensor:
+def _sorted_for(settings: Duo, name: str, tensor: Tensor, host_config: PreTrainedConfig) -> Tensor:
     """One of a host's weights, its heads sorted; what has none stays the host's own."""
     assert settings.full_heads is not None
     parts = name.split(".")
@@ -40,7 +36,7 @@ def _sorted_for(settings: "Duo", name: str, tensor: Tensor, host_config: "PreTra
     return sort_heads(parts[4], parts[5], tensor, order, groups, head_dim)
 
 
-def head_order(full: "Sequence[int]", num_key_value_heads: int) -> list[int]:
+def head_order(full: Sequence[int], num_key_value_heads: int) -> list[int]:
     """Full heads, then streaming ones, each in their old order."""
     return [*full, *(head for head in range(num_key_value_heads) if head not in full)]
 
@@ -65,7 +61,7 @@ def sort_heads(module: str, kind: str, tensor: Tensor, order: list[int], groups:
     return nn.Parameter(tensor[rows].detach())
 
 
-def gates_of(model: "PreTrainedModel") -> Tensor:
+def gates_of(model: PreTrainedModel) -> Tensor:
     """Gates ``(layers, H_kv)`` as they would be used in evaluation, without gradient.
 
     Raises:
@@ -78,7 +74,7 @@ def gates_of(model: "PreTrainedModel") -> Tensor:
 
 
 @torch.no_grad()
-def round_gates(model: Any, settings: "Duo", sparsity: float, gates: Tensor | None = None) -> None:
+def round_gates(model: Any, settings: Duo, sparsity: float, gates: Tensor | None = None) -> None:
     """Round a gated model in place: it keeps its weights, sorted, and gets attention that a cache serves.
 
     Args:

@@ -1,6 +1,6 @@
 """What heads see in a forward pass without a cache: everything, a window, or a mixture."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from kvtrain.kernels.attention_mixed import mixed_attention, window_attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.documents import Documents
-from kvtrain.models.attention import parallel_documents
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.config import Duo
 
 
@@ -26,8 +26,13 @@ class AttentionPatterns(NamedTuple):
 
     settings: Duo
     documents: Documents | None
-    position_ids: Tensor | None
+    position_ids: Tensor
     scale: float
+
+    @classmethod
+    def of(cls, settings: Duo, scale: float, context: ForwardContext) -> Self:
+        """Who sees whom in this pass."""
+        return cls(settings, context.documents, context.positions, scale)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All tokens before."""
@@ -47,24 +52,15 @@ class AttentionPatterns(NamedTuple):
         return mix_heads(self.streaming(query, key, value), self.full(query, key, value), gates)
 
     def _window(self) -> dict[str, Any]:
+        positions = self.position_ids
+        if self.documents is not None:
+            positions = positions.expand_as(self.documents.queries)
         return {
             "window": self.settings.recent,
             "sink": self.settings.sink,
-            "position_ids": self.position_ids,
+            "position_ids": positions,
             "documents": self.documents,
         }
-
-
-def attention_patterns(
-    settings: Duo,
-    scale: float,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    document_ids: Tensor | None = None,
-) -> AttentionPatterns:
-    """Who sees whom, from the arguments of an attention's forward pass without a cache."""
-    documents = _one_per_row(parallel_documents(document_ids, attention_mask))
-    return AttentionPatterns(settings, Documents.of(documents), position_ids, scale)
 
 
 def mix_heads(streaming: Tensor, full: Tensor, gates: Tensor) -> Tensor:
@@ -72,10 +68,3 @@ def mix_heads(streaming: Tensor, full: Tensor, gates: Tensor) -> Tensor:
     local, remote = at_least_float32(streaming), at_least_float32(full)
     share = gates.repeat_interleave(local.shape[1] // len(gates))[:, None, None].to(local.dtype)
     return torch.lerp(local, remote, share).to(streaming.dtype)
-
-
-def _one_per_row(documents: Tensor | None) -> Tensor | None:
-    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
-    if documents is None or documents.device.type != "cpu" or not bool((documents == documents[:, :1]).all()):
-        return documents
-    return None

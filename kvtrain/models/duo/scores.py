@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.models.attention import HostAttention
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.patterns import attention_patterns
+from kvtrain.models.duo.patterns import AttentionPatterns
 
 # Arguments of an attention that say who sees whom.
-_PATTERN_ARGUMENTS = ("attention_mask", "position_ids", "document_ids")
 # The published prompt: so many ids, drawn from this range of the vocabulary.
 _PERIOD, _PUBLISHED_IDS = 2500, range(10_000, 12_501)
 
@@ -73,7 +73,7 @@ def razor_scores(
             "positions; give at least 1 prompt and 2 repeats of a period of 2, and make the period shorter"
         )
 
-    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], _: dict[str, Any]) -> Tensor:
+    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], _: ForwardContext) -> Tensor:
         return _repeats_seen(*heads, period, module.scaling)
 
     generator, ids = torch.Generator().manual_seed(seed), _ids_to_draw(config, vocabulary)
@@ -150,8 +150,8 @@ def free_signal(
     if not bool(counted.any()):
         raise ValueError("no token is supervised; mark at least one, for example by labels != -100")
 
-    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
-        patterns = attention_patterns(window, module.scaling, *(kwargs.get(name) for name in _PATTERN_ARGUMENTS))
+    def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], context: ForwardContext) -> Tensor:
+        patterns = AttentionPatterns.of(window, module.scaling, context)
         moved = at_least_float32(patterns.full(*heads)) - at_least_float32(patterns.streaming(*heads))
         return _energies(moved.transpose(1, 2)[counted.to(moved.device)], module)
 
@@ -178,7 +178,7 @@ def _plain_model(model: Any) -> Any:
 def _observe(
     model: Any,
     input_ids: Tensor,
-    look: Callable[[HostAttention, tuple[Tensor, Tensor, Tensor], dict[str, Any]], Tensor],
+    look: Callable[[HostAttention, tuple[Tensor, Tensor, Tensor], ForwardContext], Tensor],
     **arguments: Any,
 ) -> Tensor:
     """Run the decoder with open gates, and stack what ``look`` makes of each layer's heads, in float64 on the CPU."""
@@ -187,11 +187,11 @@ def _observe(
     def before(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(module, HostAttention)
         heads = module.project(kwargs["hidden_states"], kwargs["position_embeddings"])
-        seen.append(look(module, heads, kwargs).double().cpu())
+        seen.append(look(module, heads, kwargs["context"]).double().cpu())
 
     hooks = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
     try:
-        model.model(input_ids, use_cache=False, duo_step=DuoStep(full_attention=True), **arguments)
+        model.model(input_ids, use_cache=False, step=DuoStep(full_attention=True), **arguments)
     finally:
         for hook in hooks:
             hook.remove()

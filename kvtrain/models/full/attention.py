@@ -5,12 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvtrain.cache.rows import bookkeeping
-from kvtrain.kernels.attention import attention
-from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.quantization import read_back
-from kvtrain.models.attention import HostAttention, parallel_documents
+from kvtrain.models.attention import Angles, HostAttention
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.full.cache import FullCacheLayer
-from kvtrain.models.serving import NewTokens
 
 
 class FullAttention(HostAttention):
@@ -27,42 +25,31 @@ class FullAttention(HostAttention):
         self.bits = bits
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        new_tokens: NewTokens | None = None,
-        document_ids: Tensor | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend within the input, and over the cache where there is one.
-
-        Args:
-            hidden_states: ``(B, T, hidden)``.
-            position_embeddings: Cosines and sines ``(B, T, D)``.
-            attention_mask: ``(B, T)`` padding mask, without a cache.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
-            document_ids: ``(B, T)``, without a cache.
-        """
+        """See ``HostAttention``."""
         query, key, value = self.project(hidden_states, position_embeddings)
-        if new_tokens is None:
-            documents = parallel_documents(document_ids, attention_mask)
+        if context.cache is None:
             bits = None if self.training else self.bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output, _lse = attention(query, key, value, documents=Documents.of(documents), scale=self.scaling)
+            output = self.attend_documents(query, key, value, context)
         else:
-            layer = new_tokens.layer(self.layer_idx)
+            layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, FullCacheLayer)
-            output = self._serve(query, key, value, new_tokens.valid, layer)
+            output = self._serve(query, key, value, context, layer)
         return self.project_out(output), None
 
     @bookkeeping
-    def _serve(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: FullCacheLayer) -> Tensor:
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: FullCacheLayer
+    ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
+        valid = context.valid
+        assert valid is not None
         if query.shape[2] == 1:
             layer.append(key, value, valid)
             return self.attend_pages(query, layer.pages)[0]
         read = read_back(key, self.bits), read_back(value, self.bits)
-        output = self.attend_pages_and_new(query, *read, valid, layer.pages)
+        output = self.attend_pages_and_new(query, *read, context, layer.pages)
         layer.append(key, value, valid)
         return output

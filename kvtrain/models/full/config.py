@@ -29,6 +29,20 @@ class Full(Method):
             raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
 
     @property
+    def is_host(self) -> bool:
+        """See ``Method.is_host``."""
+        return self.kv_bits is None
+
+    @property
+    def trains_as_host(self) -> bool:
+        """See ``Method.trains_as_host``."""
+        return True
+
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        return super().described_cache() if self.kv_bits is None else f"FULL, {self.kv_bits} bits a channel"
+
+    @property
     def survives_reentrant_checkpointing(self) -> bool:
         """See ``Method.survives_reentrant_checkpointing``."""
         return True

@@ -1,7 +1,7 @@
 """Attention that may read another layer's keys and values, in training and in serving."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +9,23 @@ from torch import Tensor, nn
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.attention import HostAttention
+from kvtrain.models.attention import Angles, HostAttention
+from kvtrain.models.lckv.config import LCKV
 
-if TYPE_CHECKING:
-    from kvtrain.models.lckv.cache_view import CacheView
-    from kvtrain.models.lckv.config import LCKV
-
-Angles = tuple[Tensor, Tensor]
 # Of the new tokens, keys rotated: (B, H_kv, T, D) each; None of what a layer does not own.
 KeyValue = tuple[Tensor | None, Tensor | None]
 
 # Factor on the weights of a residual mix, which so learn at this multiple of the learning rate (YOCO++ code: 35).
 RESIDUAL_SCALE = 35.0
+
+
+class View(Protocol):
+    """How a layer reads and writes a cache while new tokens go in; ``cache_view.CacheView`` is it."""
+
+    def attend(
+        self, module: "SharedAttention", query: Tensor, key: Tensor | None, value: Tensor | None, key_value: KeyValue
+    ) -> Tensor:
+        """Store what a layer has made, and attend, ``(B, H, n, D)``."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class LayerInputs:
     first: KeyValue | None = None
     documents: Documents | None = None
     key_value_only: bool = False
-    view: "CacheView | None" = None
+    view: View | None = None
 
 
 @dataclass
@@ -73,7 +78,7 @@ class SharedAttention(HostAttention):
     key_mix: nn.Parameter  # of owners with a residual
     value_mix: nn.Parameter
 
-    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: "LCKV") -> None:
+    def __init__(self, host_attention: nn.Module, layer_idx: int, settings: LCKV) -> None:
         super().__init__(host_attention, layer_idx)
         config: Any = host_attention.config
         keys, values = settings.maps(config.num_hidden_layers)
@@ -153,14 +158,14 @@ class SharedAttention(HostAttention):
         return torch.zeros_like(hidden) if self.o_proj.bias is None else self.project_out(hidden.new_zeros(nothing))
 
 
-def absent_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:
+def absent_parts(layer_idx: int, settings: LCKV, depth: int) -> list[str]:
     """Names of the host attention's parts that a layer has no use for."""
     keys, values = settings.maps(depth)
     absent = [] if layer_idx in keys.owners else ["k_proj", "k_norm"]
     return absent if layer_idx in values.owners else [*absent, "v_proj"]
 
 
-def residual_parts(layer_idx: int, settings: "LCKV", depth: int) -> list[str]:
+def residual_parts(layer_idx: int, settings: LCKV, depth: int) -> list[str]:
     """Names of the weights ``(2,)`` by which a layer mixes the first layer's states into its own."""
     keys, values = settings.maps(depth)
     if not settings.residual or layer_idx == 0:

@@ -12,6 +12,7 @@ from kvtrain.models.lckv.cache import build_layers
 from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.convert import adapt_state
 from kvtrain.models.lckv.layer_schedule import LayerSchedule
+from kvtrain.models.lckv.serving import serve
 
 
 class Builder(build.Builder[LCKV]):
@@ -23,7 +24,7 @@ class Builder(build.Builder[LCKV]):
 
     def layers(self, layers: nn.ModuleList, rotary: nn.Module) -> LayerSchedule:
         """See ``build.Builder``."""
-        return LayerSchedule(layers, rotary, self.settings)
+        return LayerSchedule(layers, rotary, self.settings, serve)
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation."""

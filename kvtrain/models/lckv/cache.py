@@ -6,22 +6,18 @@ that a prompt was cut in, until the next tokens come.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement, RowStore
+from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import KVMap
 from kvtrain.models.method import key_value_shape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from kvtrain.models.lckv.config import LCKV
 
 
 class PendingInputs(PagedStore):
@@ -118,8 +114,8 @@ class LCKVCacheLayer(KVCacheLayer):
 
 
 def build_layers(
-    settings: "LCKV",
-    host_config: "PreTrainedConfig",
+    settings: LCKV,
+    host_config: PreTrainedConfig,
     placements: list[Placement],
     sink: int | None = None,
     recent: int | None = None,
@@ -176,7 +172,7 @@ def build_layers(
     return layers
 
 
-def _ring_slots(settings: "LCKV", keys: KVMap, owner: int, endless: EndlessWindow | None) -> tuple[int, int]:
+def _ring_slots(settings: LCKV, keys: KVMap, owner: int, endless: EndlessWindow | None) -> tuple[int, int]:
     """Latest and first tokens that an owner's ring keeps."""
     if endless is not None:
         return endless.recent, endless.sink
@@ -185,7 +181,7 @@ def _ring_slots(settings: "LCKV", keys: KVMap, owner: int, endless: EndlessWindo
     return settings.sliding_window + (settings.prefill_block if iterates else 0), 0
 
 
-def _pending(settings: "LCKV", host_config: "PreTrainedConfig", placement: Placement) -> dict[int, PendingInputs]:
+def _pending(settings: LCKV, host_config: PreTrainedConfig, placement: Placement) -> dict[int, PendingInputs]:
     """A store for every cyclic stage, by its first layer; none where blocks come out exact however they are cut."""
     if settings.passes >= settings.prefill_block and settings.prefill_tolerance is None:
         return {}

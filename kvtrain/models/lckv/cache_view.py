@@ -10,7 +10,8 @@ from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.lckv.attention import Angles, KeyValue, SharedAttention
+from kvtrain.models.attention import Angles
+from kvtrain.models.lckv.attention import KeyValue, SharedAttention
 from kvtrain.models.lckv.cache import EndlessWindow, LCKVCacheLayer
 from kvtrain.models.windows import attend_cache_and_window, take_slots
 

@@ -3,13 +3,12 @@
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
+
+from transformers import PreTrainedConfig
 
 from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
 from kvtrain.models.method import Method, Repeat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class LCKV(Method):
         """
         return _maps(self.kv_map, self.value_map, depth)
 
-    def validate(self, host_config: "PreTrainedConfig") -> None:
+    def validate(self, host_config: PreTrainedConfig) -> None:
         """See ``Method.validate``."""
         keys, _ = self.maps(host_config.num_hidden_layers)
         for stage in keys.stages():
@@ -99,7 +98,7 @@ class LCKV(Method):
         if self.residual and (keys.sources[0] != 0 or any(stage.cyclic for stage in keys.stages())):
             raise ValueError("residual needs a kv_map that reads from below alone, such as 'pizza-bottom'; turn it off")
 
-    def training_cost(self, host_config: "PreTrainedConfig") -> float:
+    def training_cost(self, host_config: PreTrainedConfig) -> float:
         """See ``Method.training_cost``."""
         depth = int(host_config.num_hidden_layers)
         forward = backward = depth
@@ -109,11 +108,11 @@ class LCKV(Method):
                 backward += (self.backward_passes - 1) * (stage.last - stage.first)
         return (forward + 2 * backward) / (3 * depth)
 
-    def repeats(self, host_config: "PreTrainedConfig") -> list[Repeat]:
+    def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """See ``Method.repeats``."""
         return repeats(*self.maps(host_config.num_hidden_layers))
 
-    def simplified(self, dropped: Collection[int], host_config: "PreTrainedConfig") -> Self:
+    def simplified(self, dropped: Collection[int], host_config: PreTrainedConfig) -> Self:
         """See ``Method.simplified``; of passes without gradient the second is like all after it."""
         keys, values = (kv_map.without(dropped) for kv_map in self.maps(host_config.num_hidden_layers))
         return replace(
@@ -123,11 +122,11 @@ class LCKV(Method):
             forward_passes=min(self.forward_passes, 2),
         )
 
-    def runs_layers_once(self, host_config: "PreTrainedConfig") -> bool:
+    def runs_layers_once(self, host_config: PreTrainedConfig) -> bool:
         """See ``Method.runs_layers_once``."""
         return not any(stage.cyclic for stage in self.maps(host_config.num_hidden_layers)[0].stages())
 
-    def recorded_states(self, host_config: "PreTrainedConfig") -> list[int]:
+    def recorded_states(self, host_config: PreTrainedConfig) -> list[int]:
         """See ``Method.recorded_states``; what a stage that iterates begins with counts, what is inside does not."""
         stages = self.maps(host_config.num_hidden_layers)[0].stages()
         return [

@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvtrain.models.lckv.attention import absent_parts, no_residual, residual_parts
+from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import KVMap
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from kvtrain.models.lckv.config import LCKV
 
 # What the authors' configurations say beyond a Llama's.
 _PUBLISHED = {
@@ -35,7 +32,7 @@ _PUBLISHED = {
 }
 
 
-def published_settings(config: dict[str, Any]) -> "LCKV":
+def published_settings(config: dict[str, Any]) -> LCKV:
     """The method of a checkpoint that the authors published.
 
     Args:
@@ -72,7 +69,7 @@ def published_settings(config: dict[str, Any]) -> "LCKV":
     )
 
 
-def load_published(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
+def load_published(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Open a checkpoint that the authors published as a kvtrain model; ``save_pretrained`` makes it one for good.
 
     Args:
@@ -98,7 +95,7 @@ def load_published(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     return model
 
 
-def adapt_state(settings: "LCKV", state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+def adapt_state(settings: LCKV, state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """A host's state without the projections that nobody reads, and with what the method adds.
 
     Args:

@@ -1,23 +1,21 @@
 """The order in which layers run: once, or again and again where they read from above (section 2.2; appendix A)."""
 
 import functools
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvtrain.kernels.documents import Documents
-from kvtrain.models.attention import parallel_documents
 from kvtrain.models.compat import CACHE
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.attention import KeyValue, LayerInputs, LayerOutputs
+from kvtrain.models.lckv.config import LCKV
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.serving import NewTokens
 
-if TYPE_CHECKING:
-    from kvtrain.models.lckv.config import LCKV
-
+Serve = Callable[["LayerSchedule", Tensor, dict[str, Any], ForwardContext], Tensor]
 Shared = dict[int, KeyValue]  # keys and values of the new tokens, by owner
 
 _NOTHING: KeyValue = (None, None)
@@ -74,11 +72,12 @@ class LayerSchedule(nn.ModuleList):
         layers: The host's layers, with their attention replaced.
         rotary: The host's rotary embedding, for positions besides those of the input.
         settings: The method.
+        serve: The serving form: this list, hidden states, a layer's arguments and the context to hidden states.
     """
 
-    def __init__(self, layers: nn.ModuleList, rotary: nn.Module, settings: "LCKV") -> None:
+    def __init__(self, layers: nn.ModuleList, rotary: nn.Module, settings: LCKV, serve: "Serve") -> None:
         super().__init__(sharing_layer(layer) for layer in layers)
-        self.settings = settings
+        self.settings, self.serve = settings, serve
         self.keys, self.values = settings.maps(len(layers))
         self.plan = self.keys.stages()
         self._rotary = (rotary,)  # in a tuple: it is the decoder's, not a second submodule
@@ -94,15 +93,10 @@ class LayerSchedule(nn.ModuleList):
     def run(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """All layers over ``(B, T, hidden)``; arguments are those of a host's layer and what serving adds."""
         kwargs.pop(CACHE, None)
-        new_tokens: NewTokens | None = kwargs.pop("new_tokens", None)
-        prefill, recorded = kwargs.pop("prefill", None), kwargs.pop("recorded", None)
-        documents = Documents.of(
-            parallel_documents(kwargs.pop("document_ids", None), kwargs.pop("attention_mask", None))
-        )
-        if new_tokens is not None:
-            from kvtrain.models.lckv.serving import serve
-
-            return serve(self, hidden_states, kwargs, new_tokens, prefill, recorded)
+        context: ForwardContext = kwargs.pop("context")
+        recorded, documents = context.recorded, context.documents
+        if context.cache is not None:
+            return self.serve(self, hidden_states, kwargs, context)
         shared: Shared = {}
         for stage in self.plan:
             if stage.cyclic:

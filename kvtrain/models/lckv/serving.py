@@ -7,31 +7,27 @@ what comes out depends neither on the chunks in which it was sent nor on the row
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.lckv.attention import Angles
+from kvtrain.models.attention import Angles
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.cache_view import CacheView, RingContent
 from kvtrain.models.lckv.kv_map import Stage
+from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.serving import NewTokens
 from kvtrain.models.windows import take_slots
-
-if TYPE_CHECKING:
-    from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
 
 
 def serve(
-    schedule: "LayerSchedule",
+    schedule: LayerSchedule,
     hidden: Tensor,
     arguments: dict[str, Any],
-    new_tokens: NewTokens,
-    prefill: bool | None,
-    recorded: RecordedStates | None,
+    context: ForwardContext,
 ) -> Tensor:
     """All layers over new tokens, which enter the cache.
 
@@ -39,9 +35,7 @@ def serve(
         schedule: The layers.
         hidden: ``(B, n, hidden)`` inputs of the lowest one.
         arguments: Of a host's layer.
-        new_tokens: What of the input is real, and the cache it enters.
-        prefill: One token a row, too, is part of a prompt.
-        recorded: Receives what enters the layers.
+        context: Of the pass.
 
     Returns:
         ``(B, n, hidden)``.
@@ -49,9 +43,10 @@ def serve(
     Raises:
         ValueError: Hidden states are wanted of a prompt that an endless cache must read in parts.
     """
-    layers, valid = cast("list[LCKVCacheLayer]", new_tokens.layers()), new_tokens.valid
-    endless, tokens, new = layers[0].endless, new_tokens.cache.tokens, valid.sum(1)
-    reads = (new > 0) if prefill else (new > 1)
+    layers, valid = cast("list[LCKVCacheLayer]", context.cache_layers()), context.valid
+    assert context.cache is not None and context.prefill is not None and valid is not None
+    endless, tokens, new = layers[0].endless, context.cache.tokens, valid.sum(1)
+    reads, recorded = context.prefill, context.recorded
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
         return _serve_chunk(schedule, hidden, arguments, layers, tokens, valid, reads, recorded)
     if recorded is not None:
@@ -72,7 +67,7 @@ def serve(
 
 
 def _serve_chunk(
-    schedule: "LayerSchedule",
+    schedule: LayerSchedule,
     hidden: Tensor,
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
@@ -103,7 +98,7 @@ def _serve_chunk(
 
 
 def _placed(
-    schedule: "LayerSchedule",
+    schedule: LayerSchedule,
     hidden: Tensor,
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
@@ -174,10 +169,10 @@ class _Prompt:
 
 
 def _read_prompt(
-    schedule: "LayerSchedule",
+    schedule: LayerSchedule,
     stage: Stage,
     prompt: _Prompt,
-    shared: "Shared",
+    shared: Shared,
     arguments: dict[str, Any],
     cache_view: CacheView,
 ) -> Tensor:
@@ -220,14 +215,14 @@ def _columns(inside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _iterate(
-    schedule: "LayerSchedule",
+    schedule: LayerSchedule,
     stage: Stage,
     inputs: Tensor,
-    below: "Shared",
+    below: Shared,
     arguments: dict[str, Any],
     view: CacheView,
     write: Tensor,
-) -> tuple[Tensor, "Shared"]:
+) -> tuple[Tensor, Shared]:
     """One block ``(B, W, hidden)``: passes until its keys and values stand, then the one that is stored."""
     settings, shared = schedule.settings, dict(below)
     most = inputs.shape[1] if settings.prefill_tolerance is not None else min(settings.passes, inputs.shape[1])
@@ -243,7 +238,7 @@ def _iterate(
     return hidden, {owner: states for owner, states in shared.items() if owner not in below}
 
 
-def _settle(before: "dict[int, Any]", shared: "Shared", done: Tensor, tolerance: float) -> Tensor:
+def _settle(before: "dict[int, Any]", shared: Shared, done: Tensor, tolerance: float) -> Tensor:
     """Tokens ``(B, W)`` whose keys and values have come to rest, and so have those of all tokens before them.
 
     They keep what they have, so that a token never depends on what follows it. Those of ``done`` came to rest before.
@@ -263,7 +258,7 @@ def _settle(before: "dict[int, Any]", shared: "Shared", done: Tensor, tolerance:
     return done | (rests | done).cumprod(1).bool()
 
 
-def _from_below(schedule: "LayerSchedule", stage: Stage, layers: list[LCKVCacheLayer], positions: Tensor) -> "Shared":
+def _from_below(schedule: LayerSchedule, stage: Stage, layers: list[LCKVCacheLayer], positions: Tensor) -> Shared:
     """Keys and values at ``positions (B, W)`` of owners under a stage that its layers read."""
     sources = {schedule.keys.sources[index] for index in range(stage.first, stage.last + 1)}
     below: Shared = {}
@@ -280,7 +275,7 @@ def _from_below(schedule: "LayerSchedule", stage: Stage, layers: list[LCKVCacheL
     return below
 
 
-def _collect(new_states: "Shared", block_states: "Shared", size: int, places: tuple[Tensor, Tensor, Tensor]) -> None:
+def _collect(new_states: Shared, block_states: Shared, size: int, places: tuple[Tensor, Tensor, Tensor]) -> None:
     """Put a block's keys and values where its tokens stand in the prompt."""
     row, entry, column = places
     for owner, states in block_states.items():

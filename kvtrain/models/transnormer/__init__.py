@@ -3,4 +3,5 @@
 from kvtrain.models.registry import ModelArchitecture
 from kvtrain.models.transnormer.config import TransNormerConfig
 
-ARCHITECTURE = ModelArchitecture(TransNormerConfig, "kvtrain.models.transnormer.heads", "TransNormer")
+_TASKS = ("CausalLM", "MaskedLM", "SequenceClassification")
+ARCHITECTURE = ModelArchitecture(TransNormerConfig, "kvtrain.models.transnormer.heads", "TransNormer", _TASKS)

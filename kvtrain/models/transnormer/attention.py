@@ -1,7 +1,7 @@
 """TransNormer's two kinds of attention (arXiv 2210.10340, section 4)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.serving import NewTokens
+from kvtrain.models.context import ForwardContext
 from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.layers import Projection, RelativePosition, make_norm
@@ -21,7 +21,7 @@ _PADDING = 1 << 62  # and no row so many documents
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """Which of the input's tokens belong together; the same for every layer.
 
     Attributes:
@@ -33,6 +33,27 @@ class Layout:
     position_ids: Tensor
     document_ids: Tensor | None
     aligned: bool
+
+    @classmethod
+    def of(cls, context: ForwardContext, rows: int) -> Self:
+        """The layout of a pass over so many rows, found once a pass.
+
+        Raises:
+            ValueError: A row's tokens are not side by side.
+        """
+        return context.derive("token layout", lambda: cls._find(context, rows))
+
+    @classmethod
+    def _find(cls, context: ForwardContext, rows: int) -> Self:
+        positions, aligned = context.positions, context.counted
+        documents = None if context.documents is None else context.documents.queries
+        if context.valid is not None:
+            whole = bool(context.valid.all())
+            documents = None if whole else context.valid.long()
+            aligned = whole and not bool(positions[:, 0].any())
+        elif documents is not None:
+            _check_runs(documents)
+        return cls(positions if aligned else positions.expand(rows, -1), documents, aligned)
 
     @property
     def real(self) -> Tensor | None:
@@ -47,6 +68,14 @@ class Layout:
         if self.document_ids is None:
             return blocks
         return torch.where(self.document_ids > 0, blocks + _DOCUMENT * (self.document_ids - 1), _PADDING)
+
+
+def _check_runs(documents: Tensor) -> None:
+    """Blocks are runs of columns, so padding of a row that is one document may stand at its ends alone."""
+    real = documents > 0
+    starts = real & (documents != functional.pad(documents[:, :-1], (1, 0)))
+    if bool((starts.sum(1) > documents.amax(1)).any()):
+        raise ValueError("each row's tokens must stand side by side: pad at the left or at the right, not in between")
 
 
 class TransNormerAttention(nn.Module):
@@ -99,19 +128,18 @@ class DiagAttention(TransNormerAttention):
         if self.t1:
             self.norm = make_norm(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        layout: Layout,
-        new_tokens: NewTokens | None = None,
-    ) -> Tensor:
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: as in softmax attention, within a block."""
+        return 2 * 2 * self.num_heads * self.head_dim * self.block_size // 2
+
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Attend.
 
         Args:
             hidden_states: ``(B, T, hidden)``.
-            layout: Of the tokens.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
+            context: Of the pass.
         """
+        layout = TokenLayout.of(context, len(hidden_states))
         query, key, value = self.project(hidden_states)
         query, key = self.turn(query, key, layout.position_ids % self.block_size)
         settings: dict[str, Any] = {
@@ -120,14 +148,15 @@ class DiagAttention(TransNormerAttention):
             "causal": self.causal,
             "dropout": self.dropout if self.training else 0.0,
         }
-        layer = None if new_tokens is None else new_tokens.layer(self.layer_idx)
+        layer = None if context.cache is None else context.cache_layer(self.layer_idx)
         if layer is not None and not layout.aligned:
             assert isinstance(layer, DiagCacheLayer)
             settings["past"] = layer.past()
-        output = block_attention(query, key, value, block_ids=layout.block_ids(self.block_size), **settings)
-        if new_tokens is not None:
-            assert isinstance(layer, DiagCacheLayer)
-            layer.append(key, value, new_tokens.valid)
+        block_ids = context.derive("block_ids", lambda: layout.block_ids(self.block_size))
+        output = block_attention(query, key, value, block_ids=block_ids, **settings)
+        if layer is not None:
+            assert isinstance(layer, DiagCacheLayer) and context.valid is not None
+            layer.append(key, value, context.valid)
         merged = self.merge(output)
         projected: Tensor = self.o_proj(self.norm(merged, layout.real) if self.t1 else merged)
         return projected
@@ -143,13 +172,13 @@ class NormAttention(TransNormerAttention):
         self._slopes = config.slopes(layer_idx)
         self.norm = make_norm(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        layout: Layout,
-        new_tokens: NewTokens | None = None,
-    ) -> Tensor:
+    def mixing_flops(self, sequence_length: int) -> int:
+        """Operations of one token beside the projections: its key and value into the state, its query through it."""
+        return 2 * 2 * self.num_heads * self.head_dim**2
+
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Attend; the arguments are those of ``DiagAttention``."""
+        layout = TokenLayout.of(context, len(hidden_states))
         query, key, value = self.project(hidden_states)
         query, key = self.turn(self._features(query), self._features(key), layout.position_ids)
         if value.dtype == torch.float16:  # which ends at 65,504: sums over a few thousand tokens do not
@@ -158,14 +187,14 @@ class NormAttention(TransNormerAttention):
         if self._slopes is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             slopes = torch.tensor(self._slopes, dtype=wide, device=query.device)
-        if new_tokens is None:
+        if context.cache is None:
             output, _ = linear_attention(
                 query, key, value, causal=self.causal, slopes=slopes, document_ids=layout.document_ids
             )
         else:
-            layer = new_tokens.layer(self.layer_idx)
-            assert isinstance(layer, NormCacheLayer)
-            output = self._serve(query, key, value, slopes, layout, new_tokens, layer)
+            layer = context.cache_layer(self.layer_idx)
+            assert isinstance(layer, NormCacheLayer) and context.valid is not None
+            output = self._serve(query, key, value, slopes, layout, context.valid, layer)
         projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected
 
@@ -181,13 +210,13 @@ class NormAttention(TransNormerAttention):
         key: Tensor,
         value: Tensor,
         slopes: Tensor | None,
-        layout: Layout,
-        new: NewTokens,
+        layout: TokenLayout,
+        valid: Tensor,
         layer: NormCacheLayer,
     ) -> Tensor:
         """One token by the recurrence, many by chunks."""
         if query.shape[2] == 1:
-            output, layer.state = linear_attention_step(query, key, value, layer.state, slopes=slopes, valid=new.valid)
+            output, layer.state = linear_attention_step(query, key, value, layer.state, slopes=slopes, valid=valid)
         else:
             output, layer.state = linear_attention(
                 query, key, value, slopes=slopes, document_ids=layout.document_ids, state=layer.state

@@ -129,6 +129,11 @@ class TransNormerConfig(PortableConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check()
 
+    def summary(self, size: str) -> str:
+        """See ``PortableConfig``."""
+        kinds = f"{self.num_block_layers} layers of attention within blocks, then linear ones"
+        return f"TransNormer {self.variant}, {size}, {self.num_hidden_layers} layers: {kinds}."
+
     @classmethod
     def preset(cls, name: str, variant: Variant = "T2", **changes: Any) -> Self:
         """Settings as published.

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from kvtrain.models.compat import with_cache
-from kvtrain.models.serving import NewTokens, packed_documents, parallel_positions
-from kvtrain.models.transnormer.attention import DiagAttention, Layout, NormAttention, TransNormerAttention
+from kvtrain.models.context import ForwardContext, packed_documents, parallel_context
+from kvtrain.models.transnormer.attention import DiagAttention, NormAttention, TokenLayout, TransNormerAttention
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.layers import Projection, RelativePosition, TransNormerMLP, make_norm
 
@@ -35,16 +35,11 @@ class TransNormerLayer(GradientCheckpointingLayer):
         self.mlp = TransNormerMLP(config)
         self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        layout: Layout,
-        new_tokens: NewTokens | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Run ``(B, T, D)`` through the layer; the arguments are those of its attention."""
-        real = layout.real
+        real = TokenLayout.of(context, len(hidden_states)).real
         inputs = self.attention_norm(hidden_states, real) if self.pre_norm else hidden_states
-        attended = self.self_attn(inputs, layout, new_tokens)
+        attended = self.self_attn(inputs, context)
         hidden_states = hidden_states + self._drop(attended)
         if not self.pre_norm:
             hidden_states = self.attention_norm(hidden_states, real)
@@ -125,8 +120,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        new_tokens: NewTokens | None = None,
         document_ids: Tensor | None = None,
+        context: ForwardContext | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Run tokens through the stack.
@@ -136,26 +131,26 @@ class TransNormerModel(TransNormerPreTrainedModel):
             attention_mask: ``(B, T)`` padding mask; each row's tokens stand side by side.
             position_ids: ``(B, T)``; derived from documents or padding where absent. Blocks follow them.
             inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
-            new_tokens: What of the input is real, and the cache it enters; None without a cache.
             document_ids: ``(B, T)`` packed documents, 0 for padding.
+            context: Of the pass, where somebody has made it; then it alone says what belongs together.
 
         Raises:
             ValueError: A row's tokens are not side by side, or a position is beyond the learnt ones.
         """
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if new_tokens is None:
+        if context is None:
             kwargs = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
-            document_ids = packed_documents({**kwargs, "inputs_embeds": hidden})
-        layout = _layout(hidden, attention_mask, position_ids, document_ids, new_tokens)
+            kwargs["inputs_embeds"] = hidden
+            context = parallel_context(kwargs, packed_documents(kwargs))
+        layout = TokenLayout.of(context, len(hidden))
         hidden = self._embed(hidden, layout)
         for layer in self.layers:
-            hidden = layer(hidden, layout, new_tokens)
+            hidden = layer(hidden, context)
         if self.norm is not None:
             hidden = self.norm(hidden, layout.real)
-        cache = None if new_tokens is None else new_tokens.cache
-        return with_cache(BaseModelOutputWithPast(last_hidden_state=hidden), cache)
+        return with_cache(BaseModelOutputWithPast(last_hidden_state=hidden), context.cache)
 
-    def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def _embed(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Scale ``(B, T, D)``, add absolute positions, normalize."""
         config = self.config
         if config.scale_embedding:
@@ -168,7 +163,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             tokens = self.embed_norm(tokens)
         return functional.dropout(tokens, config.hidden_dropout, self.training)
 
-    def _learned_positions(self, layout: Layout) -> Tensor:
+    def _learned_positions(self, layout: TokenLayout) -> Tensor:
         """Positions ``(B, T)`` of real tokens, 0 for padding."""
         limit, positions = self.config.max_position_embeddings, layout.position_ids
         if layout.real is not None:
@@ -178,40 +173,6 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 f"the model has learnt {limit} positions; shorten the input, or use sinusoidal ones from the start"
             )
         return positions
-
-
-def _layout(
-    tokens: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    new: NewTokens | None,
-) -> Layout:
-    """What layers must know of ``(B, T, D)`` tokens' places."""
-    if new is not None:
-        assert position_ids is not None
-        whole = bool(new.valid.all())
-        return Layout(position_ids, None if whole else new.valid.long(), whole and not bool(position_ids[:, 0].any()))
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None
-    if attention_mask is not None:
-        _check_mask(attention_mask)
-        document_ids = attention_mask.long() * (1 if document_ids is None else document_ids)
-    aligned = position_ids is None and document_ids is None
-    if position_ids is None:
-        position_ids = parallel_positions(None, document_ids)
-    if position_ids is None:
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return Layout(position_ids if aligned else position_ids.expand(tokens.shape[:2]), document_ids, aligned)
-
-
-def _check_mask(mask: Tensor) -> None:
-    """Blocks are runs of columns, so padding may stand at a row's ends alone."""
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}; pass the padding mask (rows, tokens)")
-    starts = (mask[:, 1:] > 0) & (mask[:, :-1] == 0)
-    if bool((starts.sum(1) + (mask[:, 0] > 0) > 1).any()):
-        raise ValueError("each row's tokens must stand side by side: pad at the left or at the right, not in between")
 
 
 def _sinusoids(position_ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:

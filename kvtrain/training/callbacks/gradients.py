@@ -42,6 +42,6 @@ class GradientNorm(pl.Callback):
 
 def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """2-norm of all gradients of an optimizer, sharded ones included; every rank calls it."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,5 +1,6 @@
 """Which heads a model is about to keep whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -7,21 +8,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from kvtrain.metrics import GATES_FILE_NAME
-from kvtrain.training.base import TrainingModule
 from kvtrain.training.csv_logger import rows_before, write_rows
 
 
 class HeadGates(pl.Callback):
-    """Writes ``head_gates.csv``: every head's gate at every validation, for modules whose heads have gates.
+    """Writes ``head_gates.csv``: every head's gate at every validation.
 
     A validation adds a row a head: ``step`` as in ``metrics.csv``, ``layer``, ``head``, ``gate``, and ``full``, 1 where
     the head would keep everything if gates were rounded now.
 
     Args:
         run: Run folder.
+        read_gates: Called on every rank; gates ``(layers, H_kv)``, and as they would be rounded now.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, read_gates: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._read_gates = read_gates
         self.path = run / GATES_FILE_NAME
         self._rows: list[dict[str, float]] = []
 
@@ -35,10 +37,9 @@ class HeadGates(pl.Callback):
         trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.state.fn != TrainerFn.FITTING or trial:
             return
-        assert isinstance(pl_module, TrainingModule)
-        found = pl_module.head_gates()
-        if found is not None and trainer.is_global_zero:
-            self._rows += _rows(trainer.global_step - 1, *found)
+        gates, full = self._read_gates()
+        if trainer.is_global_zero:
+            self._rows += _rows(trainer.global_step - 1, gates, full)
             write_rows(self.path, self._rows)
 
 

@@ -1,0 +1,291 @@
+"""What layers must know of a forward pass: one object, made and checked before the pass begins."""
+
+from collections import UserDict
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from kvtrain.cache.base import KVCache, KVCacheLayer
+from kvtrain.errors import unknown
+from kvtrain.kernels.documents import Documents
+from kvtrain.models.compat import CACHE, NEWEST_TESTED, OLDEST_TESTED, rename_cache
+from kvtrain.models.recording import RecordedStates
+
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
+# What every decoder understands, and what says how its input belongs together.
+_DECODER = {*_POSITIONAL, "output_hidden_states", "return_dict", "context"}
+_OURS = {"document_ids", "prefill", "step", "outputs"}
+# What tokenizers, collators and trainers add, and these models have no use for: hosts leave it unread, too. What
+# collators say of packed rows twice is read once: ``cu_seq_lens_q`` has it.
+_UNREAD = {"token_type_ids", "output_attentions", "cache_position", "output_router_logits", "seq_idx"}
+_UNREAD |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+Derived = TypeVar("Derived")
+
+
+class LayerOutputs(UserDict[int, Any]):
+    """What layers hand out beside hidden states, by the layer's number.
+
+    No plain ``dict``, of which FSDP2 gives layers copies.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardContext:
+    """What one forward pass is about; hosts hand it to every layer as the keyword ``context``.
+
+    Attributes:
+        positions: ``(B or 1, T)`` of each token within its document.
+        documents: Of a pass without a cache, ``(B, T)``, 0 for padding; None: every row is one document, and all of it
+            is real.
+        counted: Whether every row's tokens are known to stand at positions 0, 1, 2, ..., none of them padding.
+        cache: The model's, which the tokens enter; None without one.
+        valid: ``(B, n)`` real tokens, with a cache; in every row the padding stands before them.
+        order: ``(B, n)`` in which the caller sent them, with a cache, or None where that is this one.
+        prefill: ``(B,)`` rows whose tokens are part of a prompt, with a cache; a single token may be its last chunk.
+        step: What training says to the method's attention in this step, such as a ``DMCStep``.
+        outputs: Receives what layers hand out beside hidden states, by the layer's number; what that is, a method says.
+        recorded: Receives what enters layers, for stacks that record hidden states by themselves.
+    """
+
+    positions: Tensor
+    documents: Documents | None = None
+    counted: bool = False
+    cache: KVCache | None = None
+    valid: Tensor | None = None
+    order: Tensor | None = None
+    prefill: Tensor | None = None
+    step: Any = None
+    outputs: MutableMapping[int, Any] | None = None
+    recorded: RecordedStates | None = None
+    _visited: set[int] = field(default_factory=set, init=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
+
+    def cache_layer(self, layer_idx: int) -> KVCacheLayer:
+        """The cache of one layer."""
+        assert self.cache is not None
+        self._visited.add(layer_idx)
+        return self.cache.layers[layer_idx]
+
+    def cache_layers(self) -> list[KVCacheLayer]:
+        """The cache of all layers, for stacks that read it as a whole."""
+        assert self.cache is not None
+        self._visited.update(range(len(self.cache.layers)))
+        return self.cache.layers
+
+    def entering(self) -> Documents:
+        """Of the tokens that enter the cache: real ones belong together, and so does padding."""
+        assert self.valid is not None
+        valid = self.valid
+        return self.derive("entering", lambda: Documents(valid.long()))
+
+    def derive(self, name: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What follows from the pass alone, and so is made by the first layer that asks and kept for the others.
+
+        Args:
+            name: What it is.
+            make: Called once. What it returns must carry no gradient.
+        """
+        if name not in self._derived:
+            self._derived[name] = make()
+        found: Derived = self._derived[name]
+        return found
+
+    def leave(self, output: Any) -> Any:
+        """Count the tokens that went into the cache, and give a decoder's outputs back in the caller's order.
+
+        Raises:
+            RuntimeError: No layer has looked at the cache.
+        """
+        if self.cache is None:
+            return output
+        if not self._visited:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} did not hand the cache to any layer, and what came out is "
+                f"wrong; install transformers {OLDEST_TESTED} to {NEWEST_TESTED}, or pass use_cache=False"
+            )
+        assert self.valid is not None
+        self.cache.advance(self.valid)
+        return output if self.order is None else _reorder(output, self.order)
+
+
+def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments by name.
+
+    Raises:
+        ValueError: One that no decoder here reads, and that would be left out without a word.
+    """
+    named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    rename_cache(named)
+    for name, value in named.items():
+        if value is not None and name not in _DECODER | _OURS | _UNREAD:
+            known = [*_POSITIONAL, "output_hidden_states", *sorted(_OURS)]
+            raise ValueError(unknown("argument of the forward pass", name, known, f"It has {', '.join(known)}"))
+    return named
+
+
+def packed_documents(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Documents ``(B, T)`` of a forward pass whose rows are packed, 0 for padding; None where they are not.
+
+    Callers say so by ``document_ids``, by flash-attention's ``cu_seq_lens_q`` (rows laid end to end) or, as everywhere
+    in transformers, by ``position_ids``: a position of 0 after a row's first real token begins a document.
+
+    Args:
+        kwargs: The decoder's arguments.
+    """
+    documents: Tensor | None = kwargs.get("document_ids")
+    positions: Tensor | None = kwargs.get("position_ids")
+    mask, edges = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+    if documents is None and positions is not None:
+        starts = _document_starts(positions, mask)
+        documents = 1 + starts.cumsum(-1) if bool(starts.any()) else None
+    elif documents is None and edges is not None:
+        tokens = torch.arange(int(edges[-1]), device=edges.device)
+        documents = 1 + torch.bucketize(tokens, edges[1:], right=True)[None]
+    if documents is None:
+        return None
+    documents = documents.expand(_tokens(kwargs).shape[:2])
+    return documents if mask is None else documents * mask.to(documents.dtype)
+
+
+def _tokens(kwargs: Mapping[str, Any]) -> Tensor:
+    """The input, ``(B, n)`` or ``(B, n, hidden)``."""
+    tokens: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    return tokens
+
+
+def _document_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens ``(B, n)`` at which a document begins inside its row, given its real tokens ``(B, n)``."""
+    real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.bool()
+    return (position_ids == 0) & real & (real.cumsum(-1) > 1)
+
+
+def check_cache(cache: Any, training: bool) -> None:
+    """Refuse caches that cannot be honoured.
+
+    Raises:
+        ValueError: A foreign cache, or a cache together with training.
+    """
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"{type(cache).__name__} does not fit this model; use model.make_cache(), or none")
+    if training:
+        raise ValueError("training has no cache; call model.eval() or pass use_cache=False")
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Positions ``(B, T)`` within the documents ``(B, T)``, each of which is a run of its row."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def parallel_context(kwargs: Mapping[str, Any], packed: Tensor | None) -> ForwardContext:
+    """What a forward pass without a cache is about.
+
+    Args:
+        kwargs: The decoder's arguments.
+        packed: What ``packed_documents`` found among them.
+
+    Raises:
+        ValueError: ``attention_mask`` is no padding mask.
+    """
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}; pass the padding mask (rows, tokens)")
+    documents = mask.long() if packed is None and mask is not None else packed
+    documents = None if documents is None else _unless_alone(documents)
+    counted = positions is None and documents is None
+    if positions is None and packed is not None:
+        positions = document_positions(packed)
+    elif positions is None and mask is not None:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    elif positions is None:
+        positions = torch.arange(_tokens(kwargs).shape[1], device=_tokens(kwargs).device)[None]
+    step, outputs = kwargs.get("step"), kwargs.get("outputs")
+    return ForwardContext(positions, Documents.of(documents), counted=counted, step=step, outputs=outputs)
+
+
+def _unless_alone(documents: Tensor) -> Tensor | None:
+    """None where every row is a single document; on an accelerator asking would cost more than it saves."""
+    if documents.device.type != "cpu" or not bool(((documents == documents[:, :1]) & (documents > 0)).all()):
+        return documents
+    return None
+
+
+def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
+    """What a forward pass over a cache is about; moves padding of the arguments to the front, in place.
+
+    Args:
+        kwargs: The decoder's arguments. ``attention_mask (B, past + n)`` may also cover the new tokens alone.
+        cache: Its cache.
+
+    Raises:
+        ValueError: Rows or mask do not fit, or rows are packed.
+        CacheFullError: The new tokens may not fit into the budget.
+    """
+    tokens = _tokens(kwargs)
+    batch, length = tokens.shape[:2]
+    valid = _valid_tokens(kwargs.get("attention_mask"), batch, length, tokens.device)
+    positions, packed = kwargs.get("position_ids"), kwargs.get("document_ids") is not None
+    if packed or (length > 1 and positions is not None and bool(_document_starts(positions, valid).any())):
+        raise ValueError(
+            "packed rows (document_ids, or a position of 0 inside a row) have no cache; "
+            "pass one document a row, or use_cache=False"
+        )
+    cache.prepare(batch, length)
+    if positions is None:
+        positions = (cache.tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+    restore = None
+    if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        order = valid.to(torch.int8).argsort(dim=1, stable=True)
+        valid, restore = valid.gather(1, order), order.argsort(1)
+        positions = positions.expand(valid.shape).gather(1, order)
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _take(kwargs[name], order)
+    prefill = _prefill(kwargs.get("prefill"), valid)
+    step, outputs = kwargs.get("step"), kwargs.get("outputs")
+    return ForwardContext(positions, None, False, cache, valid, restore, prefill, step, outputs)
+
+
+def _prefill(said: bool | Tensor | None, valid: Tensor) -> Tensor:
+    """Rows ``(B,)`` that read a prompt: those that send several tokens, and those of which the caller says so."""
+    new = valid.sum(1)
+    if isinstance(said, Tensor):
+        return (new > 1) | (said.to(new.device) & (new > 0))
+    return new > 0 if said else new > 1
+
+
+def _reorder(output: Any, order: Tensor) -> Any:
+    """Every tensor ``(B, n, ...)`` of a decoder's output in the order ``(B, n)``."""
+    if isinstance(output, Tensor):
+        return _take(output, order)
+    if isinstance(output, tuple):
+        return tuple(_reorder(part, order) for part in output)
+    if isinstance(output, Mapping):
+        for name, part in output.items():
+            output[name] = _reorder(part, order)  # type: ignore[index]
+    return output
+
+
+def _valid_tokens(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Which of the new tokens are real, ``(B, n)`` bool."""
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}; pass the padding mask (rows, past + new tokens), "
+            f"of {batch} rows and at least {length} columns"
+        )
+    return attention_mask[:, -length:].bool()
+
+
+def _take(tensor: Tensor, order: Tensor) -> Tensor:
+    """``(B, n, ...)`` in the order ``(B, n)``."""
+    rows = torch.arange(order.shape[0], device=order.device)[:, None]
+    return tensor[rows, order]
