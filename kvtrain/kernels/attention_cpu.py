@@ -1,14 +1,15 @@
-"""The CPU backend of ``kernels.attention``: torch's flash kernel, taught the open diagonal.
+"""The CPU backend of ``kernels.attention``: torch's flash kernel, taught a key bias with a gradient and a strict mask.
 
 The kernel knows causality, a mask without gradient and nothing else, so three things are put around it:
 
 * a key bias travels as a channel, ``[q, 1] . [k, bias / scale]``: its gradient comes for free; one more channel, or
   the last where queries and keys leave that empty, as DMC does;
-* a strict diagonal is the causal one on shifted queries;
-* an open diagonal is the strict one merged with the token's own key by log-sum-exp, and the backward
-  pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to be exact. (To bias the own
-  key, too, and then give back what was taken needs no shift, but a bias that is the next token's decision would
-  reach this token's output as rounding.)
+* a strict mask is the causal one on shifted queries;
+* a bias on all keys but the token's own (``bias_after=1``) is the strict mask merged with the token's own key by
+  log-sum-exp, and the backward pass hands the kernel the *merged* output and log-sum-exp, which is all that it needs to
+  be exact. (To bias the own key, too, and then give back what was taken needs no shift, but a bias that is the next
+  token's decision would reach this token's output as rounding.) A bias that begins further back runs in chunks: the
+  keys between would be a band of their own, which the kernel can only mask.
 
 Rows go a few at a time, which keeps them near the processor, and documents that are runs of tokens go one by one:
 the kernel computes what a mask hides, and reads the mask besides.
@@ -28,8 +29,10 @@ from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.flash_cpu import flash, flash_backward
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
-_HIDDEN = -1e30
-_NARROW = 4
+_MASKED = -1e30
+# A row is long for its window from this many windows on. The kernel computes every pair below the diagonal and masks
+# most of them; chunks compute few pairs besides those that are seen, at a higher price a pair.
+_NARROW_RATIO = 4
 
 _QKV = tuple[Tensor, Tensor, Tensor]  # query, key and value
 
@@ -50,7 +53,7 @@ def flash_cpu_can_run(query: Tensor, key: Tensor, value: Tensor, key_bias: Tenso
 
 def is_narrow(mask: AttentionMask, length: int) -> bool:
     """Whether a window hides so much that the kernel, which skips nothing below the diagonal, loses to chunks."""
-    return mask.window is not None and _NARROW * (mask.window + mask.sink) <= length
+    return mask.window is not None and _NARROW_RATIO * (mask.window + mask.sink) <= length
 
 
 def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor | None:
@@ -67,33 +70,39 @@ def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor | None:
     return (additive if additive.dim() == 3 else additive[None]).unsqueeze(1)
 
 
-class _Piece(NamedTuple):
-    """Tokens that see none outside: a document of a row, or several whole rows."""
+class _Segment(NamedTuple):
+    """Tokens that see none outside: a document of a row, or several whole rows.
+
+    One call of the kernel each. It computes what a mask hides, so a mask for rows of several documents would cost the
+    square of the row, and ``(B, 1, T, T)`` of memory besides.
+    """
 
     rows: slice
     tokens: slice
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The piece's part of ``(B, H, T, ...)``."""
+    def select(self, tensor: Tensor) -> Tensor:
+        """The segment's part of ``(B, H, T, ...)``, a view."""
         return tensor[self.rows, :, self.tokens]
 
 
-def _parts(piece: _Piece, tensors: Iterable[Tensor | None]) -> list[Any]:
-    """The piece's parts of those tensors that there are."""
-    return [None if tensor is None else piece.of(tensor) for tensor in tensors]
+def _slices(segment: _Segment, tensors: Iterable[Tensor | None]) -> list[Any]:
+    """The segment's part of each tensor that there is."""
+    return [None if tensor is None else segment.select(tensor) for tensor in tensors]
 
 
-def _pieces(query: Tensor, mask: AttentionMask) -> tuple[list[_Piece], AttentionMask]:
-    """What to attend to by itself, and the mask within each piece."""
+def _segments(query: Tensor, mask: AttentionMask) -> tuple[list[_Segment], AttentionMask]:
+    """What to attend to by itself, and the mask within each segment."""
     whole = slice(None)
+    if mask.window is not None:  # its sinks are counted along the row
+        return [_Segment(whole, whole)], mask
     runs = [] if mask.documents is None else mask.documents.runs
-    if mask.window is not None or runs is None:
-        return [_Piece(whole, whole)], mask
+    if runs is None:  # a document that was left comes again
+        return [_Segment(whole, whole)], mask
     within = mask._replace(documents=None)
     if all(len(documents) == 1 for documents in runs):
-        return [_Piece(rows, whole) for rows in row_tiles(query)], within
+        return [_Segment(rows, whole) for rows in row_tiles(query)], within
     rows = tiles_to_run(range(len(runs)))
-    return [_Piece(slice(row, row + 1), tokens) for row in rows for tokens in runs[row]], within
+    return [_Segment(slice(row, row + 1), tokens) for row in rows for tokens in runs[row]], within
 
 
 class FlashAttentionCPU(torch.autograd.Function):
@@ -111,16 +120,17 @@ class FlashAttentionCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         ctx.set_materialize_grads(False)
-        pieces, within = _pieces(query, mask)
+        segments, within = _segments(query, mask)
         output, lse = torch.empty_like(query), torch.empty_like(at_least_float32(query[..., 0]))
-        own = None if key_bias is None else torch.empty_like(lse)
-        for piece in pieces:
-            found = _attend(_parts(piece, (query, key, value, key_bias)), within, scale)
-            for whole, part in zip((output, lse, own), found, strict=True):
+        self_scores = None if key_bias is None else torch.empty_like(lse)
+        for segment in segments:
+            found = _attend(_slices(segment, (query, key, value, key_bias)), within, scale)
+            for whole, part in zip((output, lse, self_scores), found, strict=True):
                 if whole is not None and part is not None:
-                    piece.of(whole)[:] = part
-        ctx.save_for_backward(query, key, value, key_bias, output, lse, own)
-        ctx.pieces, ctx.within, ctx.mask, ctx.scale = pieces, within, mask, scale
+                    segment.select(whole)[:] = part
+        # Self scores are small beside queries and keys, all of which the backward pass would read to find them again.
+        ctx.save_for_backward(query, key, value, key_bias, output, lse, self_scores)
+        ctx.segments, ctx.within, ctx.mask, ctx.scale = segments, within, mask, scale
         return output, lse
 
     @staticmethod
@@ -134,16 +144,16 @@ class FlashAttentionCPU(torch.autograd.Function):
             if grad_lse is not None:  # the kernel has no gradient of its log-sum-exp
                 return *chunked_backward(saved[:-1], grad_output, grad_lse, ctx.mask, ctx.scale), None, None
             grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved[:4]]
-            for piece in ctx.pieces:
-                found = _gradients(_parts(piece, saved), piece.of(grad_output), ctx.within, ctx.scale)
+            for segment in ctx.segments:
+                found = _gradients(_slices(segment, saved), segment.select(grad_output), ctx.within, ctx.scale)
                 for grad, part in zip(grads, found, strict=True):
                     if grad is not None:
-                        piece.of(grad)[:] = part
+                        segment.select(grad)[:] = part
         return *grads, None, None
 
 
 def _attend(tensors: list[Any], mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output and log-sum-exp of a piece's query, key, value and bias; with a bias, each token's score with itself."""
+    """Output and log-sum-exp of a segment's query, key, value and bias; with a bias, each token's score with itself."""
     query, key, value, bias = tensors
     additive = _additive_mask(query, mask)
     if bias is None and not mask.strict:
@@ -151,41 +161,46 @@ def _attend(tensors: list[Any], mask: AttentionMask, scale: float) -> tuple[Tens
     output, lse = _strict(query, key, value, bias, additive, scale)
     if mask.strict:
         return output, lse, None
-    own = _own_scores(query, key, scale)
-    return *_merge_own(own, value, output, lse), own
+    self_scores = _self_scores(query, key, scale)
+    return *_merge_self(self_scores, value, output, lse), self_scores
 
 
 def _gradients(saved: list[Any], grad_output: Tensor, mask: AttentionMask, scale: float) -> list[Tensor | None]:
-    """Gradients of a piece's query, key, value and bias."""
-    query, key, value, bias, output, lse, own = saved
+    """Gradients of a segment's query, key, value and bias."""
+    query, key, value, bias, output, lse, self_scores = saved
     additive = _additive_mask(query, mask)
     if bias is None and not mask.strict:
         known = (query, key, value, output, finite(lse))
         return [*flash_backward(grad_output, *known, causal=True, mask=additive, scale=scale), None]
     grads = _strict_backward(grad_output, query, key, value, bias, additive, output, lse, scale)
-    if own is not None:
-        _add_own_backward(grads, grad_output, query, key, value, output, torch.exp(own - lse), scale)
+    if self_scores is not None:
+        _add_self_backward(grads, grad_output, query, key, value, output, torch.exp(self_scores - lse), scale)
     return grads
 
 
-def _mark_empty(lse: Tensor, mask: Tensor | None) -> Tensor:
+def _mark_empty(lse: Tensor, additive: Tensor | None) -> Tensor:
     """The kernel reports 0 for a query that sees nothing; say ``-inf``."""
-    if mask is None:
+    if additive is None:
         return lse
-    positions = torch.arange(mask.shape[-1])
-    above = positions > positions[-mask.shape[-2] :, None]
-    empty = ((mask == float("-inf")) | above).all(-1)  # (B or 1, 1, T)
+    positions = torch.arange(additive.shape[-1])
+    above = positions > positions[-additive.shape[-2] :, None]
+    empty = ((additive == float("-inf")) | above).all(-1)  # (B or 1, 1, T)
     return lse.masked_fill(empty, float("-inf"))
 
 
-def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> _QKV:
-    """Carry the bias as the last channel of query and key; the value is padded because the kernel wants one D."""
+def _append_bias_channel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> _QKV:
+    """Carry the bias as the last channel of query and key; the value is padded because the kernel wants one D.
+
+    The kernel's own mask would carry it, too, but as ``(B, H, T, T)`` and without a gradient.
+    """
     if bias is None:
         return query, key, value
     dim = query.shape[-1]
+    # DMC clears the channel that it reads its decisions from. To find that out takes far less than what it saves: with
+    # a 33rd channel, and values padded to it, the packaged model's attention took 1.5 times as long forward.
     is_empty = not (query[..., -1].any() or key[..., -1].any())
     kept = dim - 1 if is_empty else dim
-    channel = (bias.clamp(min=_HIDDEN) / scale).unsqueeze(-1).to(key.dtype)
+    channel = (bias.clamp(min=_MASKED) / scale).unsqueeze(-1).to(key.dtype)
     return (
         torch.cat([query[..., :kept], torch.ones_like(query[..., :1])], -1),
         torch.cat([key[..., :kept], channel], -1),
@@ -193,24 +208,25 @@ def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
     )
 
 
-def _shifted(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+def _shift_queries(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, additive: Tensor | None, scale: float
 ) -> tuple[_QKV, Tensor | None]:
-    """Each query where the one before it stood, so that the causal diagonal is the strict one.
+    """Each query where the one before it stood, so that what the kernel calls causal is strict.
 
-    The kernel is faster on whole tensors than on slices. The first query stands last, and what it finds is dropped.
+    Slices would say the same, queries 1.. and keys ..T-2, but the kernel is faster on whole tensors. The first query
+    stands last, and what it finds is dropped.
     """
-    parts = _with_bias(query.roll(-1, 2), key, value, bias, scale)
-    return parts, None if mask is None else mask.roll(-1, -2)
+    parts = _append_bias_channel(query.roll(-1, 2), key, value, bias, scale)
+    return parts, None if additive is None else additive.roll(-1, -2)
 
 
 def _strict(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, additive: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to earlier keys alone; the first query sees none."""
-    parts, mask = _shifted(query, key, value, bias, mask, scale)
-    output, lse = flash(*parts, causal=True, mask=mask, scale=scale)
-    output, lse = output[..., : value.shape[-1]].roll(1, 2), _mark_empty(lse, mask).roll(1, 2)
+    parts, additive = _shift_queries(query, key, value, bias, additive, scale)
+    output, lse = flash(*parts, causal=True, mask=additive, scale=scale)
+    output, lse = output[..., : value.shape[-1]].roll(1, 2), _mark_empty(lse, additive).roll(1, 2)
     output[:, :, 0], lse[:, :, 0] = 0, float("-inf")
     return output, lse
 
@@ -221,19 +237,21 @@ def _strict_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
+    additive: Tensor | None,
     output: Tensor,
     lse: Tensor,
     scale: float,
 ) -> list[Tensor | None]:
-    parts, mask = _shifted(query, key, value, bias, mask, scale)
+    parts, additive = _shift_queries(query, key, value, bias, additive, scale)
     dim = query.shape[-1]
     grad, out = grad_output.roll(-1, 2), output.roll(-1, 2)
     if parts[0].shape[-1] > dim:
         grad, out = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (grad, out))
     lse = finite(lse).roll(-1, 2)
-    lse[:, :, -1] = -_HIDDEN  # all weights of the query that is dropped are exp(-1e30)
-    grads = flash_backward(grad, *parts, out, lse, causal=True, mask=mask, scale=scale)
+    lse[:, :, -1] = -_MASKED  # all weights of the query that is dropped are exp(-1e30)
+    # With the merged log-sum-exp the kernel's weights are shares of the whole softmax, and with the merged output its
+    # ``grad . output`` is the whole one's: what it gives is the part of the gradients that goes through earlier keys.
+    grads = flash_backward(grad, *parts, out, lse, causal=True, mask=additive, scale=scale)
     grad_bias = None
     if bias is not None:
         grad_bias = (grads[1][..., -1] / scale).to(bias.dtype)
@@ -241,8 +259,8 @@ def _strict_backward(
     return [grads[0][..., :dim].roll(1, 2), grads[1][..., :dim], grads[2][..., :dim], grad_bias]
 
 
-def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Scores of each token with itself, ``(B, H, T)``."""
+def _self_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scores of each token with itself, ``(B, H, T)``: a product by elements, of which no matrix is made."""
     return (_grouped(query, key) * at_least_float32(key).unsqueeze(2)).sum(-1).flatten(1, 2) * scale
 
 
@@ -252,15 +270,15 @@ def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
     return grouped
 
 
-def _merge_own(own: Tensor, value: Tensor, past: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join each token's own key, by its score ``own``, to what the past has given."""
-    lse = torch.logaddexp(past_lse, own)
-    weight = _grouped(torch.exp(own - lse), value).unsqueeze(-1)
+def _merge_self(self_scores: Tensor, value: Tensor, past: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join each token's own key to what the past has given, as ``merge_attention`` would, in one interpolation."""
+    lse = torch.logaddexp(past_lse, self_scores)
+    weight = _grouped(torch.exp(self_scores - lse), value).unsqueeze(-1)
     merged = _grouped(past, value).lerp(at_least_float32(value).unsqueeze(2), weight)
     return merged.flatten(1, 2).to(value.dtype), lse
 
 
-def _add_own_backward(
+def _add_self_backward(
     grads: list[Tensor | None],
     grad_output: Tensor,
     query: Tensor,
@@ -278,6 +296,7 @@ def _add_own_backward(
     score = scale * weight * change.sum(-1, keepdim=True)  # its gradient
     weight, score = weight.to(query.dtype), score.to(query.dtype)
     groups = (key.shape[1], -1)
+    # In place, and query head by query head where several share a key: nothing of the size of all heads is allocated.
     grad_query.unflatten(1, groups).addcmul_(key.unsqueeze(2), score)
     grouped = (query.unflatten(1, groups), grad_output.unflatten(1, groups), score, weight)
     for one_query, one_grad, one_score, one_weight in zip(*(tensor.unbind(2) for tensor in grouped), strict=True):

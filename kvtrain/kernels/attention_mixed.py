@@ -6,6 +6,9 @@ log-sum-exp, and only the hidden part has to be computed besides. With ``w`` the
     everything = w near + (1 - w) far,    mixed = (1 - a) near + a everything = near + a (1 - w) (far - near).
 
 On one document the far part is plain causal attention of later queries on earlier keys, without a mask.
+
+The plain way, attention under each mask and a mixture, computes the pairs within the window twice. Here each pair is
+computed once, but for what chunks of the window waste.
 """
 
 from typing import Any
@@ -114,7 +117,10 @@ def _beyond(
     documents: Documents | None,
     scale: float,
 ) -> tuple[int, Tensor, Tensor]:
-    """Attention to what the window hides, of all queries from the first one on that may see any."""
+    """Attention to what the window hides, of all queries from the first one on that may see any.
+
+    Of one document sinks are cut off with the slices. Of several they may stand anywhere, and are hidden by a bias.
+    """
     if documents is None:
         first = min(window + sink, query.shape[2])
         remote = _remote_slices(query, key, value, window, sink)
@@ -128,7 +134,11 @@ def _beyond(
 
 
 def _remote_slices(query: Tensor, key: Tensor, value: Tensor, window: int, sink: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and the keys that the window hides from them, so shifted that plain causality is what is left."""
+    """Queries and the keys that the window hides from them, so shifted that plain causality is what is left.
+
+    The first query here, token ``window + sink``, misses exactly the first key here, token ``sink``; each later query
+    misses one key more. So both are as many, and a fast kernel needs no mask.
+    """
     last = max(sink, query.shape[2] - window)
     return query[:, :, window + sink :], key[:, :, sink:last], value[:, :, sink:last]
 
@@ -142,7 +152,12 @@ class _MixedOnCPU(torch.autograd.Function):
     """One document a row, on torch's CPU flash kernel.
 
     The far part is differentiated through attention over everything: the kernel gets the merged output and
-    log-sum-exp, and needs no gradient of its own log-sum-exp, which it does not have.
+    log-sum-exp, and needs no gradient of its own log-sum-exp, which it does not have. Left to autograd, merging would
+    ask for that gradient, and the chunked backward pass would compute the far part, which is most of the pairs.
+
+    So three terms make the gradient: through everything, ``share`` of it, of which the kernel gives what goes through
+    far keys; through the window's output, which gets the rest of it and the near part of everything; and through the
+    window's log-sum-exp, which says how much of everything is near.
     """
 
     @staticmethod
@@ -170,7 +185,7 @@ class _MixedOnCPU(torch.autograd.Function):
         grad_share = along.sum((0, 2), keepdim=True)[0].to(share.dtype)
         if not any(ctx.needs_input_grad[:3]):  # below the first gate of a frozen model nothing learns
             return None, None, None, grad_share, None, None, None
-        local_share, share = 1 - _remote_weight(late_lse, remote_lse), share.to(late.dtype)
+        local_share, share = 1 - _remote_weight(late_lse, remote_lse), share.to(late.dtype)  # of everything's softmax
         grad_local, grad_lse = grad.clone(), torch.zeros_like(local_lse)
         grad_local[:, :, first:] = (late * (1 - share + share * local_share)).to(grad.dtype)
         grad_lse[:, :, first:] = (-share * local_share * along).squeeze(-1)

@@ -7,6 +7,15 @@ everything: it walks over chunks of tokens with the sum of ``k_s v_s`` outside o
 densely within the chunk, so that time and memory grow with T. Every gradient is a scan as well, of other tensors or
 in the other direction: no pass keeps a score or a state of a chunk.
 
+Why gradients are scans: with ``w(t, s)`` the weight of the pair,
+
+    grad q_t = sum_{s <= t} w (grad_t . v_s) k_s      a scan of (grad, v, k)
+    grad k_s = sum_{t >= s} w (v_s . grad_t) q_t      a scan backwards of (v, grad, q)
+    grad v_s = sum_{t >= s} w (k_s . q_t) grad_t      a scan backwards of (k, q, grad)
+
+and the states that enter are the transposed state, and the gradients of the last one. Autograd through the chunks would
+keep each chunk's scores and state, ``T / c`` of ``D x D_v`` a head, and walk over them once more all the same.
+
 Shapes: B rows, H heads, T tokens, D and D_v channels.
 """
 
@@ -261,11 +270,12 @@ class _LinearAttention(torch.autograd.Function):
         forth, back = (_scan, _scan_back) if call.causal else (_both_ways, _both_ways)
         with autocast_off(grad_output):
             if for_query:
-                before = None if state is None else state.mT
+                before = None if state is None else state.mT  # sums of v k, where the scan's "keys" are v
                 grad_query, _ = forth(grad_output, value, key, before, call, query.dtype)
             if for_key:
                 grad_key, _ = back(value, grad_output, query, grad_final.mT, call, key.dtype)
             if for_value or for_state:
+                # Behind the first token, this scan's state is the gradient of the state before it.
                 grad_value, grad_state = back(key, query, grad_output, grad_final, call, value.dtype)
         if state is not None and grad_state is not None:
             grad_state = grad_state.to(state.dtype)
@@ -279,6 +289,7 @@ def _both_ways(
 
     It is both scans, less the diagonal that both of them hold.
     """
+    # Without decay one sum serves all tokens of a row, if they are one document: two products, and no chunks.
     if call.slopes is None and (call.layout is None or not bool(call.layout.segments[:, -1].any())):
         return _all_to_all(query, key, value, state, call, dtype)
     wide = wide_dtype(query, key, value)

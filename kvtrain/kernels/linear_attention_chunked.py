@@ -1,5 +1,10 @@
 """The torch backend of ``kernels.linear_attention``: chunks one after the other, dense within.
 
+Larger chunks compute more pairs that causality hides, smaller ones are more and smaller products; all chunks at once,
+with a cumulative sum of their states, would hold ``T / c`` states of ``D x D_v`` a head. Decay is
+``exp(-slope (t - s))`` of a distance that is never negative, one matrix a chunk. As a factor of the query,
+``exp(-slope t)``, and one of the key, ``exp(slope s)``, it would need no matrix, but the second can overflow.
+
 Shapes are those of ``kernels.linear_attention``; c counts the tokens of one chunk.
 """
 
@@ -95,13 +100,13 @@ def scan_chunks(
     cuts = [(cut.start, min(cut.stop, length)) for cut in spans(length, chunk_size)]
     alike = [True] * len(cuts) if layout is None else _alike(layout, cuts)
     for (start, stop), plain in list(zip(cuts, alike, strict=True))[:: -1 if reverse else 1]:
-        own = slice(start, stop)
+        span = slice(start, stop)
         part = chunks.attend(
-            query[:, :, own],
-            key[:, :, own],
-            value[:, :, own],
+            query[:, :, span],
+            key[:, :, span],
+            value[:, :, span],
             running.flatten(0, 1),
-            None if plain else own,
+            None if plain else span,
             reverse,
         )
         output[:, :, start:stop] = part.view(batch, heads, stop - start, value_dim)
@@ -109,7 +114,11 @@ def scan_chunks(
 
 
 def _alike(layout: Layout, cuts: list[tuple[int, int]]) -> list[bool]:
-    """Whether a chunk goes on, in every row, with the document before it, and holds nothing else and no padding."""
+    """Whether a chunk goes on, in every row, with the document before it, and holds nothing else and no padding.
+
+    Most do. Their weights depend on the length alone and are made once, where those of the others cost ``(B, H, c, c)``
+    exponentials a chunk. The whole row is asked in one go: each question waits for the device.
+    """
     starts, stops = torch.tensor(cuts, device=layout.counts.device, dtype=torch.long).view(-1, 2).unbind(1)
     tokens = layout.counts[:, stops] - layout.counts[:, starts]
     alike = (tokens == stops - starts) & (layout.segments[:, stops] == layout.segments[:, starts])
@@ -145,9 +154,10 @@ class _Chunks:
             scores = scores.triu_() if reverse else scores.tril_()
         else:
             pairs, left, right, carry = self.weights(query.shape[1], span)
-            if reverse:
+            if reverse:  # the distance to what lies before the chunk is now that to what lies behind it
                 pairs, left, right = pairs.mT, right, left
             scores, query, key = self.weigh(scores, pairs), self.weigh(query, left), self.weigh(key, right)
+        # In place, into the scores' product and the running state: nothing else of their sizes is allocated a chunk.
         output = torch.bmm(scores, value).baddbmm_(query, state)
         if carry is not None:
             state.unflatten(0, self.rows).mul_(carry)

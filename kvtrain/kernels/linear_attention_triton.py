@@ -3,6 +3,10 @@
 A program owns one head of one row and some channels of the values. It walks over chunks of tokens with its part of
 the state in registers. Sums and the state are float32. Of half types, factors are tf32, whose mantissa is no shorter
 than theirs; of float32, every product is three of tf32, which is near float32.
+
+The walk is sequential, so programs are what fills the device: one a row, head and ``_VALUE_CHANNELS`` channels of the
+values, which share nothing but the scores that each of them computes. Splitting the row as well would take a second
+kernel for the states between the parts, and memory for them.
 """
 
 import torch
@@ -104,7 +108,7 @@ def _load_tokens(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _along(
+def _load_layout(
     column: tl.tensor, row: tl.tensor, length: tl.tensor, start: tl.tensor, stop: tl.tensor, at: tl.tensor
 ) -> tl.tensor:
     """What a ``(B, T + 1)`` tensor of a layout holds for tokens, before the chunk, and for its last token."""
@@ -160,24 +164,26 @@ def _scan_kernel(
         start = (tl.cdiv(length, block) - 1 - step if reverse else step) * block
         stop = tl.minimum(start + block, length)
         at = (start + tl.arange(0, block)).to(tl.int64)
-        real, place, first, last = at < length, at + 1, start, stop
-        own, own_first, own_last = at * 0, 0, 0
+        # Without a layout every token is real, and a token's count of real tokens is its position.
+        real, count, first, last = at < length, at + 1, start, stop
+        segment, segment_first, segment_last = at * 0, 0, 0
         if has_layout:
             real = tl.load(valid + row * length + at, mask=at < length, other=0) != 0
-            place, first, last = _along(counts, row, length, start, stop, at)
-            own, own_first, own_last = _along(segments, row, length, start, stop, at)
+            count, first, last = _load_layout(counts, row, length, start, stop, at)
+            segment, segment_first, segment_last = _load_layout(segments, row, length, start, stop, at)
         q = _load_tokens(query, query_strides, row, head, at, real, dims, dim)
         k = _load_tokens(key, key_strides, row, head, at, real, dims, dim)
         v = _load_tokens(value, value_strides, row, head, at, real, values, value_dim)
-        steps, seen = place[:, None] - place[None, :], at[:, None] >= at[None, :]
-        read, write = _decay(place - first, slope, own == own_first), _decay(last - place, slope, own == own_last)
+        steps, seen = count[:, None] - count[None, :], at[:, None] >= at[None, :]
+        read = _decay(count - first, slope, segment == segment_first)  # of the state, by each token
+        write = _decay(last - count, slope, segment == segment_last)  # into the state
         if reverse:
             steps, seen, read, write = -steps, at[:, None] <= at[None, :], write, read
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
-        scores *= _decay(steps, slope, seen & (own[:, None] == own[None, :]))
+        scores *= _decay(steps, slope, seen & (segment[:, None] == segment[None, :]))
         result = tl.dot(scores, v, input_precision=precision)
         result += tl.dot(q * read[:, None], running, input_precision=precision)
-        running *= _decay(last - first, slope, own_first == own_last)
+        running *= _decay(last - first, slope, segment_first == segment_last)
         running += tl.dot(tl.trans(k * write[:, None]), v, input_precision=precision)
         places = ((row * heads + head) * length + at[:, None]) * value_dim + values[None, :]
         tl.store(output + places, result.to(output.dtype.element_ty), mask=(at < length)[:, None] & is_value)

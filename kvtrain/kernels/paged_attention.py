@@ -4,6 +4,15 @@ Every page is attended by itself, where it lies, and the partial results are mer
 queries read each page once (flash decoding with a page as the split), whatever length each head has. Where many
 queries share the pages, runs of pages are copied instead, a bounded number at a time.
 
+Three ways, because each is wrong where another is right:
+
+* *in place*, for a few queries: one call over all pages of the pool as its batch. Gathering the keys first, dense, cost
+  more than the attention, which at one query a head does no more than read them. Results are ``(pages, Q, D)``, so the
+  merge grows with the queries;
+* *by runs*, for more queries than a page has slots: a copy is cheap beside products of so many, and long runs keep the
+  merge small. Heads too short for a run take no part in it;
+* *dequantized*, for quantized pages: something must be copied anyway, into a scratch that stays in a cache.
+
 No gradient flows into pages: a cache holds constants.
 """
 
@@ -19,8 +28,8 @@ from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
 from kvtrain.kernels.quantization import dequantize, packed_channels
 
-_RUN = 1024  # slots of one head that are copied at a time
-_SCRATCH = 4 * 2**20  # bytes of dequantized keys and values at a time, unless a single run takes more
+_RUN_SLOTS = 1024  # slots of one head that are copied at a time
+_SCRATCH_BYTES = 4 * 2**20  # of dequantized keys and values at a time, unless a single run takes more
 
 
 def paged_attention(
@@ -116,7 +125,9 @@ def _attend_in_place(
         return query.new_zeros(*query.shape[:2], values.shape[2]), _nothing(query)
     start = torch.arange(table.shape[1], device=table.device) * page_size
     visible = (lengths[:, None] - start).clamp(0, page_size)  # (R, P)
-    # One entry more than there are pages: that is where the table's -1 points to.
+    # The table says which pages a head has; the kernel's batch are pages, so this turns it around: whose each page is,
+    # and how much of it counts. One entry more than there are pages: that is where the table's -1 points to. Pages that
+    # nobody owns are attended by head 0 with nothing visible, and nobody merges the result.
     owner, filled = table.new_zeros(2, num_pages + 1)
     owner[table] = torch.arange(table.shape[0], dtype=table.dtype, device=table.device)[:, None]
     filled[table] = visible.to(table.dtype)
@@ -128,16 +139,16 @@ def _attend_dequantized(
     query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """All runs of quantized pages, so many at a time as the scratch holds; arguments as above."""
-    columns = max(1, min(_RUN // pages.size, table.shape[1]))
+    columns = max(1, min(_RUN_SLOTS // pages.size, table.shape[1]))
     slots = columns * pages.size
     runs = pad(table.clamp(min=0), (0, -table.shape[1] % columns)).unflatten(1, (-1, columns))  # (R, P, columns)
     start = torch.arange(runs.shape[1], device=table.device) * slots
     visible = (lengths[:, None] - start).clamp(0, slots)  # (R, P)
-    owner, number = visible.nonzero(as_tuple=True)
+    owner, number = visible.nonzero(as_tuple=True)  # only runs that hold something: lengths may differ much
     if not owner.numel():
         return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
     wide = torch.promote_types(query.dtype, torch.float32)
-    count = max(1, _SCRATCH // (slots * (query.shape[2] + pages.value_dim) * wide.itemsize))
+    count = max(1, _SCRATCH_BYTES // (slots * (query.shape[2] + pages.value_dim) * wide.itemsize))
     work = (tensor.split(count) for tensor in (query[owner], runs[owner, number], visible[owner, number]))
     parts = [
         _attend_blocks(some, *pages.copy_runs(run, some), filled, scale, backend)
@@ -166,15 +177,16 @@ def _merge(output: Tensor, lse: Tensor, order: Tensor, visible: Tensor) -> tuple
 def _attend_runs(
     query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Some columns of the table at a time, for those heads that reach so far; arguments as above."""
-    columns = max(1, _RUN // pages.size)
+    """Some columns of the table at a time, for those heads that are as long; arguments as above."""
+    columns = max(1, _RUN_SLOTS // pages.size)
     lse = _nothing(query)
     output = lse.new_zeros(*query.shape[:2], pages.value_dim)  # wide: it is rounded once, not after every run
     for begin in range(0, table.shape[1], columns):
         left = lengths - begin * pages.size
-        rows = (left > 0).nonzero().squeeze(1)
+        rows = (left > 0).nonzero().squeeze(1)  # lengths may differ much, by head and by row
         block = pages.copy_runs(table[rows, begin : begin + columns].clamp(min=0), query)
         part = _attend_blocks(query[rows], *block, left[rows].clamp(max=block[0].shape[1]), scale, backend)
+        # Merged at once: outputs of all runs would outgrow the keys where queries are more than a run has slots.
         merged = merge_attention([(output[rows, None], lse[rows, None]), (part[0][:, None], part[1][:, None])])
         output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)
     return output.to(query.dtype), lse

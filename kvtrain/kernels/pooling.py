@@ -7,6 +7,13 @@ accumulation of the released code) is
 
 with merge decisions ``a`` in [0, 1] and importances ``w``. It is a band matrix with ``window``
 diagonals, applied block by block as small dense products; nothing is sequential.
+
+Alternatives cost more. A recurrence over tokens is T small steps, and cannot drop what leaves the window without a
+difference of sums, which loses digits. A sum over the window of shifted inputs reads and writes ``(B, H, T, C)``
+``window`` times; a dense block reads it once and multiplies some zeros, at the speed of a matrix product.
+
+Two autograd functions share the work: ``_BandWeights`` turns decisions and importances into normalized weights (no
+channels, so cheap to save), ``_BandProduct`` applies these to the states.
 """
 
 from typing import Any
@@ -18,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from kvtrain.kernels.cpu_tiling import row_tiles
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 
-_BLOCK = 32
+_BLOCK = 32  # tokens; of a product with ``block x (block + window - 1)`` weights, ``block x window`` are not zero
 
 
 def pool_segments(inputs: Tensor, merge: Tensor, importance: Tensor, window: int) -> Tensor:
@@ -70,33 +77,37 @@ class _BandWeights(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         merge, importance, bands, total = ctx.saved_tensors
         window = len(bands)
-        ties, importances = _windows(merge, window), _windows(importance, window)
-        chains, mean = _chains(ties), (grad * bands).sum(0)
+        merges, importances = _windows(merge, window), _windows(importance, window)
+        chains, mean = _chains(merges), (grad * bands).sum(0)
         grad_merge, grad_importance = (_padded(torch.zeros_like(total), window) for _ in range(2))
         grad_chain = torch.zeros_like(total)
-        for place in range(window):  # a chain is part of the one that reaches a token further back
-            grad_weight = (grad[place] - mean).div_(total)
-            latest = slice(place, place + merge.shape[-1])  # what the windows have in this place
-            grad_merge[..., latest].addcmul_(grad_chain, chains[place])
-            grad_importance[..., latest].addcmul_(grad_weight, chains[place])
-            grad_chain.mul_(ties[place]).addcmul_(grad_weight, importances[place])
+        # The product rule from the oldest token of the windows to the newest: a token's chain is a factor of all chains
+        # to older tokens, so ``grad_chain`` gathers what these send. Windows overlap: gradients are added up in the
+        # padded line, one entry of every window at a time, and no ``(window, B, H, T)`` of them is made.
+        for index in range(window):
+            grad_weight = (grad[index] - mean).div_(total)
+            entry = slice(index, index + merge.shape[-1])  # where the windows' entries of this index lie in the line
+            grad_merge[..., entry].addcmul_(grad_chain, chains[index])
+            grad_importance[..., entry].addcmul_(grad_weight, chains[index])
+            grad_chain.mul_(merges[index]).addcmul_(grad_weight, importances[index])
         return grad_merge[..., window - 1 :], grad_importance[..., window - 1 :], None
 
 
-def _chains(ties: Tensor) -> Tensor:
-    """Products ``(window, B, H, T)`` of the decisions that tie a token to those before it, the furthest first.
+def _chains(merges: Tensor) -> Tensor:
+    """Suffix products ``(window, B, H, T)`` of the decisions: how far a token is one with each before it, oldest first.
 
-    What is too small to count is 0: left to shrink, products become denormal numbers, which slow a CPU down.
+    What is too small to count is 0: left to shrink, products of relaxed decisions become denormal numbers, on which the
+    band's product ran four times slower on a CPU. (``cumprod`` lets them shrink, and would need its input flipped.)
 
     Args:
-        ties: The decisions, as ``_windows`` shows them.
+        merges: The decisions, as ``_windows`` shows them.
     """
-    chains = ties.new_empty(ties.shape)
+    chains = merges.new_empty(merges.shape)
     chains[-1] = 1
-    negligible = torch.finfo(ties.dtype).tiny ** 0.5  # 1e-19 in float32
-    for back in range(len(ties) - 2, -1, -1):
-        torch.mul(chains[back + 1], ties[back + 1], out=chains[back])
-        torch.threshold_(chains[back], negligible, 0.0)
+    negligible = torch.finfo(merges.dtype).tiny ** 0.5  # 1e-19 in float32
+    for index in range(len(merges) - 2, -1, -1):
+        torch.mul(chains[index + 1], merges[index + 1], out=chains[index])
+        torch.threshold_(chains[index], negligible, 0.0)
     return chains
 
 
@@ -111,7 +122,11 @@ def _padded(tensor: Tensor, window: int) -> Tensor:
 
 
 class _BandProduct(torch.autograd.Function):
-    """The band matrix ``(window, B, H, T)`` times ``(B, H, T, C)``; keeps its two factors and nothing else."""
+    """The band matrix ``(window, B, H, T)`` times ``(B, H, T, C)``; keeps its two factors and nothing else.
+
+    Rows go a few at a time, so that the dense blocks, which hold ``width / window`` times what the band does, stay in a
+    processor's cache. The backward pass makes them again.
+    """
 
     @staticmethod
     def forward(ctx: Any, bands: Tensor, inputs: Tensor) -> Tensor:
@@ -119,7 +134,7 @@ class _BandProduct(torch.autograd.Function):
         pooled = torch.empty_like(inputs)
         for rows in row_tiles(inputs):
             layout = _Layout(bands[:, rows])
-            products = torch.bmm(layout.dense(bands[:, rows]), layout.reach(layout.blocks(inputs[rows])))
+            products = torch.bmm(layout.dense(bands[:, rows]), layout.unfold(layout.blocks(inputs[rows])))
             pooled[rows] = layout.tokens(products)
         return pooled
 
@@ -134,11 +149,11 @@ class _BandProduct(torch.autograd.Function):
                 layout = _Layout(bands[:, rows])
                 grad_blocks = layout.blocks(grad[rows])[1:]
                 if grad_bands is not None:
-                    reach = layout.reach(layout.blocks(inputs[rows]))
-                    grad_bands[:, rows] = layout.bands(torch.bmm(grad_blocks, reach.mT))
+                    windows = layout.unfold(layout.blocks(inputs[rows]))
+                    grad_bands[:, rows] = layout.bands(torch.bmm(grad_blocks, windows.mT))
                 if grad_inputs is not None:
-                    reached = torch.bmm(layout.dense(bands[:, rows]).mT, grad_blocks)
-                    grad_inputs[rows] = layout.tokens(layout.collect(reached))
+                    grad_windows = torch.bmm(layout.dense(bands[:, rows]).mT, grad_blocks)
+                    grad_inputs[rows] = layout.tokens(layout.fold(grad_windows))
         return grad_bands, grad_inputs
 
 
@@ -148,11 +163,14 @@ class _Layout:
     A block's tokens reach ``window - 1`` tokens back, which never is further than the block before; thanks to the
     empty ones that is never another head's. What is computed for N blocks leaves out the very first, and so stands
     one block earlier: each head's first block first, an empty one last.
+
+    So all heads of all rows are one batched product of equal blocks, and the overlapping windows are a view. Without
+    the empty blocks each head's first block would need a product of its own, or a copy of all windows with zeros.
     """
 
     def __init__(self, bands: Tensor) -> None:
         self.window, self.rows, self.heads, self.length = bands.shape
-        self.block = max(min(_BLOCK, self.length), self.window)
+        self.block = max(min(_BLOCK, self.length), self.window)  # a window must not reach past the block before
         self.per_head = -(-self.length // self.block)
         self.width = self.block + self.window - 1  # tokens in reach of a block
 
@@ -171,17 +189,17 @@ class _Layout:
         shape = (self.rows, self.heads, self.length, blocks.shape[-1])
         return blocks.as_strided(shape, (self.heads * per_head, per_head, blocks.shape[-1], 1))
 
-    def reach(self, blocks: Tensor) -> Tensor:
-        """A view ``(N, width, C)`` of what each block's tokens may reach."""
+    def unfold(self, blocks: Tensor) -> Tensor:
+        """A view ``(N, width, C)`` of what each block's tokens may reach; neighbours overlap."""
         channels = blocks.shape[-1]
         strides = (self.block * channels, channels, 1)
         offset = (self.block - self.window + 1) * channels
         return blocks.as_strided((len(blocks) - 1, self.width, channels), strides, offset)
 
-    def collect(self, reached: Tensor) -> Tensor:
-        """Add up the gradients ``(N, width, C)`` of what was reached more than once: ``(N, block, C)``."""
-        total = reached[:, self.window - 1 :].contiguous()
-        total[:-1, self.block - self.window + 1 :] += reached[1:, : self.window - 1]
+    def fold(self, windows: Tensor) -> Tensor:
+        """The adjoint of ``unfold``, from ``(N, width, C)`` to ``(N, block, C)``: what overlaps is added up."""
+        total = windows[:, self.window - 1 :].contiguous()
+        total[:-1, self.block - self.window + 1 :] += windows[1:, : self.window - 1]
         return total
 
     def dense(self, bands: Tensor) -> Tensor:
@@ -199,7 +217,10 @@ class _Layout:
         return self._diagonals(dense).flatten(3)[..., : self.length]
 
     def _diagonals(self, dense: Tensor) -> Tensor:
-        """A view ``(window, B, H, N / H, block)``: what a token has for the tokens before it and itself."""
+        """A view ``(window, B, H, N / H, block)``: what a token has for the tokens before it and itself.
+
+        Row ``i`` of a block's matrix begins at column ``i``: one step of ``width + 1`` goes down along a diagonal.
+        """
         matrix = self.block * self.width
         per_head = (self.per_head + 1) * matrix
         shape = (self.window, self.rows, self.heads, self.per_head, self.block)

@@ -110,8 +110,8 @@ def _simple_norm(hidden: Tensor, epsilon_in_root: bool) -> Tensor:
     return hidden / ((square + 0.1).sqrt() if epsilon_in_root else square.sqrt() + 0.1)
 
 
-def _pool(pool: Callable[..., Tensor], inputs: Tensor, ties: Tensor, weights: Tensor) -> Tensor:
-    return pool(inputs, ties.sigmoid(), weights.exp(), 12)
+def _pool(pool: Callable[..., Tensor], inputs: Tensor, merge: Tensor, weights: Tensor) -> Tensor:
+    return pool(inputs, merge.sigmoid(), weights.exp(), 12)
 
 
 def _mixed(kernel: Callable[..., Any], documents: Tensor | None = None, **arguments: Any) -> Any:
@@ -223,7 +223,7 @@ def softmax_calls() -> dict[str, KernelCall]:
     gates = {"gates": torch.tensor([0.3, 0.8], dtype=torch.float64)}
     pooled = {
         "inputs": normal(2, 2, 70, 6, seed=5),
-        "ties": normal(2, 2, 70, seed=6),
+        "merge": normal(2, 2, 70, seed=6),
         "weights": normal(2, 2, 70, seed=7),
     }
     calls = {

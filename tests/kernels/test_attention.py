@@ -329,6 +329,8 @@ def test_auto_picks_what_can_run(monkeypatch: pytest.MonkeyPatch):
     [
         (make_case(16, num_keys=9), {"backend": "flash_cpu"}),
         (make_case(16, bias="finite"), {"backend": "flash_cpu"}),
+        (make_case(16, bias="finite", bias_after=2), {"backend": "flash_cpu"}),
+        (make_case(16, bias="finite", bias_after=1, strict=True), {"backend": "flash_cpu"}),
         (make_case(16, documents="foreign"), {"backend": "flash_cpu"}),
         (make_case(16), {"backend": "flash_cpu", "causal": False}),
         (make_case(16), {"backend": "cuda"}),

@@ -271,7 +271,7 @@ def test_more_quantized_slots_than_one_run_or_the_scratch_holds(
     monkeypatch, bits: int, page_size: int, num_queries: int
 ):
     for scratch in (1, 2 * 1100 * 8 * 8, 2**22):
-        monkeypatch.setattr("kvtrain.kernels.paged_attention._SCRATCH", scratch)
+        monkeypatch.setattr("kvtrain.kernels.paged_attention._SCRATCH_BYTES", scratch)
         case = make_pages(LONG, page_size=page_size, num_queries=num_queries).quantized(bits)
         assert_close(case.run(), case.dense(), 1e-12)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvtrain
+from kvtrain.kernels import compensation
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.compensation import add_compensation, dropped_by_window
 from kvtrain.kernels.documents import Documents
@@ -247,6 +248,16 @@ def test_packed_documents_are_documents_alone(kv_heads):
         without = plain(ids[:, 17:], use_cache=False).logits
     assert (without - alone[2])[:, 7:].abs().amax(-1).min() > 1e-4
     torch.testing.assert_close(without[:, :7], alone[2][:, :7], atol=1e-12, rtol=0)
+
+
+def test_layers_share_what_follows_from_documents(monkeypatch):
+    """Who drops what is found once a pass, and for the next pass again."""
+    found, find = [], compensation._dropping
+    monkeypatch.setattr(compensation, "_dropping", lambda *args: found.append(1) or find(*args))
+    model, documents = make([[0], [], []]), torch.tensor([[0] * 5 + [1] * 7])
+    for _ in range(2):
+        model(random_ids(1, 12), document_ids=documents, position_ids=torch.arange(12)[None], use_cache=False)
+    assert found == [1, 1]
 
 
 @pytest.mark.parametrize("rows", ["one document", "packed"])

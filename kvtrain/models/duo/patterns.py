@@ -52,13 +52,10 @@ class AttentionPatterns(NamedTuple):
         return mix_heads(self.streaming(query, key, value), self.full(query, key, value), gates)
 
     def _window(self) -> dict[str, Any]:
-        positions = self.position_ids
-        if self.documents is not None:
-            positions = positions.expand_as(self.documents.queries)
         return {
             "window": self.settings.recent,
             "sink": self.settings.sink,
-            "position_ids": positions,
+            "position_ids": self.position_ids,
             "documents": self.documents,
         }
 

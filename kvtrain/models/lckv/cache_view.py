@@ -1,5 +1,6 @@
 """How a layer reads a cache while new tokens go in."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,11 @@ class CacheView:
     angles: Angles
     slot_angles: Angles | None = None
     rings: dict[int, RingContent] | None = None
+
+    @functools.cached_property
+    def _documents(self) -> Documents:
+        """Real tokens see real ones among the new tokens; one object for all layers and passes over them."""
+        return Documents(self.valid.long())
 
     def attend(
         self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, key_value: KeyValue
@@ -107,8 +113,7 @@ class CacheView:
 
     def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The new tokens over themselves."""
-        documents = Documents(self.valid.long())
-        return attention(query, *new, strict=module.strict, documents=documents, scale=module.scaling)
+        return attention(query, *new, strict=module.strict, documents=self._documents, scale=module.scaling)
 
     def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor) -> Tensor:
         """One new token a row over the ring, where it lies."""
