@@ -9,11 +9,7 @@ logger = logging.getLogger("kvtrain")
 
 # Old names and new ones. None of the old is the name of anything else in a recipe or a configuration.
 _NAMES = {"regularisation": "regularization", "initialisation": "initialization"}
-
-
-def has_old_names(text: str) -> bool:
-    """Whether some old name stands anywhere in a text."""
-    return not _NAMES.keys().isdisjoint(re.findall(r"\w+", text))
+OLD_NAMES = re.compile("|".join(_NAMES))
 
 
 def with_new_names(values: Any) -> Any:

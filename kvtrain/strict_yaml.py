@@ -18,6 +18,7 @@ _MOST_VALUES = 100_000
 _DEEPEST = 64
 _MERGE = "<<"
 _NO_NUMBERS = (".nan", ".inf")
+_NUMERIC = frozenset("+-.0123456789")  # what numbers begin with
 # Plain words and numbers, which need no walk: nothing in them opens, names or separates.
 _WORDS = re.compile(r"[\w./+][\w ./+-]*", re.ASCII)
 
@@ -102,7 +103,7 @@ class _Walk:
             elif isinstance(event, yaml.AliasEvent):
                 self._add(self._size_of(event), None, event)
             elif isinstance(event, yaml.ScalarEvent):
-                if event.implicit[0] and _is_no_number(event.value):
+                if event.implicit[0] and event.value[:1] in _NUMERIC and _is_no_number(event.value):
                     raise _refusal(f"{event.value} is not a finite number", event)
                 self._add(1, event.anchor, event)
 

@@ -5,5 +5,5 @@ from kvtrain.kernels import dispatch
 
 def forget_backends() -> None:
     """Let operations choose again, and say so again."""
-    dispatch._choose.cache_clear()
+    dispatch.choose_backend.cache_clear()
     dispatch.log_backend.cache_clear()

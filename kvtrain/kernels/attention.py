@@ -71,7 +71,7 @@ def attention(
     mask = AttentionMask(causal, strict, bias_after, window, sink, documents, sinks)
     mask.validate()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend("attention", backend, _available(query, key, value, key_bias, mask))
+    chosen = choose_backend("attention", backend, tuple(_available(query, key, value, key_bias, mask)))
     output: tuple[Tensor, Tensor]
     with autocast_off(query):
         if chosen == "reference":

@@ -15,8 +15,7 @@ Rows go a few at a time, which keeps them near the processor, and documents that
 the kernel computes what a mask hides, and reads the mask besides.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.attention_mask import AttentionMask, finite, visible_pairs
 from kvtrain.kernels.cpu_tiling import row_tiles, tiles_to_run
-from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_dtype
 from kvtrain.kernels.flash_cpu import flash, flash_backward
 
 # Large enough that exp() of it is 0, small enough that no product of it with a score overflows.
@@ -56,11 +55,9 @@ def is_narrow(mask: AttentionMask, length: int) -> bool:
     return mask.window is not None and _NARROW_RATIO * (mask.window + mask.sink) <= length
 
 
-def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor | None:
-    """What the kernel adds to its scores, ``(B or 1, 1, T, T)``; None where causality alone decides."""
+def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor:
+    """What the kernel adds to its scores, ``(B or 1, 1, T, T)``."""
     documents = mask.documents
-    if documents is None and mask.window is None:
-        return None
     positions = torch.arange(query.shape[-2])
     sinks = None if mask.sinks is None else mask.sinks[:, None]
     visible = visible_pairs(positions[:, None], positions, mask, sinks)
@@ -70,39 +67,25 @@ def _additive_mask(query: Tensor, mask: AttentionMask) -> Tensor | None:
     return (additive if additive.dim() == 3 else additive[None]).unsqueeze(1)
 
 
-class _Segment(NamedTuple):
-    """Tokens that see none outside: a document of a row, or several whole rows.
-
-    One call of the kernel each. It computes what a mask hides, so a mask for rows of several documents would cost the
-    square of the row, and ``(B, 1, T, T)`` of memory besides.
-    """
-
-    rows: slice
-    tokens: slice
-
-    def select(self, tensor: Tensor) -> Tensor:
-        """The segment's part of ``(B, H, T, ...)``, a view."""
-        return tensor[self.rows, :, self.tokens]
-
-
-def _slices(segment: _Segment, tensors: Iterable[Tensor | None]) -> list[Any]:
-    """The segment's part of each tensor that there is."""
-    return [None if tensor is None else segment.select(tensor) for tensor in tensors]
+# Index into (B, H, T, ...) of tokens that see none outside: a document of a row, or several whole rows. One call of the
+# kernel each: it computes what a mask hides, so a mask for rows of several documents would cost the square of the row,
+# and (B, 1, T, T) of memory besides.
+_Segment = tuple[slice, slice, slice]
+_ALL = slice(None)
 
 
 def _segments(query: Tensor, mask: AttentionMask) -> tuple[list[_Segment], AttentionMask]:
     """What to attend to by itself, and the mask within each segment."""
-    whole = slice(None)
     if mask.window is not None:  # its sinks are counted along the row
-        return [_Segment(whole, whole)], mask
+        return [(_ALL, _ALL, _ALL)], mask
     runs = [] if mask.documents is None else mask.documents.runs
     if runs is None:  # a document that was left comes again
-        return [_Segment(whole, whole)], mask
+        return [(_ALL, _ALL, _ALL)], mask
     within = mask._replace(documents=None)
-    if all(len(documents) == 1 for documents in runs):
-        return [_Segment(rows, whole) for rows in row_tiles(query)], within
+    if max(map(len, runs), default=1) == 1:
+        return [(rows, _ALL, _ALL) for rows in row_tiles(query)], within
     rows = tiles_to_run(range(len(runs)))
-    return [_Segment(slice(row, row + 1), tokens) for row in rows for tokens in runs[row]], within
+    return [(slice(row, row + 1), _ALL, tokens) for row in rows for tokens in runs[row]], within
 
 
 class FlashAttentionCPU(torch.autograd.Function):
@@ -121,13 +104,14 @@ class FlashAttentionCPU(torch.autograd.Function):
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         ctx.set_materialize_grads(False)
         segments, within = _segments(query, mask)
-        output, lse = torch.empty_like(query), torch.empty_like(at_least_float32(query[..., 0]))
+        output, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=wide_dtype(query.dtype))
         self_scores = None if key_bias is None else torch.empty_like(lse)
         for segment in segments:
-            found = _attend(_slices(segment, (query, key, value, key_bias)), within, scale)
+            inputs = [None if tensor is None else tensor[segment] for tensor in (query, key, value, key_bias)]
+            found = _attend(inputs, within, scale)
             for whole, part in zip((output, lse, self_scores), found, strict=True):
                 if whole is not None and part is not None:
-                    segment.select(whole)[:] = part
+                    whole[segment] = part
         # Self scores are small beside queries and keys, all of which the backward pass would read to find them again.
         ctx.save_for_backward(query, key, value, key_bias, output, lse, self_scores)
         ctx.segments, ctx.within, ctx.mask, ctx.scale = segments, within, mask, scale
@@ -145,17 +129,18 @@ class FlashAttentionCPU(torch.autograd.Function):
                 return *chunked_backward(saved[:-1], grad_output, grad_lse, ctx.mask, ctx.scale), None, None
             grads = [None if tensor is None else torch.empty_like(tensor) for tensor in saved[:4]]
             for segment in ctx.segments:
-                found = _gradients(_slices(segment, saved), segment.select(grad_output), ctx.within, ctx.scale)
+                known = [None if tensor is None else tensor[segment] for tensor in saved]
+                found = _gradients(known, grad_output[segment], ctx.within, ctx.scale)
                 for grad, part in zip(grads, found, strict=True):
-                    if grad is not None:
-                        segment.select(grad)[:] = part
+                    if grad is not None and part is not None:
+                        grad[segment] = part
         return *grads, None, None
 
 
 def _attend(tensors: list[Any], mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and log-sum-exp of a segment's query, key, value and bias; with a bias, each token's score with itself."""
     query, key, value, bias = tensors
-    additive = _additive_mask(query, mask)
+    additive = None if mask.documents is None and mask.window is None else _additive_mask(query, mask)
     if bias is None and not mask.strict:
         return *flash(query, key, value, causal=True, mask=additive, scale=scale), None
     output, lse = _strict(query, key, value, bias, additive, scale)
@@ -168,7 +153,7 @@ def _attend(tensors: list[Any], mask: AttentionMask, scale: float) -> tuple[Tens
 def _gradients(saved: list[Any], grad_output: Tensor, mask: AttentionMask, scale: float) -> list[Tensor | None]:
     """Gradients of a segment's query, key, value and bias."""
     query, key, value, bias, output, lse, self_scores = saved
-    additive = _additive_mask(query, mask)
+    additive = None if mask.documents is None and mask.window is None else _additive_mask(query, mask)
     if bias is None and not mask.strict:
         known = (query, key, value, output, finite(lse))
         return [*flash_backward(grad_output, *known, causal=True, mask=additive, scale=scale), None]

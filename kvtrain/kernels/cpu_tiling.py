@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 _NUMBERS = 2**17  # 512 KiB of float32; several tensors of that size fit into the second level of a cache
@@ -58,22 +57,17 @@ def rows_per_tile(tensor: Tensor) -> int:
 
 def row_tiles(tensor: Tensor) -> list[slice]:
     """Where to cut the first axis so that each part has ``rows_per_tile`` entries, the last perhaps fewer."""
-    return spans(len(tensor), rows_per_tile(tensor))
+    return _spans(len(tensor), rows_per_tile(tensor), _WITHOUT_VALUES.get())
 
 
 def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching parts of tensors, in order; views of those that are contiguous.
+    """Matching parts of tensors, in order; views of those that are contiguous, so that results can be written there.
 
     Args:
         *tensors: ``(..., D)`` each, with the same leading axes.
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     rows = rows_per_tile(flat[0])
-    cuts = spans(len(flat[0]), rows)
+    cuts = _spans(len(flat[0]), rows, _WITHOUT_VALUES.get())
     first = cuts[0].start if cuts else 0
     return zip(*[tensor[first:].split(rows) for tensor in flat], strict=True)
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """Contiguous room for a result, so that slices of it are views."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

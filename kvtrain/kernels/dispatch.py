@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -43,10 +42,12 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def choose_backend(operation: str, requested: str, available: Sequence[str]) -> str:
+@functools.cache  # asked in every layer of every step
+def choose_backend(operation: str, requested: str, available: tuple[str, ...]) -> str:
     """Resolve ``"auto"`` to the first available backend; refuse an explicit one that is not there.
 
-    ``KVTRAIN_AVOID=flex,liger`` in the environment lets ``"auto"`` pass over backends, so long as another is left.
+    ``KVTRAIN_AVOID=flex,liger`` in the environment lets ``"auto"`` pass over backends, so long as another is left. It
+    is read when an operation first has this choice.
 
     Args:
         operation: Name for messages, such as ``"attention"``.
@@ -56,17 +57,11 @@ def choose_backend(operation: str, requested: str, available: Sequence[str]) -> 
     Raises:
         ValueError: The requested backend cannot run this call here.
     """
-    return _choose(operation, requested, tuple(available), os.environ.get(AVOID, ""))
-
-
-@functools.cache
-def _choose(operation: str, requested: str, available: tuple[str, ...], avoid: str) -> str:
-    """Asked in every layer of every step, and answered once."""
     if requested != "auto" and requested not in available:
         raise ValueError(
             f"{operation}: backend {requested!r} cannot run this call; use 'auto' or one of {', '.join(available)}"
         )
-    avoided = avoid.split(",")
+    avoided = os.environ.get(AVOID, "").split(",")
     wanted = [name for name in available if name not in avoided] or available
     backend = wanted[0] if requested == "auto" else requested
     log_backend(operation, backend)

@@ -28,7 +28,9 @@ def flash(
     Returns:
         Output ``(B, H, T_q, D)`` and log-sum-exp ``(B, H, T_q)``, which is 0 where a query sees nothing.
     """
-    query, key, value = _side_by_side(query, key, value)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
     result: tuple[Tensor, Tensor] = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return result
 
@@ -58,13 +60,11 @@ def flash_backward(
         mask: Likewise.
         scale: Likewise.
     """
-    query, key, value, output = _side_by_side(query, key, value, output)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    output = output if output.stride(-1) == 1 else output.contiguous()
     grads: tuple[Tensor, Tensor, Tensor] = _backward(
         grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return grads
-
-
-def _side_by_side(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, or copies whose last axis has stride 1."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]

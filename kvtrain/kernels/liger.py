@@ -8,6 +8,7 @@ tensors of their own, and refuse the gradient of a gradient.
 
 import functools
 import importlib.util
+import operator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def takes_liger(operation: str, requested: str, *tensors: Tensor, fits: bool = T
         raise ValueError(
             f"{operation}: backend 'liger' needs liger-kernel; use 'auto', or pip install 'kvtrain[liger]'"
         )
-    can_run = fits and _on_gpu(tensors[0]) and all(map(_runs_on, tensors)) and _is_installed()
+    can_run = fits and on_gpu(tensors[0]) and all(map(_runs_on, tensors)) and _is_installed()
     return choose_backend(operation, requested, ("liger", "torch") if can_run else ("torch",)) == "liger"
 
 
@@ -46,11 +47,11 @@ def _is_installed() -> bool:
 
 
 def _runs_on(tensor: Tensor) -> bool:
-    return _on_gpu(tensor) and tensor.dtype in _DTYPES and tensor.numel() > 0 and tensor.shape[-1] <= _MAX_CHANNELS
+    return on_gpu(tensor) and tensor.dtype in _DTYPES and tensor.numel() > 0 and tensor.shape[-1] <= _MAX_CHANNELS
 
 
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+on_gpu = operator.attrgetter("is_cuda")
+"""Whether a tensor lies where Liger's kernels run: asked before anything else, at every call."""
 
 
 class LigerRMSNorm(torch.autograd.Function):

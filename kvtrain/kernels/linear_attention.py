@@ -81,7 +81,7 @@ def linear_attention(
     """
     _check(query, key, value, causal, slopes, document_ids, state, chunk_size)
     layout = None if document_ids is None else document_layout(document_ids)
-    chosen = choose_backend("linear attention", backend, _backends(query, key, value))
+    chosen = choose_backend("linear attention", backend, tuple(_backends(query, key, value)))
     call = _Call(causal, slopes, layout, chunk_size, chosen)
     result: tuple[Tensor, Tensor]
     with autocast_off(query):
@@ -106,7 +106,7 @@ def linear_attention_reference(
     ``linear_attention`` says what the arguments and the results mean.
     """
     _check(query, key, value, causal, slopes, document_ids, state, chunk_size)
-    choose_backend("dense linear attention", backend, ["torch"])
+    choose_backend("dense linear attention", backend, ("torch",))
     dtype, out_dtype = wide_dtype(query, key, value), value.dtype
     if document_ids is None:
         document_ids = query.new_ones(query.shape[0], query.shape[2], dtype=torch.long)

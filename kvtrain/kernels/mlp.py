@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvtrain.kernels.cpu_tiling import empty_like, tiles
+from kvtrain.kernels import liger
+from kvtrain.kernels.cpu_tiling import tiles
 from kvtrain.kernels.dispatch import wide_dtype
-from kvtrain.kernels.liger import LigerSwiGLU, takes_liger
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -24,8 +24,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: The backend cannot run this call.
     """
-    if takes_liger("gate", backend, gate, up, fits=gate.shape == up.shape and gate.dtype == up.dtype):
-        gated: Tensor = LigerSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    fits = gate.shape == up.shape and gate.dtype == up.dtype
+    if (liger.on_gpu(gate) or backend != "auto") and liger.takes_liger("gate", backend, gate, up, fits=fits):
+        gated: Tensor = liger.LigerSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
     result: Tensor = _SwiGLU.apply(*torch.broadcast_tensors(gate, up))  # type: ignore[no-untyped-call]
     return result
@@ -37,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        result, wide = empty_like(up), wide_dtype(gate.dtype)
+        result, wide = torch.empty_like(up, memory_format=torch.contiguous_format), wide_dtype(gate.dtype)
         for gates, ups, results in tiles(gate, up, result):
             results.copy_(torch.nn.functional.silu(gates.to(wide)) * ups)
         return result
@@ -46,7 +47,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up, wide = empty_like(gate), empty_like(up), wide_dtype(gate.dtype)
+        grad_gate, wide = torch.empty_like(gate, memory_format=torch.contiguous_format), wide_dtype(gate.dtype)
+        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
         for gates, ups, grads, grad_gates, grad_ups in tiles(gate, up, grad, grad_gate, grad_up):
             gates, grads = gates.to(wide), grads.to(wide)
             grad_ups.copy_(torch.nn.functional.silu(gates) * grads)

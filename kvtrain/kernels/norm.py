@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvtrain.kernels.cpu_tiling import empty_like, tiles
+from kvtrain.kernels import liger
+from kvtrain.kernels.cpu_tiling import tiles
 from kvtrain.kernels.dispatch import at_least_float32, wide_dtype
-from kvtrain.kernels.liger import LigerRMSNorm, takes_liger
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:
@@ -23,14 +23,14 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, *, backend: str = "
     Raises:
         ValueError: The backend cannot run this call.
     """
-    if takes_liger("norm", backend, hidden, weight):
-        normed: Tensor = LigerRMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
+    if (liger.on_gpu(hidden) or backend != "auto") and liger.takes_liger("norm", backend, hidden, weight):
+        normed: Tensor = liger.LigerRMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
         return normed
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         result: Tensor = _RMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
         return result
-    wide = at_least_float32(hidden)
-    return torch.nn.functional.rms_norm(wide, weight.shape, weight.to(wide.dtype), epsilon).to(hidden.dtype)
+    wide = wide_dtype(hidden.dtype)
+    return torch.nn.functional.rms_norm(hidden.to(wide), weight.shape, weight.to(wide), epsilon).to(hidden.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,8 +46,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight = ctx.saved_tensors
-        grad_hidden, grad_weight = empty_like(hidden), torch.zeros_like(at_least_float32(weight))
         wide, channels = wide_dtype(hidden.dtype), hidden.shape[-1]
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        grad_weight = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype))
         for inputs, grads, results in tiles(hidden, grad, grad_hidden):
             inputs, grads = inputs.to(wide), grads.to(wide)
             mean_square = torch.linalg.vecdot(inputs, inputs).unsqueeze(-1).div_(channels)  # (n, 1)

@@ -199,7 +199,7 @@ def _attend_blocks(
     plain = query.device.type == "cpu" and query.dtype != torch.float16 and keys.shape == values.shape
     # torch's kernel has no gradient of its log-sum-exp, by which parts are merged.
     fast = ["flash_cpu"] if plain and not (torch.is_grad_enabled() and query.requires_grad) else []
-    chosen = choose_backend("paged attention", backend, [*fast, "chunked"])
+    chosen = choose_backend("paged attention", backend, (*fast, "chunked"))
     hidden = torch.arange(keys.shape[1], device=keys.device) >= filled[:, None]  # (N, S)
     query, keys, values = query.unsqueeze(1), keys.unsqueeze(1).to(query.dtype), values.unsqueeze(1).to(query.dtype)
     if chosen == "flash_cpu":

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvtrain.kernels import liger
 from kvtrain.kernels.cpu_tiling import row_tiles
 from kvtrain.kernels.dispatch import at_least_float32, wide_dtype
-from kvtrain.kernels.liger import LigerRotary, takes_liger
 
 
 def rotary_angles(inverse_frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,9 @@ def apply_rotary(
         ValueError: The backend cannot run this call; Liger needs ``halves_repeat``.
     """
     fits = halves_repeat and cos.dtype == sin.dtype == torch.float32 and not (cos.requires_grad or sin.requires_grad)
-    if takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
-        rotated: Tensor = LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
+    asked = liger.on_gpu(heads) or backend != "auto"
+    if asked and liger.takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
+        rotated: Tensor = liger.LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
     if cos.requires_grad or sin.requires_grad:
         wide = at_least_float32(heads)

@@ -75,7 +75,7 @@ def _check_host(host: Any) -> None:
         ValueError: With the remedy.
     """
     is_model = isinstance(host, PreTrainedModel)
-    if hasattr(host, "merge_and_unload") or (is_model and any(".base_layer." in name for name in host.state_dict())):
+    if hasattr(host, "merge_and_unload") or (is_model and ".base_layer." in " ".join(host.state_dict())):
         raise ValueError("this model has adapters; retrofit what merge_and_unload() of its peft.PeftModel returns")
     if not is_model:
         raise ValueError(f"a host is a transformers model with a language-model head, not a {type(host).__name__}")
@@ -131,7 +131,7 @@ def _replace(parent: nn.Module, name: str, replacement: type[nn.Module]) -> None
 
 def _check_parts(attention: nn.Module, layer_idx: int, adapter: HostAdapter) -> None:
     """Refuse an attention that does more, or less, than its family's adapter says."""
-    parts = sorted(name for name, _ in attention.named_children())
+    parts = sorted(dict(attention.named_children()))
     if parts != sorted((*PROJECTIONS, *adapter.attention_norms)):
         raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(parts)}")
 

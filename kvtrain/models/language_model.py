@@ -90,7 +90,7 @@ class CachedLanguageModel(_Decoder):
             ValueError: The model's cache has no such option.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
-        devices = [execution_device(layer.self_attn.o_proj) for layer in self.model.layers]
+        devices = [execution_device(layer) for layer in self.model.layers]
         placements = [Placement(self.dtype, device, budget) for device in devices]
         return KVCache(self.cache_layers(placements, **options), budget)
 

@@ -21,7 +21,7 @@ from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
-from kvtrain.renamed import has_old_names, option_with_new_name, with_new_names
+from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
 from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
@@ -43,7 +43,7 @@ _STRICT = "strict"  # our name for the parser's own reader of YAML behind our ch
 def _load(text: str) -> Any:
     strict_yaml.check(text)
     loaded = get_loader("yaml")(text)
-    return with_new_names(loaded) if has_old_names(text) else loaded
+    return with_new_names(loaded) if OLD_NAMES.search(text) else loaded
 
 
 set_loader(_STRICT, _load, (yaml.YAMLError,))

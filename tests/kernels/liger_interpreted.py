@@ -34,7 +34,7 @@ def mend_interpreter() -> None:
     convert = interpreter._implicit_cvt
     interpreter._implicit_cvt = lambda value: Scalar(value) if type(value) is float else convert(value)
     liger_norm.rsqrt = _rsqrt
-    liger._on_gpu = lambda tensor: True
+    liger.on_gpu = lambda tensor: True
 
 
 if __name__ == "__main__":

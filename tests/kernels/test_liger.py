@@ -85,7 +85,7 @@ def test_what_cannot_run_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPa
 
 def test_auto_takes_liger_wherever_it_can_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(liger, "_is_installed", lambda: True)
-    monkeypatch.setattr(liger, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(liger, "on_gpu", lambda tensor: True)
     good = torch.ones(2, 3)
 
     def chosen(*tensors: torch.Tensor, requested: str = "auto", fits: bool = True) -> bool:
@@ -97,7 +97,7 @@ def test_auto_takes_liger_wherever_it_can_run(monkeypatch: pytest.MonkeyPatch):
     assert not chosen(good, good.double())
     assert not chosen(good, good[:0])
     assert not chosen(good, torch.ones(1, 65537))
-    monkeypatch.setattr(liger, "_on_gpu", lambda tensor: tensor is good)
+    monkeypatch.setattr(liger, "on_gpu", lambda tensor: tensor is good)
     assert not chosen(good, good.clone())
 
 
@@ -116,7 +116,7 @@ def test_auto_takes_liger_wherever_it_can_run(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_the_kernels_do_not_know_runs_on_torch(monkeypatch: pytest.MonkeyPatch, wrong: Any):
     monkeypatch.setattr(liger, "_is_installed", lambda: True)
-    monkeypatch.setattr(liger, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(liger, "on_gpu", lambda tensor: True)
     with pytest.raises(ValueError, match="backend 'liger' cannot run this call"):
         wrong(backend="liger")
     assert wrong().shape == wrong(backend="torch").shape

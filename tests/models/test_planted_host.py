@@ -98,7 +98,7 @@ def test_it_trains_saves_and_opens(planted, method, tmp_path):
         again = load(str(tmp_path / "saved"))
         assert type(again) is type(model) and again.config.method == method
         with torch.no_grad():
-            assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+            assert torch.equal(again(ids, use_cache=True).logits, model(ids, use_cache=True).logits)
 
 
 def test_its_heads_are_converted_and_rounded(planted):

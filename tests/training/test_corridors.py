@@ -15,9 +15,9 @@ PACKAGE = Path(kvtrain.__file__).parent
 LENGTH, STEPS = 128, 3
 STEP = 2  # the first one opens a phase, the last one ends the run
 
-# What was counted (8,423 and 1,415 before the first step, 2,600 and 923 in one) and two per cent.
-MOST_CALLS_BEFORE, MOST_MOVES_BEFORE = 8591, 1443
-MOST_CALLS_A_STEP, MOST_MOVES_A_STEP = 2652, 941
+# What was counted (3,258 and 1,004 before the first step, 1,012 and 547 in one) and two per cent.
+MOST_CALLS_BEFORE, MOST_MOVES_BEFORE = 3323, 1024
+MOST_CALLS_A_STEP, MOST_MOVES_A_STEP = 1032, 558
 
 
 @pytest.fixture(scope="module")

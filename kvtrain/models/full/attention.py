@@ -30,8 +30,8 @@ class FullAttention(HostAttention):
         """See ``HostAttention``."""
         query, key, value = self.project(hidden_states, position_embeddings)
         if context.cache is None:
-            bits = None if self.training else self.bits
-            key, value = read_back(key, bits), read_back(value, bits)
+            if self.bits is not None and not self.training:
+                key, value = read_back(key, self.bits), read_back(value, self.bits)
             output = self.attend_documents(query, key, value, context)
         else:
             layer = context.cache_layer(self.layer_idx)
