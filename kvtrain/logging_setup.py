@@ -35,6 +35,13 @@ class _Lines(logging.Formatter):
         return f"kvtrain: warning: {text}" if record.levelno >= logging.WARNING else text
 
 
+def _to_standard_error(record: logging.LogRecord) -> bool:
+    """Take over what DeepSpeed would write to standard output, where results stand; its chatter is left out."""
+    if record.levelno >= logging.WARNING and "Setting accelerator to CPU" not in record.getMessage():
+        print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)
+    return False
+
+
 def configure_logging() -> None:
     """Send kvtrain's log to standard error, on the first rank, and silence advertisements and internals."""
     handler = _StandardError()
@@ -44,5 +51,6 @@ def configure_logging() -> None:
     own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
     for remark in _OTHERS_REMARKS:
         warnings.filterwarnings("ignore", message=remark)
