@@ -91,14 +91,8 @@ class CrossEntropy:
         """Summed loss of a chunk."""
         return _token_losses(logits, self.targets[rows]).sum()
 
-    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
-        """Gradient with respect to the chunk's logits."""
-        return _logits_gradient(logits, self.targets[rows])
-
-
-def _logits_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """``softmax - onehot``, zero where the target is ignored."""
-    gradient = torch.softmax(logits, -1)
-    counted = targets != IGNORE_INDEX
-    gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
-    return gradient.mul_(counted.unsqueeze(-1))
+    def loss_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Summed loss of a chunk, and ``softmax - onehot``, zero where the target is ignored."""
+        targets, gradient = self.targets[rows], torch.softmax(logits, -1)
+        gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+        return self.loss(logits, rows), gradient.mul_((targets != IGNORE_INDEX).unsqueeze(-1))

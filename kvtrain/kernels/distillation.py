@@ -117,14 +117,25 @@ class _KLDivergence:
         self.teacher = logits_by(teacher.head, teacher.hidden)
         self.counted = counted.unsqueeze(-1)
         self.forward, self.temperature = direction == "forward", temperature
-        self._teacher = self._student = self._token_losses = torch.zeros(0)
 
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
+        return self._sum(self._token_losses(self._teacher_log_softmax(logits, rows), self._log_softmax(logits)), rows)
+
+    def loss_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         teacher, student = self._teacher_log_softmax(logits, rows), self._log_softmax(logits)
+        losses, gradient = self._token_losses(teacher, student), student.exp()
+        if self.forward:
+            gradient.sub_(teacher.exp())
+        else:
+            gradient.mul_((student - teacher).sub_(losses))
+        return self._sum(losses, rows), gradient.mul_(self.counted[rows]).mul_(self.temperature)
+
+    def _token_losses(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Divergence of each token ``(n, 1)``, from logarithms of probabilities ``(n, V)``."""
         true, model = (teacher, student) if self.forward else (student, teacher)
-        losses = (true.exp() * (true - model)).sum(-1, keepdim=True)
-        # Kept as constants: what leads back to a graph that refers to this object would never be freed.
-        self._teacher, self._student, self._token_losses = teacher, student.detach(), losses.detach()
+        return (true.exp() * (true - model)).sum(-1, keepdim=True)
+
+    def _sum(self, losses: Tensor, rows: slice) -> Tensor:
         return (losses * self.counted[rows]).sum() * self.temperature**2
 
     @torch.no_grad()
@@ -134,14 +145,6 @@ class _KLDivergence:
             sizes = f"{logits.shape[-1]} and {teacher.shape[-1]} tokens"
             raise ValueError(f"student and teacher must have the same vocabulary, not {sizes}")
         return self._log_softmax(teacher)
-
-    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
-        gradient = self._student.exp()
-        if self.forward:
-            gradient.sub_(self._teacher.exp())
-        else:
-            gradient.mul_((self._student - self._teacher).sub_(self._token_losses))
-        return gradient.mul_(self.counted[rows]).mul_(self.temperature)
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         return torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, -1)

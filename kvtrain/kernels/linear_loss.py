@@ -22,8 +22,8 @@ class Objective(Protocol):
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
         """Summed loss of a chunk, from its logits ``(n, V)`` in at least float32; differentiable."""
 
-    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
-        """Gradient with respect to the logits, a new ``(n, V)``; called after ``loss`` of the same chunk."""
+    def loss_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The same without a graph, and its gradient with respect to the logits, a new ``(n, V)``."""
 
 
 class WeightedSum:
@@ -42,16 +42,20 @@ class WeightedSum:
 
     def loss(self, logits: Tensor, rows: slice) -> Tensor:
         """Weighted sum of the objectives' losses."""
-        losses = [objective.loss(logits, rows) for _, objective in self.terms]
+        return self._add([objective.loss(logits, rows) for _, objective in self.terms])
+
+    def loss_and_gradient(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Weighted sums of the objectives' losses and gradients."""
+        losses, gradient = [], torch.zeros_like(logits)
+        for factor, objective in self.terms:
+            loss, part = objective.loss_and_gradient(logits, rows)
+            losses.append(loss)
+            gradient.add_(part, alpha=factor)
+        return self._add(losses), gradient
+
+    def _add(self, losses: list[Tensor]) -> Tensor:
         self.sums = [total + loss.detach() for total, loss in zip(self.sums, losses, strict=True)]
         return torch.stack([factor * loss for (factor, _), loss in zip(self.terms, losses, strict=True)]).sum()
-
-    def gradient(self, logits: Tensor, rows: slice) -> Tensor:
-        """Weighted sum of the objectives' gradients."""
-        total = torch.zeros_like(logits)
-        for factor, objective in self.terms:
-            total.add_(objective.gradient(logits, rows), alpha=factor)
-        return total
 
 
 def linear_loss_sum(hidden: Tensor, head: Head, objective: Objective, *, chunk_size: int = 1024) -> Tensor:
@@ -98,10 +102,11 @@ class _LinearLossSum(torch.autograd.Function):
         for rows in spans(len(hidden), chunk_size):
             part = hidden[rows].to(dtype)
             logits = at_least_float32(part @ head.T)
-            loss += objective.loss(logits, rows)
             if grad_hidden is None and grad_weight is None:
+                loss += objective.loss(logits, rows)
                 continue
-            grad_logits = objective.gradient(logits, rows).to(dtype)
+            value, grad_logits = objective.loss_and_gradient(logits, rows)
+            loss, grad_logits = loss + value, grad_logits.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ head
             if grad_weight is not None:
