@@ -29,8 +29,12 @@ class MethodModule(TrainingModule):
         return self.method.repeats(self.host_config())
 
     def simplify(self, dropped: Collection[int]) -> None:
-        """See ``TrainingModule``."""
-        self.method, self._dropped = self.method.simplified(dropped, self.host_config()), dropped
+        """See ``TrainingModule``; of a module that is shallower already, layers are counted as they are left."""
+        config = self.host_config()
+        depth = config.num_hidden_layers + len(self._dropped)
+        left = [layer for layer in range(depth) if layer not in self._dropped]
+        self.method = self.method.simplified(dropped, config)
+        self._dropped = {*self._dropped, *(left[layer] for layer in dropped)}
 
     def read_config(self, path: str, remedy: str) -> PreTrainedConfig:
         """As ``read_model_config``, without the layers that are dropped."""

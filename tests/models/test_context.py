@@ -33,6 +33,15 @@ def test_what_tokenizers_and_collators_add_is_left_unread(model):
         assert torch.equal(model(ids, **added).logits, expected)
 
 
+def test_generating_hands_more_on_than_it_uses(model):
+    """``transformers serve`` passes a tokenizer, which ends up in the arguments of every step."""
+    if model.can_generate():
+        asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(
+            model.generate(random_ids(1, 5), tokenizer=object(), **asked), model.generate(random_ids(1, 5), **asked)
+        )
+
+
 def test_a_mask_that_is_none_of_padding_is_refused(model):
     ids = random_ids(2, 6)
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 1, 6, 6\); pass the padding mask"):
