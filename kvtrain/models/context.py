@@ -19,7 +19,7 @@ _POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_emb
 # What every decoder understands, and what says how its input belongs together.
 _DECODER = {*_POSITIONAL, "output_hidden_states", "return_dict", "context"}
 _OURS = {"document_ids", "prefill", "step", "outputs"}
-# What tokenizers, collators, trainers and ``generate`` add, and these models have no use for: hosts leave it unread, too.
+# What tokenizers, collators, trainers and `generate` add, and these models have no use for: hosts leave it unread, too.
 # What collators say of packed rows twice is read once: ``cu_seq_lens_q`` has it.
 _UNREAD = {
     "tokenizer",
