@@ -38,6 +38,15 @@ RETIRED = {
 
 # Whole names that are gone; their words are ordinary ones and stay free elsewhere.
 RETIRED_NAMES = {
+    "Diagonal": "strict, bias_after",
+    "NewTokens": "ForwardContext",
+    "SharingStack": "LayerSchedule",
+    "Visibility": "AttentionMask",
+    "dmc_step": "step",
+    "duo_step": "step",
+    "key_documents": "Documents",
+    "query_documents": "Documents",
+    "visibility": "attention_mask",
     "EVERYTHING": "the pattern `full`",
     "Made": "outputs",
     "Place": "PhaseStep, SettingLocation",
