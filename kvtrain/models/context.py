@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +102,24 @@ class ForwardContext:
             self._derived[name] = make()
         found: Derived = self._derived[name]
         return found
+
+    def to(self, device: torch.device | str | int, *_: Any, **__: Any) -> "ForwardContext":
+        """The same for layers that run on another device; accelerate's hooks ask everything that has a ``to``."""
+        device = torch.device(device)
+        here = self.positions.device
+        if here.type == device.type and device.index in (None, here.index):
+            return self
+        return self.derive(("on", device), lambda: self._on(device))
+
+    def _on(self, device: torch.device) -> "ForwardContext":
+        tensors = {name: getattr(self, name) for name in ("positions", "valid", "order", "prefill")}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()
+        }
+        documents = None if self.documents is None else Documents(self.documents.queries.to(device))
+        other = replace(self, documents=documents, **moved)
+        object.__setattr__(other, "_visited", self._visited)  # one cache, whoever looks at it
+        return other
 
     def leave(self, output: Any) -> Any:
         """Count the tokens that went into the cache, and give a decoder's outputs back in the caller's order.

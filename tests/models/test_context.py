@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 import kvtrain
 from kvtrain.models import context as contexts
@@ -92,6 +93,22 @@ def test_rows_of_an_iterated_stack_read_and_decode_side_by_side():
         together = model(ids[:, 6:], past_key_values=cache, prefill=torch.tensor([True, False])).logits
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-10, rtol=0)
     assert (alone[0] - model(ids[:1], use_cache=False).logits[0, 6:]).abs().max() < 1  # both are outputs of the model
+
+
+def test_it_follows_its_layers_to_other_devices():
+    """Where accelerate spreads a model, its hooks move what layers get."""
+    model = kvtrain.retrofit(make_host("llama"), kvtrain.Full())
+    cache = model.make_cache()
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    here = contexts.cache_context({"input_ids": random_ids(2, 3), "attention_mask": mask}, cache)
+    assert send_to_device(here, "cpu") is here
+    there = send_to_device(here, torch.device("meta"))
+    assert {there.positions.device.type, there.valid.device.type, there.prefill.device.type} == {"meta"}
+    assert there.to("meta") is there is here.to("meta") and there.cache is cache
+    there.cache_layer(0)
+    here.leave(object())  # somebody has looked at the cache
+    parallel = contexts.parallel_context({"input_ids": random_ids(2, 3), "attention_mask": mask}, None)
+    assert parallel.to("meta").documents.queries.device.type == "meta" and parallel.to("meta").cache is None
 
 
 def test_a_pass_without_a_cache_leaves_its_outputs_alone():
