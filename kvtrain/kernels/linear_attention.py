@@ -49,6 +49,7 @@ def linear_attention(
     causal: bool = True,
     slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    layout: Layout | None = None,
     state: Tensor | None = None,
     chunk_size: int = CHUNK,
     backend: str = "auto",
@@ -66,6 +67,7 @@ def linear_attention(
         slopes: ``(H,)``, not negative, constants: a token weighs ``exp(-slope)`` less with every token between.
         document_ids: ``(B, T)`` integers. 0 is padding: it counts for nothing, not even as distance, gets zeros, and
             its query, key and value may be anything, NaN included. A document is a run of one other id.
+        layout: What ``document_layout`` makes of ``document_ids``, where it has been made for another layer.
         state: ``(B, H, D, D_v)``, the state after the tokens before these, which the first document continues.
         chunk_size: Tokens per chunk of the torch backend.
         backend: ``"auto"``, ``"torch"``, or ``"triton"`` (on NVIDIA GPUs since Ampere, up to 128 channels, not
@@ -80,7 +82,8 @@ def linear_attention(
             run this call.
     """
     _check(query, key, value, causal, slopes, document_ids, state, chunk_size)
-    layout = None if document_ids is None else document_layout(document_ids)
+    if layout is None and document_ids is not None:
+        layout = document_layout(document_ids)
     chosen = choose_backend("linear attention", backend, tuple(_backends(query, key, value)))
     call = _Call(causal, slopes, layout, chunk_size, chosen)
     result: tuple[Tensor, Tensor]

@@ -10,6 +10,7 @@ from torch.nn import functional
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.block_attention import block_attention
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
+from kvtrain.kernels.linear_attention_chunked import document_layout
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
@@ -189,12 +190,12 @@ class NormAttention(TransNormerAttention):
             slopes = torch.tensor(self._slopes, dtype=wide, device=query.device)
         if context.cache is None:
             output, _ = linear_attention(
-                query, key, value, causal=self.causal, slopes=slopes, document_ids=layout.document_ids
+                query, key, value, causal=self.causal, slopes=slopes, **_documents(layout, context)
             )
         else:
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, NormCacheLayer) and context.valid is not None
-            output = self._serve(query, key, value, slopes, layout, context.valid, layer)
+            output = self._serve(query, key, value, slopes, _documents(layout, context), context.valid, layer)
         projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected
 
@@ -210,7 +211,7 @@ class NormAttention(TransNormerAttention):
         key: Tensor,
         value: Tensor,
         slopes: Tensor | None,
-        layout: TokenLayout,
+        documents: dict[str, Any],
         valid: Tensor,
         layer: NormCacheLayer,
     ) -> Tensor:
@@ -218,7 +219,13 @@ class NormAttention(TransNormerAttention):
         if query.shape[2] == 1:
             output, layer.state = linear_attention_step(query, key, value, layer.state, slopes=slopes, valid=valid)
         else:
-            output, layer.state = linear_attention(
-                query, key, value, slopes=slopes, document_ids=layout.document_ids, state=layer.state
-            )
+            output, layer.state = linear_attention(query, key, value, slopes=slopes, **documents, state=layer.state)
         return output
+
+
+def _documents(layout: TokenLayout, context: ForwardContext) -> dict[str, Any]:
+    """What linear attention must know of documents; how they lie is found once a pass."""
+    ids = layout.document_ids
+    if ids is None:
+        return {}
+    return {"document_ids": ids, "layout": context.derive("document layout", lambda: document_layout(ids))}
