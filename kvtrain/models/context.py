@@ -16,21 +16,20 @@ from kvtrain.models.compat import CACHE, NEWEST_TESTED, OLDEST_TESTED, rename_ca
 from kvtrain.models.recording import RecordedStates
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
-# What every decoder understands, and what says how its input belongs together.
-_DECODER = {*_POSITIONAL, "output_hidden_states", "return_dict", "context"}
+# What every decoder understands, and what says how its input belongs together: of flash-attention's four names
+# ``cu_seq_lens_q`` says it all.
+_DECODER = {*_POSITIONAL, "output_hidden_states", "output_attentions", "return_dict", "context"}
+_DECODER |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 _OURS = {"document_ids", "prefill", "step", "outputs"}
 # What tokenizers, collators, trainers and `generate` add, and these models have no use for: hosts leave it unread, too.
-# What collators say of packed rows twice is read once: ``cu_seq_lens_q`` has it.
 _UNREAD = {
     "tokenizer",
     "assistant_tokenizer",
     "token_type_ids",
-    "output_attentions",
     "cache_position",
     "output_router_logits",
     "seq_idx",
 }
-_UNREAD |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 Derived = TypeVar("Derived")
 
@@ -232,8 +231,7 @@ def parallel_context(kwargs: Mapping[str, Any], packed: Tensor | None) -> Forwar
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     elif positions is None:
         positions = torch.arange(_tokens(kwargs).shape[1], device=_tokens(kwargs).device)[None]
-    step, outputs = kwargs.get("step"), kwargs.get("outputs")
-    return ForwardContext(positions, Documents.of(documents), counted=counted, step=step, outputs=outputs)
+    return ForwardContext(positions, Documents.of(documents), counted=counted, **_handed_on(kwargs))
 
 
 def _unless_alone(documents: Tensor) -> Tensor | None:
@@ -275,8 +273,12 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
             if kwargs.get(name) is not None:
                 kwargs[name] = _take(kwargs[name], order)
     prefill = _prefill(kwargs.get("prefill"), valid)
-    step, outputs = kwargs.get("step"), kwargs.get("outputs")
-    return ForwardContext(positions, None, False, cache, valid, restore, prefill, step, outputs)
+    return ForwardContext(positions, cache=cache, valid=valid, order=restore, prefill=prefill, **_handed_on(kwargs))
+
+
+def _handed_on(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a context carries as the caller gave it."""
+    return {name: kwargs.get(name) for name in ("step", "outputs", "recorded")}
 
 
 def _prefill(said: bool | Tensor | None, valid: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import MutableMapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
@@ -239,7 +238,7 @@ class CachedLanguageModel(_Decoder):
     def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
         kwargs = named_arguments(args, kwargs)
-        recorded = self._recorded(kwargs)
+        kwargs["recorded"] = recorded = self._recorded(kwargs)
         cache, asked = kwargs.get(CACHE), kwargs.get("use_cache")
         documents = packed_documents(kwargs) if cache is None else None
         if asked is None:
@@ -261,7 +260,7 @@ class CachedLanguageModel(_Decoder):
             "use_cache": cache is not None,
             "output_hidden_states": kwargs["output_hidden_states"] if recorded is None else False,
             "return_dict": kwargs.get("return_dict"),
-            "context": replace(context, recorded=recorded),
+            "context": context,
         }
 
     def _recorded(self, kwargs: dict[str, Any]) -> RecordedStates | None:

@@ -12,6 +12,16 @@ from kvtrain.models.hosts import key_value_shapes
 Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
 
 
+def check_kv_bits(kv_bits: int | None) -> None:
+    """Refuse bits of a channel in which no cache is kept.
+
+    Raises:
+        ValueError: They are neither 8 nor 4 nor None.
+    """
+    if kv_bits not in (None, 4, 8):
+        raise ValueError(f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing")
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Settings of one way to shrink a key-value cache, and what follows from them alone.
@@ -33,8 +43,9 @@ class Method(ABC):
         return False
 
     def described_cache(self) -> str:
-        """The cache that serves, in a few words."""
-        return self.name.upper()
+        """The cache that serves, in a few words, with its bits where the settings have ``kv_bits``."""
+        bits = getattr(self, "kv_bits", None)
+        return self.name.upper() if bits is None else f"{self.name.upper()}, {bits} bits a channel"
 
     def runs_layers_once(self, host_config: PreTrainedConfig) -> bool:
         """Whether a forward pass runs every layer once, so that hidden states between them can be recorded."""

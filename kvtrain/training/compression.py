@@ -51,20 +51,14 @@ class CompressionModule(RetrofitModule):
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """The compression hinge."""
-        fractions = self._fractions(batch, arguments)
-        if fractions is None:
+        decisions: LayerOutputs = arguments["outputs"]
+        if not decisions:
             return None
+        fractions = compressed_fraction(decisions.values(), has_choice(batch["document_ids"]))
         target = self.target(self.phase_step())
         self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
         self.log("compression_target", target, prog_bar=True)
         return self.compression_weight * compression_hinge(fractions, target)
-
-    def _fractions(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
-        """Share of each row's tokens that take no slot of their own; None where nothing was decided."""
-        decisions: LayerOutputs = arguments["outputs"]
-        if not decisions:
-            return None
-        return compressed_fraction(decisions.values(), has_choice(batch["document_ids"]))
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
@@ -74,9 +68,11 @@ class CompressionModule(RetrofitModule):
     def observe_validation(self, batch: Batch, arguments: dict[str, Any], output: Any) -> None:
         """Collect what hard decisions compress of the held-out rows."""
         super().observe_validation(batch, arguments, output)
-        fractions = self._fractions(batch, arguments)
-        if fractions is not None:
-            self._heads.count(arguments["outputs"], has_choice(batch["document_ids"]))
+        decisions: LayerOutputs = arguments["outputs"]
+        if decisions:
+            free = has_choice(batch["document_ids"])
+            self._heads.count(decisions, free)
+            fractions = compressed_fraction(decisions.values(), free)
             real = (batch["document_ids"] > 0).any(1)
             self._validation_compressed += torch.stack([fractions[real].sum(), real.sum()])
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
-from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation
 from kvtrain.losses.gate_regularization import gate_size, sparsity_penalty
 from kvtrain.models.context import LayerOutputs
 from kvtrain.models.duo import Duo
-from kvtrain.models.duo.attention import DuoStep, GatedAttention
+from kvtrain.models.duo.attention import DuoStep
+from kvtrain.models.duo.convert import gated_attention
 from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
 from kvtrain.training.callbacks.head_gates import HeadGates
 from kvtrain.training.parameters import clamp_parameter, whole
@@ -93,12 +93,9 @@ class DuoModule(RetrofitModule):
         """Gates are written down at every validation."""
         return [HeadGates(Path(self.trainer.default_root_dir), self.head_gates)]
 
-    def _gated(self) -> list[GatedAttention]:
-        return [module for module in self.model.modules() if isinstance(module, GatedAttention)]
-
     def head_gates(self) -> tuple[Tensor, Tensor]:
         """Gates ``(layers, H_kv)``, and as they would be rounded now."""
-        stored = torch.stack([whole(module.gates) for module in self._gated()]).float()
+        stored = torch.stack([whole(module.gates) for module in gated_attention(self.model)]).float()
         gates = open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
         rounded = pattern_of(choose_full_heads(gates, self.method.sparsity), gates.shape[1])
         return gates, rounded.to(gates)
@@ -127,7 +124,7 @@ class DuoModule(RetrofitModule):
         if seen is not None:
             columns = receptive_field(batch, self.method, len(seen))
             batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
-            teacher = TeacherHead(teacher.hidden[:, columns], teacher.head)
+            teacher = teacher._replace(hidden=teacher.hidden[:, columns])
             kwargs["step"] = self._step(teacher={layer: heads[:, :, columns] for layer, heads in seen.items()})
         if self.distillation is not None:
             kwargs["teacher"] = teacher
@@ -160,7 +157,7 @@ class DuoModule(RetrofitModule):
         """Bring gates back between 0 and 1."""
         super().on_train_batch_start(batch, batch_idx)
         if self.method.gates == "plain" and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            for module in self._gated():
+            for module in gated_attention(self.model):
                 clamp_parameter(module.gates, 0.0, 1.0)
 
     def on_validation_epoch_start(self) -> None:

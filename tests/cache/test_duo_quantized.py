@@ -205,12 +205,6 @@ def test_caches_of_other_bits_cannot_join(bits):
         assert cache.num_rows == 1
 
 
-@pytest.mark.parametrize("kv_bits", [2, 16, 0, "8"])
-def test_kv_bits_are_validated(kv_bits):
-    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing"):
-        kvtrain.Duo(kv_bits=kv_bits)
-
-
 def test_the_setting_outlives_rounding_and_saving(tmp_path, bits):
     model = kvtrain.retrofit(make_host(), kvtrain.Duo(sink=SINK, recent=RECENT, kv_bits=bits))
     assert model.method.as_served(model.config.host_config).kv_bits == bits

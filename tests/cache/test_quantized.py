@@ -191,10 +191,11 @@ def test_a_prompt_read_without_quantization_cannot_join(bits):
     assert cache.num_rows == 1
 
 
+@pytest.mark.parametrize("method", [kvtrain.Full, kvtrain.Duo])
 @pytest.mark.parametrize("kv_bits", [2, 16, 0, "8"])
-def test_kv_bits_are_validated(kv_bits):
+def test_kv_bits_are_validated(method, kv_bits):
     with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing"):
-        kvtrain.Full(kv_bits=kv_bits)
+        method(kv_bits=kv_bits)
 
 
 def test_the_setting_is_saved_and_exported(tmp_path, bits):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PreTrainedConfig
 
 from kvtrain.models.hosts import common_key_value_shape
-from kvtrain.models.method import Method, Repeat
+from kvtrain.models.method import Method, Repeat, check_kv_bits
 
 Mixing = Literal["self", "teacher"]
 GateKind = Literal["plain", "hard_concrete"]
@@ -65,18 +65,13 @@ class Duo(Method):
             raise ValueError(f"sparsity is the share of streaming heads, from 0 to 1, not {self.sparsity}")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
-        if self.kv_bits not in (None, 4, 8):
-            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
+        check_kv_bits(self.kv_bits)
         if self.full_heads is not None:  # JSON and YAML know lists alone
             object.__setattr__(self, "full_heads", tuple(tuple(sorted(heads)) for heads in self.full_heads))
 
     def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """See ``Method.repeats``; of a rounded model each layer is its own."""
         return [] if self.full_heads is not None else super().repeats(host_config)
-
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        return super().described_cache() if self.kv_bits is None else f"DUO, {self.kv_bits} bits a channel"
 
     @property
     def servable(self) -> bool:

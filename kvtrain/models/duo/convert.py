@@ -57,13 +57,14 @@ def gates_of(model: PreTrainedModel) -> Tensor:
     Raises:
         ValueError: The model has none.
     """
-    gated = _gated(model)
+    gated = gated_attention(model)
     if not gated:
         raise ValueError("this model has no gates; retrofit one with kvtrain.Duo()")
     return torch.stack([attention.gate_values().detach().float().cpu() for attention in gated])
 
 
-def _gated(model: nn.Module) -> list[GatedAttention]:
+def gated_attention(model: nn.Module) -> list[GatedAttention]:
+    """The attention of every layer, where heads have gates."""
     return [module for module in model.modules() if isinstance(module, GatedAttention)]
 
 
@@ -87,7 +88,7 @@ def round_gates(model: Any, settings: Duo, sparsity: float, gates: Tensor | None
         raise ValueError(f"gates are (layers, key-value heads) = {tuple(own.shape)}, not {tuple(gates.shape)}")
     rounded = settings.rounded(choose_full_heads(gates, sparsity))
     assert rounded.full_heads is not None
-    for attention, full in zip(_gated(model), rounded.full_heads, strict=True):
+    for attention, full in zip(gated_attention(model), rounded.full_heads, strict=True):
         for module, child in attention.named_children():
             for kind, parameter in list(child.named_parameters()):
                 name = f"{module}.{kind}"

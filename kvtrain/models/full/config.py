@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from kvtrain.models.method import Method
+from kvtrain.models.method import Method, check_kv_bits
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Full(Method):
     kv_bits: Literal[4, 8] | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_bits not in (None, 4, 8):
-            raise ValueError(f"kv_bits must be 8 or 4, not {self.kv_bits!r}; leave it out to quantize nothing")
+        check_kv_bits(self.kv_bits)
 
     @property
     def is_host(self) -> bool:
@@ -37,10 +36,6 @@ class Full(Method):
     def trains_as_host(self) -> bool:
         """See ``Method.trains_as_host``."""
         return True
-
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        return super().described_cache() if self.kv_bits is None else f"FULL, {self.kv_bits} bits a channel"
 
     @property
     def survives_reentrant_checkpointing(self) -> bool:
