@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from kvtrain.data.packing import IGNORE_INDEX, Batch
 from kvtrain.models.dmc import DMC
 from kvtrain.models.duo import Duo
+from kvtrain.models.duo.convert import gated_attention
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 from kvtrain.models.lckv import LCKV
@@ -123,7 +124,7 @@ class TinyDuo(DuoModule):
 
     def stored(self, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Gates of all layers, or what else can be read of them."""
-        return torch.stack([read(module.gates).detach().clone() for module in self._gated()])
+        return torch.stack([read(module.gates).detach().clone() for module in gated_attention(self.model)])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         before = self.stored(whole)
