@@ -36,4 +36,4 @@ def __getattr__(name: str) -> Any:
     module = _FUNCTIONS.get(name) or public_names(architectures()).get(name)
     if module is None:
         raise AttributeError(f"module 'kvtrain' has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    return globals().setdefault(name, getattr(importlib.import_module(module), name))  # found without us from now on

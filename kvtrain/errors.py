@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import math
 import os
 import traceback
 from collections.abc import Iterable, Iterator
@@ -146,13 +145,3 @@ def require_file_place(path: Path) -> None:
         raise UsageError(f"{path}: no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"{path} may not be written; choose another file")
-
-
-def require_finite(name: str, number: float) -> None:
-    """Refuse what is infinite or not a number.
-
-    Raises:
-        UsageError: It is.
-    """
-    if not math.isfinite(number):
-        raise UsageError(f"{name} must be a finite number, not {number}")

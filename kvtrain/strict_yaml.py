@@ -7,6 +7,7 @@ lines that stand for a billion values, a key that is given twice and silently co
 import functools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ _MOST_VALUES = 100_000
 _DEEPEST = 64
 _MERGE = "<<"
 _NO_NUMBERS = (".nan", ".inf")
-_NUMERIC = frozenset("+-.0123456789")  # what numbers begin with
+# All numbers that are infinite or none look like this, and few others: `.inf`, `1e999`.
+_MAY_BE_NO_NUMBER = re.compile(r"[-+]*\.(nan|inf)\Z|[-+.\d].*e", re.IGNORECASE | re.DOTALL)
 # Plain words and numbers, which need no walk: nothing in them opens, names or separates.
 _WORDS = re.compile(r"[\w./+][\w ./+-]*", re.ASCII)
 
@@ -48,12 +50,10 @@ def check(text: str) -> None:
     """
     if len(text) > MOST_CHARACTERS:
         raise _refusal(f"longer than {MOST_CHARACTERS:,} characters")
-    if _WORDS.fullmatch(text) and not _is_no_number(text):
+    if _WORDS.fullmatch(text) and not _MAY_BE_NO_NUMBER.match(text):
         return
-    walk = _Walk()
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
-            walk.see(event)
+        _check_events(yaml.parse(text, Loader=_LOADER))
     except UnicodeEncodeError as error:
         raise _refusal("holds half a surrogate pair, not text") from error
 
@@ -82,53 +82,43 @@ def compose(text: str) -> yaml.Node | None:
     return node
 
 
-class _Walk:
-    """Reads parsing events in order; aliases count for all that they stand for."""
-
-    def __init__(self) -> None:
-        self.open = [_Collection(None, is_mapping=False)]
-        self.sizes: dict[str, int] = {}
-
-    def see(self, event: yaml.Event) -> None:
-        if isinstance(event, yaml.CollectionEndEvent):
-            closed = self.open.pop()
-            self._add(closed.values, closed.anchor, event)
-        elif isinstance(event, yaml.NodeEvent):
-            parent = self.open[-1]
-            if parent.is_mapping and not parent.children % 2 and isinstance(event, yaml.ScalarEvent):
-                self._check_key(event)
-            parent.children += 1
-            if isinstance(event, yaml.CollectionStartEvent):
-                self._enter(event)
-            elif isinstance(event, yaml.AliasEvent):
-                self._add(self._size_of(event), None, event)
-            elif isinstance(event, yaml.ScalarEvent):
-                if event.implicit[0] and event.value[:1] in _NUMERIC and _is_no_number(event.value):
-                    raise _refusal(f"{event.value} is not a finite number", event)
-                self._add(1, event.anchor, event)
-
-    def _enter(self, event: yaml.CollectionStartEvent) -> None:
-        if len(self.open) > _DEEPEST:
-            raise _refusal(f"nested more than {_DEEPEST} levels deep", event)
-        self.open.append(_Collection(event.anchor, isinstance(event, yaml.MappingStartEvent)))
-
-    def _size_of(self, alias: yaml.AliasEvent) -> int:
-        if any(collection.anchor == alias.anchor for collection in self.open):
-            raise _refusal(f"*{alias.anchor} stands inside &{alias.anchor}, which would hold itself", alias)
-        return self.sizes.get(alias.anchor or "", 1)
-
-    def _add(self, values: int, anchor: str | None, event: yaml.Event) -> None:
+def _check_events(events: Iterator[yaml.Event]) -> None:
+    """Look over what a parser reads, in order; one loop, for a text may have a hundred thousand events."""
+    outer: list[_Collection] = []
+    inner = _Collection(None, is_mapping=False)  # the innermost that is open; at first the document
+    sizes: dict[str, int] = {}  # how many values an anchor stands for
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(outer) >= _DEEPEST:
+                raise _refusal(f"nested more than {_DEEPEST} levels deep", event)
+            inner.children += 1
+            outer.append(inner)
+            inner = _Collection(event.anchor, isinstance(event, yaml.MappingStartEvent))
+            continue
+        if isinstance(event, yaml.ScalarEvent):
+            value, values, anchor = event.value, 1, event.anchor
+            if event.implicit[0] and _MAY_BE_NO_NUMBER.match(value) and _is_no_number(value):
+                raise _refusal(f"{value} is not a finite number", event)
+            if inner.is_mapping and not inner.children % 2:
+                if value in inner.lines and value != _MERGE:
+                    raise _refusal(f"'{value}' is given twice, first in line {inner.lines[value]}", event)
+                mark: Any = event.start_mark  # parsers of a text always know
+                inner.lines[value] = mark.line + 1
+            inner.children += 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in {collection.anchor for collection in (*outer, inner)}:
+                raise _refusal(f"*{event.anchor} stands inside &{event.anchor}, which would hold itself", event)
+            values, anchor = sizes.get(event.anchor or "", 1), None
+            inner.children += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            values, anchor, inner = inner.values, inner.anchor, outer.pop()
+        else:
+            continue
         if anchor is not None:
-            self.sizes[anchor] = values
-        self.open[-1].values += values
-        if self.open[-1].values > _MOST_VALUES:
+            sizes[anchor] = values
+        inner.values += values
+        if inner.values > _MOST_VALUES:
             raise _refusal(f"stands for more than {_MOST_VALUES:,} values, aliases written out", event)
-
-    def _check_key(self, event: yaml.ScalarEvent) -> None:
-        lines = self.open[-1].lines
-        if event.value in lines and event.value != _MERGE:
-            raise _refusal(f"'{event.value}' is given twice, first in line {lines[event.value]}", event)
-        lines[event.value] = _mark(event).line + 1
 
 
 def _is_no_number(text: str) -> bool:
@@ -141,9 +131,5 @@ def _is_no_number(text: str) -> bool:
         return False
 
 
-def _mark(event: yaml.Event) -> Any:
-    return event.start_mark
-
-
-def _refusal(problem: str, event: yaml.Event | None = None) -> StrictYAMLError:
-    return StrictYAMLError(None, None, problem, _mark(event) if event else None)
+def _refusal(problem: str, event: Any = None) -> StrictYAMLError:
+    return StrictYAMLError(None, None, problem, event.start_mark if event else None)

@@ -18,8 +18,9 @@ def resolve(name: str) -> str:
     """
     if not name.startswith(PREFIX):
         return name
-    carried = sorted(path.parent.name for path in ASSETS.glob("*/tokenizer.json"))
-    if name.removeprefix(PREFIX) not in carried:
-        known = ", ".join(PREFIX + folder for folder in carried)
-        raise ValueError(f"the package carries no model {name!r}; it has {known}")
-    return str(ASSETS / name.removeprefix(PREFIX))
+    tokenizers = sorted(ASSETS.glob("*/tokenizer.json"))
+    for path in tokenizers:
+        if name == f"{PREFIX}{path.parent.name}":
+            return str(path.parent)
+    known = ", ".join(f"{PREFIX}{path.parent.name}" for path in tokenizers)
+    raise ValueError(f"the package carries no model {name!r}; it has {known}")

@@ -146,6 +146,10 @@ class KVCache(Cache):
         most = max(tokens.shape[1] for tokens in kept)
         return torch.stack([pad(tokens, (0, most - tokens.shape[1])) for tokens in kept])
 
+    def mean_kv_tokens(self) -> Tensor:
+        """Entries that a head of a row keeps, in the mean over all heads of all layers, ``(B,)`` float64."""
+        return torch.cat([layer.kv_tokens() for layer in self.layers], 1).double().mean(1)
+
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, spare pages used up first.
 

@@ -78,7 +78,7 @@ def passkey(
             for row, sample in zip(predicted, batch, strict=True)
             for answer in sample.answers
         ]
-        slots += cache.kv_tokens().double().mean((0, 2)).sum().item()
+        slots += cache.mean_kv_tokens().sum().item()
         num_bytes += cache.kv_bytes() - cache.free_bytes()
     return PasskeyResult(
         accuracy=sum(bool(right.all()) for right in found) / len(found),

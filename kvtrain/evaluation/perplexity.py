@@ -162,14 +162,8 @@ def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_T
             hidden, wanted = decoded.last_hidden_state.flatten(0, 1), targets[:, columns].flatten()
             tally.losses[bucket] += linear_token_losses(hidden, head, wanted).double().sum().item()
             tally.targets[bucket] += int((wanted != IGNORE_INDEX).sum())
-        tally.look(bucket, _slots(cache)[mask.sum(1) >= tally.ends[bucket]])
-    tally.close([len(window.ids) for window in batch], _slots(cache), cache.kv_bytes() - cache.free_bytes())
-
-
-def _slots(cache: Any) -> Tensor:
-    """Slots of each row, mean over layers and heads, ``(B,)``."""
-    slots: Tensor = cache.kv_tokens().double().mean((0, 2))
-    return slots
+        tally.look(bucket, cache.mean_kv_tokens()[mask.sum(1) >= tally.ends[bucket]])
+    tally.close([len(window.ids) for window in batch], cache.mean_kv_tokens(), cache.kv_bytes() - cache.free_bytes())
 
 
 class _Tally:

@@ -94,6 +94,6 @@ def generate_text(
         new_tokens=len(new),
         seconds=seconds,
         seen_tokens=cache.get_seq_length(),
-        kept_tokens=cache.kv_tokens().double().mean().item(),
+        kept_tokens=cache.mean_kv_tokens().mean().item(),
         kv_bytes=cache.kv_bytes(),
     )

@@ -14,7 +14,7 @@ Shapes: B rows, H query heads, H_kv key-value heads, T_q queries, T_k keys, D ch
 import torch
 from torch import Tensor
 
-from kvtrain.kernels.attention_chunked import CHUNK, CHUNK_IN_WINDOW, ChunkedAttention
+from kvtrain.kernels.attention_chunked import ChunkedAttention
 from kvtrain.kernels.attention_cpu import FlashAttentionCPU, flash_cpu_can_run, is_narrow
 from kvtrain.kernels.attention_flash import flash_attend, flash_can_run
 from kvtrain.kernels.attention_flex import flex_attend, flex_can_run
@@ -68,11 +68,9 @@ def attention(
         ValueError: Head counts or mask do not fit, or the backend cannot run this call.
     """
     check_groups(query.shape[1], key.shape[1])
-    mask = AttentionMask(causal, strict, bias_after, window, sink, documents, sinks)
-    mask.validate()
+    mask = AttentionMask(causal, strict, bias_after, window, sink, documents, sinks).validated()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend("attention", backend, tuple(_available(query, key, value, key_bias, mask)))
-    output: tuple[Tensor, Tensor]
     with autocast_off(query):
         if chosen == "reference":
             output = attention_reference(query, key, value, key_bias, mask, scale)
@@ -83,7 +81,6 @@ def attention(
         elif chosen == "flex":
             output = flex_attend(query, key, value, key_bias, mask, scale)
         else:
-            chunk_size = chunk_size or (CHUNK if window is None else CHUNK_IN_WINDOW)
             output = ChunkedAttention.apply(query, key, value, key_bias, mask, scale, chunk_size)  # type: ignore[no-untyped-call]
     return output
 

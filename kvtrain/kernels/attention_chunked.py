@@ -16,7 +16,7 @@ from kvtrain.kernels.cpu_tiling import spans
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_matmul
 
 # Queries at a time; with a window a chunk wastes what its first query sees and its last does not.
-CHUNK, CHUNK_IN_WINDOW = 256, 64
+_CHUNK, _CHUNK_IN_WINDOW = 256, 64
 
 
 class _Chunk(NamedTuple):
@@ -43,14 +43,14 @@ class _Chunk(NamedTuple):
 class _Problem:
     """Shapes and masks of one call; forward and backward share it."""
 
-    def __init__(self, query: Tensor, key: Tensor, mask: AttentionMask, chunk_size: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, mask: AttentionMask, chunk_size: int | None) -> None:
         self.batch, self.heads, self.num_queries, self.dim = query.shape
         self.kv_heads, self.num_keys = key.shape[1:3]
         self.groups = self.heads // self.kv_heads
         self.offset = self.num_keys - self.num_queries
         self.device = query.device
         self.mask = mask
-        self.chunk_size = chunk_size
+        self.chunk_size = chunk_size or (_CHUNK if mask.window is None else _CHUNK_IN_WINDOW)
 
     def chunks(self) -> list[_Chunk]:
         cuts = spans(max(self.num_queries, 1), self.chunk_size)
@@ -148,7 +148,7 @@ class ChunkedAttention(torch.autograd.Function):
         key_bias: Tensor | None,
         mask: AttentionMask,
         scale: float,
-        chunk_size: int,
+        chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as ``kernels.attention`` says."""
         problem = _Problem(query, key, mask, chunk_size)
@@ -180,7 +180,7 @@ def chunked_backward(
     grad_lse: Tensor,
     mask: AttentionMask,
     scale: float,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias from what any flash-like forward has saved.
 
@@ -190,7 +190,7 @@ def chunked_backward(
         grad_lse: Gradient of the log-sum-exp, ``(B, H, T_q)``.
         mask: As in the forward pass.
         scale: As in the forward pass.
-        chunk_size: Queries per chunk.
+        chunk_size: Queries per chunk; fewer with a window than without one where absent.
     """
     query, key, value, key_bias, output, lse = saved
     problem = _Problem(query, key, mask, chunk_size)

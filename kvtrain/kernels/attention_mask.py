@@ -22,8 +22,8 @@ class AttentionMask(NamedTuple):
     documents: Documents | None = None
     sinks: Tensor | None = None  # (B, T_k)
 
-    def validate(self) -> None:
-        """Refuse combinations that mean nothing.
+    def validated(self) -> "AttentionMask":
+        """Itself; combinations that mean nothing are refused.
 
         Raises:
             ValueError: Window below 1, negative sink or ``bias_after``, sinks said twice, or a window, ``strict`` or
@@ -39,6 +39,7 @@ class AttentionMask(NamedTuple):
             raise ValueError("give sink, the number of first keys, or sinks, a mask of them; not both")
         if not self.causal and (self.window is not None or self.strict or self.bias_after):
             raise ValueError("window, strict and bias_after count back from the token itself: they need causal=True")
+        return self
 
 
 def visible_pairs(rows: Tensor, columns: Tensor, mask: AttentionMask, sinks: Tensor | None = None) -> Tensor:

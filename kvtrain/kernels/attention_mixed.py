@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.attention import attention
-from kvtrain.kernels.attention_chunked import CHUNK_IN_WINDOW, chunked_backward
+from kvtrain.kernels.attention_chunked import chunked_backward
 from kvtrain.kernels.attention_cpu import flash_cpu_can_run
 from kvtrain.kernels.attention_mask import AttentionMask
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
@@ -192,7 +192,7 @@ class _MixedOnCPU(torch.autograd.Function):
         with autocast_off(grad):
             mask = AttentionMask(window=ctx.window, sink=ctx.sink)
             saved = (query, key, value, None, local, local_lse)
-            grads = chunked_backward(saved, grad_local, grad_lse, mask, ctx.scale, CHUNK_IN_WINDOW)[:3]
+            grads = chunked_backward(saved, grad_local, grad_lse, mask, ctx.scale)[:3]
             slices = _remote_slices(query, key, value, ctx.window, ctx.sink)
             full_lse, grad_full = torch.logaddexp(late_lse, remote_lse), (share * late).to(query.dtype)
             remote = flash_backward(grad_full, *slices, full, full_lse, causal=True, mask=None, scale=ctx.scale)

@@ -2,16 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from kvtrain.kernels.memo import Memo
 
 
-class Documents:
+class Documents(Memo):
     """Document ids of queries and keys: a query sees keys of its own document alone.
 
     Make one for a forward pass and hand it to all layers. What kernels derive from the ids is made for the first layer
@@ -25,7 +22,6 @@ class Documents:
     def __init__(self, queries: Tensor, keys: Tensor | None = None) -> None:
         self.queries = queries
         self.keys = queries if keys is None else keys
-        self._kept: dict[Hashable, Any] = {}
 
     @classmethod
     def of(cls, ids: Tensor | None) -> "Documents | None":
@@ -36,19 +32,6 @@ class Documents:
     def same_tokens(self) -> bool:
         """Whether queries and keys are the same tokens."""
         return self.keys is self.queries
-
-    def keep(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returns for the first who asks by this name; everyone else gets the same.
-
-        Args:
-            name: Says what it is and all that it depends on besides the ids. Tensors in it count by identity.
-            make: Has no argument, and is not kept: it may refer to this object.
-        """
-        if name not in self._kept:
-            with torch.inference_mode(False):  # training may use what inference has asked for first
-                self._kept[name] = make()
-        kept: T = self._kept[name]
-        return kept
 
     def part(self, first_query: int, num_keys: int) -> "Documents":
         """Documents of the queries from one on and of the first keys; the same object each time."""

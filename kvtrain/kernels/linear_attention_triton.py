@@ -123,6 +123,27 @@ def _decay(steps: tl.tensor, slope: tl.tensor, same: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _advance(
+    running: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    weights: tl.tensor,
+    read: tl.tensor,
+    write: tl.tensor,
+    kept: tl.tensor,
+    precision: tl.constexpr,
+) -> tl.tensor:
+    """What a chunk's tokens get, from each other and from the state before them, and the state behind them."""
+    scores = tl.dot(query, tl.trans(key), input_precision=precision) * weights
+    result = tl.dot(scores, value, input_precision=precision)
+    result += tl.dot(query * read[:, None], running, input_precision=precision)
+    running *= kept
+    running += tl.dot(tl.trans(key * write[:, None]), value, input_precision=precision)
+    return result, running
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _scan_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -152,21 +173,18 @@ def _scan_kernel(
 ) -> None:
     row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     dims, values = tl.arange(0, block_dim), tl.program_id(1) * block_value + tl.arange(0, block_value)
-    is_value = (values < value_dim)[None, :]
+    is_dim, is_value = (dims < dim)[:, None], (values < value_dim)[None, :]
     corner = ((row * heads + head) * dim + dims[:, None]) * value_dim + values[None, :]
     running = tl.zeros((block_dim, block_value), tl.float32)
     if has_state:
-        running = tl.load(state + corner, mask=(dims < dim)[:, None] & is_value, other=0.0)
-    slope = 0.0
-    if has_slopes:
-        slope = tl.load(slopes + head)
+        running = tl.load(state + corner, mask=is_dim & is_value, other=0.0)
+    slope = tl.load(slopes + head) if has_slopes else 0.0
     for step in range(tl.cdiv(length, block)):
         start = (tl.cdiv(length, block) - 1 - step if reverse else step) * block
         stop = tl.minimum(start + block, length)
         at = (start + tl.arange(0, block)).to(tl.int64)
         # Without a layout every token is real, and a token's count of real tokens is its position.
-        real, count, first, last = at < length, at + 1, start, stop
-        segment, segment_first, segment_last = at * 0, 0, 0
+        real, count, first, last, segment, segment_first, segment_last = at < length, at + 1, start, stop, at * 0, 0, 0
         if has_layout:
             real = tl.load(valid + row * length + at, mask=at < length, other=0) != 0
             count, first, last = _load_layout(counts, row, length, start, stop, at)
@@ -179,12 +197,9 @@ def _scan_kernel(
         write = _decay(last - count, slope, segment == segment_last)  # into the state
         if reverse:
             steps, seen, read, write = -steps, at[:, None] <= at[None, :], write, read
-        scores = tl.dot(q, tl.trans(k), input_precision=precision)
-        scores *= _decay(steps, slope, seen & (segment[:, None] == segment[None, :]))
-        result = tl.dot(scores, v, input_precision=precision)
-        result += tl.dot(q * read[:, None], running, input_precision=precision)
-        running *= _decay(last - first, slope, segment_first == segment_last)
-        running += tl.dot(tl.trans(k * write[:, None]), v, input_precision=precision)
+        weights = _decay(steps, slope, seen & (segment[:, None] == segment[None, :]))
+        kept = _decay(last - first, slope, segment_first == segment_last)
+        result, running = _advance(running, q, k, v, weights, read, write, kept, precision)
         places = ((row * heads + head) * length + at[:, None]) * value_dim + values[None, :]
         tl.store(output + places, result.to(output.dtype.element_ty), mask=(at < length)[:, None] & is_value)
-    tl.store(final + corner, running, mask=(dims < dim)[:, None] & is_value)
+    tl.store(final + corner, running, mask=is_dim & is_value)

@@ -1,9 +1,9 @@
 """What layers must know of a forward pass: one object, made and checked before the pass begins."""
 
 from collections import UserDict
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -12,7 +12,9 @@ from torch import Tensor
 from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.errors import unknown
 from kvtrain.kernels.documents import Documents
+from kvtrain.kernels.memo import Memo
 from kvtrain.models.compat import CACHE, NEWEST_TESTED, OLDEST_TESTED, rename_cache
+from kvtrain.models.ordering import padding_first, take_tokens
 from kvtrain.models.recording import RecordedStates
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
@@ -31,8 +33,6 @@ _UNREAD = {
     "seq_idx",
 }
 
-Derived = TypeVar("Derived")
-
 
 class LayerOutputs(UserDict[int, Any]):
     """What layers hand out beside hidden states, by the layer's number.
@@ -42,7 +42,7 @@ class LayerOutputs(UserDict[int, Any]):
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardContext:
+class ForwardContext(Memo):
     """What one forward pass is about; hosts hand it to every layer as the keyword ``context``.
 
     Attributes:
@@ -70,7 +70,6 @@ class ForwardContext:
     outputs: MutableMapping[int, Any] | None = None
     recorded: RecordedStates | None = None
     _visited: set[int] = field(default_factory=set, init=False)
-    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     def cache_layer(self, layer_idx: int) -> KVCacheLayer:
         """The cache of one layer."""
@@ -88,19 +87,7 @@ class ForwardContext:
         """Of the tokens that enter the cache: real ones belong together, and so does padding."""
         assert self.valid is not None
         valid = self.valid
-        return self.derive("entering", lambda: Documents(valid.long()))
-
-    def derive(self, name: Hashable, make: Callable[[], Derived]) -> Derived:
-        """What follows from the pass alone, and so is made by the first layer that asks and kept for the others.
-
-        Args:
-            name: What it is.
-            make: Called once. What it returns must carry no gradient.
-        """
-        if name not in self._derived:
-            self._derived[name] = make()
-        found: Derived = self._derived[name]
-        return found
+        return self.keep("entering", lambda: Documents(valid.long()))
 
     def to(self, device: torch.device | str | int, *_: Any, **__: Any) -> "ForwardContext":
         """The same for layers that run on another device; accelerate's hooks ask everything that has a ``to``."""
@@ -108,7 +95,7 @@ class ForwardContext:
         here = self.positions.device
         if here.type == device.type and device.index in (None, here.index):
             return self
-        return self.derive(("on", device), lambda: self._on(device))
+        return self.keep(("on", device), lambda: self._on(device))
 
     def _on(self, device: torch.device) -> "ForwardContext":
         tensors = {name: getattr(self, name) for name in ("positions", "valid", "order", "prefill")}
@@ -266,12 +253,12 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
         positions = (cache.tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     restore = None
     if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-        order = valid.to(torch.int8).argsort(dim=1, stable=True)
+        order = padding_first(valid)
         valid, restore = valid.gather(1, order), order.argsort(1)
         positions = positions.expand(valid.shape).gather(1, order)
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
-                kwargs[name] = _take(kwargs[name], order)
+                kwargs[name] = take_tokens(kwargs[name], order)
     prefill = _prefill(kwargs.get("prefill"), valid)
     return ForwardContext(positions, cache=cache, valid=valid, order=restore, prefill=prefill, **_handed_on(kwargs))
 
@@ -292,7 +279,7 @@ def _prefill(said: bool | Tensor | None, valid: Tensor) -> Tensor:
 def _reorder(output: Any, order: Tensor) -> Any:
     """Every tensor ``(B, n, ...)`` of a decoder's output in the order ``(B, n)``."""
     if isinstance(output, Tensor):
-        return _take(output, order)
+        return take_tokens(output, order)
     if isinstance(output, tuple):
         return tuple(_reorder(part, order) for part in output)
     if isinstance(output, Mapping):
@@ -311,9 +298,3 @@ def _valid_tokens(attention_mask: Tensor | None, batch: int, length: int, device
             f"of {batch} rows and at least {length} columns"
         )
     return attention_mask[:, -length:].bool()
-
-
-def _take(tensor: Tensor, order: Tensor) -> Tensor:
-    """``(B, n, ...)`` in the order ``(B, n)``."""
-    rows = torch.arange(order.shape[0], device=order.device)[:, None]
-    return tensor[rows, order]

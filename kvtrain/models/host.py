@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -15,7 +14,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_names
-from kvtrain.models.hosts.base import PROJECTIONS, HostAdapter
+from kvtrain.models.hosts.base import PROJECTIONS
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
@@ -24,16 +23,15 @@ from kvtrain.models.registry import builder
 ATTENTION_NAME = "kvtrain"
 
 
-def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """Hand the 2-D padding mask through: per-head lengths leave no common length to compare it with."""
-    return attention_mask
+def _no_mask(*_: Any, **__: Any) -> None:
+    """What takes the place of the host's mask: who sees whom is in the ``ForwardContext``."""
 
 
 def _never_called(*_: Any, **__: Any) -> None:
     raise AssertionError("kvtrain attention modules do not go through the attention interface")
 
 
-AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 AttentionInterface.register(ATTENTION_NAME, _never_called)
 
 
@@ -111,29 +109,22 @@ def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
     """Replace norms, feed-forward parts, rotary embedding and attention of a freshly built host, in place."""
     decoder: Any = model.model
     adapter = host_adapter(parts.host_config)
-    _replace(decoder, adapter.final_norm, RMSNorm)
+    attention_norms = adapter.attention_norms
+    parts_of_attention = {*PROJECTIONS, *attention_norms}
+    setattr(decoder, adapter.final_norm, RMSNorm(getattr(decoder, adapter.final_norm)))
     decoder.rotary_emb = RotaryEmbedding(decoder.rotary_emb)
     for layer_idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, adapter.attention)
-        _check_parts(attention, layer_idx, adapter)
-        for norm in adapter.attention_norms:
-            _replace(attention, norm, RMSNorm)
-        for norm in adapter.norms:
-            _replace(layer, norm, RMSNorm)
-        _replace(layer, adapter.mlp, GatedMLP)
+        found = set(attention._modules)
+        if found != parts_of_attention:  # it does more, or less, than its family's adapter says
+            raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(sorted(found))}")
+        for name in attention_norms:
+            setattr(attention, name, RMSNorm(getattr(attention, name)))
+        for name in adapter.norms:
+            setattr(layer, name, RMSNorm(getattr(layer, name)))
+        setattr(layer, adapter.mlp, GatedMLP(getattr(layer, adapter.mlp)))
         setattr(layer, adapter.attention, parts.attention(attention, layer_idx))
     decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)
-
-
-def _replace(parent: nn.Module, name: str, replacement: type[nn.Module]) -> None:
-    setattr(parent, name, replacement(getattr(parent, name)))
-
-
-def _check_parts(attention: nn.Module, layer_idx: int, adapter: HostAdapter) -> None:
-    """Refuse an attention that does more, or less, than its family's adapter says."""
-    parts = sorted(dict(attention.named_children()))
-    if parts != sorted((*PROJECTIONS, *adapter.attention_norms)):
-        raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(parts)}")
 
 
 class KVTrainMixin(CachedLanguageModel):

@@ -64,13 +64,10 @@ def architectures(package: str = "kvtrain.models") -> tuple[MethodArchitecture |
     return tuple(exported(package, "ARCHITECTURE", folders=True))
 
 
-def _method_architectures(package: str) -> dict[str, MethodArchitecture]:
-    return {one.settings.name: one for one in architectures(package) if isinstance(one, MethodArchitecture)}
-
-
 def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:
     """Settings of all methods of a package by their name (``dmc``)."""
-    return {name: one.settings for name, one in _method_architectures(package).items()}
+    found = architectures(package)
+    return {one.settings.name: one.settings for one in found if isinstance(one, MethodArchitecture)}
 
 
 @functools.cache
@@ -92,7 +89,10 @@ def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:
 
 def builder(settings: Method, host_config: PreTrainedConfig) -> "Builder[Any]":
     """What makes modules and caches of these settings for this host."""
-    return _method_architectures("kvtrain.models")[settings.name].builder(settings, host_config)
+    for one in architectures():
+        if isinstance(one, MethodArchitecture) and one.settings.name == settings.name:
+            return one.builder(settings, host_config)
+    raise AssertionError(f"no architecture has settings of type {type(settings).__name__}")
 
 
 def own_model_class(config: PreTrainedConfig) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.documents import Documents
+from kvtrain.models.ordering import padding_first, take_slots
 
 
 def attend_cache_and_window(
@@ -49,7 +50,7 @@ def attend_cache_and_window(
         seen = positions.amax(1, keepdim=True).clamp(min=-1) + 1 if positions.shape[1] else 0
         sinks[:, positions.shape[1] :] = valid & (seen + valid.cumsum(1) - 1 < sink)
     if not bool(real.all()):  # padding would count as part of the window: it goes first
-        order = real.to(torch.int8).argsort(dim=1, stable=True)
+        order = padding_first(real)
         keys, values, documents = take_slots(keys, order), take_slots(values, order), documents.gather(1, order)
         sinks = None if sinks is None else sinks.gather(1, order)
     return attention(
@@ -62,9 +63,3 @@ def attend_cache_and_window(
         documents=Documents(valid.long(), documents.long()),
         scale=scale,
     )
-
-
-def take_slots(tensor: Tensor, order: Tensor) -> Tensor:
-    """``(B, H, S, D)`` in the order ``(B, S)``."""
-    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index)

@@ -25,16 +25,10 @@ def _modules() -> dict[str, type[TrainingModule]]:
     files = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]
     values = [value for name in files for value in vars(importlib.import_module(f"{__name__}.{name}")).values()]
     found = [value for value in values if inspect.isclass(value) and issubclass(value, TrainingModule)]
-    return {one.__name__: one for one in found if not one.__name__.startswith("_") and not _left_open(one)}
-
-
-def _left_open(module: type[TrainingModule]) -> list[str]:
-    """Methods that subclasses have to write; Lightning's metaclass does not keep count."""
-    names = [name for base in module.__mro__ for name in vars(base)]
-    return [name for name in names if getattr(getattr(module, name, None), "__isabstractmethod__", False)]
+    return {one.__name__: one for one in found if not one.__name__.startswith("_") and not inspect.isabstract(one)}
 
 
 def __getattr__(name: str) -> Any:
     if name.endswith("Module") and name in _modules():
-        return _modules()[name]
+        return globals().setdefault(name, _modules()[name])  # found without us from now on
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ def check_numbers(weight_decay: float, betas: tuple[float, float], seed: int) ->
         raise ValueError(f"betas must be from 0 to below 1, not {', '.join(map(str, betas))}")
 
 
-class TrainingModule(pl.LightningModule):
+class TrainingModule(pl.LightningModule, ABC):
     """Trains a language model on packed rows, phase by phase.
 
     Subclasses build the model and may add losses and what happens at a phase's start.

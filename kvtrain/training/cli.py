@@ -1,7 +1,9 @@
 """``kvtrain fit`` and ``kvtrain validate``: Lightning's CLI with our defaults, run folders and short errors."""
 
+import functools
 import itertools
 import logging
+import operator
 import os
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -40,13 +42,18 @@ _NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "
 _STRICT = "strict"  # our name for the parser's own reader of YAML behind our checks
 
 
-def _load(text: str) -> Any:
-    strict_yaml.check(text)
-    loaded = get_loader("yaml")(text)
-    return with_new_names(loaded) if OLD_NAMES.search(text) else loaded
+class _Values(dict[str, Any]):
+    """What texts stand for; the parser asks for each plain word again and again, and those are kept."""
+
+    def __missing__(self, text: str) -> Any:
+        strict_yaml.check(text)
+        value = get_loader("yaml")(text)
+        if isinstance(value, (dict, list)):  # the parser writes into these
+            return with_new_names(value) if OLD_NAMES.search(text) else value
+        return self.setdefault(text, value)
 
 
-set_loader(_STRICT, _load, (yaml.YAMLError,))
+set_loader(_STRICT, functools.partial(operator.getitem, _Values()), (yaml.YAMLError,))
 
 
 class RecipeParser(LightningArgumentParser):
@@ -80,7 +87,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         training_modules()  # imports them all: a recipe may name a class without its module
-        self.arguments = [option_with_new_name(word) for word in arguments]
+        self.arguments = [option_with_new_name(word) if OLD_NAMES.search(word) else word for word in arguments]
         super().__init__(
             TrainingModule,
             DataModule,

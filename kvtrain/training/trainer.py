@@ -1,5 +1,6 @@
 """Lightning's trainer with the parts that every run of kvtrain has."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 
-from kvtrain.errors import require_at_least, require_finite
+from kvtrain.errors import UsageError, require_at_least
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
@@ -92,7 +93,8 @@ def check_numbers(settings: dict[str, Any]) -> None:
     """
     given = {name: value for name, value in settings.items() if isinstance(value, int | float)}
     for name, value in given.items():
-        require_finite(f"trainer.{name}", value)
+        if not math.isfinite(value):
+            raise UsageError(f"trainer.{name} must be a finite number, not {value}")
         if name in _LEAST:
             require_at_least(_LEAST[name], f"trainer.{name}", value)
     for name in ("limit_train_batches", "max_epochs"):

@@ -317,6 +317,8 @@ def test_the_cache_counts_what_its_layers_keep(model):
     for layer, kept in zip(cache.layers, counts, strict=True):
         heads = layer.kv_tokens().shape[1]
         assert torch.equal(kept[:, :heads], layer.kv_tokens()) and not kept[:, heads:].any()
+    heads = sum(layer.kv_tokens().shape[1] for layer in cache.layers)
+    assert torch.equal(cache.mean_kv_tokens(), counts.double().sum((0, 2)) / heads)
 
 
 def test_bytes_for_is_never_too_little(model):

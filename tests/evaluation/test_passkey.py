@@ -74,8 +74,8 @@ class Seen:
     def __init__(self, rows):
         self.rows, self.seen = rows, 0
 
-    def kv_tokens(self):
-        return torch.full((1, self.rows, 1), self.seen / 2)
+    def mean_kv_tokens(self):
+        return torch.full((self.rows,), self.seen / 2)
 
     def kv_bytes(self):
         return 100 * self.rows

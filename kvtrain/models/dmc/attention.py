@@ -81,7 +81,7 @@ class DMCAttention(HostAttention):
             query = self._scale_channel(apply_rotary(query, *position_embeddings), scale)
             key = self._scale_channel(apply_rotary(key, *position_embeddings), scale)
             return self.project_out(self.attend_documents(query, key, value, context)), None
-        angles = context.derive("angles without the borrowed channel", lambda: _without_channel(position_embeddings))
+        angles = context.keep("angles without the borrowed channel", lambda: _without_channel(position_embeddings))
         if context.cache is None:
             output, decisions = self._parallel(query, key, value, angles, context)
             if context.outputs is not None:
@@ -137,7 +137,7 @@ class DMCAttention(HostAttention):
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
         logits, importance = self._borrow(query, key, context.positions, context.step)
-        never = context.derive("bound to append", lambda: _bound_to_append(context.documents, logits))
+        never = context.keep("bound to append", lambda: _bound_to_append(context.documents, logits))
         decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
         output, _lse = attention(

@@ -9,6 +9,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.pooling import pool_segments
+from kvtrain.models.ordering import padding_first, take_slots
 
 
 class DMCCacheLayer(KVCacheLayer):
@@ -67,12 +68,13 @@ class DMCCacheLayer(KVCacheLayer):
             tokens = torch.where(waiting.unsqueeze(-1), tokens, inputs[:, :, 1:])
             weights = torch.where(waiting, weights, importance[..., 1:])
         else:
+            inputs, importance = torch.cat([tokens, inputs], 2), torch.cat([weights, importance], 2)
+            merge = torch.nn.functional.pad(merge, (kept, 0), value=1.0)
             order = _padding_first(kept, valid)
-            inputs = _sort(torch.cat([tokens, inputs], 2), order)
-            importance = _sort(torch.cat([weights, importance], 2), order)
-            merge = _sort(torch.nn.functional.pad(merge, (kept, 0), value=1.0), order)
+            if order is not None:
+                inputs, importance, merge = (take_slots(part, order) for part in (inputs, importance, merge))
             pooled = pool_segments(inputs, merge, importance, self.window)
-            pooled = _sort(pooled, None if order is None else order.argsort(1))[:, :, kept:]
+            pooled = (pooled if order is None else take_slots(pooled, order.argsort(1)))[:, :, kept:]
             # A token belongs to the open segment if everything after it has merged.
             later = torch.nn.functional.pad(merge[..., 1:], (0, 1), value=1.0)
             in_segment = later.flip(-1).cumprod(-1).flip(-1)
@@ -107,15 +109,4 @@ def _padding_first(kept: int, valid: Tensor) -> Tensor | None:
     if bool(valid.all()):
         return None
     held = torch.ones(valid.shape[0], kept, dtype=torch.bool, device=valid.device)
-    order: Tensor = torch.cat([held, valid], 1).to(torch.int8).argsort(dim=1, stable=True)
-    return order
-
-
-def _sort(tensor: Tensor, order: Tensor | None) -> Tensor:
-    """Take ``(B, H, T, ...)`` in the order of ``(B, T)``."""
-    if order is None:
-        return tensor
-    index = order[:, None].expand(-1, tensor.shape[1], -1)
-    if tensor.dim() == 4:
-        index = index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3])
-    return tensor.gather(2, index)
+    return padding_first(torch.cat([held, valid], 1))

@@ -14,7 +14,7 @@ from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore
 from kvtrain.kernels.compensation import Dropped
-from kvtrain.models.windows import take_slots
+from kvtrain.models.ordering import take_slots
 
 Entries = dict[str, Tensor]  # "keys" and "values", (B, H_streaming, n, D), or what pages hold of them
 

@@ -14,7 +14,8 @@ from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
 from kvtrain.models.lckv.attention import KeyValue, SharedAttention
 from kvtrain.models.lckv.cache import EndlessWindow, LCKVCacheLayer
-from kvtrain.models.windows import attend_cache_and_window, take_slots
+from kvtrain.models.ordering import take_slots
+from kvtrain.models.windows import attend_cache_and_window
 
 # Keys (B, H_kv, S, D), values, and the position (B, S) of the token in each slot, -1 where there is none.
 RingContent = tuple[Tensor, Tensor, Tensor]

@@ -19,8 +19,8 @@ from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.cache_view import CacheView, RingContent
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
+from kvtrain.models.ordering import padding_first, take_slots, take_tokens
 from kvtrain.models.recording import RecordedStates
-from kvtrain.models.windows import take_slots
 
 
 def serve(
@@ -52,9 +52,9 @@ def serve(
     if recorded is not None:
         raise ValueError("an endless cache reads long prompts in parts; feed single tokens, or no output_hidden_states")
     fits = valid & (tokens[:, None] + valid.cumsum(1) <= endless.capacity)
-    order = fits.to(torch.int8).argsort(dim=1, stable=True)
-    chunk = _serve_chunk(schedule, _take(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
-    outputs, tokens = _take(chunk, order.argsort(1)), tokens + fits.sum(1)
+    order = padding_first(fits)
+    chunk = _serve_chunk(schedule, take_tokens(hidden, order), arguments, layers, tokens, fits.gather(1, order), reads)
+    outputs, tokens = take_tokens(chunk, order.argsort(1)), tokens + fits.sum(1)
     over = valid & ~fits
     for index in over.any(0).nonzero().flatten().tolist():  # every token drops another one
         now = slice(index, index + 1)
@@ -157,8 +157,8 @@ class _Prompt:
         remembered = torch.where(goes_on, pending.counts, 0)
         held = pending.inputs().to(hidden.dtype)
         real = torch.arange(held.shape[1], device=hidden.device) >= held.shape[1] - remembered[:, None]
-        order = torch.cat([real, valid], 1).to(torch.int8).argsort(dim=1, stable=True)
-        inputs = _take(torch.cat([held, hidden], 1), order)
+        order = padding_first(torch.cat([real, valid], 1))
+        inputs = take_tokens(torch.cat([held, hidden], 1), order)
         return cls(inputs, tokens - remembered, remembered + new, goes_on, tokens, hidden.shape[1])
 
     def positions(self) -> Tensor:
@@ -192,7 +192,7 @@ def _read_prompt(
         view = replace(cache_view, past=past, valid=inside, write=None, angles=angles, rings=None)
         given = {**arguments, "position_ids": where.clamp(min=0), "position_embeddings": angles}
         below = _from_below(schedule, stage, cache_view.layers, where)
-        hidden, block_states = _iterate(schedule, stage, _take(prompt.inputs, columns), below, given, view, write)
+        hidden, block_states = _iterate(schedule, stage, take_tokens(prompt.inputs, columns), below, given, view, write)
         row, entry = inside.nonzero(as_tuple=True)
         outputs[row, columns[row, entry]] = hidden[row, entry]
         _collect(new_states, block_states, positions.shape[1], (row, entry, columns[row, entry]))
@@ -296,8 +296,3 @@ def _remember(layer: LCKVCacheLayer, prompt: _Prompt, block: int) -> None:
     new = prompt.counts - (prompt.tokens - prompt.start)
     open_tokens = torch.minimum((prompt.start + prompt.counts) % block, prompt.counts)
     layer.pending.replace(prompt.inputs, torch.where(prompt.goes_on, open_tokens, 0), new > 0)
-
-
-def _take(tensor: Tensor, order: Tensor) -> Tensor:
-    """``(B, S, hidden)`` in the order ``(B, W)``."""
-    return tensor.gather(1, order.unsqueeze(-1).expand(-1, -1, tensor.shape[2]))

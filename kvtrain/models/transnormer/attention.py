@@ -42,7 +42,7 @@ class TokenLayout:
         Raises:
             ValueError: A row's tokens are not side by side.
         """
-        return context.derive("token layout", lambda: cls._find(context, rows))
+        return context.keep("token layout", lambda: cls._find(context, rows))
 
     @classmethod
     def _find(cls, context: ForwardContext, rows: int) -> Self:
@@ -153,7 +153,7 @@ class DiagAttention(TransNormerAttention):
         if layer is not None and not layout.aligned:
             assert isinstance(layer, DiagCacheLayer)
             settings["past"] = layer.past()
-        block_ids = context.derive("block_ids", lambda: layout.block_ids(self.block_size))
+        block_ids = context.keep("block_ids", lambda: layout.block_ids(self.block_size))
         output = block_attention(query, key, value, block_ids=block_ids, **settings)
         if layer is not None:
             assert isinstance(layer, DiagCacheLayer) and context.valid is not None
@@ -228,4 +228,4 @@ def _documents(layout: TokenLayout, context: ForwardContext) -> dict[str, Any]:
     ids = layout.document_ids
     if ids is None:
         return {}
-    return {"document_ids": ids, "layout": context.derive("document layout", lambda: document_layout(ids))}
+    return {"document_ids": ids, "layout": context.keep("document layout", lambda: document_layout(ids))}

@@ -1,0 +1,30 @@
+"""Things that follow from an object, and are made once, by whoever asks first."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+Made = TypeVar("Made")
+
+
+class Memo:
+    """A base for objects that hand on what follows from them."""
+
+    @functools.cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
+
+    def keep(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns for the first who asks by this name; everyone else gets the same.
+
+        Args:
+            name: Says what it is, and all that it depends on besides this object. Tensors in it count by identity.
+            make: Is not kept, and may refer to this object. What it returns must carry no gradient.
+        """
+        if name not in self._kept:
+            with torch.inference_mode(False):  # training may use what inference has asked for first
+                self._kept[name] = make()
+        kept: Made = self._kept[name]
+        return kept
