@@ -21,13 +21,14 @@ SHARED_MODELS = {"hosts"}
 FLOORS = {
     "kernels": set(),
     "data": set(),
+    "plotting": set(),
     "losses": {"kernels"},
     "cache": {"kernels"},
-    "models": {"cache", "losses", "kernels"},
+    "models": {"cache", "losses", "kernels", "plotting"},
     "inference": {"models", "cache", "kernels", "data"},
     "training": {"models", "cache", "losses", "kernels", "data"},
     "export": {"models", "cache", "kernels", "data"},
-    "evaluation": {"inference", "models", "cache", "losses", "kernels", "data"},
+    "evaluation": {"inference", "models", "cache", "losses", "kernels", "data", "plotting"},
 }
 
 
