@@ -27,8 +27,7 @@ from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.passkey import passkey
-from kvtrain.metrics import GATES_FILE_NAME, read_rows
-from kvtrain.models.duo.gates import pattern_of
+from kvtrain.models.duo.gates import HEAD_GATES, pattern_of
 from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +69,7 @@ def learnt(seed: int, work: Path) -> torch.Tensor:
     fit = ["fit", "--config", "recipes/tiny/duo.yaml", "--trainer.default_root_dir", str(run), *words]
     for arguments in (fit, ["export", str(run), str(exported)]) if not exported.exists() else ():
         subprocess.run([sys.executable, str(ROOT / "kvtrain_cli.py"), *arguments], cwd=ROOT, check=True)
-    rows = read_rows(run / GATES_FILE_NAME)
+    rows = HEAD_GATES.read(run)
     last = max(row["step"] for row in rows)
     values = [row["gate"] for row in rows if row["step"] == last]
     return torch.tensor(values).view(len(gated().model.layers), -1)

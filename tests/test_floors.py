@@ -21,13 +21,14 @@ SHARED_MODELS = {"hosts"}
 FLOORS = {
     "kernels": set(),
     "data": set(),
+    "plotting": set(),
     "losses": {"kernels"},
     "cache": {"kernels"},
-    "models": {"cache", "losses", "kernels"},
+    "models": {"cache", "losses", "kernels", "plotting"},
     "inference": {"models", "cache", "kernels", "data"},
     "training": {"models", "cache", "losses", "kernels", "data"},
     "export": {"models", "cache", "kernels", "data"},
-    "evaluation": {"inference", "models", "cache", "losses", "kernels", "data"},
+    "evaluation": {"inference", "models", "cache", "losses", "kernels", "data", "plotting"},
 }
 
 
@@ -168,6 +169,22 @@ def test_the_command_beside_the_package_is_in_the_graph(tmp_path):
     assert circles(tmp_path / "kvtrain", types=False) == [{"kvtrain.cli", "kvtrain_cli"}]
 
 
+def draws(path: Path) -> bool:
+    """Whether importing a file imports matplotlib by its own words."""
+    imports = (node for node in statements(ast.parse(path.read_text(encoding="utf-8")), types=False))
+    names = [ast.unparse(node).split()[1] for node in imports if isinstance(node, ast.Import | ast.ImportFrom)]
+    return any(name.split(".")[0] == "matplotlib" for name in names)
+
+
+def test_nothing_that_trains_or_serves_imports_what_draws():
+    """Reports alone do. (Lightning's metrics import matplotlib where it is installed; that is theirs.)"""
+    graph = import_graph(PACKAGE, types=False)
+    drawing = {module_name(path, PACKAGE) for path in PACKAGE.rglob("*.py") if draws(path)}
+    assert {"kvtrain.plotting.canvas", "kvtrain.models.duo.figures", "kvtrain.evaluation.report"} <= drawing
+    rooms = ("kvtrain.training", "kvtrain.inference", "kvtrain.export", "kvtrain.models.registry")
+    assert {name for name in graph if name.startswith(rooms) and reachable(graph, name) & drawing} == set()
+
+
 def test_every_room_has_a_floor():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert rooms - GROUND - ROOF == set(FLOORS)
@@ -189,6 +206,8 @@ def test_floors_have_no_cycle():
         ("kernels/rope.py", "from kvtrain import load"),
         ("kernels/rope.py", "from ..data import packing"),
         ("data/shards.py", "from kvtrain.kernels import rope"),
+        ("plotting/heads.py", "from kvtrain.models.gating import HEAD_COMPRESSION"),
+        ("training/base.py", "from kvtrain.plotting import canvas"),
         ("losses/gate_regularization.py", "from kvtrain.models.gating import decide"),
         ("models/host.py", "from kvtrain.training import base"),
         ("models/host.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kvtrain.inference.load"),

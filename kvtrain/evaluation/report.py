@@ -1,20 +1,21 @@
 """``kvtrain report RUN``: the pictures of a run, and one page that holds them all."""
 
 import base64
-import csv
 import html
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from kvtrain.evaluation import plots
-from kvtrain.evaluation.plots import Bucket, Curve, Rows
-from kvtrain.metrics import FILE_NAME, GATES_FILE_NAME, HEADS_FILE_NAME, MAP_FILE_NAME, read_metrics, read_rows
+from kvtrain.evaluation.plots import Bucket
+from kvtrain.metrics import METRICS, Rows, Table, read_metrics
+from kvtrain.models import registry
+from kvtrain.plotting.curves import Curve
 from kvtrain.run_folder import read_config
 
 FOLDER = "report"
@@ -50,7 +51,7 @@ img {{ width: 100%; margin-bottom: 1.5rem; }}
 
 
 def report_run(run: Path, output: Path | None = None) -> list[Path]:
-    """Draw a run's metrics, its heads and its evaluation, and write ``report.html``, one page that needs no other file.
+    """Draw a run's tables and its evaluation, and write ``report.html``, one page that needs no other file.
 
     Args:
         run: Run folder of ``kvtrain fit``, finished or not; ``eval.json`` of ``kvtrain eval --json`` may lie in it.
@@ -62,11 +63,10 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
     Raises:
         ValueError: The run has no metrics, or one of the files is damaged.
     """
-    rows = load_rows(run)
-    tables = (load_heads(run), load_positions(run), load_map(run), load_gates(run))
-    drawn = figures(rows, *tables, distilled=learns_from_a_teacher(run))
+    tables = load_tables(run)
+    drawn = figures(tables, load_positions(run), distilled=learns_from_a_teacher(run))
     pictures = {name: png(figure) for name, figure in drawn.items()}
-    page = render(run.resolve().name, facts(rows), pictures)
+    page = render(run.resolve().name, facts(tables[METRICS]), pictures)
     folder = output or run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}.png" for name in pictures]
@@ -76,80 +76,21 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
     return [*written, folder / PAGE]
 
 
-def load_rows(run: Path) -> Rows:
-    """Rows of a run's metrics that can be drawn.
+def load_tables(run: Path) -> dict[Table, Rows]:
+    """The tables of a run that can be drawn: its metrics, and those that any architecture's training writes.
 
     Args:
-        run: Run folder.
+        run: Run folder, of this version or an older one.
 
     Raises:
-        ValueError: There are none, or the file is damaged; one line that names the place.
+        ValueError: The metrics hold no losses, or a table is damaged; one line that names the place.
     """
-    try:
-        rows = read_metrics(run)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{run / FILE_NAME}: damaged ({error})") from error
-    if any("step" not in row for row in rows):
-        raise ValueError(f"{run / FILE_NAME}: damaged (a row without a step)")
+    rows = read_metrics(run)
     if not any("loss" in row or "val_loss" in row for row in rows):
-        raise ValueError(f"{run / FILE_NAME}: no losses yet; the first ones come after trainer.log_every_n_steps steps")
-    return rows
-
-
-def load_heads(run: Path) -> Rows:
-    """Rows of a run's ``head_compression.csv``; none where nothing was compressed or validated.
-
-    Args:
-        run: Run folder.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    return _load_table(run / HEADS_FILE_NAME, {"step", "layer", "head", "merged_fraction"})
-
-
-def load_gates(run: Path) -> Rows:
-    """Rows of a run's ``head_gates.csv``; none where heads have no gates or nothing was validated.
-
-    Args:
-        run: Run folder.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    return _load_table(run / GATES_FILE_NAME, {"step", "layer", "head", "gate", "full"})
-
-
-def load_map(run: Path) -> Rows:
-    """Rows of a run's ``kv_map.csv``; none where every layer reads its own keys and values.
-
-    Args:
-        run: Run folder.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    rows = _load_table(run / MAP_FILE_NAME, {"layer", "key_layer", "value_layer", "sliding"})
-    if [row["layer"] for row in rows] != list(range(len(rows))):
-        raise ValueError(f"{run / MAP_FILE_NAME}: damaged (layers are not counted from 0)")
-    return rows
-
-
-def _load_table(path: Path, columns: set[str]) -> Rows:
-    """Rows of a file that may be missing.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    if not path.is_file():
-        return []
-    try:
-        rows = read_rows(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    if any(columns - set(row) for row in rows):
-        raise ValueError(f"{path}: damaged (a row without {', '.join(sorted(columns))})")
-    return rows
+        path = run / METRICS.name
+        raise ValueError(f"{path}: no losses yet; the first ones come after trainer.log_every_n_steps steps")
+    others = dict.fromkeys(figure.table for figure in registry.figures().drawn if figure.table != METRICS)
+    return {METRICS: rows, **{table: table.read(run) for table in others}}
 
 
 def load_positions(run: Path) -> list[Bucket]:
@@ -188,31 +129,19 @@ def learns_from_a_teacher(run: Path) -> bool:
 
 
 def figures(
-    rows: Rows,
-    heads: Rows = (),
-    positions: Sequence[Bucket] = (),
-    kv_map: Rows = (),
-    gates: Rows = (),
-    *,
-    distilled: bool = False,
+    tables: Mapping[Table, Rows], positions: Sequence[Bucket] = (), *, distilled: bool = False
 ) -> dict[str, Figure]:
     """Every figure that these numbers allow, by the name of its file.
 
     Args:
-        rows: Rows of ``metrics.csv``.
-        heads: Rows of ``head_compression.csv``.
+        tables: From ``load_tables``; ``METRICS`` is among them.
         positions: From ``eval.json``.
-        kv_map: Rows of ``kv_map.csv``.
-        gates: Rows of ``head_gates.csv``.
         distilled: Whether the training loss is measured against a teacher.
     """
+    rows = tables[METRICS]
     drawn = {
         "loss": plots.loss_figure(rows, distilled),
-        "kv_map": plots.map_figure(kv_map),
-        "compression": plots.compression_figure(rows),
-        "layer_compression": plots.layer_figure(heads),
-        "head_compression": plots.head_figure(heads),
-        "head_gates": plots.gate_figure(gates),
+        **{one.name: one.draw(tables[one.table]) for one in registry.figures().drawn if tables.get(one.table)},
         "perplexity_by_position": plots.perplexity_figure(positions),
         "slots_by_position": plots.slots_figure(positions),
         "learning_rate": plots.learning_rate_figure(rows),
@@ -234,11 +163,7 @@ def facts(rows: Rows) -> dict[str, str]:
         "Training loss at the end, smoothed": f"{loss.last:.4f}" if loss else None,
         "Held-out loss at the end": _last(rows, "val_loss", ".4f"),
         "Held-out perplexity at the end": _last(rows, "val_perplexity", ".2f"),
-        "Compression reached": _last(rows, "compression", ".2f"),
-        "Compression aimed at": _last(rows, "compression_target", ".2f"),
-        "Held-out compression at the end": _last(rows, "val_compression", ".2f"),
-        "Mean gate at the end": _last(rows, "mean_gate", ".3f"),
-        "Held-out loss, serving minus training form": _last(rows, "val_serving_gap", "+.5f"),
+        **{fact.label: _last(rows, fact.column, fact.form) for fact in registry.figures().facts},
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -1,6 +1,7 @@
 """What is found by being there: a folder or a file that exports a certain name."""
 
 import importlib
+import importlib.util
 import pkgutil
 from typing import Any
 
@@ -17,3 +18,16 @@ def exported(package: str, name: str, folders: bool) -> list[Any]:
     chosen = [module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders]
     modules = [importlib.import_module(f"{package}.{module}") for module in chosen]
     return [getattr(module, name) for module in modules if hasattr(module, name)]
+
+
+def exported_by_files(package: str, file: str, name: str) -> list[Any]:
+    """What the files of one name export, which the folders of a package may have or not; other files are not imported.
+
+    Args:
+        package: Its dotted name.
+        file: Such as ``figures``.
+        name: Such as ``FIGURES``, which every one of them exports.
+    """
+    path = importlib.import_module(package).__path__
+    files = [f"{package}.{module.name}.{file}" for module in pkgutil.iter_modules(path) if module.ispkg]
+    return [getattr(importlib.import_module(one), name) for one in files if importlib.util.find_spec(one)]

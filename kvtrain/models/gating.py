@@ -6,8 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvtrain.metrics import Table
+
 # A logit that makes the sigmoid 0 in every dtype, without the NaN gradients of infinity.
 NEVER = -1e4
+
+# At every validation, the share of tokens that a head compressed, of those that had a choice.
+HEAD_COMPRESSION = Table("head_compression.csv", ("step", "layer", "head", "merged_fraction"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.discovery import exported
+from kvtrain.models.discovery import exported, exported_by_files
+from kvtrain.models.figures import Figures
 from kvtrain.models.method import Method
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class ModelArchitecture:
 def architectures(package: str = "kvtrain.models") -> tuple[MethodArchitecture | ModelArchitecture, ...]:
     """All architectures of a package, found by scanning it."""
     return tuple(exported(package, "ARCHITECTURE", folders=True))
+
+
+def figures(package: str = "kvtrain.models") -> Figures:
+    """What reports show of all architectures of a package: of each that has a file ``figures.py``."""
+    return Figures.union(exported_by_files(package, "figures", "FIGURES"))
 
 
 def methods(package: str = "kvtrain.models") -> dict[str, type[Method]]:

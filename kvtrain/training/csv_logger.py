@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kvtrain.metrics import FILE_NAME, read_rows
+from kvtrain.metrics import METRICS, read_rows
 
 
 class CSVMetrics(Logger):
@@ -57,7 +57,7 @@ class CSVMetrics(Logger):
         """Add values to a step's row; the first call of a resumed run drops later rows of the old one."""
         step = step or 0
         if self._rows is None:
-            self._rows = {int(row["step"]): row for row in rows_before(self.folder / FILE_NAME, step)}
+            self._rows = {int(row["step"]): row for row in rows_before(self.folder / METRICS.name, step)}
         row = self._rows.setdefault(step, {"step": step})
         row.update({key: float(value) for key, value in metrics.items() if key != "epoch"})
         self._unsaved += 1
@@ -69,7 +69,7 @@ class CSVMetrics(Logger):
         """Write the file; a reader never sees half of it."""
         if not self._rows or not self._unsaved:
             return
-        write_rows(self.folder / FILE_NAME, [self._rows[step] for step in sorted(self._rows)])
+        write_rows(self.folder / METRICS.name, [self._rows[step] for step in sorted(self._rows)])
         self._unsaved = 0
 
     @rank_zero_only

@@ -1,5 +1,6 @@
 """Learning which heads need everything (DuoAttention, arXiv 2410.10819; PruLong, arXiv 2506.17121)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from kvtrain.models.context import LayerOutputs
 from kvtrain.models.duo import Duo
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.duo.convert import gated_attention
-from kvtrain.models.duo.gates import choose_full_heads, open_probability, pattern_of
-from kvtrain.training.callbacks.head_gates import HeadGates
+from kvtrain.models.duo.gates import HEAD_GATES, choose_full_heads, open_probability, pattern_of
+from kvtrain.training.callbacks.head_table import ByLayer, HeadTable
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.teachers import teach
@@ -25,6 +26,24 @@ from kvtrain.training.teachers import teach
 Weights = Literal["float32", "bfloat16"]
 
 _RAMP_SHARE = 0.8  # of the steps, over which the sparsity aimed at rises (PruLong's code: 800 of 1,000)
+
+
+class HeadGates(HeadTable):
+    """Writes ``head_gates.csv``: every head's ``gate``, and ``full``, 1 where it would keep everything if rounded now.
+
+    Args:
+        run: Run folder.
+        read_gates: Called on every rank; gates ``(layers, H_kv)``, and as they would be rounded now.
+    """
+
+    def __init__(self, run: Path, read_gates: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        super().__init__(run, HEAD_GATES)
+        self._read_gates = read_gates
+
+    def measure(self, trainer: pl.Trainer) -> ByLayer:
+        """See ``HeadTable``."""
+        columns = zip(*self._read_gates(), strict=True)
+        return {layer: {"gate": gates, "full": full.long()} for layer, (gates, full) in enumerate(columns)}
 
 
 class DuoModule(RetrofitModule):

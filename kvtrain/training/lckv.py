@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
-from kvtrain.metrics import MAP_FILE_NAME
 from kvtrain.models.lckv import LCKV
+from kvtrain.models.lckv.kv_map import KV_MAP
 from kvtrain.training.csv_logger import write_rows
 from kvtrain.training.method_module import MethodModule
 from kvtrain.training.pretrain import PretrainModule
@@ -40,7 +40,7 @@ class _SharingModule(MethodModule):
             {"layer": layer, "key_layer": key, "value_layer": value, "sliding": int(sliding)}
             for layer, (key, value, sliding) in enumerate(columns)
         ]
-        write_rows(run / MAP_FILE_NAME, rows)
+        write_rows(run / KV_MAP.name, rows)
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""

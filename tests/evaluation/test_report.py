@@ -11,14 +11,14 @@ from kvtrain.evaluation.report import (
     facts,
     figures,
     learns_from_a_teacher,
-    load_gates,
-    load_heads,
     load_positions,
-    load_rows,
+    load_tables,
     report_run,
 )
+from kvtrain.metrics import METRICS
+from kvtrain.models.gating import HEAD_COMPRESSION
 
-METRICS = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
+LOGGED = """step,loss,learning_rate,tokens_per_second,compression,compression_target,val_loss,val_perplexity
 0,4.0,0.001,900,1.0,1.0,,
 1,3.0,0.001,1000,1.5,2.0,2.5,12.182
 2,2.0,0.0005,1100,1.9,2.0,,
@@ -38,7 +38,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def run(tmp_path):
     folder = tmp_path / "dmc-tiny"
     folder.mkdir()
-    (folder / "metrics.csv").write_text(METRICS)
+    (folder / "metrics.csv").write_text(LOGGED)
     return folder
 
 
@@ -71,13 +71,27 @@ def test_heads_and_positions_are_drawn_where_there_are_files_of_them(run):
 
 
 def test_what_the_files_beside_the_metrics_say(run):
-    assert (load_heads(run), load_positions(run)) == ([], [])
+    assert (load_tables(run)[HEAD_COMPRESSION], load_positions(run)) == ([], [])
     (run / "head_compression.csv").write_text(HEADS)
     (run / "eval.json").write_text(json.dumps(EVALUATION))
-    assert load_heads(run)[1] == {"step": 1, "layer": 0, "head": 1, "merged_fraction": 0.25}
+    assert load_tables(run)[HEAD_COMPRESSION][1] == {"step": 1, "layer": 0, "head": 1, "merged_fraction": 0.25}
     assert load_positions(run) == [Bucket(64, 2.0, 32.5)]
     (run / "eval.json").write_text(json.dumps(EVALUATION[:1]))
     assert load_positions(run) == []
+
+
+def test_every_table_that_lies_in_a_run_is_drawn(run):
+    """A run without its recipe, too: tables say by themselves what they are."""
+    (run / "head_gates.csv").write_text("step,layer,head,gate,full\n1,0,0,0.5,1\n")
+    (run / "kv_map.csv").write_text("layer,key_layer,value_layer,sliding\n0,0,0,0\n1,0,0,0\n")
+    assert [path.stem for path in report_run(run)] == [
+        "loss",
+        "compression",
+        "head_gates",
+        "kv_map",
+        "learning_rate",
+        "report",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +101,7 @@ def test_what_the_files_beside_the_metrics_say(run):
         ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,half\n"),
         ("head_compression.csv", b"step,layer,head,merged_fraction\n1,0,0,\n"),
         ("head_compression.csv", b"step,layer\n0,\xff\xfe\n"),
+        ("head_gates.csv", b"step,layer\n1,0\n"),
         ("kv_map.csv", b"layer,key_layer,value_layer\n0,0,0\n"),
         ("kv_map.csv", b"layer,key_layer,value_layer,sliding\n1,0,0,0\n"),
         ("eval.json", b"{"),
@@ -135,7 +150,7 @@ DISTILLED = "model: {class_path: kvtrain.training.DMCModule, init_args: {distill
 def test_losses_share_an_axis_where_they_measure_the_same(run, recipe, panels):
     if recipe is not None:
         (run / "config.yaml").write_text(recipe)
-    drawn = figures(load_rows(run), distilled=learns_from_a_teacher(run))
+    drawn = figures(load_tables(run), distilled=learns_from_a_teacher(run))
     assert len(drawn["loss"].axes) == panels
 
 
@@ -160,7 +175,7 @@ def test_a_second_report_replaces_the_first(run):
 
 
 def test_facts_of_a_run(run):
-    assert facts(load_rows(run)) == {
+    assert facts(load_tables(run)[METRICS]) == {
         "Optimizer steps": "3",
         "Tokens per second, median": "1,000",
         "Training loss at the end, smoothed": "2.0000",
@@ -169,6 +184,17 @@ def test_facts_of_a_run(run):
         "Compression reached": "1.90",
         "Compression aimed at": "2.00",
     }
+
+
+def test_facts_of_methods_stand_below_those_of_all_runs():
+    names = ("compression", "val_compression", "mean_gate", "val_serving_gap", "val_loss")
+    assert list(facts([{"step": 0, **dict.fromkeys(names, 0.25)}]).items())[1:] == [
+        ("Held-out loss at the end", "0.2500"),
+        ("Compression reached", "0.25"),
+        ("Held-out compression at the end", "0.25"),
+        ("Mean gate at the end", "0.250"),
+        ("Held-out loss, serving minus training form", "+0.25000"),
+    ]
 
 
 def test_facts_leave_out_what_was_not_logged():
@@ -180,7 +206,7 @@ def test_facts_leave_out_what_was_not_logged():
 
 
 def test_figures_are_those_that_the_metrics_allow():
-    assert list(figures([{"step": 0, "loss": 2.0}])) == ["loss"]
+    assert list(figures({METRICS: [{"step": 0, "loss": 2.0}]})) == ["loss"]
 
 
 def test_a_diverged_run_can_be_drawn(tmp_path):
@@ -191,7 +217,7 @@ def test_a_diverged_run_can_be_drawn(tmp_path):
 def test_a_run_name_cannot_write_html(tmp_path):
     folder = tmp_path / "<script>alert(1)&"
     folder.mkdir()
-    (folder / "metrics.csv").write_text(METRICS)
+    (folder / "metrics.csv").write_text(LOGGED)
     text = report_run(folder)[-1].read_text(encoding="utf-8")
     assert "<script" not in text
     assert "<h1>&lt;script&gt;alert(1)&amp;</h1>" in text
@@ -206,8 +232,8 @@ def test_a_run_name_cannot_write_html(tmp_path):
         (b"step,learning_rate\n0,0.1\n", "no losses yet"),
         (b"step,loss\n0,four\n", "damaged"),
         (b"step,loss\n0,1.0,7,8\n", "damaged"),
-        (b"step,loss\n,1.0\n", "a row without a step"),
-        (b"loss\n1.0\n", "a row without a step"),
+        (b"step,loss\n,1.0\n", "a row without step"),
+        (b"loss\n1.0\n", "a row without step"),
         (b"step,loss\n0,\xff\xfe\n", "damaged"),
         (b"step,loss\n0,\x00\n", "damaged"),
     ],
@@ -220,28 +246,3 @@ def test_damaged_metrics_are_one_line(tmp_path, content, message):
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "report").exists()
-
-
-GATES = """step,layer,head,gate,full
-1,0,0,0.5,1
-1,0,1,0.25,0
-3,0,0,0.125,0
-3,0,1,0.75,1
-"""
-
-
-def test_gates_are_drawn_as_they_were_last(run):
-    """Numbers in the cells, and a frame round the head that keeps everything."""
-    (run / "head_gates.csv").write_text(GATES)
-    assert "head_gates" in [path.stem for path in report_run(run)]
-    figure = figures(load_rows(run), gates=load_gates(run))["head_gates"]
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == ["0.12", "0.75"]
-    assert [round(frame.get_x() + 0.46) for frame in axes.patches] == [1]
-    assert "step 3" in axes.get_title(loc="left")
-
-
-def test_damaged_gates_are_named(run):
-    (run / "head_gates.csv").write_text("step,layer\n1,0\n")
-    with pytest.raises(ValueError, match=r"head_gates.csv: damaged"):
-        load_gates(run)

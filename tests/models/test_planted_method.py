@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 import kvtrain
 from kvtrain import models, training
 from kvtrain.cli import main
+from kvtrain.evaluation.report import figures, load_tables
+from kvtrain.metrics import read_metrics
+from kvtrain.models import registry
 from kvtrain.models.registry import architectures, methods
 from tests.hosts import make_host, random_ids
 from tests.training.small_runs import recipe_text, write_place
@@ -92,14 +95,21 @@ def test_a_recipe_trains_estimates_exports_evaluates_and_reports(window, tmp_pat
     card = (exported / "README.md").read_text()
     assert "Key-value cache: WINDOW." in card and '"recent": 8' in card
 
-    figures = tmp_path / "eval.json"
+    measured = tmp_path / "eval.json"
     asked = ["eval", str(exported), "--tasks", "perplexity", "--corpus", str(tmp_path / "held.jsonl")]
-    assert main([*asked, "--limit", "2", "--json", str(figures)]) == 0
-    (row,) = json.loads(figures.read_text())
+    assert main([*asked, "--limit", "2", "--json", str(measured)]) == 0
+    (row,) = json.loads(measured.read_text())
     assert row["compression"] > 2 and row["perplexity"] > 1
+    capsys.readouterr()
     assert main(["report", str(run)]) == 0
-    assert (run / "report" / "report.html").is_file()
+    written = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert written == ["loss.png", "window_seen.png", "learning_rate.png", "report.html"]
+    page, last = (run / "report" / "report.html").read_text(), read_metrics(run)[-1]
+    assert f"<th>Pull on the last norm at the end</th><td>{last['norm_pull']:.3f}</td>" in page
+    (bars,) = figures(load_tables(run))["window_seen"].axes[0].containers
+    assert [bar.get_height() for bar in bars] == [9] * 6
 
 
 def test_it_is_gone_again():
     assert "window" not in methods() and "WindowModule" not in training._modules()
+    assert "window_seen" not in [figure.name for figure in registry.figures().drawn]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import kvtrain
 from kvtrain.cli import main
+from kvtrain.evaluation.report import report_run
 from kvtrain.models.portable import SHIM
 from tests.version_0_1.measure import DIGESTS, EXPECTED, FOLDERS, HERE, PLACE, digests, fit, measure
 
@@ -58,6 +59,15 @@ def test_a_folder_opens_by_the_code_that_travels_in_it(name):
     assert type(opened) is type(model)
     weights = opened.state_dict()
     assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])] == []
+
+
+PICTURES = {"dmc": ["compression"], "duo": [], "lckv": ["kv_map"], "transnormer": []}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_reported(name, tmp_path):
+    written = report_run(HERE / PLACE / name, tmp_path)
+    assert [path.stem for path in written] == ["loss", *PICTURES[name], "learning_rate", "report"]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtrain.metrics import Table
+
 PATTERN_FILE, SETTINGS_FILE = "full_attention_heads.tsv", "config.json"
+
+# Gates at every validation; ``full`` is 1 where a head would keep everything if gates were rounded now.
+HEAD_GATES = Table("head_gates.csv", ("step", "layer", "head", "gate", "full"))
 
 # Of hard-concrete gates (Louizos et al. 2018, section 2.3; PruLong's code): temperature, and how far they reach
 # beyond 0 and 1 before they are clipped.

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvtrain.metrics import Rows, Table
+
 _ENTRY = re.compile(r"(\d+)(s?)")
 # The rows of the study's table (arXiv 2410.14442, section 3): how layers are parted, and which one of a part is read.
 _STUDY = re.compile(r"(pizza|sandwich|lasagna)-(bottom|middle|top)(?:-(\d+))?")
@@ -258,3 +260,11 @@ def _closed_parts(keys: KVMap, values: KVMap) -> Iterator[range]:
             last = further
         yield range(first, last + 1)
         first = last + 1
+
+
+def _count_fault(rows: Rows) -> str | None:
+    return None if [row["layer"] for row in rows] == list(range(len(rows))) else "layers are not counted from 0"
+
+
+# The map of a run, written for its report.
+KV_MAP = Table("kv_map.csv", ("layer", "key_layer", "value_layer", "sliding"), _count_fault)

@@ -5,39 +5,31 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from kvtrain.metrics import HEADS_FILE_NAME
-from kvtrain.training.csv_logger import rows_before, write_rows
+from kvtrain.models.gating import HEAD_COMPRESSION
+from kvtrain.training.callbacks.head_table import ByLayer, HeadTable
 
 
-class HeadCompression(pl.Callback):
+class HeadCompression(HeadTable):
     """Writes ``head_compression.csv``: how much each layer and key-value head merges of the held-out rows.
 
-    Every validation adds a row a head: ``step`` as in ``metrics.csv``, ``layer``, ``head`` and ``merged_fraction``,
-    of the tokens that had a choice. The module counts each held-out batch; a phase without decisions adds nothing.
+    ``merged_fraction`` is of the tokens that had a choice. The module counts each held-out batch; a phase without
+    decisions adds nothing.
 
     Args:
         run: Run folder.
     """
 
     def __init__(self, run: Path) -> None:
-        self.path = run / HEADS_FILE_NAME
-        self._rows: list[dict[str, float]] = []
+        super().__init__(run, HEAD_COMPRESSION)
         self._counts = False
         self._merged: dict[int, Tensor] = {}  # by layer, (H_kv,)
         self._free: Tensor = torch.zeros(())
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up the rows of the steps that a resumed run has behind it."""
-        if trainer.is_global_zero:
-            self._rows = rows_before(self.path, trainer.global_step)
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count, unless this is a trial or no training is under way."""
-        trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._counts = trainer.state.fn == TrainerFn.FITTING and not trial
+        """Begin to count, where it will be written."""
+        self._counts = self.records(trainer)
         self._merged, self._free = {}, torch.zeros((), dtype=torch.float64, device=pl_module.device)
 
     def count(self, decisions: Mapping[int, Tensor], free: Tensor) -> None:
@@ -54,18 +46,12 @@ class HeadCompression(pl.Callback):
             merged = (merges.double() * free[:, None]).sum((0, 2))
             self._merged[layer] = merged + self._merged[layer] if layer in self._merged else merged
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write, over all ranks."""
-        if not self._counts or not self._merged:
-            return
+    def measure(self, trainer: pl.Trainer) -> ByLayer:
+        """Fractions of the rows of all ranks."""
+        if not self._merged:
+            return {}
         layers = sorted(self._merged)
         sums = torch.stack([self._merged[layer] for layer in layers])  # (L, H_kv)
         everyone = trainer.strategy.reduce(torch.cat([sums.flatten(), self._free[None]]), reduce_op="sum")
-        fractions = (everyone[:-1] / everyone[-1]).view_as(sums).tolist()
-        if trainer.is_global_zero:
-            self._rows += [
-                {"step": trainer.global_step - 1, "layer": layer, "head": head, "merged_fraction": fraction}
-                for layer, heads in zip(layers, fractions, strict=True)
-                for head, fraction in enumerate(heads)
-            ]
-            write_rows(self.path, self._rows)
+        fractions = (everyone[:-1] / everyone[-1]).view_as(sums)
+        return {layer: {"merged_fraction": heads} for layer, heads in zip(layers, fractions, strict=True)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from kvtrain import run_folder
-from kvtrain.metrics import FILE_NAME
+from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
 
 logger = logging.getLogger("kvtrain")
@@ -36,7 +36,7 @@ class RunRecord(pl.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self.resumes:
-            (self.run / FILE_NAME).unlink(missing_ok=True)
+            (self.run / METRICS.name).unlink(missing_ok=True)
         run_folder.write_config(self.run, self.recipe)
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvtrain.metrics import Table
 from kvtrain.models.method import Method
+
+SEEN = Table("window_seen.csv", ("layer", "tokens"))
 
 
 @dataclass(frozen=True)
