@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-Made = TypeVar("Made")
+Kept = TypeVar("Kept")
 
 
 class Memo:
@@ -16,7 +16,7 @@ class Memo:
     def _kept(self) -> dict[Hashable, Any]:
         return {}
 
-    def keep(self, name: Hashable, make: Callable[[], Made]) -> Made:
+    def keep(self, name: Hashable, make: Callable[[], Kept]) -> Kept:
         """What ``make`` returns for the first who asks by this name; everyone else gets the same.
 
         Args:
@@ -26,5 +26,5 @@ class Memo:
         if name not in self._kept:
             with torch.inference_mode(False):  # training may use what inference has asked for first
                 self._kept[name] = make()
-        kept: Made = self._kept[name]
+        kept: Kept = self._kept[name]
         return kept
