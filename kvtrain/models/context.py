@@ -84,6 +84,13 @@ class ForwardContext:
         self._visited.update(range(len(self.cache.layers)))
         return self.cache.layers
 
+    @property
+    def real(self) -> Tensor | None:
+        """``(B, T)`` tokens that are no padding, in the order in which layers see them; None where all are."""
+        if self.valid is not None:
+            return self.valid
+        return None if self.documents is None else self.documents.queries > 0
+
     def entering(self) -> Documents:
         """Of the tokens that enter the cache: real ones belong together, and so does padding."""
         assert self.valid is not None

@@ -1,5 +1,6 @@
 """A decoder with a head: its forward pass, its losses, and the matching cache, which nobody passes by hand."""
 
+import contextlib
 import warnings
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +25,7 @@ from kvtrain.models.context import (
     packed_documents,
     parallel_context,
 )
+from kvtrain.models.extra_losses import ExtraLoss, LayerNotes, add_extra_losses, collect_notes, note_real_tokens
 from kvtrain.models.outputs import LanguageModelOutput
 from kvtrain.models.placement import execution_device
 from kvtrain.models.recording import RecordedStates
@@ -40,7 +42,13 @@ else:
 
 
 class CachedLanguageModel(_Decoder):
-    """What every causal language model here can do; mixed in before its Hugging Face class."""
+    """What every causal language model here can do; mixed in before its Hugging Face class.
+
+    Attributes:
+        extra_losses: Join the loss of the tokens while the model trains; evaluation measures the tokens alone.
+    """
+
+    extra_losses: Sequence[ExtraLoss] = ()
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """An empty cache layer for every layer.
@@ -171,24 +179,27 @@ class CachedLanguageModel(_Decoder):
                 an argument that the model does not have.
             CacheFullError: The new tokens may not fit into the cache's budget; nothing has changed.
         """
-        decoded = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            document_ids=document_ids,
-            prefill=prefill,
-            step=step,
-            outputs=outputs,
-            **{**kwargs, "return_dict": True},
-        )
         targets = _targets(labels, shift_labels)
+        listens = self.training and targets is not None and bool(self.extra_losses)
+        with collect_notes() if listens else contextlib.nullcontext() as notes:
+            decoded = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                document_ids=document_ids,
+                prefill=prefill,
+                step=step,
+                outputs=outputs,
+                **{**kwargs, "return_dict": True},
+            )
         skip_logits = targets is not None and self.training if skip_logits is None else skip_logits
         kept = None if skip_logits else logits_to_keep
-        return self._output(decoded, kept, targets, num_items_in_batch, teacher, distillation or Distillation())
+        how = distillation or Distillation()
+        return self._output(decoded, kept, targets, num_items_in_batch, teacher, how, notes)
 
     def _output(
         self,
@@ -198,11 +209,12 @@ class CachedLanguageModel(_Decoder):
         num_items: Tensor | int | None,
         teacher: TeacherHead | None,
         distillation: Distillation,
+        notes: LayerNotes | None,
     ) -> LanguageModelOutput:
         """What is made of the decoder's output: a loss where there are targets, logits unless None are kept."""
         hidden, loss, parts, logits = decoded.last_hidden_state, None, None, None
         if targets is not None:
-            loss, parts = self._loss(hidden, targets, num_items, teacher, distillation)
+            loss, parts = self._loss(hidden, targets, num_items, teacher, distillation, notes)
         if logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -222,6 +234,7 @@ class CachedLanguageModel(_Decoder):
         num_items: Tensor | int | None,
         teacher: TeacherHead | None,
         distillation: Distillation,
+        notes: LayerNotes | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts of ``targets (B, n)``, which stand where they are predicted."""
         length, head = targets.shape[1], self.lm_head
@@ -232,6 +245,9 @@ class CachedLanguageModel(_Decoder):
         else:
             flat = TeacherHead(teacher.hidden[:, :length].flatten(0, 1), teacher.head)
             total, parts = distillation_sum(hidden, head, flat, targets, distillation)
+        if notes:
+            parts = parts or {"cross_entropy" if teacher is None else "divergence": total.detach()}
+            total = add_extra_losses(total, parts, self.extra_losses, notes, (targets != IGNORE_INDEX).sum())
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
 
@@ -251,6 +267,8 @@ class CachedLanguageModel(_Decoder):
             context = cache_context(kwargs, cache)
         else:
             context = parallel_context(kwargs, documents)
+        if self.extra_losses:
+            note_real_tokens(context.real)
         return (), {
             "input_ids": kwargs.get("input_ids"),
             "inputs_embeds": kwargs.get("inputs_embeds"),
