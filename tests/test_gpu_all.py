@@ -230,7 +230,8 @@ def test_packages_have_the_projects_bounds():
     assert requirement("transformers") == "transformers>=5.17"
     assert requirement("flash-attn") == "flash-attn>=2.8"
     assert requirement("liger-kernel") == "liger-kernel>=0.8"
-    assert requirement("flash-linear-attention") == "flash-linear-attention"
+    assert requirement("flash-linear-attention") == "flash-linear-attention>=0.6"
+    assert requirement("numpy") == "numpy"
 
 
 @pytest.mark.slow

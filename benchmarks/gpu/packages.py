@@ -11,7 +11,7 @@ from kvtrain.kernels.dispatch import AVOID
 OPTIONAL = {
     "flash-attn": ("flash_attn", "flash"),
     "liger-kernel": ("liger_kernel.ops.rms_norm", "liger"),
-    "flash-linear-attention": ("fla.ops.simple_gla", None),
+    "flash-linear-attention": ("fla.ops.simple_gla", "fla"),
 }
 
 
@@ -30,7 +30,7 @@ def problem_of(package: str) -> str | None:
 def avoid_broken() -> None:
     """Keep kvtrain from backends whose package is there and does not load."""
     installed = [name for name in OPTIONAL if importlib.util.find_spec(OPTIONAL[name][0].partition(".")[0])]
-    broken = [backend for name in installed if (backend := OPTIONAL[name][1]) and problem_of(name)]
+    broken = [OPTIONAL[name][1] for name in installed if problem_of(name)]
     named = [name for name in os.environ.get(AVOID, "").split(",") if name]
     if broken:
         os.environ[AVOID] = ",".join([*named, *broken])

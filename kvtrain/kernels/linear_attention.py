@@ -36,6 +36,7 @@ from kvtrain.kernels.linear_attention_chunked import (
     scan_chunks,
     wide_dtype,
 )
+from kvtrain.kernels.linear_attention_fla import attend_fla, fla_refusal
 
 # Tokens at a time on the CPU: with 64 channels, 32 and 64 took the same time, 128 took 1.3 times as long.
 CHUNK = 64
@@ -70,8 +71,9 @@ def linear_attention(
         layout: What ``document_layout`` makes of ``document_ids``, where it has been made for another layer.
         state: ``(B, H, D, D_v)``, the state after the tokens before these, which the first document continues.
         chunk_size: Tokens per chunk of the torch backend.
-        backend: ``"auto"``, ``"torch"``, or ``"triton"`` (on NVIDIA GPUs since Ampere, up to 128 channels, not
-            for float64), which ``"auto"`` takes where it can run.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` (on NVIDIA GPUs since Ampere, up to 128 channels, not
+            for float64), which ``"auto"`` takes where it can run, or ``"fla"``, which it does not
+            (``kernels.linear_attention_fla`` says what that does otherwise).
 
     Returns:
         Output ``(B, H, T, D_v)`` in the value's dtype, and in at least float32 the state ``(B, H, D, D_v)`` after the
@@ -84,10 +86,14 @@ def linear_attention(
     _check(query, key, value, causal, slopes, document_ids, state, chunk_size)
     if layout is None and document_ids is not None:
         layout = document_layout(document_ids)
-    chosen = choose_backend("linear attention", backend, tuple(_backends(query, key, value)))
+    if backend == "fla" and (reason := fla_refusal(query, key, value, causal)):
+        raise ValueError(f"linear attention: backend 'fla' cannot run this call: {reason}")
+    chosen = choose_backend("linear attention", backend, tuple(_backends(query, key, value, causal)))
     call = _Call(causal, slopes, layout, chunk_size, chosen)
     result: tuple[Tensor, Tensor]
     with autocast_off(query):
+        if chosen == "fla":
+            return attend_fla(query, key, value, state, layout, slopes)
         result = _LinearAttention.apply(query, key, value, state, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -206,14 +212,16 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1; found {chunk_size}")
 
 
-def _backends(*tensors: Tensor) -> list[str]:
-    """Those that can run a call, best first."""
+def _backends(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> list[str]:
+    """Those that can run a call, best first; fla stands last until a GPU has seen it."""
+    tensors, refused = (query, key, value), fla_refusal(query, key, value, causal)
+    others = ["torch"] if refused else ["torch", "fla"]
     if not (_has_triton() and all(_on_gpu(tensor) and tensor.numel() for tensor in tensors)):
-        return ["torch"]
+        return others
     from kvtrain.kernels.linear_attention_triton import DTYPES, MAX_CHANNELS
 
     fits = all(tensor.dtype in DTYPES and tensor.shape[-1] <= MAX_CHANNELS for tensor in tensors)
-    return ["triton", "torch"] if fits else ["torch"]
+    return ["triton", *others] if fits else others
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from collections import UserDict
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -32,6 +32,26 @@ _UNREAD = {
     "output_router_logits",
     "seq_idx",
 }
+
+
+class PassOptions(TypedDict, total=False):
+    """What a forward pass knows besides what every host does.
+
+    Attributes:
+        prefill: With a cache: even a single token a row is part of a prompt, cut anywhere; or ``(B,)``, of which rows
+            that holds.
+        step: What a training step says to the method's attention, such as a ``DMCStep``.
+        outputs: Receives what layers hand out by the layer's number, such as DMC's decisions ``(B, H_kv, T)``: a
+            ``LayerOutputs``, or any other mapping.
+        output_hidden_states: As the host's.
+        return_dict: As the host's.
+    """
+
+    prefill: bool | Tensor | None
+    step: Any
+    outputs: MutableMapping[int, Any] | None
+    output_hidden_states: bool | None
+    return_dict: bool | None
 
 
 class LayerOutputs(UserDict[int, Any]):
@@ -82,6 +102,13 @@ class ForwardContext(Memo):
         assert self.cache is not None
         self._visited.update(range(len(self.cache.layers)))
         return self.cache.layers
+
+    @property
+    def real(self) -> Tensor | None:
+        """``(B, T)`` tokens that are no padding, in the order in which layers see them; None where all are."""
+        if self.valid is not None:
+            return self.valid
+        return None if self.documents is None else self.documents.queries > 0
 
     def entering(self) -> Documents:
         """Of the tokens that enter the cache: real ones belong together, and so does padding."""

@@ -17,7 +17,7 @@ from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_nam
 from kvtrain.models.hosts.base import PROJECTIONS
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
-from kvtrain.models.modules import GatedMLP, RMSNorm, RotaryEmbedding
+from kvtrain.models.modules import RMSNorm, RotaryEmbedding
 from kvtrain.models.registry import builder
 
 ATTENTION_NAME = "kvtrain"
@@ -122,7 +122,7 @@ def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
             setattr(attention, name, RMSNorm(getattr(attention, name)))
         for name in adapter.norms:
             setattr(layer, name, RMSNorm(getattr(layer, name)))
-        setattr(layer, adapter.mlp, GatedMLP(getattr(layer, adapter.mlp)))
+        setattr(layer, adapter.mlp, adapter.feed_forward(getattr(layer, adapter.mlp), layer_idx))
         setattr(layer, adapter.attention, parts.attention(attention, layer_idx))
     decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)
 
@@ -136,7 +136,8 @@ class KVTrainMixin(CachedLanguageModel):
 
     def __init__(self, config: KVTrainConfig) -> None:
         host_config, method = config.host_config, config.method
-        host_adapter(host_config).validate(host_config)
+        adapter = host_adapter(host_config)
+        adapter.validate(host_config)
         method.validate(host_config)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
@@ -146,6 +147,7 @@ class KVTrainMixin(CachedLanguageModel):
         self.name_or_path = config.name_or_path  # not the host's: adapters write down what they were trained on
         config.architectures = [type(self).__name__]
         self.method = method
+        self.extra_losses = tuple(loss for loss in adapter.extra_losses(host_config) if loss.weight)
         self.watch_decoder()
         if config.__dict__.pop("gradient_checkpointing", False):  # an old way to ask for it, which Trainer still knows
             self.gradient_checkpointing_enable()
@@ -170,8 +172,8 @@ class KVTrainMixin(CachedLanguageModel):
 
     @property
     def survives_reentrant_checkpointing(self) -> bool:
-        """See ``CachedLanguageModel``; the method's."""
-        return self.method.survives_reentrant_checkpointing
+        """See ``CachedLanguageModel``; the method's, and what modules note has no gradient under it."""
+        return self.method.survives_reentrant_checkpointing and not self.extra_losses
 
     def recorded_states(self) -> Sequence[int] | None:
         """See ``CachedLanguageModel``; the method's."""

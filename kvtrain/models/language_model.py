@@ -1,8 +1,9 @@
 """A decoder with a head: its forward pass, its losses, and the matching cache, which nobody passes by hand."""
 
+import contextlib
 import warnings
-from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Unpack
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,12 +19,14 @@ from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.compat import CACHE, rename_cache, with_cache
 from kvtrain.models.context import (
     ForwardContext,
+    PassOptions,
     cache_context,
     check_cache,
     named_arguments,
     packed_documents,
     parallel_context,
 )
+from kvtrain.models.extra_losses import ExtraLoss, LayerNotes, add_extra_losses, collect_notes, note_real_tokens
 from kvtrain.models.outputs import LanguageModelOutput
 from kvtrain.models.placement import execution_device
 from kvtrain.models.recording import RecordedStates
@@ -40,7 +43,13 @@ else:
 
 
 class CachedLanguageModel(_Decoder):
-    """What every causal language model here can do; mixed in before its Hugging Face class."""
+    """What every causal language model here can do; mixed in before its Hugging Face class.
+
+    Attributes:
+        extra_losses: Join the loss of the tokens while the model trains; evaluation measures the tokens alone.
+    """
+
+    extra_losses: Sequence[ExtraLoss] = ()
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """An empty cache layer for every layer.
@@ -134,18 +143,14 @@ class CachedLanguageModel(_Decoder):
         teacher: TeacherHead | None = None,
         distillation: Distillation | None = None,
         document_ids: Tensor | None = None,
-        prefill: bool | Tensor | None = None,
-        step: Any = None,
-        outputs: MutableMapping[int, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[PassOptions],
     ) -> LanguageModelOutput:
         """The host's forward pass, with some additions.
 
         Args:
             input_ids: ``(B, T)``.
             attention_mask: ``(B, past + T)`` padding mask; with a cache the new tokens' columns are enough.
-            position_ids: ``(B, T)``; derived from documents, padding or the cache where absent. Without a cache a
-                position of 0 after a row's first real token begins a document, which sees nothing before it.
+            position_ids: ``(B, T)``; derived where absent. Without a cache a 0 behind a real token begins a document.
             past_key_values: A cache from ``make_cache``. It holds constants: no gradient flows into it.
             inputs_embeds: ``(B, T, hidden)`` in place of ``input_ids``.
             labels: ``(B, T)``, unshifted; ``-100`` counts nothing.
@@ -154,56 +159,41 @@ class CachedLanguageModel(_Decoder):
             cache: The same as ``past_key_values``.
             shift_labels: ``(B, T)``, shifted already: each stands where it is predicted. Instead of ``labels``.
             num_items_in_batch: The summed loss is divided by it; the number of targets where absent.
-            skip_logits: Do not build logits; on while training, where there are labels. Without labels the last hidden
-                states are given instead.
+            skip_logits: Build none, but give last hidden states where there are no labels; on while training on labels.
             teacher: Learn from this teacher, hidden states ``(B, T, D_t)``, where ``labels`` say which tokens count.
             distillation: How to; by its divergence alone where absent.
             document_ids: ``(B, T)`` packed documents of a pass without a cache, 0 for padding.
-            prefill: With a cache: even a single token a row is part of a prompt, cut anywhere; or ``(B,)``, of which
-                rows that holds.
-            step: What a training step says to the method's attention, such as a ``DMCStep``.
-            outputs: Receives what layers hand out by the layer's number, such as DMC's decisions ``(B, H_kv, T)``: a
-                ``LayerOutputs``, or any other mapping.
-            **kwargs: ``output_hidden_states`` and ``return_dict``, as the host's.
+            **kwargs: See ``PassOptions``.
 
         Raises:
-            ValueError: A foreign cache, a cache together with training or packed documents, or one with other rows;
-                an argument that the model does not have.
+            ValueError: A foreign cache, one of other rows, or one beside training or packed rows; an unknown argument.
             CacheFullError: The new tokens may not fit into the cache's budget; nothing has changed.
         """
-        decoded = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            document_ids=document_ids,
-            prefill=prefill,
-            step=step,
-            outputs=outputs,
-            **{**kwargs, "return_dict": True},
-        )
         targets = _targets(labels, shift_labels)
-        skip_logits = targets is not None and self.training if skip_logits is None else skip_logits
-        kept = None if skip_logits else logits_to_keep
-        return self._output(decoded, kept, targets, num_items_in_batch, teacher, distillation or Distillation())
+        listens = self.training and targets is not None and bool(self.extra_losses)
+        with collect_notes() if listens else contextlib.nullcontext() as notes:
+            decoded = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                document_ids=document_ids,
+                **{**kwargs, "return_dict": True},
+            )
+        sought = None if targets is None else _Sought(targets, num_items_in_batch, teacher, distillation, notes)
+        return self._output(decoded, sought, logits_to_keep, skip_logits)
 
     def _output(
-        self,
-        decoded: Any,
-        logits_to_keep: int | Tensor | None,
-        targets: Tensor | None,
-        num_items: Tensor | int | None,
-        teacher: TeacherHead | None,
-        distillation: Distillation,
+        self, decoded: Any, sought: "_Sought | None", logits_to_keep: int | Tensor, skip_logits: bool | None
     ) -> LanguageModelOutput:
-        """What is made of the decoder's output: a loss where there are targets, logits unless None are kept."""
+        """What is made of the decoder's output: a loss where one is sought, logits unless they are skipped."""
         hidden, loss, parts, logits = decoded.last_hidden_state, None, None, None
-        if targets is not None:
-            loss, parts = self._loss(hidden, targets, num_items, teacher, distillation)
-        if logits_to_keep is not None:
+        if sought is not None:
+            loss, parts = self._loss(hidden, sought)
+        if not (self.training and sought is not None if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         output = LanguageModelOutput(
@@ -215,15 +205,9 @@ class CachedLanguageModel(_Decoder):
         )
         return with_cache(output, decoded.get(CACHE))
 
-    def _loss(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        num_items: Tensor | int | None,
-        teacher: TeacherHead | None,
-        distillation: Distillation,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its parts of ``targets (B, n)``, which stand where they are predicted."""
+    def _loss(self, hidden: Tensor, sought: "_Sought") -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts, of all last hidden states."""
+        targets, num_items, teacher, distillation, notes = sought
         length, head = targets.shape[1], self.lm_head
         hidden, targets = hidden[:, :length].flatten(0, 1), targets.flatten()
         parts: dict[str, Tensor] = {}
@@ -231,7 +215,10 @@ class CachedLanguageModel(_Decoder):
             total = linear_cross_entropy_sum(hidden, head, targets)
         else:
             flat = TeacherHead(teacher.hidden[:, :length].flatten(0, 1), teacher.head)
-            total, parts = distillation_sum(hidden, head, flat, targets, distillation)
+            total, parts = distillation_sum(hidden, head, flat, targets, distillation or Distillation())
+        if notes:
+            parts = parts or {"cross_entropy" if teacher is None else "divergence": total.detach()}
+            total = add_extra_losses(total, parts, self.extra_losses, notes, (targets != IGNORE_INDEX).sum())
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
 
@@ -251,6 +238,8 @@ class CachedLanguageModel(_Decoder):
             context = cache_context(kwargs, cache)
         else:
             context = parallel_context(kwargs, documents)
+        if self.extra_losses:
+            note_real_tokens(context.real)
         return (), {
             "input_ids": kwargs.get("input_ids"),
             "inputs_embeds": kwargs.get("inputs_embeds"),
@@ -331,6 +320,16 @@ class CachedLanguageModel(_Decoder):
             raise ValueError("assisted decoding must take tokens back, which this cache cannot; use plain decoding")
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = self.make_cache(**options)
+
+
+class _Sought(NamedTuple):
+    """What a loss is made of: ``forward`` says what each is; targets ``(B, n)`` stand where they are predicted."""
+
+    targets: Tensor
+    num_items: Tensor | int | None
+    teacher: TeacherHead | None
+    distillation: Distillation | None
+    notes: LayerNotes | None
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:

@@ -157,6 +157,10 @@ class TrainingModule(pl.LightningModule, ABC):
         """What of a training batch the model reads, and what it gets of a teacher: nothing without one."""
         return batch, {}
 
+    def teacher_model(self) -> nn.Module | None:
+        """The model that runs forward beside every training step; None without one."""
+        return None
+
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """A loss beside the model's, as a mean over the batch's rows; None where there is none."""
         return None

@@ -129,14 +129,18 @@ class DuoModule(RetrofitModule):
     def _step(self, **kwargs: Any) -> DuoStep:
         return DuoStep(seed=self.seed, step=self.global_step, **kwargs)
 
+    def teacher_model(self) -> nn.Module | None:
+        """See ``TrainingModule``; the model itself."""
+        return self.model if self.method.mixing == "teacher" or self.distillation is not None else None
+
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """What the model with open gates makes of the batch.
 
         Where its attention is mixed in, a student's answers depend on few of its tokens, and only those are read.
         """
-        mixes = self.method.mixing == "teacher"
-        if not mixes and self.distillation is None:
+        if self.teacher_model() is None:
             return batch, {}
+        mixes = self.method.mixing == "teacher"
         seen = LayerOutputs() if mixes else None
         teacher = teach(self.model, batch, step=DuoStep(full_attention=True), outputs=seen)
         kwargs: dict[str, Any] = {}

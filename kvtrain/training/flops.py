@@ -1,11 +1,14 @@
 """Floating-point operations of a training step, counted from the model, and what a device can do in a second.
 
 Counted are the matrix products of every ``nn.Linear``, the head among them, and of attention. Norms,
-activations, the optimizer, a method's own bookkeeping and what a fused kernel computes twice are not; layers that
-run several times count once. Attention is causal: of a row's T x T products half count, and borders of packed
-documents are not looked at.
+activations, the optimizer, a method's own bookkeeping and what a fused kernel computes twice are not. Attention is
+causal: of a row's T x T products half count, and borders of packed documents are not looked at.
+
+Torch's ``FlopCounterMode`` is what tests hold these sums against, and not what a run asks: it counts nothing in a
+kernel that it has no formula for, which most of a GPU's are, and an estimate's step works on two of many slices.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -23,45 +26,63 @@ class MixesTokens(Protocol):
         """Operations of one token, forward, in a row of so many tokens; linear layers not counted."""
 
 
+@runtime_checkable
+class RepeatsLayers(Protocol):
+    """A stack that runs layers several times in a training step."""
+
+    def layer_repeats(self, sequence_length: int) -> Iterable[tuple[nn.Module, int, int]]:
+        """Layers, how often each runs beside the once that all do, and in how many of these runs backward as well."""
+
+
 class TrainingFlops(NamedTuple):
     """Operations of one token, forward and backward.
 
     Attributes:
-        model: What training cannot do without (MFU).
-        hardware: What is done: recomputed layers and a teacher's forward pass count too (HFU).
+        model: What training cannot do without; layers that run several times count once (MFU).
+        hardware: What is done: recomputed layers, each run of a layer and a teacher's forward pass count too (HFU).
     """
 
     model: int
     hardware: int
 
 
-def training_flops(model: nn.Module, sequence_length: int, *, teacher: bool = False) -> TrainingFlops:
+def training_flops(model: nn.Module, sequence_length: int, *, teacher: nn.Module | None = None) -> TrainingFlops:
     """Count what training costs for one token.
 
     Args:
         model: What trains, under any strategy.
         sequence_length: Tokens a row.
-        teacher: Whether a base that costs what the model costs runs forward beside it.
+        teacher: Runs forward beside it, maybe the model itself.
     """
-    modules = list(model.modules())
-    forward = sum(_forward(module, sequence_length) for module in modules)
-    needed = forward + sum(_backward(module, sequence_length) for module in modules)
-    recomputed = [inner for layer in modules if _is_recomputed(layer) for inner in layer.modules()]
-    again = sum(_forward(module, sequence_length) for module in recomputed)
-    return TrainingFlops(needed, needed + again + teacher * forward)
+    needed = _forward(model, sequence_length) + _backward(model, sequence_length)
+    done = needed + sum(_forward(layer, sequence_length) for layer in model.modules() if _is_recomputed(layer))
+    for stack in model.modules():
+        if isinstance(stack, RepeatsLayers):
+            for layer, forward, backward in stack.layer_repeats(sequence_length):
+                forward += backward if _is_recomputed(layer) else 0
+                done += forward * _forward(layer, sequence_length) + backward * _backward(layer, sequence_length)
+    return TrainingFlops(needed, done if teacher is None else done + _forward(teacher, sequence_length))
 
 
 def _forward(module: nn.Module, sequence_length: int) -> int:
+    return sum(_own_forward(part, sequence_length) for part in module.modules())
+
+
+def _backward(module: nn.Module, sequence_length: int) -> int:
+    return sum(_own_backward(part, sequence_length) for part in module.modules())
+
+
+def _own_forward(module: nn.Module, sequence_length: int) -> int:
     """Of a module by itself, without its children."""
     if isinstance(module, nn.Linear):  # the features, because under ZeRO-3 a weight's own shape is no guide
         return 2 * module.in_features * module.out_features
     return module.mixing_flops(sequence_length) if isinstance(module, MixesTokens) else 0
 
 
-def _backward(module: nn.Module, sequence_length: int) -> int:
+def _own_backward(module: nn.Module, sequence_length: int) -> int:
     """Each factor's gradient costs what the product costs; a frozen weight has none."""
     frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
-    return (1 if frozen else 2) * _forward(module, sequence_length)
+    return (1 if frozen else 2) * _own_forward(module, sequence_length)
 
 
 def _is_recomputed(layer: nn.Module) -> bool:

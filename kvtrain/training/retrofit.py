@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
@@ -78,6 +79,10 @@ class RetrofitModule(MethodModule):
 
     def _load_teacher(self) -> None:
         self._teacher = (second_model(self._load_base(), self.device),)
+
+    def teacher_model(self) -> nn.Module | None:
+        """See ``TrainingModule``; the untouched base."""
+        return self._teacher[0] if self._teacher else None
 
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """The base's last hidden states of this batch with its head, and how to learn from them."""

@@ -28,6 +28,7 @@ BEHIND = {
     "head": "cross_entropy",
     "liger": "norm",
     "linear_attention_chunked": "linear_attention",
+    "linear_attention_fla": "linear_attention",
     "linear_attention_triton": "linear_attention",
     "linear_loss": "cross_entropy",
 }

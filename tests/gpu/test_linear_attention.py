@@ -7,6 +7,7 @@ import torch
 
 from kvtrain.kernels.linear_attention import linear_attention
 from tests.backends import forget_backends
+from tests.kernels import test_linear_attention_fla as fla
 from tests.kernels.test_linear_attention_triton import CASES, TOLERANCES, errors, normal, run
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +40,15 @@ def test_long_rows_are_as_on_the_cpu(dtype: torch.dtype, channels: int):
     for name, tensor in expected.items():
         error = (found[name].cpu().double() - tensor).norm() / tensor.norm()
         assert error < max(TOLERANCES[dtype], 1e-5), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", fla.CASES)
+def test_fla_is_the_definition(name: str, dtype: torch.dtype):
+    """Where the extra is installed; it multiplies float32 in tf32, and rounds its states to half types."""
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    found = fla.errors(name, dtype, "cuda")
+    assert {key: value for key, value in found.items() if not value < 2e-2} == {}
 
 
 def test_auto_takes_it(caplog: pytest.LogCaptureFixture):

@@ -132,13 +132,13 @@ def test_the_kernel_is_the_definition(report: dict[str, Any], name: str, dtype: 
 def test_auto_takes_it_where_it_can_run(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     good = torch.ones(1, 1, 2, 128)
-    assert kernel._backends(good) == ["torch"]
+    assert kernel._backends(good, good, good) == ["torch"]
     monkeypatch.setattr(kernel, "_on_gpu", lambda tensor: True)
     assert kernel._backends(good, good.bfloat16(), good.half()) == ["triton", "torch"]
     for bad in (good.double(), torch.ones(1, 1, 2, 129), good[:, :, :0]):
-        assert kernel._backends(good, bad) == ["torch"]
+        assert kernel._backends(good, good, bad) == ["torch"]
     monkeypatch.setattr(kernel, "_has_triton", lambda: False)
-    assert kernel._backends(good) == ["torch"]
+    assert kernel._backends(good, good, good) == ["torch"]
 
 
 if __name__ == "__main__":

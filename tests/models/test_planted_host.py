@@ -1,20 +1,15 @@
 """A file dropped beside the others is a family of hosts: nothing that exists needs to know of it."""
 
-import importlib
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import kvtrain
-from kvtrain.models import hosts
 from kvtrain.models.hosts import host_adapter, host_adapters, key_value_shapes
 from kvtrain.training.method_module import cache_bytes, kv_bytes_per_token
-from tests import hosts as tiny_hosts
 from tests.hosts import make_host, random_ids
+
+from .planted_families import planting
 
 METHODS = [
     kvtrain.Full(),
@@ -26,42 +21,16 @@ METHODS = [
 HEADS = [4, 1, 2]
 
 
-def plant(family, folder, monkeypatch):
-    """Put a file on the path of ``kvtrain.models.hosts``, and its classes into transformers' ``Auto*`` classes."""
-    folder.mkdir()
-    source = {"planted": "planted_host.py", "uneven": "planted_uneven_host.py"}[family]
-    shutil.copy(Path(__file__).parent / source, folder / f"{family}.py")
-    monkeypatch.setattr(hosts, "__path__", [*hosts.__path__, str(folder)])
-    importlib.invalidate_caches()
-    host_adapters.cache_clear()
-    host_adapters()
-    module = sys.modules[f"kvtrain.models.hosts.{family}"]
-    config, model = module.FAMILY
-    AutoConfig.register(family, config)
-    AutoModelForCausalLM.register(config, model)
-    monkeypatch.setitem(tiny_hosts.FAMILIES, family, config)
-    return module
-
-
-def uproot(family, module):
-    host_adapters.cache_clear()
-    sys.modules.pop(f"kvtrain.models.hosts.{family}")
-    CONFIG_MAPPING._extra_content.pop(family)
-    AutoModelForCausalLM._model_mapping._extra_content.pop(module.FAMILY[0])
-
-
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    module = plant("planted", tmp_path / "elsewhere", monkeypatch)
-    yield module
-    uproot("planted", module)
+    with planting("planted", tmp_path / "elsewhere", monkeypatch) as module:
+        yield module
 
 
 @pytest.fixture
 def uneven(tmp_path, monkeypatch):
-    module = plant("uneven", tmp_path / "elsewhere", monkeypatch)
-    yield module
-    uproot("uneven", module)
+    with planting("uneven", tmp_path / "elsewhere", monkeypatch) as module:
+        yield module
 
 
 def renamed(name, planted):

@@ -41,8 +41,10 @@ def test_flops_of_a_token(tied):
     model = tiny_model(tie_word_embeddings=tied)
     assert training_flops(model, 10) == (3 * (2 * PRODUCTS + attention),) * 2
     assert 3 * attention == 12 * 2 * 4 * 8 * 10 // 2  # 12 L H D T, the causal half
-    needed, done = training_flops(model, 10, teacher=True)
+    needed, done = training_flops(model, 10, teacher=model)
     assert done - needed == 2 * PRODUCTS + attention
+    needed, done = training_flops(model, 10, teacher=tiny_model(kv_heads=4))  # four heads more, of 8 channels
+    assert done - needed == 2 * PRODUCTS + attention + 2 * 2 * 2 * 32 * 16
 
 
 def test_recomputed_layers_are_the_hardware_s_alone():
@@ -108,7 +110,7 @@ def test_utilisation_follows_from_tokens_and_seconds(rows, tmp_path, monkeypatch
     train(module, rows, tmp_path, 3, accumulate_grad_batches=2, peak_flops=1e9)
     last = table(tmp_path / "metrics.csv")[-1]
     speed = 2 * BATCH * LENGTH / 2
-    flops = training_flops(module.model, LENGTH, teacher=kind is Taught)
+    flops = training_flops(module.model, LENGTH, teacher=module.model if kind is Taught else None)
     assert last["tokens_per_second"] == speed
     assert last["mfu"] == pytest.approx(speed * flops.model / 1e9, rel=1e-6)
     assert last["hfu"] == pytest.approx(speed * flops.hardware / 1e9, rel=1e-6)

@@ -1,8 +1,12 @@
 """What differs between families of hosts, as far as surgery and caches must know."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from torch import nn
 from transformers import PreTrainedConfig
+
+from kvtrain.models.extra_losses import ExtraLoss
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 QUERY_KEY_NORMS = ("q_norm", "k_norm")
@@ -16,7 +20,7 @@ class HostAdapter:
 
     All families have the outline of Llama's decoder, and no attribute says so: ``model.layers`` and
     ``model.rotary_emb``; RMS norms with ``weight`` and ``variance_epsilon``; a gated MLP of ``gate_proj``, ``up_proj``
-    and ``down_proj``; an attention with ``PROJECTIONS``.
+    and ``down_proj``, where ``feed_forward`` knows of no other part; an attention with ``PROJECTIONS``.
 
     Attributes:
         model_type: The family's name in ``config.json``.
@@ -50,6 +54,21 @@ class HostAdapter:
         """Key-value heads of a layer, and the channels of each."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(config.num_key_value_heads), int(head_dim)
+
+    def feed_forward(self, mlp: nn.Module, layer_idx: int) -> nn.Module:
+        """What takes the place of a layer's feed-forward part, and owns the same parameters by the same names.
+
+        Args:
+            mlp: The host's.
+            layer_idx: Under which it ``note``s what ``extra_losses`` are made of.
+        """
+        from kvtrain.models.modules import GatedMLP  # settings read adapters, and import no modelling code
+
+        return GatedMLP(mlp)
+
+    def extra_losses(self, config: PreTrainedConfig) -> Sequence[ExtraLoss]:
+        """Losses of the family beside that of the tokens, such as a router's, with the host's coefficients."""
+        return ()
 
     def validate(self, config: PreTrainedConfig) -> None:
         """Refuse what the modules that take the place of the host's would silently ignore.

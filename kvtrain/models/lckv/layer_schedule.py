@@ -1,7 +1,7 @@
 """The order in which layers run: once, or again and again where they read from above (section 2.2; appendix A)."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,6 +111,18 @@ class LayerSchedule(nn.ModuleList):
             else:
                 hidden_states = self.run_stage(stage, hidden_states, shared, kwargs, recorded, documents=documents)
         return hidden_states
+
+    def layer_repeats(self, sequence_length: int) -> Iterator[tuple[nn.Module, int, int]]:
+        """Layers that a training step runs again; see ``RepeatsLayers``. A stage's last one only makes keys and values.
+
+        Args:
+            sequence_length: Tokens of a row.
+        """
+        again = min(self.settings.passes, sequence_length) - 1
+        graded = min(self.settings.backward_passes - 1, again)
+        for stage in self.plan:
+            if stage.cyclic:
+                yield from ((self[layer_idx], again, graded) for layer_idx in range(stage.first, stage.last))
 
     def _iterate(
         self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Documents | None

@@ -60,7 +60,6 @@ class Throughput(pl.Callback):
             return
         if self._flops is None:
             assert isinstance(module, TrainingModule)
-            teacher = getattr(module, "distillation", None) is not None
-            self._flops = training_flops(module.model, sequence_length, teacher=teacher)
+            self._flops = training_flops(module.model, sequence_length, teacher=module.teacher_model())
         module.log("mfu", speed * self._flops.model / self.peak, prog_bar=True)
         module.log("hfu", speed * self._flops.hardware / self.peak)

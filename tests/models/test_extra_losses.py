@@ -1,0 +1,159 @@
+"""Losses of a host's family join that of the tokens: a planted family with experts, and Qwen3-MoE's own formula."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import kvtrain
+from kvtrain.kernels.distillation import TeacherHead
+from tests.hosts import make_host, random_ids
+
+from .planted_families import planting
+
+COEFFICIENT, EXPERTS, CHOSEN = 0.3, 5, 2
+METHODS = [kvtrain.Full(), kvtrain.DMC(), kvtrain.LCKV(kv_map="2_2_2"), kvtrain.LCKV(kv_map="0_0_2")]
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    with planting("experts", tmp_path / "elsewhere", monkeypatch) as module:
+        yield module
+
+
+def make_experts(dtype=torch.float64, **settings):
+    own = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 16, "initializer_range": 0.3}
+    own |= {"router_aux_loss_coef": COEFFICIENT, **settings}
+    return make_host("experts", layers=3, dtype=dtype, **own)
+
+
+def naive_balance(model, run, real):
+    """Expert by expert and token by token, from what every router gives last; ``run`` runs the model."""
+    seen = {}
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, output, idx=idx: seen.update({idx: output[0]}))
+        for idx, layer in enumerate(model.model.layers)
+    ]
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    rows = [row for logits in seen.values() for row, counts in zip(logits, real.flatten(), strict=True) if counts]
+    total = 0.0
+    for expert in range(EXPERTS):
+        shares = [torch.softmax(row, -1)[expert] for row in rows]
+        chosen = [float(expert in row.topk(CHOSEN).indices) for row in rows]
+        total = total + sum(chosen) / len(rows) * sum(shares) / len(rows)
+    return EXPERTS * total, result
+
+
+def make_batch():
+    """Two packed rows, the second of which ends in padding, and labels of some tokens."""
+    ids, documents = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    documents[0, 6:], documents[1, 9:] = 2, 0
+    labels = ids.masked_fill((documents == 0) | (torch.arange(14) % 3 == 0), -100)
+    return ids, documents, labels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.usefixtures("family")
+def test_it_is_the_naive_formula_times_the_hosts_coefficient(method, checkpointing):
+    model = kvtrain.retrofit(make_experts(), method).train()
+    ids, documents, labels = make_batch()
+    arguments = {"labels": labels, "document_ids": documents}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    balance, output = naive_balance(model, lambda: model(ids, **arguments), documents > 0)
+    parts = output.loss_parts
+    assert list(parts) == ["cross_entropy", "aux_loss"] and not parts["aux_loss"].requires_grad
+    torch.testing.assert_close(parts["aux_loss"], balance.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(output.loss, parts["cross_entropy"] + COEFFICIENT * balance, rtol=1e-6, atol=0)
+    routers = [layer.mlp.gate.weight for layer in model.model.layers]
+    weights = [*routers, model.model.embed_tokens.weight]
+    alone = torch.autograd.grad(balance, weights, retain_graph=True)
+    assert all(grad.abs().max() > 1e-5 for grad in alone)
+    model.extra_losses = ()
+    without = torch.autograd.grad(model(ids, **arguments).loss, weights)
+    together = torch.autograd.grad(output.loss, weights)
+    for both, tokens, extra in zip(together, without, alone, strict=True):
+        torch.testing.assert_close(both, tokens + COEFFICIENT * extra, rtol=1e-4, atol=1e-7)  # routers are float32
+
+
+@pytest.mark.usefixtures("family")
+def test_it_is_what_the_host_itself_returns():
+    """transformers: ``aux_loss``, and a loss that holds it, where ``output_router_logits=True``."""
+    host = make_experts()
+    ids, mask = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, 9:] = 0
+    arguments = {"labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    expected = host(ids, output_router_logits=True, **arguments)
+    output = kvtrain.retrofit(host, kvtrain.Full()).train()(ids, **arguments)
+    assert output.loss_parts["aux_loss"].item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("family")
+def test_weights_of_ragged_batches_add_up_to_the_coefficient():
+    """Whatever the loss is divided by: batches that share a number of targets share the coefficient likewise."""
+    model = kvtrain.retrofit(make_experts(), kvtrain.Full()).train()
+    ids, documents, labels = make_batch()
+    rows = [{"input_ids": ids[row : row + 1], "document_ids": documents[row : row + 1]} for row in (0, 1)]
+    labels = [labels[:1], labels[1:]]
+    means = [model(**row, labels=label).loss_parts for row, label in zip(rows, labels, strict=True)]
+    counts = [int((label[:, 1:] != -100).sum()) for label in labels]
+    assert counts[0] != counts[1] and not torch.allclose(means[0]["aux_loss"], means[1]["aux_loss"])
+    items = sum(counts)
+    total = sum(
+        model(**row, labels=label, num_items_in_batch=items).loss for row, label in zip(rows, labels, strict=True)
+    )
+    expected = sum(
+        count / items * (part["cross_entropy"] + COEFFICIENT * part["aux_loss"])
+        for count, part in zip(counts, means, strict=True)
+    )
+    torch.testing.assert_close(total.detach(), expected)
+    padding = {"input_ids": ids[:1], "document_ids": torch.zeros_like(documents[:1])}
+    nothing = model(**padding, labels=torch.full_like(ids[:1], -100), num_items_in_batch=items).loss
+    assert nothing == 0
+
+
+@pytest.mark.usefixtures("family")
+def test_a_teacher_s_divergence_has_it_beside_it():
+    model = kvtrain.retrofit(make_experts(), kvtrain.Full()).train()
+    ids = random_ids(2, 12)
+    hidden = model.model(ids, use_cache=False).last_hidden_state.detach() + 0.1
+    output = model(ids, labels=ids, teacher=TeacherHead(hidden, model.lm_head))
+    assert list(output.loss_parts) == ["divergence", "aux_loss"]
+    expected = output.loss_parts["divergence"] + COEFFICIENT * output.loss_parts["aux_loss"]
+    torch.testing.assert_close(output.loss.detach(), expected)
+
+
+@pytest.mark.usefixtures("family")
+def test_who_does_not_learn_by_it_does_not_have_it():
+    """Evaluation, a coefficient of 0 and frozen routers measure and learn from the tokens alone."""
+    ids = random_ids(2, 12)
+    model = kvtrain.retrofit(make_experts(), kvtrain.Full())
+    expected = model(ids, labels=ids, use_cache=False).loss
+    off = kvtrain.retrofit(make_experts(router_aux_loss_coef=0.0), kvtrain.Full()).train()
+    frozen = kvtrain.retrofit(make_experts(), kvtrain.Full()).train()
+    for layer in frozen.model.layers:
+        layer.mlp.gate.requires_grad_(False)
+    for same in (off, frozen):
+        output = same(ids, labels=ids)
+        assert output.loss_parts is None
+        torch.testing.assert_close(output.loss, expected)
+    assert model.train()(ids, labels=ids).loss > expected
+    assert off.extra_losses == () and "extra_losses" in vars(off)
+
+
+@pytest.mark.usefixtures("family")
+def test_models_with_it_are_copied_pickled_and_not_checkpointed_reentrantly():
+    model, ids = kvtrain.retrofit(make_experts(torch.float32), kvtrain.Full()).train(), random_ids(1, 9)
+    expected, again = model(ids, labels=ids).loss, copy.deepcopy(model)
+    assert torch.equal(again(ids, labels=ids).loss, expected)
+    again.extra_losses, again.model.layers[0].mlp = pickle.loads(
+        pickle.dumps((model.extra_losses, model.model.layers[0].mlp))  # a planted class cannot be imported by name
+    )
+    assert torch.equal(again(ids, labels=ids).loss, expected)
+    with pytest.raises(ValueError, match="reentrant checkpointing loses gradients of this model"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
