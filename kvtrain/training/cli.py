@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -334,16 +333,5 @@ def main(command: str, arguments: list[str]) -> None:
     """
     configure_logging()
     chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
-    chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
+    chosen(["--help" if word == HELP_ALL else word for word in arguments])
 
-
-def adopt_local_rank(arguments: list[str]) -> list[str]:
-    """Take out the ``--local_rank`` that the deepspeed launcher adds and export it instead."""
-    rest: list[str] = []
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        if equals and name in ("--local_rank", "--local-rank"):
-            os.environ.setdefault("LOCAL_RANK", value)
-        else:
-            rest.append(word)
-    return rest

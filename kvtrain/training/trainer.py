@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from kvtrain.errors import require_at_least, require_finite
+from kvtrain.launcher import Launch, adopt_node_rank
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
@@ -54,7 +55,8 @@ class KVTrainer(pl.Trainer):
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: A number is out of range, or ``non_finite`` none of the three.
+        ValueError: A number is out of range, ``non_finite`` none of the three, or a launcher has started another
+            number of processes than devices and nodes come to.
     """
 
     def __init__(
@@ -78,7 +80,10 @@ class KVTrainer(pl.Trainer):
         settings["logger"] = _loggers(run, settings.get("logger"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
+        adopt_node_rank()
         super().__init__(**settings)
+        if launch := Launch.detect():
+            launch.check(self.num_devices, self.num_nodes, self.global_rank)
 
 
 def check_numbers(settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from kvtrain import run_folder
 from kvtrain.help import FOLDER
-from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
+from kvtrain.training.cli import ReadCLI, read_recipe
 from kvtrain_cli import main
 from tests.thinning import thinned
 
@@ -245,9 +245,3 @@ def test_reading_a_recipe_touches_nothing(recipe):
     read = read_recipe(["--config", str(recipe), "--trainer.accelerator", "cuda", "--model.seed", "9"])
     assert (read.module.seed, read.data.batch_size, read.trainer["max_steps"]) == (9, 2, STEPS)
     assert not (recipe.parent / "run").exists()
-
-
-def test_the_local_rank_of_the_deepspeed_launcher_is_exported(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert adopt_local_rank(["--local_rank=1", "--config", "r.yaml"]) == ["--config", "r.yaml"]
-    assert os.environ.pop("LOCAL_RANK") == "1"
