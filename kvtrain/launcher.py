@@ -56,9 +56,10 @@ class Launch:
         """
         local = self.local_world_size or self.world_size // num_nodes or 1
         if (self.world_size, local) != (devices * num_nodes, devices):
+            nodes = self.world_size // local
             raise UsageError(
                 f"{self.launcher} counts {self.world_size} processes, {local} on each node, and the trainer is to have "
-                f"{devices} on {num_nodes}; give --trainer.devices {local} --trainer.num_nodes {self.world_size // local}"
+                f"{devices} on {num_nodes}; give --trainer.devices {local} --trainer.num_nodes {nodes}"
             )
         if self.rank != rank:
             raise UsageError(

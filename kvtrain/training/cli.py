@@ -334,4 +334,3 @@ def main(command: str, arguments: list[str]) -> None:
     configure_logging()
     chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
     chosen(["--help" if word == HELP_ALL else word for word in arguments])
-

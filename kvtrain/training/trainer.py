@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from kvtrain.errors import require_at_least, require_finite
 from kvtrain.launcher import Launch, adopt_node_rank
@@ -36,6 +37,8 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "num_threads": 1,
 }
+# Lightning's, by name; the first two are what people ask for.
+_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 # A bare `off` in a recipe is false: YAML says so.
 NonFinitePolicy = Literal["off", "skip", "stop"] | Literal[False]
 
@@ -129,7 +132,7 @@ def check_machine(settings: dict[str, Any]) -> None:
     _check_workers("num_threads", settings.get("num_threads"))
     if settings.get("accelerator") == "cpu" or not torch.accelerator.is_available():
         _check_workers("devices", settings.get("devices"))
-        _check_cpu_strategy(settings.get("strategy"))
+    check_strategy(settings.get("strategy"))
 
 
 def _check_workers(name: str, asked: Any) -> None:
@@ -139,15 +142,26 @@ def _check_workers(name: str, asked: Any) -> None:
         raise ValueError(f"trainer.{name} is {asked}; with {os.cpu_count()} cores take {most} at most")
 
 
-def _check_cpu_strategy(strategy: Any) -> None:
-    """Lightning finds these out after the corpus is read and the model is built."""
-    if isinstance(strategy, str) and "." in strategy:
-        raise ValueError(
-            f"trainer.strategy: {strategy} is no class that can be built; give class_path and all init_args it needs"
-        )
-    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
-        raise ValueError(f"trainer.strategy {strategy} needs CUDA; on the CPU take {ours}")
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which nothing here has been made to shard, to save or to sum as it should.
+
+    Args:
+        strategy: The trainer's; None passes.
+
+    Raises:
+        ValueError: It is neither one device, nor DDP, nor one of kvtrain's own.
+    """
+    if strategy is None or (isinstance(strategy, str) and strategy.lower() in _STRATEGIES):
+        return
+    plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if plain or type(strategy).__module__.startswith("kvtrain."):
+        return
+    ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
+    name = repr(strategy) if isinstance(strategy, str) else type(strategy).__name__
+    raise ValueError(
+        f"trainer.strategy {name} is none that kvtrain trains under; there are {', '.join(_STRATEGIES[:2])}, and as "
+        f"class_path with init_args {ours}"
+    )
 
 
 def _observers(peak_flops: float | None) -> list[pl.Callback]:
