@@ -20,7 +20,7 @@ from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, PhaseStep, Schedule
-from kvtrain.training.step_figures import Reading, StepFigures
+from kvtrain.training.step_figures import Transform, StepFigures
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
@@ -184,7 +184,7 @@ class TrainingModule(pl.LightningModule):
             self.step_figures.log(self)
         return loss
 
-    def log_mean(self, name: str, mean: Tensor, *, reading: Reading | None = None, prog_bar: bool = False) -> None:
+    def log_mean(self, name: str, mean: Tensor, *, transform: Transform | None = None, prog_bar: bool = False) -> None:
         """Log the mean of a figure over the micro-batches of an optimizer step, on all ranks; each says its own.
 
         What ``log`` is given in a training step is rank 0's last micro-batch alone: enough for what is the same in all.
@@ -192,10 +192,10 @@ class TrainingModule(pl.LightningModule):
         Args:
             name: Of the figure.
             mean: Over this micro-batch, ``()``.
-            reading: What is logged of the mean over all; None logs the mean itself.
+            transform: What is logged of the mean over all; None logs the mean itself.
             prog_bar: Whether the progress bar shows it.
         """
-        self.step_figures.add(name, mean / self.micro_batches, reading=reading, prog_bar=prog_bar)
+        self.step_figures.add(name, mean / self.micro_batches, transform=transform, prog_bar=prog_bar)
 
     def _is_logged(self, batch_idx: int) -> bool:
         """Whether an optimizer step ends here whose figures are wanted; where they cost no reduction, all are."""

@@ -56,7 +56,7 @@ class CompressionModule(RetrofitModule):
             return None
         fractions = compressed_fraction(decisions.values(), has_choice(batch["document_ids"]))
         target = self.target(self.phase_step())
-        self.log_mean("compression", fractions.mean(), reading=tokens_per_slot, prog_bar=True)
+        self.log_mean("compression", fractions.mean(), transform=tokens_per_slot, prog_bar=True)
         self.log("compression_target", target, prog_bar=True)
         return self.compression_weight * compression_hinge(fractions, target)
 

@@ -7,12 +7,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-Reading = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
 class _Figure(NamedTuple):
     total: Tensor
-    reading: Reading | None
+    transform: Transform | None
     prog_bar: bool
 
 
@@ -30,18 +30,18 @@ class StepFigures:
         """Begin a step."""
         self._figures = {}
 
-    def add(self, name: str, share: Tensor, *, reading: Reading | None = None, prog_bar: bool = False) -> None:
+    def add(self, name: str, share: Tensor, *, transform: Transform | None = None, prog_bar: bool = False) -> None:
         """Add a micro-batch's share of a figure.
 
         Args:
             name: Of the figure.
             share: Without a gradient, ``()``.
-            reading: What is logged of the sum of all shares; None logs the sum itself.
+            transform: What is logged of the sum of all shares; None logs the sum itself.
             prog_bar: Whether the progress bar shows it.
         """
         before = self._figures.get(name)
         total = share.detach() if before is None else before.total + share.detach()
-        self._figures[name] = _Figure(total, reading, prog_bar)
+        self._figures[name] = _Figure(total, transform, prog_bar)
 
     def log(self, module: pl.LightningModule) -> None:
         """Log what the step came to over all ranks, each of which calls this; logged figures are gone."""
@@ -51,5 +51,5 @@ class StepFigures:
         if module.trainer.world_size > 1:
             totals = module.trainer.strategy.reduce(totals, reduce_op="sum")
         for (name, figure), total in zip(self._figures.items(), totals, strict=True):
-            module.log(name, figure.reading(total) if figure.reading else total, prog_bar=figure.prog_bar)
+            module.log(name, figure.transform(total) if figure.transform else total, prog_bar=figure.prog_bar)
         self.clear()

@@ -1,9 +1,12 @@
 """``kvtrain fit`` and ``validate``: run folders, resuming after every kind of end, pages."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import yaml
 
 from kvtrain import run_folder
 from kvtrain.help import FOLDER
+from kvtrain.run_lock import Owner
 from kvtrain.training.cli import ReadCLI, read_recipe
 from kvtrain_cli import main
 from tests.thinning import thinned
@@ -245,3 +249,29 @@ def test_reading_a_recipe_touches_nothing(recipe):
     read = read_recipe(["--config", str(recipe), "--trainer.accelerator", "cuda", "--model.seed", "9"])
     assert (read.module.seed, read.data.batch_size, read.trainer["max_steps"]) == (9, 2, STEPS)
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_and_may_be_read(recipe, place, whole, tmp_path, capsys, monkeypatch):
+    """The process that tests started is alive, and holds the folder."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    owner = replace(Owner.this_process(), pid=os.getppid(), started=None)
+    (run / "run.lock").write_text(json.dumps(asdict(owner)))
+    before = snapshot(run)
+    for options in ([], ["--ckpt_path", "last"]):
+        answer = refused(capsys, "fit", "--config", str(recipe), *options)
+        assert answer.startswith(f"{run} is in use by process {os.getppid()} on ")
+        assert answer.endswith(f"delete {run / 'run.lock'}")
+    assert main(["validate", "--config", str(recipe), "--ckpt_path", "last"]) == 0
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    assert snapshot(run) == before
+
+
+def test_a_run_holds_its_folder_until_it_ends(recipe, monkeypatch):
+    lock, held = recipe.parent / "run" / "run.lock", []
+    monkeypatch.setattr("kvtrain.training.cli.FitCLI.after_fit", lambda *_: held.append(lock.exists()))
+    assert fit(recipe, "--trainer.max_steps", "1") == 0
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(recipe, *acting("crash", 3), "--ckpt_path", "last")
+    assert held == [True]
+    assert not lock.exists()

@@ -38,7 +38,7 @@ def test_shares_add_up_and_all_figures_travel_in_one_reduction():
     figures = StepFigures()
     for share in (0.25, 0.5):
         figures.add("loss", torch.tensor(share, requires_grad=True), prog_bar=True)
-        figures.add("compression", torch.tensor(share / 3), reading=lambda fraction: 1 / (1 - fraction))
+        figures.add("compression", torch.tensor(share / 3), transform=lambda fraction: 1 / (1 - fraction))
     one, logged, reductions = module(world_size=2)
     figures.log(one)
     assert logged == {"loss": (1.5, True), "compression": (pytest.approx(2.0), False)}
