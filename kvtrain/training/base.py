@@ -20,7 +20,7 @@ from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, PhaseStep, Schedule
-from kvtrain.training.step_figures import Transform, StepFigures
+from kvtrain.training.step_figures import StepFigures, Transform
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
