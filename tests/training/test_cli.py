@@ -275,3 +275,19 @@ def test_a_run_holds_its_folder_until_it_ends(recipe, monkeypatch):
         fit(recipe, *acting("crash", 3), "--ckpt_path", "last")
     assert held == [True]
     assert not lock.exists()
+
+
+def test_a_changed_corpus_is_refused_unless_the_recipe_says_go_on(recipe, place, whole, capsys):
+    run, corpus = recipe.parent / "run", recipe.parent / "changed.jsonl"
+    assert fit(recipe, "--trainer.max_steps", "6") == 0
+    corpus.write_text((place / "train.jsonl").read_text().replace("31", "32"))
+    before, options = snapshot(run), ["--ckpt_path", "last", "--data.corpus", str(corpus)]
+    capsys.readouterr()
+    main(["fit", "--config", str(recipe), *options])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("kvtrain: error: the data has changed since the checkpoint (corpus was ")
+    assert line.endswith("--data.strict_resume false")
+    assert snapshot(run) == before
+    assert fit(recipe, *options, "--data.strict_resume", "false") == 0
+    assert "kvtrain: warning: the data has changed since the checkpoint" in capsys.readouterr().err
+    assert steps_saved(run)[-1] == STEPS
