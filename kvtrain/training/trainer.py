@@ -14,7 +14,7 @@ from kvtrain.launcher import Launch, adopt_node_rank
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
-from kvtrain.training.callbacks.guard import NonFiniteGuard
+from kvtrain.training.callbacks.guard import MAX_SKIPS, NonFiniteGuard
 from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
@@ -31,6 +31,7 @@ _LEAST = {
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
     "log_every_n_steps": 0,
+    "max_consecutive_skips": 1,
     "min_epochs": 0,
     "min_steps": 0,
     "num_nodes": 1,
@@ -53,6 +54,7 @@ class KVTrainer(pl.Trainer):
         num_threads: CPU threads of torch; None leaves torch's own choice.
         non_finite: What to do when a loss or the gradient is not finite: end the run, skip the optimizer step, or
             look away (``off``).
+        max_consecutive_skips: Optimizer steps skipped in a row after which the run ends nevertheless.
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
         **settings: See ``lightning.pytorch.Trainer``.
@@ -68,17 +70,20 @@ class KVTrainer(pl.Trainer):
         checkpoint_every: int = 100,
         num_threads: int | None = None,
         non_finite: NonFinitePolicy = "stop",
+        max_consecutive_skips: int = MAX_SKIPS,
         peak_flops: float | None = None,
         **settings: Any,
     ) -> None:
         asked = {**settings, "num_threads": num_threads, "peak_flops": peak_flops}
+        asked["max_consecutive_skips"] = max_consecutive_skips
         check_numbers(asked)
         check_machine(asked)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         run = Path(settings.get("default_root_dir") or DEFAULT_RUN)
         settings["default_root_dir"] = str(run)
-        standing = [*_observers(peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
+        guards = _guards(non_finite, max_consecutive_skips)
+        standing = [*_observers(peak_flops), *guards, *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
         if settings.get("enable_model_summary") is None:
@@ -168,11 +173,11 @@ def _observers(peak_flops: float | None) -> list[pl.Callback]:
     return [StepSeeding(), Throughput(peak_flops), PeakMemory(), ThreadCount(), RunSummary()]
 
 
-def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:
+def _guards(non_finite: NonFinitePolicy, max_consecutive_skips: int) -> list[pl.Callback]:
     gradients = GradientNorm()
     if non_finite is False or non_finite == "off":
         return [gradients]
-    return [gradients, NonFiniteGuard(non_finite, gradients)]
+    return [gradients, NonFiniteGuard(non_finite, gradients, max_consecutive_skips)]
 
 
 def _keepers(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list[pl.Callback]:

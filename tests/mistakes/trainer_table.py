@@ -83,6 +83,7 @@ TRAINER = [
     ("--trainer.callbacks 5", "unknown class '5'"),
     ("--trainer.profiler banana", "profiler"),
     ("--trainer.non_finite banana", "trainer.non_finite: expected off, skip, stop or False, got"),
+    ("--trainer.max_consecutive_skips 0", "trainer.max_consecutive_skips must be at least 1, not 0"),
     ("--trainer.peak_flops 0", "trainer.peak_flops must be above 0, not 0.0"),
     ("--trainer.peak_flops=-1e12", "trainer.peak_flops must be above 0, not -1000000000000.0"),
     ("--trainer.peak_flops nan", "trainer.peak_flops: expected a number or null, got 'nan'"),
