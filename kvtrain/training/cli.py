@@ -199,6 +199,10 @@ class FitCLI(RecipeCLI):
             run_folder.refuse_second_run(self.run)
         if resumed and resumed.is_file():
             read_checkpoint(resumed)
+        if resumed and run_folder.step_of(resumed) > self.trainer.max_steps > 0:
+            raise UsageError(
+                f"{resumed} lies beyond trainer.max_steps, {self.trainer.max_steps}; raise that, or give an earlier one"
+            )
         settings["ckpt_path"] = str(resumed) if resumed else None
 
     def before_fit(self) -> None:

@@ -267,6 +267,15 @@ def test_a_folder_in_use_is_refused_and_may_be_read(recipe, place, whole, tmp_pa
     assert snapshot(run) == before
 
 
+def test_a_run_that_is_further_than_asked_is_refused(recipe, whole, capsys):
+    options = ["--trainer.default_root_dir", str(whole), "--trainer.max_steps", "7", "--ckpt_path", "last"]
+    answer = refused(capsys, "fit", "--config", str(recipe), *options)
+    assert (
+        answer
+        == f"{run_folder.step_path(whole, 12)} lies beyond trainer.max_steps, 7; raise that, or give an earlier one"
+    )
+
+
 def test_a_run_holds_its_folder_until_it_ends(recipe, monkeypatch):
     lock, held = recipe.parent / "run" / "run.lock", []
     monkeypatch.setattr("kvtrain.training.cli.FitCLI.after_fit", lambda *_: held.append(lock.exists()))
