@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
+from kvtrain.launcher import adopt_local_rank
 from kvtrain.parser import Parser, finite
 
 DEBUG = "KVTRAIN_DEBUG"
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _run(arguments)
+        return _run(adopt_local_rank(arguments))
     except KeyboardInterrupt as interruption:
         return _complain(str(interruption) or "interrupted", _INTERRUPTED_EXIT_CODE)
     except SystemExit as leaving:

@@ -115,11 +115,25 @@ def resolve_checkpoint(run: Path, asked: str) -> Path | None:
         return None
     if not path.exists():
         raise UsageError(f"no checkpoint at '{asked}'; give 'last', 'best' or a file such as {step_path(run, 100)}")
+    require_intact(path, run, "--ckpt_path ")
+    return path
+
+
+def require_intact(path: Path, run: Path, option: str = "") -> None:
+    """Make sure that a checkpoint is what was written.
+
+    Args:
+        path: The checkpoint.
+        run: Run folder in which others may lie.
+        option: What stands before a checkpoint on the command line.
+
+    Raises:
+        UsageError: It is damaged, or none; with another one to try.
+    """
     if fault := _fault(path):
         others = [str(other) for other in step_files(run) if other.resolve() != path.resolve()]
-        hint = f"; try --ckpt_path {others[-1]}" if others else ""
+        hint = f"; try {option}{others[-1]}" if others else ""
         raise UsageError(f"{fault}{hint}")
-    return path
 
 
 def _fault(path: Path) -> str | None:

@@ -6,7 +6,7 @@ is drawn again. The vocabulary is fixed, so there is no tokenizer and no file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import DataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
+from kvtrain.data.resume import Identity
 from kvtrain.errors import require_at_least, require_seed
 
 
@@ -205,6 +206,7 @@ class ListOpsDataModule(DataModule):
         batch_size: Rows per batch and device.
         validation_rows: Held-out expressions.
         seed: Of the training samples.
+        strict_resume: Refuse to resume with other expressions than the checkpoint's; ``false`` goes on, with a warning.
 
     Attributes:
         sequence_length: ``longest``.
@@ -229,6 +231,7 @@ class ListOpsDataModule(DataModule):
         batch_size: int = 32,
         validation_rows: int = 512,
         seed: int = 0,
+        strict_resume: bool = True,
     ) -> None:
         super().__init__()
         require_at_least(1, "batch_size", batch_size)
@@ -236,7 +239,7 @@ class ListOpsDataModule(DataModule):
         require_seed("data.seed", seed)
         self.task = ListOpsTask(max_depth, max_arguments, shortest, longest)
         self.sequence_length, self.batch_size = longest, batch_size
-        self.validation_rows, self.seed = validation_rows, seed
+        self.validation_rows, self.seed, self.strict_resume = validation_rows, seed, strict_resume
 
     def highest_id(self) -> int | None:
         """See ``DataModule``."""
@@ -268,6 +271,10 @@ class ListOpsLoader(EndlessLoader):
     def __init__(self, task: ListOpsTask, batch_size: int, *, seed: int = 0, **place: Any) -> None:
         super().__init__(batch_size, **place)
         self.task, self.seed = task, seed
+
+    def identity(self) -> Identity:
+        """See ``EndlessLoader``."""
+        return {**asdict(self.task), "seed": self.seed}
 
     def training_batch(self, number: int) -> Batch:
         """See ``EndlessLoader``."""

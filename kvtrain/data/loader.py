@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvtrain.data.packing import Batch, PackedRows
+from kvtrain.data.resume import Identity, check_identity
 
 # A trainer that does not know a length asks for a batch too many, and the place would be wrong.
 _ENDLESS = 1 << 40
@@ -30,6 +31,7 @@ class PackedLoader:
         rank: This rank.
         world_size: Number of ranks.
         limit: Serve the first rows alone (evaluation).
+        strict_resume: Refuse the place that a checkpoint has in other rows, or in another order.
 
     Raises:
         ValueError: The rows do not fill one optimizer window.
@@ -45,8 +47,10 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        strict_resume: bool = True,
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.strict_resume = strict_resume
         self.window, self.rank, self.world_size = window, rank, world_size
         self.epoch = self.cursor = 0
         self._num_rows = len(rows) if limit is None else min(limit, len(rows))
@@ -94,16 +98,27 @@ class PackedLoader:
     def _num_targets(self, rows: npt.NDArray[np.int64]) -> int:
         return int(self.rows.num_targets[rows].sum())
 
+    def identity(self) -> Identity:
+        """What the order of rows depends on."""
+        return {
+            "corpus": self.rows.shards.manifest.fingerprint,
+            "rows": len(self.rows),
+            "sequence_length": self.rows.sequence_length,
+            "seed": -1 if self.seed is None else self.seed,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from; Lightning stores it in every checkpoint."""
-        return {"epoch": self.epoch, "cursor": self.cursor, "rows_per_batch": self.batch_size * self.world_size}
+        """Where the next batch comes from, and in what; Lightning stores it in every checkpoint."""
+        size = self.batch_size * self.world_size
+        return {"epoch": self.epoch, "cursor": self.cursor, "rows_per_batch": size, "data": self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly there, also with other batch or world sizes where their optimizer windows meet.
 
         Raises:
-            ValueError: The place lies inside a window of this loader.
+            ValueError: The place lies inside a window of this loader, or in other data.
         """
+        check_identity(state.get("data"), self.identity(), self.strict_resume)
         size = self.batch_size * self.world_size
         old_size = state.get("rows_per_batch", size)
         rows = state["cursor"] * old_size
@@ -124,6 +139,7 @@ class EndlessLoader(ABC):
         rank: This rank.
         world_size: Number of ranks.
         validation_rows: Serve so many held-out samples, once, in place of endless training.
+        strict_resume: Refuse the place that a checkpoint has among other samples.
     """
 
     def __init__(
@@ -134,7 +150,9 @@ class EndlessLoader(ABC):
         rank: int = 0,
         world_size: int = 1,
         validation_rows: int | None = None,
+        strict_resume: bool = True,
     ) -> None:
+        self.strict_resume = strict_resume
         self.batch_size, self.validation_rows = batch_size, validation_rows
         self.window, self.rank, self.world_size = window, rank, world_size
         self.cursor = 0
@@ -146,6 +164,10 @@ class EndlessLoader(ABC):
     @abstractmethod
     def validation_batch(self, rows: range, first_row: int) -> Batch:
         """Held-out samples; without rows one that has no target, for a rank past the end."""
+
+    @abstractmethod
+    def identity(self) -> Identity:
+        """What the samples depend on beside their numbers."""
 
     def __len__(self) -> int:
         if self.validation_rows is None:
@@ -164,9 +186,14 @@ class EndlessLoader(ABC):
             yield self.training_batch(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from; Lightning stores it in every checkpoint."""
-        return {"cursor": self.cursor}
+        """Where the next batch comes from, and in what; Lightning stores it in every checkpoint."""
+        return {"cursor": self.cursor, "data": self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly there."""
+        """Go on exactly there.
+
+        Raises:
+            ValueError: The place lies in other data.
+        """
+        check_identity(state.get("data"), self.identity(), self.strict_resume)
         self.cursor = state["cursor"]

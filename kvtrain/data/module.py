@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -25,11 +26,13 @@ class DataModule(pl.LightningDataModule):
         batch_size: Rows per batch and device.
         sequence_length: Tokens of the longest row.
         tokenizer_name: Of the tokenizer that an export takes along; None where there is none.
+        strict_resume: Whether a run refuses to go on with other data than it was trained on.
     """
 
     batch_size: int
     sequence_length: int
     tokenizer_name: str | None
+    strict_resume: bool
 
     def highest_id(self) -> int | None:
         """The highest token id that rows may hold, as far as can be said without reading them; None: not at all."""
@@ -56,14 +59,15 @@ class DataModule(pl.LightningDataModule):
             )
 
     @property
-    def training_shard(self) -> dict[str, int]:
-        """What a training loader must know of the trainer: its window, this rank, and how many there are."""
+    def training_shard(self) -> dict[str, Any]:
+        """What a training loader must know: its window, this rank, how many there are, and what a resume may change."""
         trainer = self.trainer
         assert trainer is not None
-        return {"window": trainer.accumulate_grad_batches, **self.validation_shard}
+        window = trainer.accumulate_grad_batches
+        return {"window": window, "strict_resume": self.strict_resume, **self.validation_shard}
 
     @property
-    def validation_shard(self) -> dict[str, int]:
+    def validation_shard(self) -> dict[str, Any]:
         """What a loader of held-out rows must know; without a trainer there is one rank."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -91,6 +95,8 @@ class PackedDataModule(DataModule):
         text_column: Field that holds the text of jsonl, parquet and Hub rows.
         seed: Of the shuffle.
         cache_dir: Where tokenised corpora are kept; None is ``$KVTRAIN_CACHE`` or ``~/.cache/kvtrain``.
+        strict_resume: Refuse to resume where corpus, number of rows, sequence length or seed are not the checkpoint's;
+            ``false`` goes on at the same place in the new order, with a warning.
 
     Raises:
         ValueError: A size is not positive, there is no corpus or it cannot be read, or a prepared folder belongs to
@@ -108,6 +114,7 @@ class PackedDataModule(DataModule):
         text_column: str = "text",
         seed: int = 0,
         cache_dir: str | None = None,
+        strict_resume: bool = True,
     ) -> None:
         super().__init__()
         require_at_least(1, "batch_size", batch_size)
@@ -118,7 +125,7 @@ class PackedDataModule(DataModule):
         self.corpora = _as_list("corpus", corpus)
         self.validation_corpora = _as_list("validation_corpus", validation_corpus)
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
-        self.validation_rows, self.text_column = validation_rows, text_column
+        self.validation_rows, self.text_column, self.strict_resume = validation_rows, text_column, strict_resume
         self.cache_dir = Path(cache_dir) if cache_dir else default_cache()
         self._rows: dict[str, PackedRows] = {}
 

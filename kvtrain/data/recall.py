@@ -9,6 +9,7 @@ from kvtrain.data.loader import EndlessLoader
 from kvtrain.data.module import PackedDataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
 from kvtrain.data.passkey import Ids, PasskeyTask, PasskeyWriter, copy_sample
+from kvtrain.data.resume import Identity
 from kvtrain.data.shards import TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
 
@@ -96,6 +97,11 @@ class RecallLoader(EndlessLoader):
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
             self.writer.require(_rounded(data.shortest))  # complain before the training begins
+
+    def identity(self) -> Identity:
+        """See ``EndlessLoader``."""
+        corpus = self.shards.manifest.fingerprint
+        return {"corpus": corpus, "sequence_length": self.data.sequence_length, "seed": self.data.seed}
 
     def training_batch(self, number: int) -> Batch:
         """See ``EndlessLoader``; ``num_items`` counts the targets of all batches of the window, over all ranks."""

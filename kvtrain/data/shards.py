@@ -5,6 +5,7 @@ starts in that shard; a very long document goes on in the next one without a sta
 ``manifest.json``. A folder without a manifest is unfinished.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,12 @@ class Manifest:
     shards: list[int]
     tokenizer_sha256: str
     version: int = FORMAT_VERSION
+    sha256: str = ""  # of tokens and document starts; folders of version 0.1 have none
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for what the folder holds, wherever it lies and whenever it was written."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ShardWriter:
@@ -54,6 +61,7 @@ class ShardWriter:
         self._pieces: list[TokenArray] = []
         self._starts: list[int] = []
         self._pending = 0
+        self._content = hashlib.sha256()
 
     def add(self, ids: list[int], num_bytes: int, source: str, *, starts: bool = True) -> None:
         """Append a document, or a piece of a long one.
@@ -87,8 +95,10 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         number = len(self.sizes)
-        np.save(self.folder / f"tokens-{number:05d}.npy", np.concatenate(self._pieces))
-        np.save(self.folder / f"starts-{number:05d}.npy", np.asarray(self._starts, dtype=np.int64))
+        arrays = {"tokens": np.concatenate(self._pieces), "starts": np.asarray(self._starts, dtype=np.int64)}
+        for kind, array in arrays.items():
+            np.save(self.folder / f"{kind}-{number:05d}.npy", array)
+            self._content.update(array.tobytes())
         self.sizes.append(self._pending)
         self._pieces, self._starts, self._pending = [], [], 0
 
@@ -103,7 +113,13 @@ class ShardWriter:
         if not self.sizes:
             raise ValueError("the corpus is empty: no document holds any text")
         manifest = Manifest(
-            self.vocab_size, sum(self.sizes), self.num_documents, self.num_bytes, self.sizes, tokenizer_sha256
+            self.vocab_size,
+            sum(self.sizes),
+            self.num_documents,
+            self.num_bytes,
+            self.sizes,
+            tokenizer_sha256,
+            sha256=self._content.hexdigest(),
         )
         (self.folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         return manifest

@@ -19,7 +19,7 @@ from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
 from kvtrain.models.host import KVTrainMixin, retrofit, retrofitted_class
 from kvtrain.models.registry import own_model_class
-from kvtrain.run_folder import last_checkpoint
+from kvtrain.run_folder import last_checkpoint, require_intact
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -79,13 +79,14 @@ def checkpoint_path(run: Path) -> Path:
     """The checkpoint that a run folder (or a checkpoint file itself) stands for.
 
     Raises:
-        ValueError: There is none, or it is sharded.
+        ValueError: There is none, it is sharded, or it is not what the run's manifest says was written.
     """
     last = run if run.is_file() else last_checkpoint(run)
     if last is not None and last.is_dir():
         raise ValueError(f"{last}: sharded by DeepSpeed as pickles, which kvtrain does not read; export needs one file")
     if last is None:
         raise ValueError(f"{run}: no checkpoint; is this a run folder of `kvtrain fit`?")
+    require_intact(last, last.resolve().parent.parent)
     return last
 
 

@@ -17,6 +17,11 @@ def compressed_fraction(decisions: Iterable[Tensor], counted: Tensor) -> Tensor:
     return (total * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
+def tokens_per_slot(fraction: Tensor) -> Tensor:
+    """Compression where so large a share of the tokens takes no slot of its own."""
+    return 1.0 / (1.0 - fraction)
+
+
 def compression_hinge(fractions: Tensor, compression: float) -> Tensor:
     """One-sided hinge, per row, averaged over rows (Nawrot et al. 2024, eq. 6; released code).
 

@@ -20,6 +20,7 @@ from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, PhaseStep, Schedule
+from kvtrain.training.step_figures import StepFigures, Transform
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
@@ -85,6 +86,7 @@ class TrainingModule(pl.LightningModule, ABC):
         self.schedule = Schedule(phases)
         self.weight_decay, self.betas, self.seed = weight_decay, betas, seed
         self.activation_checkpointing = activation_checkpointing
+        self.step_figures = StepFigures()
         self._last_step: int | None = None  # of this process' training
 
     def setup(self, stage: str) -> None:
@@ -165,22 +167,52 @@ class TrainingModule(pl.LightningModule, ABC):
         """A loss beside the model's, as a mean over the batch's rows; None where there is none."""
         return None
 
+    @property
+    def micro_batches(self) -> int:
+        """Batches of an optimizer step, over all ranks."""
+        return int(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch, scaled so that the sum over the optimizer window is the mean over its targets."""
         batch, kwargs = self.teacher_inputs(batch)
         arguments = {**self.model_arguments(batch), **kwargs}
         output = self.model(**_summed(batch), **arguments)
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss: Tensor = output.loss * (scale / batch["num_items"])
+        loss: Tensor = output.loss * (self.micro_batches / batch["num_items"])
         extra = self.extra_loss(batch, arguments)
         if extra is not None:
             loss = loss + extra
-        targets = self.num_targets(batch)
-        self.log("loss", output.loss.detach() / targets, prog_bar=True)
-        for name, part in output.get("loss_parts", {}).items():
-            self.log(name, part / targets)
+        for name, part in {"loss": output.loss, **output.get("loss_parts", {})}.items():
+            self.step_figures.add(name, part / batch["num_items"], prog_bar=name == "loss")
         self.log("learning_rate", self.schedule.learning_rate(self.global_step))
+        if self._is_logged(batch_idx):
+            self.step_figures.log(self)
         return loss
+
+    def log_mean(self, name: str, mean: Tensor, *, transform: Transform | None = None, prog_bar: bool = False) -> None:
+        """Log the mean of a figure over the micro-batches of an optimizer step, on all ranks; each says its own.
+
+        What ``log`` is given in a training step is rank 0's last micro-batch alone: enough for what is the same in all.
+
+        Args:
+            name: Of the figure.
+            mean: Over this micro-batch, ``()``.
+            transform: What is logged of the mean over all; None logs the mean itself.
+            prog_bar: Whether the progress bar shows it.
+        """
+        self.step_figures.add(name, mean / self.micro_batches, transform=transform, prog_bar=prog_bar)
+
+    def _is_logged(self, batch_idx: int) -> bool:
+        """Whether an optimizer step ends here whose figures are wanted; where they cost no reduction, all are."""
+        trainer: Any = self.trainer
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.should_stop:
+            return False
+        every = trainer.log_every_n_steps if trainer.world_size > 1 else 1
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log a step that is one of its own because the run was told to stop, as Lightning does."""
+        if self.trainer.should_stop and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.step_figures.log(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum losses and targets of the held-out rows."""
@@ -213,6 +245,8 @@ class TrainingModule(pl.LightningModule, ABC):
         """Open a phase at its first optimizer step."""
         self._last_step = self.global_step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if first:
+            self.step_figures.clear()
         if first and self.schedule.is_boundary(self.global_step):
             self.begin_phase(self.phase_step().phase)
 

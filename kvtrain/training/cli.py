@@ -1,10 +1,10 @@
 """``kvtrain fit`` and ``kvtrain validate``: Lightning's CLI with our defaults, run folders and short errors."""
 
+import contextlib
 import functools
 import itertools
 import logging
 import operator
-import os
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -24,6 +24,7 @@ from kvtrain.logging_setup import configure_logging
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
+from kvtrain.run_lock import run_lock
 from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
@@ -186,9 +187,17 @@ class FitCLI(RecipeCLI):
     command = "fit"
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to go on from, or make sure that the folder is free."""
-        settings = self.config[self.command]
+        """Make sure that there is a place for the run folder."""
         run_folder.require_place(self.run)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Hold the run folder, for all ranks, from before its checkpoints are looked at until the run has ended."""
+        with run_lock(self.run) if self.trainer.is_global_zero else contextlib.nullcontext():
+            super()._run_subcommand(subcommand)
+
+    def _find_checkpoint(self) -> None:
+        """Find the checkpoint to go on from, or make sure that the folder is free."""
+        settings = self.config_init[self.command]
         asked = settings["ckpt_path"]
         resumed = run_folder.resolve_checkpoint(self.run, asked) if asked else None
         if asked and resumed is None:
@@ -197,14 +206,19 @@ class FitCLI(RecipeCLI):
             run_folder.refuse_second_run(self.run)
         if resumed and resumed.is_file():
             read_checkpoint(resumed)
+        if resumed and run_folder.step_of(resumed) > self.trainer.max_steps > 0:
+            raise UsageError(
+                f"{resumed} lies beyond trainer.max_steps, {self.trainer.max_steps}; raise that, or give an earlier one"
+            )
         settings["ckpt_path"] = str(resumed) if resumed else None
 
     def before_fit(self) -> None:
-        """Compare the recipe with what the run was begun with, and have it written when training begins.
+        """Find the checkpoint, compare the recipe with the run's own, and have it written when training begins.
 
         Raises:
             ValueError: The module has no phases for so many steps, or there is no model to train.
         """
+        self._find_checkpoint()
         self.model.check_steps(self.trainer.max_steps)
         self.model.check_model()
         self._check_vocabulary()
@@ -290,7 +304,8 @@ class ValidateCLI(RecipeCLI):
         """Measure, and print the figures in a line."""
         with refusals():
             (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
-        print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
+        if self.trainer.is_global_zero:
+            print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
 
 
 class ReadCLI(FitCLI):
@@ -341,16 +356,4 @@ def main(command: str, arguments: list[str]) -> None:
     """
     configure_logging()
     chosen = {"fit": FitCLI, "validate": ValidateCLI}[command]
-    chosen(["--help" if word == HELP_ALL else word for word in adopt_local_rank(arguments)])
-
-
-def adopt_local_rank(arguments: list[str]) -> list[str]:
-    """Take out the ``--local_rank`` that the deepspeed launcher adds and export it instead."""
-    rest: list[str] = []
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        if equals and name in ("--local_rank", "--local-rank"):
-            os.environ.setdefault("LOCAL_RANK", value)
-        else:
-            rest.append(word)
-    return rest
+    chosen(["--help" if word == HELP_ALL else word for word in arguments])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.packing import Batch
-from kvtrain.losses.compression import compressed_fraction, compression_hinge
+from kvtrain.losses.compression import compressed_fraction, compression_hinge, tokens_per_slot
 from kvtrain.models.context import LayerOutputs
 from kvtrain.models.gating import has_choice
 from kvtrain.models.method import Method
@@ -56,7 +56,7 @@ class CompressionModule(RetrofitModule):
             return None
         fractions = compressed_fraction(decisions.values(), has_choice(batch["document_ids"]))
         target = self.target(self.phase_step())
-        self.log("compression", 1 / (1 - fractions.detach().mean()), prog_bar=True)
+        self.log_mean("compression", fractions.mean(), transform=tokens_per_slot, prog_bar=True)
         self.log("compression_target", target, prog_bar=True)
         return self.compression_weight * compression_hinge(fractions, target)
 
@@ -81,4 +81,4 @@ class CompressionModule(RetrofitModule):
         super().on_validation_epoch_end()
         compressed, rows = self.trainer.strategy.reduce(self._validation_compressed, reduce_op="sum")
         if rows > 0:
-            self.log("val_compression", 1 / (1 - compressed / rows), prog_bar=True)
+            self.log("val_compression", tokens_per_slot(compressed / rows), prog_bar=True)

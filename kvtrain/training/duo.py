@@ -160,13 +160,13 @@ class DuoModule(RetrofitModule):
         if not outputs:
             return None
         used, stored = (torch.stack(gates) for gates in zip(*outputs.values(), strict=True))
-        self.log("mean_gate", used.detach().mean(), prog_bar=True)
+        self.log_mean("mean_gate", used.mean(), prog_bar=True)
         if self.method.gates == "plain":
             return self.regularization * gate_size(stored)
         phase_step = self.phase_step()
         target = self.method.sparsity * min(1.0, (phase_step.step + 1) / (_RAMP_SHARE * phase_step.phase.steps))
         sparsity = 1.0 - open_probability(stored).mean()
-        self.log("sparsity", sparsity.detach(), prog_bar=True)
+        self.log_mean("sparsity", sparsity, prog_bar=True)
         self.log("sparsity_target", target)
         return sparsity_penalty(sparsity, target, self.multipliers)
 

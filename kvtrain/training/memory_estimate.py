@@ -224,6 +224,7 @@ def _detached_copy(module: TrainingModule) -> Any:
     detached.trainer = SimpleNamespace(
         global_step=0,
         validating=False,
+        should_stop=False,
         max_steps=module.schedule.total_steps,
         accumulate_grad_batches=1,
         world_size=1,

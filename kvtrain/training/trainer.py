@@ -8,12 +8,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from kvtrain.errors import UsageError, require_at_least
+from kvtrain.launcher import Launch, adopt_node_rank
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
-from kvtrain.training.callbacks.guard import NonFiniteGuard
+from kvtrain.training.callbacks.guard import MAX_SKIPS, NonFiniteGuard
 from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
@@ -30,12 +32,15 @@ _LEAST = {
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
     "log_every_n_steps": 0,
+    "max_consecutive_skips": 1,
     "min_epochs": 0,
     "min_steps": 0,
     "num_nodes": 1,
     "num_sanity_val_steps": -1,
     "num_threads": 1,
 }
+# Lightning's, by name; the first two are what people ask for.
+_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 # A bare `off` in a recipe is false: YAML says so.
 NonFinitePolicy = Literal["off", "skip", "stop"] | Literal[False]
 
@@ -50,12 +55,14 @@ class KVTrainer(pl.Trainer):
         num_threads: CPU threads of torch; None leaves torch's own choice.
         non_finite: What to do when a loss or the gradient is not finite: end the run, skip the optimizer step, or
             look away (``off``).
+        max_consecutive_skips: Optimizer steps skipped in a row after which the run ends nevertheless.
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: A number is out of range, or ``non_finite`` none of the three.
+        ValueError: A number is out of range, ``non_finite`` none of the three, or a launcher has started another
+            number of processes than devices and nodes come to.
     """
 
     def __init__(
@@ -64,22 +71,28 @@ class KVTrainer(pl.Trainer):
         checkpoint_every: int = 100,
         num_threads: int | None = None,
         non_finite: NonFinitePolicy = "stop",
+        max_consecutive_skips: int = MAX_SKIPS,
         peak_flops: float | None = None,
         **settings: Any,
     ) -> None:
         asked = {**settings, "num_threads": num_threads, "peak_flops": peak_flops}
+        asked["max_consecutive_skips"] = max_consecutive_skips
         check_numbers(asked)
         check_machine(asked)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         run = Path(settings.get("default_root_dir") or DEFAULT_RUN)
         settings["default_root_dir"] = str(run)
-        standing = [*_observers(peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
+        guards = _guards(non_finite, max_consecutive_skips)
+        standing = [*_observers(peak_flops), *guards, *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
+        adopt_node_rank()
         super().__init__(**settings)
+        if launch := Launch.detect():
+            launch.check(self.num_devices, self.num_nodes, self.global_rank)
 
 
 def check_numbers(settings: dict[str, Any]) -> None:
@@ -126,7 +139,7 @@ def check_machine(settings: dict[str, Any]) -> None:
     _check_workers("num_threads", settings.get("num_threads"))
     if settings.get("accelerator") == "cpu" or not torch.accelerator.is_available():
         _check_workers("devices", settings.get("devices"))
-        _check_cpu_strategy(settings.get("strategy"))
+    check_strategy(settings.get("strategy"))
 
 
 def _check_workers(name: str, asked: Any) -> None:
@@ -136,26 +149,37 @@ def _check_workers(name: str, asked: Any) -> None:
         raise ValueError(f"trainer.{name} is {asked}; with {os.cpu_count()} cores take {most} at most")
 
 
-def _check_cpu_strategy(strategy: Any) -> None:
-    """Lightning finds these out after the corpus is read and the model is built."""
-    if isinstance(strategy, str) and "." in strategy:
-        raise ValueError(
-            f"trainer.strategy: {strategy} is no class that can be built; give class_path and all init_args it needs"
-        )
-    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
-        raise ValueError(f"trainer.strategy {strategy} needs CUDA; on the CPU take {ours}")
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which nothing here has been made to shard, to save or to sum as it should.
+
+    Args:
+        strategy: The trainer's; None passes.
+
+    Raises:
+        ValueError: It is neither one device, nor DDP, nor one of kvtrain's own.
+    """
+    if strategy is None or (isinstance(strategy, str) and strategy.lower() in _STRATEGIES):
+        return
+    plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if plain or type(strategy).__module__.startswith("kvtrain."):
+        return
+    ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
+    name = repr(strategy) if isinstance(strategy, str) else type(strategy).__name__
+    raise ValueError(
+        f"trainer.strategy {name} is none that kvtrain trains under; there are {', '.join(_STRATEGIES[:2])}, and as "
+        f"class_path with init_args {ours}"
+    )
 
 
 def _observers(peak_flops: float | None) -> list[pl.Callback]:
     return [StepSeeding(), Throughput(peak_flops), PeakMemory(), ThreadCount(), RunSummary()]
 
 
-def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:
+def _guards(non_finite: NonFinitePolicy, max_consecutive_skips: int) -> list[pl.Callback]:
     gradients = GradientNorm()
     if non_finite is False or non_finite == "off":
         return [gradients]
-    return [gradients, NonFiniteGuard(non_finite, gradients)]
+    return [gradients, NonFiniteGuard(non_finite, gradients, max_consecutive_skips)]
 
 
 def _keepers(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list[pl.Callback]:

@@ -132,7 +132,35 @@ def test_resuming_with_other_ranks(rows: PackedRows):
         PackedLoader(rows, 5, seed=0, window=2).load_state_dict(before.state_dict())
     inside = PackedLoader(rows, 2, seed=0, window=2)
     inside.load_state_dict({"epoch": 0, "cursor": 3})
-    assert inside.state_dict() == {"epoch": 0, "cursor": 3, "rows_per_batch": 2}
+    data = {"corpus": rows.shards.manifest.fingerprint, "rows": 41, "sequence_length": LENGTH, "seed": 0}
+    assert inside.state_dict() == {"epoch": 0, "cursor": 3, "rows_per_batch": 2, "data": data}
+
+
+def test_a_place_in_other_data_is_refused_or_taken_with_a_warning(rows: PackedRows, write_shards: Any, caplog: Any):
+    state = PackedLoader(rows, 2, seed=0).state_dict() | {"cursor": 3}
+    other = PackedRows(write_shards([[1, 2, 3, 4]] * 30), LENGTH)
+    changes = [
+        (PackedLoader(rows, 2, seed=1), ["seed was 0, is 1"]),
+        (PackedLoader(other, 2, seed=0), ["corpus was", "rows was 41, is"]),
+        (PackedLoader(PackedRows(rows.shards, LENGTH + 1), 2, seed=0), [f"sequence_length was {LENGTH}, is"]),
+    ]
+    for loader, words in changes:
+        with pytest.raises(ValueError, match="the data has changed since the checkpoint") as refusal:
+            loader.load_state_dict(state)
+        assert [word for word in words if word not in str(refusal.value)] == []
+        assert str(refusal.value).endswith("--data.strict_resume false")
+        assert loader.cursor == 0
+        loader.strict_resume = False
+        loader.load_state_dict(state)
+        assert loader.cursor == 3
+        assert words[0] in caplog.messages[-1]
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_taken_with_a_warning(rows: PackedRows, caplog: Any):
+    loader = PackedLoader(rows, 2, seed=0)
+    loader.load_state_dict({"epoch": 1, "cursor": 3, "rows_per_batch": 2})
+    assert (loader.epoch, loader.cursor) == (1, 3)
+    assert "does not say what data it was trained on" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -180,13 +180,13 @@ def test_resuming_anywhere(make, taken, window, world_size, growth, copy_share):
     first = loader_of(data, **place)
     first.load_state_dict({"cursor": max(0, taken - 1)})
     take(first, min(1, taken))
-    assert first.state_dict() == {"cursor": taken}
+    assert first.state_dict()["cursor"] == taken
     resumed = loader_of(make(shortest=96, growth_batches=growth, copy_share=copy_share, seed=taken), **place)
     resumed.load_state_dict(first.state_dict())
     torch.manual_seed(taken)
     found = take(resumed, 3)
     assert all(map(same, found, expected))
-    assert resumed.state_dict() == {"cursor": taken + 3}
+    assert resumed.state_dict()["cursor"] == taken + 3
 
 
 @PROPERTY
@@ -329,3 +329,11 @@ def test_too_short_for_a_passkey_is_refused_before_the_training(make, words):
             fits.append(length)
     assert fits == list(range(fits[0], 180, 4)) and 80 <= fits[0] <= 160
     assert all("lower words, or raise the length" in refusal for refusal in refusals)
+
+
+def test_a_place_in_another_haystack_is_refused(make):
+    state = loader_of(make(seed=7)).state_dict()
+    with pytest.raises(ValueError, match=r"seed was 7, is 8.*strict_resume false"):
+        loader_of(make(seed=8)).load_state_dict(state)
+    data = make(seed=7)
+    assert state["data"]["corpus"] == data.shards(data.corpora).manifest.fingerprint

@@ -115,3 +115,11 @@ def test_a_failed_folder_vanishes(tmp_path: Path, error: BaseException):
     with pytest.raises(type(error)):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fingerprint_tells_contents_and_not_places(write_shards):
+    """The same tokens have it anywhere; one other token, or another border, changes it."""
+    folders = [[[1, 2, 3], [4, 5]], [[1, 2, 3], [4, 5]], [[1, 2, 3], [4, 6]], [[1, 2], [3, 4, 5]]]
+    found = [write_shards(documents).manifest.fingerprint for documents in folders]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3

@@ -18,6 +18,7 @@ from kvtrain.models.lckv import LCKV
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.heads import TransNormerForCausalLM
 from kvtrain.training.parameters import clamp_parameter, whole
+from tests.distributed.logged_runs import MODULES, Stop, logged_run
 from tests.distributed.runs import GATE_RATE, GATE_STEPS, LENGTH, SHARING, duo_run, lckv_run
 from tests.hosts import make_host, random_ids
 
@@ -104,6 +105,10 @@ def main(world_size: int, folder: Path) -> None:
         "ddp": lckv_run(folder, rank, world_size, "ddp"),
         "ddp gates": duo_run(folder / "duo", rank, world_size, "ddp"),
         "fsdp2 gates": gates(rank, world_size),
+        "logged": {name: logged_run(folder / name, name, rank, world_size, "ddp") for name in MODULES},
+        "sparse": logged_run(
+            folder / "sparse", "dmc", rank, world_size, "ddp", log_every_n_steps=5, callbacks=[Stop()]
+        ),
         "fsdp2": {name: gradients(case, rank, world_size) for name, case in CASES.items()},
     }
     if rank == 0:

@@ -203,9 +203,8 @@ def trainer(
         devices=world_size,
         max_steps=steps,
         accumulate_grad_batches=window,
-        logger=False,
         enable_progress_bar=False,
-        **settings,
+        **{"logger": False, **settings},
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from .launch import launch
+from .logged_runs import MODULES, STOP_AT, assert_same_figures, logged_run
 from .plain_worker import CASES, gates, gradients
 from .runs import assert_same_gates, assert_same_run, duo_run, lckv_run
 
@@ -17,6 +18,16 @@ def ranks(tmp_path_factory):
 
 def test_ddp_ends_with_the_same_weights(ranks, tmp_path):
     assert_same_run(ranks["ddp"], lckv_run(tmp_path, 0, 1, None))
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_ddp_logs_the_same_loss_and_figures(ranks, tmp_path, name):
+    assert_same_figures(ranks["logged"][name], logged_run(tmp_path, name), name)
+
+
+def test_a_run_that_is_logged_now_and_then_and_stops_in_between_tells_of_those_steps(ranks, tmp_path):
+    expected = logged_run(tmp_path, "dmc")
+    assert_same_figures(ranks["sparse"], [expected[4], expected[STOP_AT - 1]], "dmc")
 
 
 @pytest.mark.parametrize("case", list(CASES))

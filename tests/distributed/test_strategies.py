@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from kvtrain.errors import UsageError
 from kvtrain.training import strategies
 from kvtrain.training.cli import read_recipe
 from kvtrain.training.strategies import DeepSpeedZeRO, read_config
-from kvtrain.training.trainer import KVTrainer
+from kvtrain.training.trainer import KVTrainer, check_strategy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
@@ -30,6 +36,18 @@ def test_a_trainer_without_deepspeed_refuses(without_deepspeed, tmp_path):
     strategy = DeepSpeedZeRO({"zero_optimization": {"stage": 2}})
     with pytest.raises(UsageError, match=r"not installed: pip install kvtrain\[deepspeed\]"):
         KVTrainer(default_root_dir=str(tmp_path), strategy=strategy, accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", ModelParallelStrategy, DeepSpeedStrategy])
+def test_a_strategy_under_which_ranks_would_train_apart_is_refused(strategy):
+    with pytest.raises(ValueError, match="is none that kvtrain trains under; there are auto, ddp, and as class_path"):
+        check_strategy(strategy if isinstance(strategy, str) else strategy.__new__(strategy))
+
+
+def test_one_device_and_ddp_and_our_own_are_strategies():
+    for strategy in (None, "auto", "DDP", DDPStrategy(), SingleDeviceStrategy()):
+        check_strategy(strategy)
+    check_strategy(DeepSpeedZeRO({"zero_optimization": {"stage": 2}}))
 
 
 def test_the_published_recipe_adds_up(without_deepspeed, monkeypatch):

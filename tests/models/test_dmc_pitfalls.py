@@ -254,6 +254,7 @@ def test_compression_is_tokens_over_slots():
     module = DMCModule("kvtrain:tiny", kvtrain.DMC(), phases=[Phase("finetune", 4, 1e-3)])
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.log_mean = lambda name, mean, transform, **_: logged.update({name: float(transform(mean))})
     module.phase_step = lambda: module.schedule.phase_step(0)
     documents = torch.tensor([[1] * 6 + [2] * 4 + [0] * 3])
     decisions = torch.zeros(1, 2, 13)

@@ -116,5 +116,10 @@ def test_a_flipped_byte_is_refused(recipe, capsys):
     for command in ("fit", "validate"):
         answer = refused(capsys, command, "--config", str(recipe), "--ckpt_path", "last")
         assert answer == f"{last}: damaged, it is not what manifest.json says was written; try --ckpt_path {other}"
+    for source in (recipe.parent / "run", last):
+        answer = refused(capsys, "export", str(source), str(recipe.parent / "exported"))
+        assert answer == f"{last}: damaged, it is not what manifest.json says was written; try {other}"
+    assert not (recipe.parent / "exported").exists()
+    assert main(["export", str(other), str(recipe.parent / "exported")]) == 0
     assert fit(recipe, "--ckpt_path", str(other)) == 0
     assert run_folder.resolve_checkpoint(recipe.parent / "run", "last") == last

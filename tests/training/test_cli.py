@@ -1,9 +1,12 @@
 """``kvtrain fit`` and ``validate``: run folders, resuming after every kind of end, pages."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import yaml
 
 from kvtrain import run_folder
 from kvtrain.help import FOLDER
-from kvtrain.training.cli import ReadCLI, adopt_local_rank, read_recipe
+from kvtrain.run_lock import Owner
+from kvtrain.training.cli import ReadCLI, read_recipe
 from kvtrain_cli import main
 from tests.thinning import thinned
 
@@ -247,7 +251,52 @@ def test_reading_a_recipe_touches_nothing(recipe):
     assert not (recipe.parent / "run").exists()
 
 
-def test_the_local_rank_of_the_deepspeed_launcher_is_exported(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert adopt_local_rank(["--local_rank=1", "--config", "r.yaml"]) == ["--config", "r.yaml"]
-    assert os.environ.pop("LOCAL_RANK") == "1"
+def test_a_folder_in_use_is_refused_and_may_be_read(recipe, place, whole, tmp_path, capsys, monkeypatch):
+    """The process that tests started is alive, and holds the folder."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    owner = replace(Owner.this_process(), pid=os.getppid(), started=None)
+    (run / "run.lock").write_text(json.dumps(asdict(owner)))
+    before = snapshot(run)
+    for options in ([], ["--ckpt_path", "last"]):
+        answer = refused(capsys, "fit", "--config", str(recipe), *options)
+        assert answer.startswith(f"{run} is in use by process {os.getppid()} on ")
+        assert answer.endswith(f"delete {run / 'run.lock'}")
+    assert main(["validate", "--config", str(recipe), "--ckpt_path", "last"]) == 0
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    assert snapshot(run) == before
+
+
+def test_a_run_that_is_further_than_asked_is_refused(recipe, whole, capsys):
+    options = ["--trainer.default_root_dir", str(whole), "--trainer.max_steps", "7", "--ckpt_path", "last"]
+    answer = refused(capsys, "fit", "--config", str(recipe), *options)
+    assert (
+        answer
+        == f"{run_folder.step_path(whole, 12)} lies beyond trainer.max_steps, 7; raise that, or give an earlier one"
+    )
+
+
+def test_a_run_holds_its_folder_until_it_ends(recipe, monkeypatch):
+    lock, held = recipe.parent / "run" / "run.lock", []
+    monkeypatch.setattr("kvtrain.training.cli.FitCLI.after_fit", lambda *_: held.append(lock.exists()))
+    assert fit(recipe, "--trainer.max_steps", "1") == 0
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(recipe, *acting("crash", 3), "--ckpt_path", "last")
+    assert held == [True]
+    assert not lock.exists()
+
+
+def test_a_changed_corpus_is_refused_unless_the_recipe_says_go_on(recipe, place, whole, capsys):
+    run, corpus = recipe.parent / "run", recipe.parent / "changed.jsonl"
+    assert fit(recipe, "--trainer.max_steps", "6") == 0
+    corpus.write_text((place / "train.jsonl").read_text().replace("31", "32"))
+    before, options = snapshot(run), ["--ckpt_path", "last", "--data.corpus", str(corpus)]
+    capsys.readouterr()
+    main(["fit", "--config", str(recipe), *options])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("kvtrain: error: the data has changed since the checkpoint (corpus was ")
+    assert line.endswith("--data.strict_resume false")
+    assert snapshot(run) == before
+    assert fit(recipe, *options, "--data.strict_resume", "false") == 0
+    assert "kvtrain: warning: the data has changed since the checkpoint" in capsys.readouterr().err
+    assert steps_saved(run)[-1] == STEPS

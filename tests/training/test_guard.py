@@ -21,7 +21,7 @@ from kvtrain.training.trainer import KVTrainer
 
 from .planted import PlantedFull
 from .small_runs import ROOT, fit, refused
-from .tiny_runs import BATCH, TinyDMC, make_rows, table, train, weights
+from .tiny_runs import BATCH, TinyDMC, TinyFull, make_rows, table, train, weights
 
 WINDOW, STEPS, BAD = 2, 4, 1  # the second of four steps meets the row
 
@@ -116,6 +116,34 @@ def test_a_stopped_run_goes_on_as_one_that_skips(rows, window, tmp_path):
     resumed, _ = run("loss", window[1][0], rows, tmp_path / "run", non_finite="skip", ckpt_path=last, **saving)
     assert same(weights(resumed), weights(whole))
     assert [row["skipped_steps"] for row in table(tmp_path / "run" / "metrics.csv")[1:]] == [1, 1, 1]
+
+
+class AllBad(pl.Callback):
+    """From some optimizer step on, none has a loss that is finite, but for those named."""
+
+    def __init__(self, first, good=()):
+        self.first, self.good = first, good
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step >= self.first and trainer.global_step not in self.good:
+            batch["num_items"].zero_()
+
+
+def test_skipping_ends_after_so_many_in_a_row(rows, tmp_path):
+    """Good steps begin the count anew, and a resumed run goes on counting."""
+    module, saving = TinyFull(), {"enable_checkpointing": True, "checkpoint_every": 5}
+    kwargs = {"non_finite": "skip", "max_consecutive_skips": 3, **saving}
+    with pytest.raises(NonFiniteError) as error:
+        train(module, rows, tmp_path, 20, callbacks=[AllBad(2, good=(4,))], **kwargs)
+    assert module.global_step == 7
+    good = tmp_path / "checkpoints" / "step-000005.ckpt"
+    assert "step 8: the loss is not finite" in str(error.value)
+    assert "3 steps in a row were skipped (trainer.max_consecutive_skips)" in str(error.value)
+    assert f"the last good checkpoint is {good}; lower the learning rate, and look at" in str(error.value)
+    train(TinyFull(), rows, tmp_path, 7, ckpt_path=good, callbacks=[AllBad(5)], **kwargs)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(NonFiniteError, match=r"step 8: .* 3 steps in a row"):
+        train(TinyFull(), rows, tmp_path, 20, ckpt_path=last, callbacks=[AllBad(5)], **kwargs)
 
 
 PLANTED_CALLBACK = """

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtrain.run_folder import last_checkpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
 
+MAX_SKIPS = 20
 _ROWS_SHOWN = 16
 logger = logging.getLogger("kvtrain")
 
@@ -34,26 +35,30 @@ class NonFiniteGuard(pl.Callback):
     Args:
         policy: What to do.
         gradients: Tells the norm; stands before this callback in the trainer's list.
+        max_consecutive_skips: Dropped steps in a row after which a run ends that skips: it learns nothing any more.
 
     Raises:
         ValueError: Another policy.
     """
 
-    def __init__(self, policy: Literal["skip", "stop"], gradients: GradientNorm) -> None:
+    def __init__(
+        self, policy: Literal["skip", "stop"], gradients: GradientNorm, max_consecutive_skips: int = MAX_SKIPS
+    ) -> None:
         if policy not in ("skip", "stop"):
             raise ValueError(f"trainer.non_finite must be off, skip or stop, not {policy!r}")
-        self.policy, self.gradients = policy, gradients
-        self.skipped_steps = 0
+        self.policy, self.gradients, self.max_consecutive_skips = policy, gradients, max_consecutive_skips
+        self.skipped_steps = self.consecutive_skips = 0
         self._losses: list[Tensor] = []  # of the optimizer window's batches
         self._rows: list[Tensor] = []  # (B,) each
 
     def state_dict(self) -> dict[str, Any]:
-        """The count."""
-        return {"skipped_steps": self.skipped_steps}
+        """The counts."""
+        return {"skipped_steps": self.skipped_steps, "consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.skipped_steps = state_dict["skipped_steps"]
+        self.consecutive_skips = state_dict.get("consecutive_skips", 0)  # version 0.1 has none
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
@@ -84,6 +89,8 @@ class NonFiniteGuard(pl.Callback):
         if self._is_bad(trainer, [*self._losses, *norm]):
             optimizer.zero_grad(set_to_none=True)
             self._drop(trainer, trainer.global_step + 1)
+        else:
+            self.consecutive_skips = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,8 +98,11 @@ class NonFiniteGuard(pl.Callback):
         """After an optimizer step, hear what DeepSpeed did, and log."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and self._engine_refused(trainer):
-            self._drop(trainer, trainer.global_step)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            if self._engine_refused(trainer):
+                self._drop(trainer, trainer.global_step)
+            else:
+                self.consecutive_skips = 0
         if self.policy == "skip":
             pl_module.log("skipped_steps", float(self.skipped_steps))
 
@@ -109,16 +119,21 @@ class NonFiniteGuard(pl.Callback):
         """Count and say it, or end the run.
 
         Raises:
-            NonFiniteError: The policy is ``stop``.
+            NonFiniteError: The policy is ``stop``, or too many steps in a row were dropped.
         """
         what = f"step {step}: {self._blame(trainer)}; the weights are as they were before it"
+        remedy = "or go on with --trainer.non_finite skip"
         if self.policy == "skip":
             self.skipped_steps += 1
+            self.consecutive_skips += 1
             logger.warning("%s", what)
-            return
+            if self.consecutive_skips < self.max_consecutive_skips:
+                return
+            what = f"{what}; {self.consecutive_skips} steps in a row were skipped (trainer.max_consecutive_skips)"
+            remedy = "and look at the rows named above"
         last = last_checkpoint(Path(trainer.default_root_dir))
         good = f"the last good checkpoint is {last}" if last else "nothing is saved yet"
-        raise NonFiniteError(f"{what}; {good}; lower the learning rate, or go on with --trainer.non_finite skip")
+        raise NonFiniteError(f"{what}; {good}; lower the learning rate, {remedy}")
 
     def _blame(self, trainer: pl.Trainer) -> str:
         """Rows of the batches, over all ranks, whose loss is not finite; of the whole window where all are."""

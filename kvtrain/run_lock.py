@@ -1,0 +1,200 @@
+"""One process at a time writes into a run folder: ``run.lock`` in it names the owner.
+
+The file appears with its content in one step, a hard link or an exclusive creation, which holds on network file systems
+where ``flock`` may not. Whether the owner is alive can be told on its own host alone.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvtrain.errors import UsageError
+
+FILE_NAME = "run.lock"
+_ATTEMPTS = 5  # others may take over, or leave, between two looks
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # that end a process without a word
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+logger = logging.getLogger("kvtrain")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a run folder.
+
+    Attributes:
+        host: Its name.
+        pid: Of the process.
+        started: When the process began, in the system's own terms: a process number is given again. None where the
+            system does not say.
+        since: When it took the folder.
+    """
+
+    host: str
+    pid: int
+    started: str | None
+    since: str
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """The owner that this process would be."""
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now)
+
+    def is_gone(self) -> bool:
+        """Whether the process has certainly ended, as far as this host can tell."""
+        if self.host != socket.gethostname():
+            return False
+        if self.pid == os.getpid():  # whatever this process was before, it is not that now
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # somebody else's
+        started = _start_of(self.pid)
+        return None not in (started, self.started) and started != self.started
+
+
+def _start_of(pid: int) -> str | None:
+    """The boot and the tick of a process's beginning; that of a dead one that nobody has buried is a word."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = _BOOT.read_text().strip()
+    except OSError:
+        return None
+    return "dead" if fields[0] in "ZX" else f"{boot} {fields[19]}"
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold a run folder, which is made if need be; what was made and stayed empty is removed again.
+
+    Args:
+        run: The folder.
+
+    Raises:
+        UsageError: Another process holds it.
+        SystemExit: A signal that would have ended the process without a word, as ``128 + signal``.
+    """
+    created = [folder for folder in (run, *run.parents) if not folder.exists()]
+    with _leaving_on_signals():
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            text = json.dumps(asdict(Owner.this_process())) + "\n"
+            _acquire(run / FILE_NAME, text)
+            try:
+                yield
+            finally:
+                if _read(run / FILE_NAME) == text:
+                    (run / FILE_NAME).unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):
+                for folder in created:
+                    folder.rmdir()
+
+
+def _acquire(lock: Path, text: str) -> None:
+    for _ in range(_ATTEMPTS):
+        if _create(lock, text):
+            return
+        found = _read(lock)
+        if found is None:
+            continue  # gone between two looks
+        owner = _parse(found)
+        if owner is None or not owner.is_gone():
+            _refuse(lock, owner)
+        if _remove_stale(lock, found):
+            logger.warning("%s: process %d of this host is gone, taken over", lock, owner.pid)
+    _refuse(lock, _parse(_read(lock) or ""))
+
+
+def _create(lock: Path, text: str) -> bool:
+    """Make the file, whole, unless it is there."""
+    draft = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, lock)
+    except FileExistsError:
+        return False
+    except OSError:
+        return _create_exclusively(lock, text)  # no hard links here
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _create_exclusively(lock: Path, text: str) -> bool:
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_stale(lock: Path, found: str) -> bool:
+    """Take a dead owner's file away; False where somebody else has done so and holds the folder now."""
+    grave = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}.stale")
+    try:
+        os.replace(lock, grave)
+    except FileNotFoundError:
+        return False
+    taken = _read(grave)
+    if taken != found:  # it was alive: put it back
+        _create(lock, taken or "")
+    grave.unlink(missing_ok=True)
+    return taken == found
+
+
+def _read(lock: Path) -> str | None:
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _parse(text: str) -> Owner | None:
+    try:
+        return Owner(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _refuse(lock: Path, owner: Owner | None) -> NoReturn:
+    holder = f"process {owner.pid} on {owner.host} since {owner.since}" if owner else f"another process, says {lock}"
+    raise UsageError(
+        f"{lock.parent} is in use by {holder}; wait for it, or choose another --trainer.default_root_dir; "
+        f"if that process is gone for good, delete {lock}"
+    )
+
+
+@contextlib.contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Unwind on signals that nobody handles, so that what is held is let go."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    unhandled = [number for number in _SIGNALS if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in unhandled:
+            if signal.getsignal(number) is leave:
+                signal.signal(number, signal.SIG_DFL)
