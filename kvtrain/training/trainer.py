@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kvtrain.errors import require_at_least, require_finite
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
@@ -17,6 +19,7 @@ from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
+from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
 from kvtrain.training.strategies import DeepSpeedZeRO
 
@@ -76,9 +79,19 @@ class KVTrainer(pl.Trainer):
         standing = [*_observers(peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
+        settings["plugins"] = _plugins(settings.get("plugins"), settings.get("strategy"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
         super().__init__(**settings)
+
+    def _run_stage(self) -> Any:
+        """As Lightning's, which passes over a run that has taken all its steps, whatever it still owes."""
+        loop = self.fit_loop
+        if self.state.fn == TrainerFn.FITTING and loop.restarting and loop.done:
+            loop.setup_data()
+            loop.on_run_start()
+            loop.on_run_end()
+        return super()._run_stage()
 
 
 def check_numbers(settings: dict[str, Any]) -> None:
@@ -170,6 +183,13 @@ def _loggers(run: Path, asked: Any) -> list[Logger] | bool:
     if asked is False:
         return False
     return [CSVMetrics(str(run)), *([] if asked is True else _as_list(asked))]
+
+
+def _plugins(asked: Any, strategy: Any) -> list[Any]:
+    """Our way of writing checkpoints, unless the recipe brings another."""
+    plugins = _as_list(asked)
+    brought = getattr(strategy, "_checkpoint_io", None) or any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if brought else [*plugins, StreamedCheckpointIO()]
 
 
 def _as_list(value: Any) -> list[Any]:

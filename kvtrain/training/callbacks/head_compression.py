@@ -63,8 +63,10 @@ class HeadCompression(pl.Callback):
         everyone = trainer.strategy.reduce(torch.cat([sums.flatten(), self._free[None]]), reduce_op="sum")
         fractions = (everyone[:-1] / everyone[-1]).view_as(sums).tolist()
         if trainer.is_global_zero:
+            step = trainer.global_step - 1
+            self._rows = [row for row in self._rows if row["step"] != step]  # a validation may be made up for
             self._rows += [
-                {"step": trainer.global_step - 1, "layer": layer, "head": head, "merged_fraction": fraction}
+                {"step": step, "layer": layer, "head": head, "merged_fraction": fraction}
                 for layer, heads in zip(layers, fractions, strict=True)
                 for head, fraction in enumerate(heads)
             ]

@@ -39,7 +39,9 @@ class HeadGates(pl.Callback):
             return
         gates, full = self._read_gates()
         if trainer.is_global_zero:
-            self._rows += _rows(trainer.global_step - 1, gates, full)
+            step = trainer.global_step - 1
+            self._rows = [row for row in self._rows if row["step"] != step]  # a validation may be made up for
+            self._rows += _rows(step, gates, full)
             write_rows(self.path, self._rows)
 
 
