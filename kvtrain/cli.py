@@ -1,6 +1,7 @@
 """The one door: ``kvtrain <command>``. Every command imports its own room only when it is called."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from kvtrain.parser import Parser, finite
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 2, 130
 _PAGE_WIDTH = 100
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,8 @@ def _is_mistake(error: ValueError | OSError) -> bool:
 
 def _line(error: ValueError | OSError) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
+        remedy = "; make room there" if error.errno in _NO_ROOM else ""
+        return f"{error.filename}: {error.strerror}{remedy}"
     return " ".join(str(error).split())
 
 

@@ -19,7 +19,6 @@ from kvtrain.data.module import DataModule, PackedDataModule
 from kvtrain.data.recall import RecallDataModule
 from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
-from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
 from kvtrain.training import messages, training_modules
@@ -27,6 +26,7 @@ from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
 from kvtrain.training.refusals import refusals
+from kvtrain.training.resume import find_checkpoint, require_readable
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
 HELP_ALL = "--help-all"
@@ -182,15 +182,11 @@ class FitCLI(RecipeCLI):
         """Find the checkpoint to go on from, or make sure that the folder is free."""
         settings = self.config[self.command]
         run_folder.require_place(self.run)
-        asked = settings["ckpt_path"]
-        resumed = run_folder.resolve_checkpoint(self.run, asked) if asked else None
-        if asked and resumed is None:
-            logger.info("%s has no checkpoint yet: starting from the beginning", self.run)
+        resumed, self.faults = find_checkpoint(self.run, settings["ckpt_path"])
         if resumed is None or resumed.parent.resolve() != (self.run / run_folder.CHECKPOINTS).resolve():
             run_folder.refuse_second_run(self.run)
-        if resumed and resumed.is_file():
-            read_checkpoint(resumed)
         settings["ckpt_path"] = str(resumed) if resumed else None
+        run_folder.remove_unfinished(self.run)
 
     def before_fit(self) -> None:
         """Compare the recipe with what the run was begun with, and have it written when training begins.
@@ -204,7 +200,7 @@ class FitCLI(RecipeCLI):
         recipe, resumes = self.resolved_recipe(), self.config_init[self.command]["ckpt_path"] is not None
         if resumes and self.trainer.is_global_zero:
             self._warn_of_changes(recipe)
-        self.record = RunRecord(self.run, recipe, resumes=resumes)
+        self.record = RunRecord(self.run, recipe, resumes=resumes, damaged=list(self.faults))
         self.trainer.callbacks.insert(0, self.record)  # type: ignore[attr-defined]
 
     def _check_vocabulary(self) -> None:
@@ -265,8 +261,7 @@ class ValidateCLI(RecipeCLI):
         checkpoint = run_folder.resolve_checkpoint(self.run, settings["ckpt_path"])
         if checkpoint is None:
             raise UsageError(f"{self.run} holds no checkpoint")
-        if checkpoint.is_file():
-            read_checkpoint(checkpoint)
+        require_readable(checkpoint)
         settings["ckpt_path"] = str(checkpoint)
 
     def instantiate_trainer(self, **settings: Any) -> pl.Trainer:
