@@ -9,7 +9,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "kvtrain"
 
 # Everyone may use these; they use nobody but each other.
-GROUND = {"assets", "durable", "errors", "logging_setup", "metrics", "recipes", "renamed", "run_folder", "strict_yaml"}
+GROUND = {
+    "assets",
+    "durable",
+    "errors",
+    "logging_setup",
+    "metrics",
+    "recipes",
+    "renamed",
+    "run_folder",
+    "stop_signals",
+    "strict_yaml",
+}
 
 # Part of the roof, as every other module that lies directly in the package.
 ROOF = {"help"}

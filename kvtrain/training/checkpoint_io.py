@@ -8,6 +8,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from kvtrain import stop_signals
 from kvtrain.durable import naming, remove
 from kvtrain.errors import causes
 
@@ -79,6 +80,8 @@ class _Stream:
         """Write all of it."""
         rest = whole = memoryview(data).cast("B")
         while rest:
+            if listener := stop_signals.current():
+                listener.require_running()
             piece = rest[: self.file.write(rest[:_CHUNK])]
             self.digest.update(piece)
             self._unsynced += len(piece)

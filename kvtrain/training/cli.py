@@ -21,10 +21,11 @@ from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
+from kvtrain.stop_signals import STOPPED_EXIT_CODE
 from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
+from kvtrain.training.ranks import report_end
 from kvtrain.training.refusals import refusals
 from kvtrain.training.resume import find_checkpoint, require_readable
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
@@ -227,16 +228,20 @@ class FitCLI(RecipeCLI):
 
         Raises:
             KeyboardInterrupt: With a hint how to go on.
-            SystemExit: 143 after a SIGTERM.
+            SystemExit: 143 after a signal that asks to stop.
         """
         try:
             with refusals(until=lambda: self.record.begun):
                 self.trainer.fit(model, weights_only=True, **settings)
         except SIGTERMException as stop:
-            raise SystemExit(SIGTERM_EXIT_CODE) from stop
+            raise SystemExit(STOPPED_EXIT_CODE) from stop
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
                 raise KeyboardInterrupt(self._interruption()) from None
+            raise
+        except Exception as error:
+            if self.trainer.world_size > 1 and self.record.begun:
+                report_end(self.trainer, error)
             raise
 
     def _interruption(self) -> str:

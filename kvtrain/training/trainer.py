@@ -21,6 +21,7 @@ from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
 from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.ranks import set_timeout
 from kvtrain.training.strategies import DeepSpeedZeRO
 
 DEFAULT_RUN = "runs/unnamed"
@@ -54,6 +55,8 @@ class KVTrainer(pl.Trainer):
             look away (``off``).
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
+        timeout_minutes: How long a rank waits for the others before the run ends; None leaves the strategy's own
+            choice, 30 minutes with most.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
@@ -67,9 +70,11 @@ class KVTrainer(pl.Trainer):
         num_threads: int | None = None,
         non_finite: NonFinitePolicy = "stop",
         peak_flops: float | None = None,
+        timeout_minutes: float | None = None,
         **settings: Any,
     ) -> None:
-        asked = {**settings, "num_threads": num_threads, "peak_flops": peak_flops}
+        ours = {"num_threads": num_threads, "peak_flops": peak_flops, "timeout_minutes": timeout_minutes}
+        asked = {**settings, **ours}
         check_numbers(asked)
         check_machine(asked)
         if num_threads is not None:
@@ -83,6 +88,8 @@ class KVTrainer(pl.Trainer):
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
         super().__init__(**settings)
+        if timeout_minutes is not None:
+            set_timeout(self, timeout_minutes)
 
     def _run_stage(self) -> Any:
         """As Lightning's, which passes over a run that has taken all its steps, whatever it still owes."""
@@ -113,8 +120,9 @@ def check_numbers(settings: dict[str, Any]) -> None:
             raise ValueError(f"trainer.{name} is 0, which trains nothing; leave it out")
     if given.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval is 0; to leave validation out set trainer.limit_val_batches to 0")
-    if given.get("peak_flops", 1) <= 0:
-        raise ValueError(f"trainer.peak_flops must be above 0, not {given['peak_flops']}")
+    for name in ("peak_flops", "timeout_minutes"):
+        if given.get(name, 1) <= 0:
+            raise ValueError(f"trainer.{name} must be above 0, not {given[name]}")
     if given.get("min_steps", 0) > given.get("max_steps", -1) >= 0:
         raise ValueError(f"trainer.min_steps is {given['min_steps']}, above trainer.max_steps, {given['max_steps']}")
 

@@ -113,15 +113,58 @@ def test_a_crash_costs_nothing(recipe, whole, batch):
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("batch", thinned([4, 9, 20], [4, 9]))
-def test_sigterm_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, batch):
-    before = signal.getsignal(signal.SIGTERM)
-    assert fit(recipe, *acting(int(signal.SIGTERM), batch)) == 143
+@pytest.mark.parametrize(
+    ("number", "batch"),
+    [
+        (signal.SIGTERM, 4),
+        (signal.SIGUSR1, 9),
+        (signal.SIGHUP, 4),
+        pytest.param(signal.SIGTERM, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, number, batch):
+    before = signal.getsignal(number)
+    assert fit(recipe, *acting(int(number), batch)) == 143
     run = recipe.parent / "run"
     step = (batch + 2) // 2
     assert run_folder.step_of(run_folder.last_checkpoint(run)) == step
-    assert f"SIGTERM at step {step}: saved; continue with --ckpt_path last" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"{number.name} at step {step}: saved; continue with --ckpt_path last" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert_same_run(run, whole)
+
+
+def slurm(monkeypatch, folder: Path, scontrol: str) -> None:
+    """One task of an array job, and SLURM's command in place of a scheduler."""
+    job = {"JOB_ID": 1240, "ARRAY_JOB_ID": 1234, "ARRAY_TASK_ID": 6, "JOB_NAME": "train"}
+    place = {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}
+    for name, value in {**job, **place}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    command = folder / "scontrol"
+    command.write_text(f"#!/bin/sh\n{scontrol}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("number", "scontrol", "said"),
+    [
+        (signal.SIGUSR1, 'echo "$@" >> {}/asked', "SLURM job 1234_6 is queued again"),
+        (signal.SIGUSR1, "echo not now >&2; exit 1", "scontrol requeue 1234_6: not now; submit the job again"),
+        (signal.SIGTERM, 'echo "$@" >> {}/asked', "SIGTERM at step 5: saved"),
+    ],
+)
+def test_under_slurm_a_job_is_saved_and_queued_again(
+    recipe, whole, capsys, monkeypatch, tmp_path, number, scontrol, said
+):
+    slurm(monkeypatch, tmp_path, scontrol.format(tmp_path))
+    assert fit(recipe, *acting(int(number), 9)) == 143
+    assert said in capsys.readouterr().err
+    asked = tmp_path / "asked"
+    queued = number == signal.SIGUSR1 and "asked" in scontrol
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 1234_6\n" if queued else "")
+    run = recipe.parent / "run"
+    assert list(run.rglob("hpc_ckpt*")) == []
     assert fit(recipe, "--ckpt_path", "last") == 0
     assert_same_run(run, whole)
 
