@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from kvtrain import strict_yaml
-from kvtrain.durable import files_in, publish, remove, remove_leftovers, sha256, temporary_name, write_text
+from kvtrain.durable import files_in, publish, remove, remove_leftovers, replacing, sha256, write_text
 from kvtrain.errors import UsageError
 from kvtrain.renamed import with_new_names
 
@@ -303,13 +303,12 @@ def point_best(target: Path) -> None:
 
 def _point(name: str, target: Path) -> None:
     """A link, or a copy where links cannot be made."""
-    temporary = temporary_name(target.parent / name)
-    remove(temporary)
-    try:
-        temporary.symlink_to(target.name)
-    except OSError:
-        shutil.copytree(target, temporary) if target.is_dir() else shutil.copy2(target, temporary)
-    publish(temporary, target.parent / name)
+    with replacing(target.parent / name) as temporary:
+        remove(temporary)
+        try:
+            temporary.symlink_to(target.name)
+        except OSError:
+            shutil.copytree(target, temporary) if target.is_dir() else shutil.copy2(target, temporary)
 
 
 def prune(run: Path, keep: int) -> None:

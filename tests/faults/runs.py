@@ -21,11 +21,14 @@ from tests.training.small_runs import recipe_text, write_place
 STEPS = 24
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # what two equal runs do not share
 
-# Python may be started with Ctrl-C ignored; and a disk is slow, so that a save has moments to be hit in.
+# Python may be started with Ctrl-C ignored, and Lightning was imported without a rank; a disk is slow, so that a save
+# has moments to be hit in.
 OPENING = """
 import os, signal, sys, time
 sys.path.insert(0, {place!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))
 def slow(opened, fsync=os.fsync):
     time.sleep({seconds})
     fsync(opened)

@@ -188,6 +188,27 @@ def without_measures(row):
     return {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gib")}
 
 
+@pytest.mark.parametrize(("owner", "name", "call"), [moment for moment in MOMENTS if moment[0] != TinyDMC])
+def test_an_interruption_there_keeps_what_is_complete(rows, tmp_path, whole_dmc, monkeypatch, owner, name, call):
+    """Unlike a kill it is tidied up after, and a checkpoint that was all written is kept."""
+    run, original, calls = tmp_path / "run", getattr(owner, name), iter(range(1, 1000))
+
+    def interrupted(*arguments, **settings):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit):
+            dmc_run(run, rows)
+    assert list(run.rglob(".*")) == []
+    last = run_folder.resolve_checkpoint(run, "last")
+    assert run_folder.step_of(last) == (3 if (name, call) in (("add_checkpoint", 1), ("point_last", 2)) else 6)
+    dmc_run(run, rows, last)
+    assert_same_files(run, whole_dmc)
+
+
 def test_a_save_that_fails_leaves_nothing_and_the_run_goes_on_later(rows, tmp_path, whole_dmc, monkeypatch):
     """The disk is full in the middle of the second checkpoint."""
     run, writes = tmp_path / "run", checkpoint_io._Stream.write

@@ -104,8 +104,15 @@ class RunCheckpoint(Checkpoint):
         self.publish(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A checkpoint that is complete may be kept; other ranks cannot be waited for."""
-        self._publish(trainer)
+        """A checkpoint that is complete may be kept, where there is room; other ranks cannot be waited for."""
+        if self._written_step is None or not trainer.is_global_zero:
+            return
+        temporary = temporary_name(step_path(self.run, self._written_step))
+        if temporary.exists():
+            try:
+                self._publish(trainer)
+            except OSError:
+                remove(temporary)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the current step, unless it is saved already; every rank calls it, and ``publish`` after it."""
@@ -120,11 +127,11 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.barrier("checkpoint folder")
         try:
             trainer.save_checkpoint(temporary)
+            self._written_step = step
         except BaseException:
             if trainer.is_global_zero:
                 remove(temporary)
             raise
-        self._written_step = step
 
     def publish(self, trainer: pl.Trainer) -> None:
         """Give a checkpoint that was written its name, when its step's metrics are logged; every rank calls it."""
@@ -132,7 +139,7 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.barrier("checkpoint")
 
     def _publish(self, trainer: pl.Trainer) -> bool:
-        step, self._written_step = self._written_step, None
+        step = self._written_step
         if step is None:
             return False
         if trainer.is_global_zero:
@@ -142,7 +149,7 @@ class RunCheckpoint(Checkpoint):
             digest = io.written.get(temporary) if isinstance(io, StreamedCheckpointIO) else None
             add_checkpoint(temporary, final, digest)
             prune(self.run, _KEPT)
-        self.saved_step = step
+        self._written_step, self.saved_step = None, step
         return True
 
 
