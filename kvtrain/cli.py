@@ -1,6 +1,7 @@
 """The one door: ``kvtrain <command>``. Every command imports its own room only when it is called."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
 from kvtrain.launcher import adopt_local_rank
 from kvtrain.parser import Parser, finite
+from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
 
 DEBUG = "KVTRAIN_DEBUG"
-_USAGE_EXIT_CODE, _INTERRUPTED_EXIT_CODE = 2, 130
+_USAGE_EXIT_CODE = 2
 _PAGE_WIDTH = 100
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ def command_page() -> str:
 
 
 def _fit(arguments: list[str]) -> None:
-    from kvtrain.training.cli import main as run
+    with StopSignals():
+        from kvtrain.training.cli import main as run
 
-    run("fit", arguments)
+        run("fit", arguments)
 
 
 def _validate(arguments: list[str]) -> None:
@@ -300,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: What follows ``kvtrain``; None takes it from the process.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the caller, 130 when interrupted, 143 after a SIGTERM.
+        The exit code: 0, 2 for a mistake of the caller, 130 when interrupted, 143 when asked to stop by a signal.
 
     Raises:
         Exception: Whatever is no mistake of the caller keeps its traceback.
@@ -309,10 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(adopt_local_rank(arguments))
     except KeyboardInterrupt as interruption:
-        return _complain(str(interruption) or "interrupted", _INTERRUPTED_EXIT_CODE)
+        return _complain(str(interruption) or "interrupted", INTERRUPTED_EXIT_CODE)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        _record(error)
         if os.environ.get(DEBUG) or not _is_mistake(error):
             raise
         return _complain(f"error: {_line(error)}", _USAGE_EXIT_CODE)
@@ -333,16 +338,25 @@ def _complain(line: str, exit_code: int) -> int:
     return exit_code
 
 
-def _is_mistake(error: ValueError | OSError) -> bool:
+def _record(error: Exception) -> None:
+    """Leave an error where torchrun looks for it, which names the rank that failed first and its error at the end."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _is_mistake(error: Exception) -> bool:
     """Whether kvtrain itself refused something, or a file could not be had; the rest are defects."""
     if isinstance(error, OSError):
         return error.filename is not None
-    return isinstance(error, UsageError) or raised_by_kvtrain(error)
+    return isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_by_kvtrain(error))
 
 
-def _line(error: ValueError | OSError) -> str:
+def _line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
+        remedy = "; make room there" if error.errno in _NO_ROOM else ""
+        return f"{error.filename}: {error.strerror}{remedy}"
     return " ".join(str(error).split())
 
 

@@ -17,6 +17,8 @@ _OTHERS_REMARKS = (
     ".*`weights_only` was not set",
     ".*sync_dist=True",  # the modules reduce their sums themselves
 )
+# Its only remark is that a process has ended and which; then it ends the others.
+_LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 
 
 class _StandardError(logging.StreamHandler[Any]):
@@ -32,7 +34,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return f"kvtrain: warning: {text}" if record.levelno >= logging.WARNING else text
+        return f"kvtrain: {record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
 def _to_standard_error(record: logging.LogRecord) -> bool:
@@ -51,6 +53,7 @@ def configure_logging() -> None:
     own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(_LAUNCHER).setLevel(logging.INFO)
     logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
     for remark in _OTHERS_REMARKS:
         warnings.filterwarnings("ignore", message=remark)

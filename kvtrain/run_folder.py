@@ -5,20 +5,20 @@ and size and SHA-256 of its files. It is written after the checkpoint and only e
 a run whose manifest is missing, behind or unreadable goes on, its checkpoints unverified.
 """
 
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from kvtrain import strict_yaml
+from kvtrain.durable import files_in, publish, remove, remove_leftovers, replacing, sha256, write_text
 from kvtrain.errors import UsageError
 from kvtrain.renamed import with_new_names
 
@@ -26,9 +26,21 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 LAST, BEST = "last.ckpt", "best.ckpt"
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
 _ENTRY = {"step", "val_perplexity", "files"}
-_HASHED_AT_ONCE = 8  # files of a sharded checkpoint
 _STEP = re.compile(r"step-(\d+)\.ckpt")
+
+
+class Found(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+        path: The newest checkpoint that is whole; None where none was ever saved.
+        faults: What is wrong with newer ones, by their paths.
+    """
+
+    path: Path | None
+    faults: dict[Path, str]
 
 
 def step_of(path: Path) -> int:
@@ -77,6 +89,15 @@ def require_place(run: Path) -> None:
         raise UsageError(f"{run}: {there} is a file; choose another --trainer.default_root_dir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{run}: {there} may not be written; choose another --trainer.default_root_dir")
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what an earlier process was writing when it was killed, which may be what fills the disk.
+
+    Its ranks have ended, and those of a run that begins write nothing before all of them are there.
+    """
+    for folder in (run, run / CHECKPOINTS):
+        remove_leftovers(folder)
 
 
 def refuse_second_run(run: Path) -> None:
@@ -136,6 +157,41 @@ def require_intact(path: Path, run: Path, option: str = "") -> None:
         raise UsageError(f"{fault}{hint}")
 
 
+def find_last(run: Path, read: Callable[[Path], object]) -> Found:
+    """The checkpoint that ``--ckpt_path last`` goes on from: the newest that is whole.
+
+    Args:
+        run: The run folder.
+        read: Opens a checkpoint, and raises ValueError where that cannot be done.
+
+    Raises:
+        UsageError: There were checkpoints, and none is left that is whole.
+    """
+    faults: dict[Path, str] = {}
+    newest = [path for path in (last_checkpoint(run),) if path]
+    for path in dict.fromkeys(path.resolve() for path in [*newest, *reversed(step_files(run))]):
+        try:
+            fault = _fault(path)
+            fault or read(path)
+        except ValueError as error:
+            fault = str(error)
+        if fault is None:
+            return Found(path, faults)
+        faults[path] = fault
+    folder = run / CHECKPOINTS
+    if faults or (folder / LAST).is_symlink() or read_manifest(folder):
+        found = "; ".join(faults.values()) or f"{folder} has lost all that were saved"
+        raise UsageError(f"no checkpoint to go on from: {found}; begin anew in another --trainer.default_root_dir")
+    return Found(None, {})
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged checkpoint out of a run without removing it; returns where it lies now."""
+    aside = path.with_name(path.name + DAMAGED)
+    publish(path, aside)
+    return aside
+
+
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint that is there, or None."""
     if path.is_dir() and (not _files(path) or (path / CHECKPOINTS).is_dir()):
@@ -144,8 +200,18 @@ def _fault(path: Path) -> str | None:
         return f"{path}: damaged or no checkpoint of kvtrain"
     path = path.resolve()
     entry = read_manifest(path.parent).get(path.name)
-    changed = _first_change(path, entry["files"]) if entry else None
+    if entry is None:
+        return f"{path}: damaged, what it holds is not what was written" if _checksums_differ(path) else None
+    changed = _first_change(path, entry["files"])
     return changed and f"{path.parent / changed}: damaged, it is not what {MANIFEST} says was written"
+
+
+def _checksums_differ(path: Path) -> bool:
+    """Whether a checkpoint that no manifest knows is other than its own archive's checksums say."""
+    try:
+        return path.is_file() and zipfile.ZipFile(path).testzip() is not None
+    except (OSError, zipfile.BadZipFile):
+        return True
 
 
 def _first_change(path: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
@@ -157,17 +223,39 @@ def _first_change(path: Path, recorded: dict[str, dict[str, Any]]) -> str | None
     return next((name for name in recorded if hashes[name] != recorded[name]["sha256"]), None)
 
 
-def add_checkpoint(temporary: Path, final: Path) -> None:
-    """Take a completely written checkpoint into a run: its name, ``last.ckpt``, and its place in the manifest."""
+def add_checkpoint(temporary: Path, final: Path, digest: str | None = None) -> None:
+    """Take a completely written checkpoint into a run: its name, ``last.ckpt``, and its place in the manifest.
+
+    Args:
+        temporary: The file or folder.
+        final: What it shall be called.
+        digest: SHA-256 of a single file, where it is known from writing it; otherwise what was written is read.
+
+    Raises:
+        OSError: The run's disk is full, or may not be written.
+    """
     manifest = read_manifest(final.parent)
     if manifest.pop(final.name, None):  # a file of the same name with other bytes would pass for damaged
         _write_manifest(final.parent, manifest)
     publish(temporary, final)
     point_last(final)
-    sizes, hashes = _sizes(final), _hashes(final)
-    files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
-    manifest[final.name] = {"step": step_of(final), "val_perplexity": None, "files": files}
-    _write_manifest(final.parent, manifest)
+    describe_checkpoint(final, digest)
+
+
+def describe_checkpoint(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """A checkpoint's entry in the manifest, which is written where there is none yet.
+
+    Args:
+        path: The file or folder.
+        digest: As for ``add_checkpoint``.
+    """
+    manifest = read_manifest(path.parent)
+    if path.name not in manifest:
+        sizes, hashes = _sizes(path), {path.name: digest} if digest else _hashes(path)
+        files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
+        manifest[path.name] = {"step": step_of(path), "val_perplexity": None, "files": files}
+        _write_manifest(path.parent, manifest)
+    return manifest[path.name]
 
 
 def rate_checkpoint(path: Path, val_perplexity: float) -> None:
@@ -177,9 +265,16 @@ def rate_checkpoint(path: Path, val_perplexity: float) -> None:
         return
     manifest[path.name]["val_perplexity"] = val_perplexity
     _write_manifest(path.parent, manifest)
-    present = {name: entry["val_perplexity"] for name, entry in manifest.items() if (path.parent / name).exists()}
+    refresh_best(path.parent)
+
+
+def refresh_best(checkpoints: Path) -> None:
+    """Make ``best.ckpt`` name the checkpoint of the lowest perplexity that is still there, if one was rated."""
+    entries = read_manifest(checkpoints).items()
+    present = {name: entry["val_perplexity"] for name, entry in entries if (checkpoints / name).exists()}
     rated = {name: rating for name, rating in present.items() if rating is not None}
-    point_best(path.parent / min(rated, key=rated.__getitem__))
+    if rated:
+        point_best(checkpoints / min(rated, key=rated.__getitem__))
 
 
 def read_manifest(checkpoints: Path) -> dict[str, dict[str, Any]]:
@@ -193,13 +288,12 @@ def read_manifest(checkpoints: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_manifest(checkpoints: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    _write_text(checkpoints / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_text(checkpoints / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _files(path: Path) -> dict[str, Path]:
     """The files of a checkpoint, which is one itself or a folder of them, by their names beside the manifest."""
-    files = sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
-    return {file.relative_to(path.parent).as_posix(): file for file in files}
+    return {file.relative_to(path.parent).as_posix(): file for file in files_in(path)}
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -208,23 +302,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def _hashes(path: Path) -> dict[str, str]:
     files = _files(path)
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a completely written file or folder its name, in one step; replaces what was there."""
-    for written in [] if temporary.is_symlink() else _files(temporary).values():
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
-    if final.is_dir() and not final.is_symlink():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    return dict(zip(files, sha256(list(files.values())), strict=True))
 
 
 def point_last(target: Path) -> None:
@@ -239,13 +317,12 @@ def point_best(target: Path) -> None:
 
 def _point(name: str, target: Path) -> None:
     """A link, or a copy where links cannot be made."""
-    temporary = target.parent / f".{name}.new"
-    remove(temporary)
-    try:
-        temporary.symlink_to(target.name)
-    except OSError:
-        shutil.copytree(target, temporary) if target.is_dir() else shutil.copy2(target, temporary)
-    publish(temporary, target.parent / name)
+    with replacing(target.parent / name) as temporary:
+        remove(temporary)
+        try:
+            temporary.symlink_to(target.name)
+        except OSError:
+            shutil.copytree(target, temporary) if target.is_dir() else shutil.copy2(target, temporary)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -260,24 +337,10 @@ def prune(run: Path, keep: int) -> None:
         _write_manifest(run / CHECKPOINTS, left)
 
 
-def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_config(run: Path, text: str) -> None:
     """Write ``config.yaml``; a reader never sees half of it."""
     run.mkdir(parents=True, exist_ok=True)
-    _write_text(run / CONFIG, text)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    publish(temporary, path)
+    write_text(run / CONFIG, text)
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtrain import run_folder
+from kvtrain import durable, run_folder
 from kvtrain.errors import UsageError
 
 from .training.small_runs import steps_saved
@@ -73,7 +73,7 @@ def test_publishing_replaces_files_and_folders(tmp_path):
     for folder, words in ((old, "before"), (new, "after")):
         folder.mkdir()
         (folder / "shard").write_text(words)
-    run_folder.publish(new, old)
+    durable.publish(new, old)
     assert (old / "shard").read_text() == "after"
     assert not new.exists()
 
@@ -137,6 +137,92 @@ def test_a_checkpoint_that_is_longer_is_damaged_under_every_name(tmp_path):
         with pytest.raises(UsageError) as refusal:
             run_folder.resolve_checkpoint(tmp_path, asked)
         assert str(refusal.value) == f"{path}: damaged, it is not what manifest.json says was written"
+
+
+def nothing(_: Path) -> None:
+    """Any file can be read."""
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_going_on_passes_over_what_is_damaged(tmp_path):
+    """As far back as it must, and what cannot be read counts as damaged too; the pointer comes first."""
+    assert run_folder.find_last(tmp_path, nothing) == (None, {})
+    first, second, third = (add(tmp_path, step, "content" * 9) for step in (3, 6, 9))
+    assert run_folder.find_last(tmp_path, nothing) == (third, {})
+    flip(third)
+    fault = f"{third}: damaged, it is not what manifest.json says was written"
+    assert run_folder.find_last(tmp_path, nothing) == (second, {third: fault})
+
+    def refuse(path: Path) -> None:
+        if path == second:
+            raise ValueError("no checkpoint")
+
+    assert run_folder.find_last(tmp_path, refuse) == (first, {third: fault, second: "no checkpoint"})
+    run_folder.point_last(second)
+    assert run_folder.find_last(tmp_path, nothing) == (second, {})
+
+
+def test_a_run_that_has_lost_everything_does_not_begin_anew(tmp_path):
+    path = add(tmp_path, 3, "content" * 9)
+    flip(path)
+    with pytest.raises(UsageError, match=rf"no checkpoint to go on from: {path}: damaged, .*; begin anew in another"):
+        run_folder.find_last(tmp_path, nothing)
+    path.unlink()
+    lost = f"{path.parent} has lost all that were saved"
+    with pytest.raises(UsageError, match=lost):
+        run_folder.find_last(tmp_path, nothing)
+    (path.parent / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=lost):
+        run_folder.find_last(tmp_path, nothing)  # last.ckpt names what is gone
+    (path.parent / "last.ckpt").unlink()
+    assert run_folder.find_last(tmp_path, nothing) == (None, {})
+
+
+def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path):
+    first, second = add(tmp_path, 3), add(tmp_path, 6)
+    content = second.read_bytes()
+    aside = run_folder.set_aside(second)
+    assert (aside.name, aside.read_bytes()) == ("step-000006.ckpt.damaged", content)
+    assert (steps_saved(tmp_path), run_folder.last_checkpoint(tmp_path)) == ([3], first)
+    run_folder.prune(tmp_path, keep=1)
+    assert list(manifest(tmp_path)) == ["step-000003.ckpt"]
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_a_flipped_byte_is_found_without_a_manifest(tmp_path, place):
+    path = add(tmp_path, 3, "content" * 500)
+    (path.parent / "manifest.json").unlink()
+    assert run_folder.resolve_checkpoint(tmp_path, "last") == path
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="damaged, what it holds is not what was written"):
+        run_folder.resolve_checkpoint(tmp_path, "last")
+
+
+def test_a_checkpoint_that_missed_the_manifest_is_entered(tmp_path):
+    path = add(tmp_path, 3)
+    written = manifest(tmp_path)
+    (path.parent / "manifest.json").unlink()
+    assert run_folder.describe_checkpoint(path) == written[path.name]
+    assert manifest(tmp_path) == written
+    run_folder.rate_checkpoint(path, 2.0)
+    assert run_folder.describe_checkpoint(path)["val_perplexity"] == 2.0
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    path = add(tmp_path, 3)
+    for other in (tmp_path / "config.yaml", tmp_path / "metrics.csv", path.with_name("step-000006.ckpt")):
+        durable.temporary_name(other).write_text("half")
+    run_folder.remove_unfinished(tmp_path)
+    assert list(tmp_path.rglob(".*")) == []
+    assert steps_saved(tmp_path) == [3]
+    run_folder.remove_unfinished(tmp_path / "none")
 
 
 def sharded(run: Path, step: int) -> Path:
@@ -207,8 +293,9 @@ def save_and_rate(run: Path, sharding: bool) -> None:
 
 
 @pytest.mark.parametrize("sharding", [False, True])
-def test_killing_at_any_moment_leaves_a_run_that_goes_on(tmp_path, sharding):
+def test_killing_at_any_moment_leaves_a_run_that_goes_on(tmp_path, monkeypatch, sharding):
     """Earlier checkpoints, a best one among them, and one of the same step that is written once more."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a moment too, but nothing to wait for
     moment = 0
     while True:
         run = tmp_path / str(moment)

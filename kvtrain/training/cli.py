@@ -21,15 +21,16 @@ from kvtrain.data.module import DataModule, PackedDataModule
 from kvtrain.data.recall import RecallDataModule
 from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
-from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
 from kvtrain.run_lock import run_lock
+from kvtrain.stop_signals import STOPPED_EXIT_CODE
 from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
+from kvtrain.training.ranks import report_end
 from kvtrain.training.refusals import refusals
+from kvtrain.training.resume import find_checkpoint, require_readable
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
 HELP_ALL = "--help-all"
@@ -198,19 +199,16 @@ class FitCLI(RecipeCLI):
     def _find_checkpoint(self) -> None:
         """Find the checkpoint to go on from, or make sure that the folder is free."""
         settings = self.config_init[self.command]
-        asked = settings["ckpt_path"]
-        resumed = run_folder.resolve_checkpoint(self.run, asked) if asked else None
-        if asked and resumed is None:
-            logger.info("%s has no checkpoint yet: starting from the beginning", self.run)
+        resumed, self.faults = find_checkpoint(self.run, settings["ckpt_path"])
         if resumed is None or resumed.parent.resolve() != (self.run / run_folder.CHECKPOINTS).resolve():
             run_folder.refuse_second_run(self.run)
-        if resumed and resumed.is_file():
-            read_checkpoint(resumed)
         if resumed and run_folder.step_of(resumed) > self.trainer.max_steps > 0:
             raise UsageError(
                 f"{resumed} lies beyond trainer.max_steps, {self.trainer.max_steps}; raise that, or give an earlier one"
             )
         settings["ckpt_path"] = str(resumed) if resumed else None
+        if self.trainer.is_global_zero:
+            run_folder.remove_unfinished(self.run)
 
     def before_fit(self) -> None:
         """Find the checkpoint, compare the recipe with the run's own, and have it written when training begins.
@@ -225,7 +223,7 @@ class FitCLI(RecipeCLI):
         recipe, resumes = self.resolved_recipe(), self.config_init[self.command]["ckpt_path"] is not None
         if resumes and self.trainer.is_global_zero:
             self._warn_of_changes(recipe)
-        self.record = RunRecord(self.run, recipe, resumes=resumes)
+        self.record = RunRecord(self.run, recipe, resumes=resumes, damaged=list(self.faults))
         self.trainer.callbacks.insert(0, self.record)  # type: ignore[attr-defined]
 
     def _check_vocabulary(self) -> None:
@@ -252,16 +250,20 @@ class FitCLI(RecipeCLI):
 
         Raises:
             KeyboardInterrupt: With a hint how to go on.
-            SystemExit: 143 after a SIGTERM.
+            SystemExit: 143 after a signal that asks to stop.
         """
         try:
             with refusals(until=lambda: self.record.begun):
                 self.trainer.fit(model, weights_only=True, **settings)
         except SIGTERMException as stop:
-            raise SystemExit(SIGTERM_EXIT_CODE) from stop
+            raise SystemExit(STOPPED_EXIT_CODE) from stop
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
                 raise KeyboardInterrupt(self._interruption()) from None
+            raise
+        except Exception as error:
+            if self.trainer.world_size > 1 and self.record.begun:
+                report_end(self.trainer, error)
             raise
 
     def _interruption(self) -> str:
@@ -286,8 +288,7 @@ class ValidateCLI(RecipeCLI):
         checkpoint = run_folder.resolve_checkpoint(self.run, settings["ckpt_path"])
         if checkpoint is None:
             raise UsageError(f"{self.run} holds no checkpoint")
-        if checkpoint.is_file():
-            read_checkpoint(checkpoint)
+        require_readable(checkpoint)
         settings["ckpt_path"] = str(checkpoint)
 
     def instantiate_trainer(self, **settings: Any) -> pl.Trainer:

@@ -4,7 +4,6 @@ Other tables of a run, whose rows belong to steps too, are written and taken up 
 """
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from kvtrain.durable import replacing, sync
 from kvtrain.metrics import METRICS, read_rows
 
 
@@ -26,7 +26,7 @@ class CSVMetrics(Logger):
     def __init__(self, folder: str, flush_rows: int = 20) -> None:
         super().__init__()
         self.folder, self.flush_rows = Path(folder), flush_rows
-        self._rows: dict[int, dict[str, float]] | None = None
+        self._rows: dict[int, dict[str, float]] = {}
         self._unsaved = 0
 
     @property
@@ -53,11 +53,18 @@ class CSVMetrics(Logger):
         """Nothing: the resolved configuration lies beside the metrics."""
 
     @rank_zero_only
+    def take_up(self, steps_done: int) -> None:
+        """Go on with the rows of the steps that a run has behind it; what an earlier process logged later is dropped.
+
+        Raises:
+            ValueError: The table is damaged.
+        """
+        self._rows = {int(row["step"]): row for row in rows_before(self.folder / METRICS.name, steps_done)}
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to a step's row; the first call of a resumed run drops later rows of the old one."""
+        """Add values to a step's row."""
         step = step or 0
-        if self._rows is None:
-            self._rows = {int(row["step"]): row for row in rows_before(self.folder / METRICS.name, step)}
         row = self._rows.setdefault(step, {"step": step})
         row.update({key: float(value) for key, value in metrics.items() if key != "epoch"})
         self._unsaved += 1
@@ -71,6 +78,14 @@ class CSVMetrics(Logger):
             return
         write_rows(self.folder / METRICS.name, [self._rows[step] for step in sorted(self._rows)])
         self._unsaved = 0
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Write the file and wait for the disk."""
+        self.save()
+        path = self.folder / METRICS.name
+        if path.is_file():
+            sync(path)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -88,12 +103,14 @@ def rows_before(path: Path, step: int) -> list[dict[str, float]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write a table, one column for every key; a reader never sees half of it."""
+    """Write a table, one column for every key; a reader never sees half of it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", newline="") as file:
+    with replacing(path, synced=False) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kvtrain.errors import UsageError, require_at_least
 from kvtrain.launcher import Launch, adopt_node_rank
@@ -20,7 +22,9 @@ from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
+from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.ranks import set_timeout
 from kvtrain.training.strategies import DeepSpeedZeRO
 
 DEFAULT_RUN = "runs/unnamed"
@@ -58,6 +62,8 @@ class KVTrainer(pl.Trainer):
         max_consecutive_skips: Optimizer steps skipped in a row after which the run ends nevertheless.
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
+        timeout_minutes: How long a rank waits for the others before the run ends; None leaves the strategy's own
+            choice, 30 minutes with most.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
@@ -73,10 +79,11 @@ class KVTrainer(pl.Trainer):
         non_finite: NonFinitePolicy = "stop",
         max_consecutive_skips: int = MAX_SKIPS,
         peak_flops: float | None = None,
+        timeout_minutes: float | None = None,
         **settings: Any,
     ) -> None:
-        asked = {**settings, "num_threads": num_threads, "peak_flops": peak_flops}
-        asked["max_consecutive_skips"] = max_consecutive_skips
+        ours = {"num_threads": num_threads, "peak_flops": peak_flops, "timeout_minutes": timeout_minutes}
+        asked = {**settings, **ours, "max_consecutive_skips": max_consecutive_skips}
         check_numbers(asked)
         check_machine(asked)
         if num_threads is not None:
@@ -87,12 +94,24 @@ class KVTrainer(pl.Trainer):
         standing = [*_observers(peak_flops), *guards, *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
         settings["logger"] = _loggers(run, settings.get("logger"))
+        settings["plugins"] = _plugins(settings.get("plugins"), settings.get("strategy"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
         adopt_node_rank()
         super().__init__(**settings)
         if launch := Launch.detect():
             launch.check(self.num_devices, self.num_nodes, self.global_rank)
+        if timeout_minutes is not None:
+            set_timeout(self, timeout_minutes)
+
+    def _run_stage(self) -> Any:
+        """As Lightning's, which passes over a run that has taken all its steps, whatever it still owes."""
+        loop = self.fit_loop
+        if self.state.fn == TrainerFn.FITTING and loop.restarting and loop.done:
+            loop.setup_data()
+            loop.on_run_start()
+            loop.on_run_end()
+        return super()._run_stage()
 
 
 def check_numbers(settings: dict[str, Any]) -> None:
@@ -115,8 +134,9 @@ def check_numbers(settings: dict[str, Any]) -> None:
             raise ValueError(f"trainer.{name} is 0, which trains nothing; leave it out")
     if given.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval is 0; to leave validation out set trainer.limit_val_batches to 0")
-    if given.get("peak_flops", 1) <= 0:
-        raise ValueError(f"trainer.peak_flops must be above 0, not {given['peak_flops']}")
+    for name in ("peak_flops", "timeout_minutes"):
+        if given.get(name, 1) <= 0:
+            raise ValueError(f"trainer.{name} must be above 0, not {given[name]}")
     if given.get("min_steps", 0) > given.get("max_steps", -1) >= 0:
         raise ValueError(f"trainer.min_steps is {given['min_steps']}, above trainer.max_steps, {given['max_steps']}")
 
@@ -196,6 +216,13 @@ def _loggers(run: Path, asked: Any) -> list[Logger] | bool:
     if asked is False:
         return False
     return [CSVMetrics(str(run)), *([] if asked is True else _as_list(asked))]
+
+
+def _plugins(asked: Any, strategy: Any) -> list[Any]:
+    """Our way of writing checkpoints, unless the recipe brings another."""
+    plugins = _as_list(asked)
+    brought = getattr(strategy, "_checkpoint_io", None) or any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if brought else [*plugins, StreamedCheckpointIO()]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,17 +1,21 @@
 """What is kept of a run besides its last state: the best one, and a manifest that tells what was written."""
 
+import errno
 import hashlib
 import json
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from kvtrain import run_folder
+from kvtrain import durable, run_folder
 from kvtrain.cli import main
-from kvtrain.training import Phase
+from kvtrain.training import Phase, checkpoint_io
+from kvtrain.training.callbacks import checkpoints
+from kvtrain.training.callbacks.head_compression import HeadCompression
 
 from .small_runs import fit, refused, steps_saved
-from .tiny_runs import TinyFull, make_rows, table, train
+from .tiny_runs import TinyDMC, TinyFull, make_rows, table, train
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,7 @@ def test_going_on_from_the_best(recipe, capsys):
     run_folder.point_best(run_folder.step_path(run, 9))
     assert fit(recipe, "--ckpt_path", "best") == 0
     assert "12 steps from 9 of 128 tokens" in capsys.readouterr().err
-    run_folder.remove(run / "checkpoints" / "best.ckpt")
+    durable.remove(run / "checkpoints" / "best.ckpt")
     assert "has no best checkpoint" in refused(capsys, *arguments)
 
 
@@ -113,8 +117,8 @@ def test_a_flipped_byte_is_refused(recipe, capsys):
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     capsys.readouterr()
-    for command in ("fit", "validate"):
-        answer = refused(capsys, command, "--config", str(recipe), "--ckpt_path", "last")
+    for command, asked in (("fit", str(last)), ("validate", "last")):
+        answer = refused(capsys, command, "--config", str(recipe), "--ckpt_path", asked)
         assert answer == f"{last}: damaged, it is not what manifest.json says was written; try --ckpt_path {other}"
     for source in (recipe.parent / "run", last):
         answer = refused(capsys, "export", str(source), str(recipe.parent / "exported"))
@@ -123,3 +127,135 @@ def test_a_flipped_byte_is_refused(recipe, capsys):
     assert main(["export", str(other), str(recipe.parent / "exported")]) == 0
     assert fit(recipe, "--ckpt_path", str(other)) == 0
     assert run_folder.resolve_checkpoint(recipe.parent / "run", "last") == last
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+def kill_in(patch, owner, name, call):
+    """Let the process die when something is called for the so-manieth time; nothing is tidied up after a kill."""
+    calls, original = iter(range(1, 1000)), getattr(owner, name)
+
+    def killed(*arguments, **settings):
+        if next(calls) == call:
+            raise Killed
+        return original(*arguments, **settings)
+
+    patch.setattr(owner, name, killed)
+    patch.setattr(checkpoints.RunCheckpoint, "on_exception", lambda *_: None)
+
+
+MOMENTS = [
+    (checkpoints, "add_checkpoint", 1),
+    (checkpoints, "add_checkpoint", 2),
+    (run_folder, "point_last", 2),
+    (run_folder, "describe_checkpoint", 2),
+    (checkpoints, "prune", 2),
+    (TinyDMC, "validation_step", 2 * 3 + 2),
+    (HeadCompression, "on_validation_end", 3),
+    (checkpoints, "_sync_metrics", 3),
+    (checkpoints, "rate_checkpoint", 1),
+    (run_folder, "point_best", 1),
+    (checkpoints, "prune", 3),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), MOMENTS)
+def test_killing_between_a_step_and_its_figures_loses_none(rows, tmp_path, whole_dmc, owner, name, call):
+    """Step 6 is saved and validated: all that is written then, in its order."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_in(patch, owner, name, call)
+        with pytest.raises(Killed):
+            dmc_run(run, rows)
+    last = run_folder.last_checkpoint(run)
+    assert last is None or run_folder.step_of(last) in (3, 6)
+    dmc_run(run, rows, last)
+    assert_same_files(run, whole_dmc)
+
+
+def dmc_run(folder, rows, ckpt_path=None):
+    saving = {"enable_checkpointing": True, "checkpoint_every": 3, "limit_val_batches": 1.0, "val_check_interval": 2}
+    return train(TinyDMC(), rows, folder, 6, ckpt_path, **saving)
+
+
+@pytest.fixture(scope="module")
+def whole_dmc(rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    dmc_run(folder, rows)
+    return folder
+
+
+def assert_same_files(run, whole):
+    """The same bits, figures, ratings and names; times and speeds apart."""
+    tables = [[without_measures(row) for row in table(folder / "metrics.csv")] for folder in (run, whole)]
+    assert tables[0] == tables[1]
+    assert (run / "head_compression.csv").read_text() == (whole / "head_compression.csv").read_text()
+    assert sorted(p.name for p in run.rglob("*")) == sorted(p.name for p in whole.rglob("*"))
+    assert ratings(run) == ratings(whole)
+    ours, theirs = (torch.load(folder / "checkpoints/best.ckpt", weights_only=True) for folder in (run, whole))
+    assert ours["global_step"] == theirs["global_step"] == 6
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+
+
+def ratings(run):
+    return {name: entry["val_perplexity"] for name, entry in run_folder.read_manifest(run / "checkpoints").items()}
+
+
+def without_measures(row):
+    return {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gib")}
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), [moment for moment in MOMENTS if moment[0] != TinyDMC])
+def test_an_interruption_there_keeps_what_is_complete(rows, tmp_path, whole_dmc, monkeypatch, owner, name, call):
+    """Unlike a kill it is tidied up after, and a checkpoint that was all written is kept."""
+    run, original, calls = tmp_path / "run", getattr(owner, name), iter(range(1, 1000))
+
+    def interrupted(*arguments, **settings):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit):
+            dmc_run(run, rows)
+    assert list(run.rglob(".*")) == []
+    last = run_folder.resolve_checkpoint(run, "last")
+    assert run_folder.step_of(last) == (3 if (name, call) in (("add_checkpoint", 1), ("point_last", 2)) else 6)
+    dmc_run(run, rows, last)
+    assert_same_files(run, whole_dmc)
+
+
+def test_a_save_that_fails_leaves_nothing_and_the_run_goes_on_later(rows, tmp_path, whole_dmc, monkeypatch):
+    """The disk is full in the middle of the second checkpoint."""
+    run, writes = tmp_path / "run", checkpoint_io._Stream.write
+
+    def full(self, data):
+        if (run / "checkpoints/step-000003.ckpt").exists():
+            writes(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io._Stream, "write", full)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            dmc_run(run, rows)
+    assert raised.value.filename == str(run / "checkpoints/.step-000006.ckpt.new")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "manifest.json",
+        "step-000003.ckpt",
+    ]
+    dmc_run(run, rows, run / "checkpoints/last.ckpt")
+    assert_same_files(run, whole_dmc)
+
+
+def test_ranks_that_found_different_checkpoints_do_not_train(rows, tmp_path, monkeypatch):
+    def reduce(self, tensor, *_, reduce_op="mean", **__):
+        return tensor + (reduce_op == "max")
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
+    with pytest.raises(ValueError, match="ranks go on from different steps, 0 and 1; give a --ckpt_path by name"):
+        saved(tmp_path, rows, 3)

@@ -116,15 +116,58 @@ def test_a_crash_costs_nothing(recipe, whole, batch):
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("batch", thinned([4, 9, 20], [4, 9]))
-def test_sigterm_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, batch):
-    before = signal.getsignal(signal.SIGTERM)
-    assert fit(recipe, *acting(int(signal.SIGTERM), batch)) == 143
+@pytest.mark.parametrize(
+    ("number", "batch"),
+    [
+        (signal.SIGTERM, 4),
+        (signal.SIGUSR1, 9),
+        (signal.SIGHUP, 4),
+        pytest.param(signal.SIGTERM, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_finishes_the_step_saves_and_exits_143(recipe, whole, capsys, number, batch):
+    before = signal.getsignal(number)
+    assert fit(recipe, *acting(int(number), batch)) == 143
     run = recipe.parent / "run"
     step = (batch + 2) // 2
     assert run_folder.step_of(run_folder.last_checkpoint(run)) == step
-    assert f"SIGTERM at step {step}: saved; continue with --ckpt_path last" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"{number.name} at step {step}: saved; continue with --ckpt_path last" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    assert_same_run(run, whole)
+
+
+def slurm(monkeypatch, folder: Path, scontrol: str) -> None:
+    """One task of an array job, and SLURM's command in place of a scheduler."""
+    job = {"JOB_ID": 1240, "ARRAY_JOB_ID": 1234, "ARRAY_TASK_ID": 6, "JOB_NAME": "train"}
+    place = {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}
+    for name, value in {**job, **place}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    command = folder / "scontrol"
+    command.write_text(f"#!/bin/sh\n{scontrol}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("number", "scontrol", "said"),
+    [
+        (signal.SIGUSR1, 'echo "$@" >> {}/asked', "SLURM job 1234_6 is queued again"),
+        (signal.SIGUSR1, "echo not now >&2; exit 1", "scontrol requeue 1234_6: not now; submit the job again"),
+        (signal.SIGTERM, 'echo "$@" >> {}/asked', "SIGTERM at step 5: saved"),
+    ],
+)
+def test_under_slurm_a_job_is_saved_and_queued_again(
+    recipe, whole, capsys, monkeypatch, tmp_path, number, scontrol, said
+):
+    slurm(monkeypatch, tmp_path, scontrol.format(tmp_path))
+    assert fit(recipe, *acting(int(number), 9)) == 143
+    assert said in capsys.readouterr().err
+    asked = tmp_path / "asked"
+    queued = number == signal.SIGUSR1 and "asked" in scontrol
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 1234_6\n" if queued else "")
+    run = recipe.parent / "run"
+    assert list(run.rglob("hpc_ckpt*")) == []
     assert fit(recipe, "--ckpt_path", "last") == 0
     assert_same_run(run, whole)
 
@@ -135,9 +178,8 @@ def test_sigterm_does_not_wait_for_a_validation(recipe, whole):
     assert steps_saved(run) == [3, 4]
     assert "val_loss" not in metrics(run)[-1]
     assert "val_loss" in metrics(whole)[3]
-    assert fit(recipe, "--ckpt_path", "last") == 0
-    assert [name for name, value in weights(run).items() if not torch.equal(value, weights(whole)[name])] == []
-    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
+    assert fit(recipe, "--ckpt_path", "last") == 0  # which makes up for it
+    assert_same_run(run, whole)
 
 
 def test_sigterm_in_the_last_step_leaves_a_finished_run(recipe, whole, capsys):
@@ -145,7 +187,8 @@ def test_sigterm_in_the_last_step_leaves_a_finished_run(recipe, whole, capsys):
     run = recipe.parent / "run"
     assert fit(recipe, "--ckpt_path", "last") == 0
     assert f"{run}: 12 steps of 12 done" in capsys.readouterr().err.splitlines()
-    assert [name for name, value in weights(run).items() if not torch.equal(value, weights(whole)[name])] == []
+    assert_same_run(run, whole)
+    assert run_folder.step_of(run_folder.best_checkpoint(run)) == 12
 
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(recipe, whole, capsys):
@@ -219,17 +262,45 @@ def test_a_run_takes_the_threads_that_it_is_given(recipe, asked, threads):
     assert torch.get_num_threads() == threads
 
 
-def test_a_damaged_checkpoint_is_named_with_another_to_try(recipe, whole, capsys):
+def copy_run(whole: Path, run: Path) -> None:
+    """A run that ends at step 12, with 9 before."""
+    shutil.copytree(whole, run, symlinks=True)
+
+
+def test_going_on_after_damage_falls_back_and_ends_alike(recipe, whole, capsys):
+    """A byte in the middle of the newest checkpoint; the metrics behind it are written anew, too."""
     run = recipe.parent / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    good, bad = run / "checkpoints" / "step-000009.ckpt", run / "checkpoints" / "step-000012.ckpt"
-    content = (whole / "checkpoints" / "step-000009.ckpt").read_bytes()
-    good.write_bytes(content)
-    bad.write_bytes(content[: len(content) // 2])
-    os.utime(good, (1, 1))
-    run_folder.point_last(bad)
+    copy_run(whole, run)
+    bad, good = (run_folder.step_path(run, step) for step in (12, 9))
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad.write_bytes(content)
+    (run / ".config.yaml.new").write_text("half")
+    fault = f"{bad}: damaged, it is not what manifest.json says was written"
+    for command in ("fit", "validate"):
+        answer = refused(capsys, command, "--config", str(recipe), "--ckpt_path", str(bad))
+        assert answer == f"{fault}; try --ckpt_path {good}"
+    assert "damaged" in refused(capsys, "validate", "--config", str(recipe), "--ckpt_path", "last")
+    assert fit(recipe, "--ckpt_path", "last") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert f"kvtrain: warning: {fault}; it will be kept as {bad.name}.damaged" in lines
+    assert f"kvtrain: warning: going on from {good}, the newest checkpoint that is whole" in lines
+    assert "12 steps from 9 of 128 tokens" in "".join(lines)
+    assert bad.with_name("step-000012.ckpt.damaged").read_bytes() == content
+    assert_same_run(run, whole)
+    assert steps_saved(run) == [9, 12]
+    assert list(run.rglob(".*")) == []
+
+
+def test_a_run_with_nothing_left_refuses_and_begins_nothing(recipe, whole, capsys):
+    run = recipe.parent / "run"
+    copy_run(whole, run)
+    for path in run_folder.step_files(run):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = snapshot(run)
     answer = refused(capsys, "fit", "--config", str(recipe), "--ckpt_path", "last")
-    assert answer == f"{bad}: damaged or no checkpoint of kvtrain; try --ckpt_path {good}"
+    assert answer.startswith("no checkpoint to go on from: ") and answer.count("damaged or no checkpoint") == 2
+    assert snapshot(run) == before
 
 
 def test_validate_prints_figures_and_leaves_the_run_alone(recipe, whole, capsys):

@@ -1,12 +1,24 @@
 """Checkpoints of a run: written whole or not at all, the newest and the best kept, ``last.ckpt`` always complete."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from kvtrain.run_folder import CHECKPOINTS, add_checkpoint, prune, rate_checkpoint, remove, step_path
+from kvtrain.durable import remove, remove_leftovers, temporary_name
+from kvtrain.run_folder import (
+    add_checkpoint,
+    describe_checkpoint,
+    prune,
+    rate_checkpoint,
+    refresh_best,
+    step_path,
+)
+from kvtrain.training.callbacks.missed_validation import is_validation_due, run_validation
+from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
 
 _KEPT = 2
@@ -16,9 +28,10 @@ _RATED_BY = "val_perplexity"
 class RunCheckpoint(Checkpoint):
     """Saves ``checkpoints/step-XXXXXX.ckpt`` every so many optimizer steps and at the end.
 
-    A checkpoint is written under a temporary name and renamed when it is complete, so that killing the
-    run at any moment leaves a run that can go on. ``best.ckpt`` names the one with the lowest held-out
-    perplexity, among those whose step was validated: no step is saved for it alone.
+    A checkpoint is written under a temporary name at the end of its step, and gets its own once the step's row of
+    metrics is on disk, so that killing the run at any moment leaves a run that can go on and loses no row.
+    ``best.ckpt`` names the one with the lowest held-out perplexity, among those whose step was validated: no step is
+    saved for it alone. A validation that was due when the run was killed is made up for when it goes on.
 
     Args:
         run: Run folder.
@@ -33,19 +46,31 @@ class RunCheckpoint(Checkpoint):
             raise ValueError(f"trainer.checkpoint_every must be at least 1, not {every}")
         self.run, self.every = run, every
         self.saved_step: int | None = None
-        self._metrics_behind = False
+        self._written_step: int | None = None  # not published yet
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Copy what the optimizer would take over as it is: it must not hold on to a file that will be removed."""
+        if trainer.strategy.root_device.type == "cpu" and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = copy.deepcopy(checkpoint["optimizer_states"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is already saved need not be saved again."""
+        """What is already saved need not be saved again; what a killed process was about to do is done."""
         self.saved_step = trainer.global_step
+        _require_same_step(trainer)
+        resumed = step_path(self.run, trainer.global_step)
+        if trainer.fit_loop.epoch_loop.restarting and trainer.strategy.broadcast(resumed.exists()):
+            self._finish(trainer, resumed)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Write the metrics of the step that was saved: Lightning logs them after the checkpoint."""
-        if self._metrics_behind:
-            self._metrics_behind = False
-            _save_metrics(trainer)
+    def _finish(self, trainer: pl.Trainer, resumed: Path) -> None:
+        rated = False
+        if trainer.is_global_zero:
+            rated = describe_checkpoint(resumed)["val_perplexity"] is not None
+            refresh_best(resumed.parent)
+            prune(self.run, _KEPT)
+        if not trainer.strategy.broadcast(rated) and is_validation_due(trainer):
+            run_validation(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,40 +79,93 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning has logged the metrics of the step that was saved."""
+        self.publish(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning has logged the metrics of the step that was saved."""
+        self.publish(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Rate the checkpoint of the step that was validated, where there is one."""
+        """Rate the checkpoint of the step that was validated, where there is one; its figures are logged by now."""
         perplexity = trainer.callback_metrics.get(_RATED_BY)
         fresh = trainer.global_step == self.saved_step
         if fresh and perplexity is not None and trainer.is_global_zero:
+            _sync_metrics(trainer)
             rate_checkpoint(step_path(self.run, trainer.global_step), perplexity.item())
             prune(self.run, _KEPT)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ends between two checkpoints (``max_time``, early stopping)."""
         self.save(trainer)
+        self.publish(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A checkpoint that is complete may be kept, where there is room; other ranks cannot be waited for."""
+        if self._written_step is None or not trainer.is_global_zero:
+            return
+        temporary = temporary_name(step_path(self.run, self._written_step))
+        if temporary.exists():
+            try:
+                self._publish(trainer)
+            except OSError:
+                remove(temporary)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save the current step, unless it is saved already; every rank calls it."""
+        """Write the current step, unless it is saved already; every rank calls it, and ``publish`` after it."""
         step = trainer.global_step
-        if step == self.saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if step in (self.saved_step, self._written_step) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder, final = self.run / CHECKPOINTS, step_path(self.run, step)
-        temporary = folder / f".{final.name}.new"
+        final = step_path(self.run, step)
+        temporary = temporary_name(final)
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob(".*.new"):
-                remove(stale)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(final.parent)
         trainer.strategy.barrier("checkpoint folder")
-        trainer.save_checkpoint(temporary)
+        try:
+            trainer.save_checkpoint(temporary)
+            self._written_step = step
+        except BaseException:
+            if trainer.is_global_zero:
+                remove(temporary)
+            raise
+
+    def publish(self, trainer: pl.Trainer) -> None:
+        """Give a checkpoint that was written its name, when its step's metrics are logged; every rank calls it."""
+        if self._publish(trainer):
+            trainer.strategy.barrier("checkpoint")
+
+    def _publish(self, trainer: pl.Trainer) -> bool:
+        step = self._written_step
+        if step is None:
+            return False
         if trainer.is_global_zero:
-            add_checkpoint(temporary, final)
+            final = step_path(self.run, step)
+            temporary, io = temporary_name(final), trainer.strategy.checkpoint_io
+            _sync_metrics(trainer)
+            digest = io.written.get(temporary) if isinstance(io, StreamedCheckpointIO) else None
+            add_checkpoint(temporary, final, digest)
             prune(self.run, _KEPT)
-        trainer.strategy.barrier("checkpoint")
-        self.saved_step, self._metrics_behind = step, True
-        _save_metrics(trainer)
+        self._written_step, self.saved_step = None, step
+        return True
 
 
-def _save_metrics(trainer: pl.Trainer) -> None:
+def _sync_metrics(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, CSVMetrics):
-            logger.save()
+            logger.sync()
+
+
+def _require_same_step(trainer: pl.Trainer) -> None:
+    """Make sure that all ranks go on from one place.
+
+    Raises:
+        ValueError: They do not: a file is damaged, or not there, for some of them alone.
+    """
+    step = torch.tensor(float(trainer.global_step), device=trainer.strategy.root_device)
+    first, last = (trainer.strategy.reduce(step.clone(), reduce_op=how).item() for how in ("min", "max"))
+    if first != last:
+        raise ValueError(f"ranks go on from different steps, {first:.0f} and {last:.0f}; give a --ckpt_path by name")

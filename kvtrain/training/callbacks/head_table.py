@@ -53,7 +53,9 @@ class HeadTable(pl.Callback, ABC):
             return
         found = self.measure(trainer)
         if found and trainer.is_global_zero:
-            self._rows += _head_rows(trainer.global_step - 1, found)
+            step = trainer.global_step - 1
+            self._rows = [row for row in self._rows if row["step"] != step]  # a validation may be made up for
+            self._rows += _head_rows(step, found)
             assert self._rows[-1].keys() == set(self.columns), "the table is read by its columns"
             write_rows(self.path, self._rows)
 

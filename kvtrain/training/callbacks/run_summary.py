@@ -1,6 +1,7 @@
 """What a run begins with: its recipe in the run folder, and the line that says what is about to happen."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 from kvtrain import run_folder
 from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.csv_logger import CSVMetrics
 
 logger = logging.getLogger("kvtrain")
 
@@ -21,13 +23,14 @@ class RunRecord(pl.Callback):
         run: Run folder.
         recipe: The whole recipe as YAML.
         resumes: Whether the folder's metrics are this run's own.
+        damaged: Checkpoints that were passed over, to be set aside.
 
     Attributes:
         begun: Whether training has begun.
     """
 
-    def __init__(self, run: Path, recipe: str, *, resumes: bool) -> None:
-        self.run, self.recipe, self.resumes = run, recipe, resumes
+    def __init__(self, run: Path, recipe: str, *, resumes: bool, damaged: Sequence[Path] = ()) -> None:
+        self.run, self.recipe, self.resumes, self.damaged = run, recipe, resumes, damaged
         self.begun = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -35,17 +38,22 @@ class RunRecord(pl.Callback):
         self.begun = True
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        for checkpoint in self.damaged:
+            run_folder.set_aside(checkpoint)
         if not self.resumes:
             (self.run / METRICS.name).unlink(missing_ok=True)
         run_folder.write_config(self.run, self.recipe)
 
 
 class RunSummary(pl.Callback):
-    """Says once what trains, how large it is, where, for how long, and into which folder."""
+    """Says once what trains, how large it is, where, for how long, and into which folder, and takes up its metrics."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it, and let the module write its own part of the record."""
         assert isinstance(pl_module, TrainingModule)
+        for metrics in trainer.loggers:
+            if isinstance(metrics, CSVMetrics):
+                metrics.take_up(trainer.global_step)
         if trainer.is_global_zero:
             pl_module.write_record(Path(trainer.default_root_dir))
         logger.info("%s", run_summary_line(trainer, pl_module))
