@@ -77,12 +77,25 @@ def _validate(arguments: list[str]) -> None:
     run("validate", arguments)
 
 
-def _recipes(arguments: list[str]) -> None:
-    build_parser("recipes").parse_args(arguments)
-    from kvtrain.recipes import list_recipes, shown
+def _recipes_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--launchers", action="store_true", help="list what starts a recipe on many GPUs and machines instead"
+    )
+    parser.add_argument("--copy", metavar="DIR", help="also copy what is listed into this new folder, to be changed")
 
-    rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
-    _print_table(("recipe", "purpose", "scale", "hardware"), rows)
+
+def _recipes(arguments: list[str]) -> None:
+    asked = build_parser("recipes").parse_args(arguments)
+    from kvtrain.recipes import copy_files, launchers_folder, list_launchers, list_recipes, recipes_folder, shown
+
+    if asked.copy:
+        copy_files(launchers_folder() if asked.launchers else recipes_folder(), Path(asked.copy))
+    if asked.launchers:
+        starts = [(shown(launcher.path), launcher.purpose, launcher.needs) for launcher in list_launchers()]
+        _print_table(("launcher", "purpose", "needs"), starts)
+    else:
+        rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
+        _print_table(("recipe", "purpose", "scale", "hardware"), rows)
 
 
 def _estimate_arguments(parser: Parser) -> None:
@@ -256,14 +269,10 @@ def _report(arguments: list[str]) -> None:
         print(path)
 
 
-def _no_arguments(parser: Parser) -> None:
-    """A command without options."""
-
-
 COMMANDS = {
     "fit": Command("Train what a recipe describes, or go on with a run", _fit),
     "validate": Command("Measure a recipe's model on its held-out text", _validate),
-    "recipes": Command("List the recipes with purpose, scale and hardware", _recipes, _no_arguments),
+    "recipes": Command("List the recipes, or the launchers for many machines", _recipes, _recipes_arguments),
     "estimate": Command("Say what a recipe needs, without allocating a weight", _estimate, _estimate_arguments),
     "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
     "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),

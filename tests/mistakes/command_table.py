@@ -8,6 +8,10 @@ OUTER = [
     ("zzz", "unknown command 'zzz'"),
     ("recipes x", "unexpected word 'x'"),
     ("recipes --all", "unknown option '--all'"),
+    ("recipes --copy", "option '--copy' needs a value"),
+    ("recipes --copy ''", "option '--copy' needs a value"),
+    ("recipes --copy afile", "afile exists already; name a new folder"),
+    ("recipes --launchers --copy afile/out", "afile/out: cannot be created"),
 ]
 
 VALIDATE = [
