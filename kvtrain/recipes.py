@@ -93,13 +93,13 @@ def list_recipes() -> list[Recipe]:
 
 def describe(path: Path) -> Recipe:
     """Read a recipe's purpose, scale and hardware from its first two comment lines."""
-    purpose, second = _opening_comments(path)
+    purpose, second = _first_comments(path)
     match = _SCALE.match(second)
     scale, hardware = (match["scale"], match["hardware"] or "") if match else ("", "")
     return Recipe(path, purpose.rstrip("."), scale.rstrip("."), hardware.rstrip("."))
 
 
-def _opening_comments(path: Path) -> tuple[str, str]:
+def _first_comments(path: Path) -> tuple[str, str]:
     """The first two lines of a file behind its shebang, where they are comments."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
     first, second = [line.lstrip("# ").rstrip() if line.startswith("#") else "" for line in [*lines, "", ""][:2]]
@@ -110,7 +110,7 @@ def list_launchers() -> list[Launcher]:
     """Every launcher, in path order."""
     folder, found = launchers_folder(), []
     for path in sorted(path for pattern in _LAUNCHERS for path in folder.glob(pattern)):
-        purpose, needs = _opening_comments(path)
+        purpose, needs = _first_comments(path)
         found.append(Launcher(path, purpose.rstrip("."), needs.removeprefix("Needs: ").rstrip(".")))
     return found
 

@@ -114,6 +114,33 @@ def estimate(
     )
 
 
+def estimate_recipe(module: TrainingModule, data: Any, trainer: dict[str, Any]) -> Estimate:
+    """Work out the cost of a recipe as it was read.
+
+    Args:
+        module: Its training module.
+        data: Its data module.
+        trainer: Its trainer's settings.
+
+    Raises:
+        ValueError: As ``estimate`` does.
+    """
+    return estimate(
+        module,
+        batch_size=getattr(data, "batch_size", 1),
+        sequence_length=getattr(data, "sequence_length", 1),
+        precision=trainer.get("precision"),
+        accelerator=trainer.get("accelerator") or "auto",
+        accumulate=trainer.get("accumulate_grad_batches") or 1,
+    )
+
+
+def checkpoint_bytes(module: TrainingModule, figures: Estimate) -> int:
+    """Size of a checkpoint: the optimizer's state and the weights, of a base that stays as it is those that train."""
+    weights = figures.parameter_bytes if module.frozen_base() is None else figures.gradient_bytes
+    return weights + figures.optimizer_bytes
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters and the trainable ones, each shared one counted once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
