@@ -14,7 +14,7 @@ OUTER = [
     ("check --config good.yaml --timeout x", "--timeout: expected a number, got 'x'"),
     (
         "check --config good.yaml --trainer.devics 2",
-        "unknown setting 'trainer.devics'. Did you mean 'trainer.devices'?",
+        "unknown option 'trainer.devics'. Did you mean 'trainer.devices'?",
     ),
     ("recipes --copy", "option '--copy' needs a value"),
     ("recipes --copy ''", "option '--copy' needs a value"),
