@@ -13,7 +13,6 @@ from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
 from kvtrain.training.callbacks.guard import NonFiniteGuard
-from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
@@ -146,7 +145,7 @@ def _check_cpu_strategy(strategy: Any) -> None:
 
 
 def _observers(peak_flops: float | None) -> list[pl.Callback]:
-    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), ThreadCount(), RunSummary()]
+    return [StepSeeding(), Throughput(peak_flops), ThreadCount(), RunSummary()]
 
 
 def _guards(non_finite: NonFinitePolicy) -> list[pl.Callback]:
