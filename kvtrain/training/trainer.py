@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 
 from kvtrain.errors import require_at_least, require_finite
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
@@ -16,7 +16,7 @@ from kvtrain.training.callbacks.guard import NonFiniteGuard
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
-from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.loggers import AskedLogger, run_loggers, run_profiler
 from kvtrain.training.strategies import DeepSpeedZeRO
 
 DEFAULT_RUN = "runs/unnamed"
@@ -50,10 +50,14 @@ class KVTrainer(pl.Trainer):
             look away (``off``).
         peak_flops: Dense FLOP/s of one device in the run's precision, for ``mfu`` and ``hfu``; None knows common
             GPUs, and logs neither on others.
+        logger: ``wandb`` or ``tensorboard``, a logger of Lightning's, or several of them, beside ``metrics.csv``;
+            False turns that off, too.
+        profiler: Where time goes: ``simple``, ``advanced`` or ``pytorch``, into ``profile/`` in the run folder, or a
+            profiler of Lightning's.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: A number is out of range, or ``non_finite`` none of the three.
+        ValueError: A number is out of range, ``non_finite`` none of the three, or a logger not installed.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class KVTrainer(pl.Trainer):
         num_threads: int | None = None,
         non_finite: NonFinitePolicy = "stop",
         peak_flops: float | None = None,
+        logger: AskedLogger | list[AskedLogger] | bool | None = None,
+        profiler: Profiler | str | None = None,
         **settings: Any,
     ) -> None:
         asked = {**settings, "num_threads": num_threads, "peak_flops": peak_flops}
@@ -74,10 +80,13 @@ class KVTrainer(pl.Trainer):
         settings["default_root_dir"] = str(run)
         standing = [*_observers(peak_flops), *_guards(non_finite), *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
-        settings["logger"] = _loggers(run, settings.get("logger"))
+        settings["logger"] = run_loggers(run, logger)
+        settings["profiler"] = run_profiler(run, profiler)
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
         super().__init__(**settings)
+        if isinstance(profiler, str) and self.num_nodes > 1:  # ranks of a node are told apart by Lightning
+            self.profiler.filename = f"{profiler}-node{self.node_rank}"  # type: ignore[attr-defined]
 
 
 def check_numbers(settings: dict[str, Any]) -> None:
@@ -162,13 +171,6 @@ def _keepers(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list
     if settings.get("enable_checkpointing") is not False:
         callbacks.append(RunCheckpoint(run, checkpoint_every))
     return callbacks
-
-
-def _loggers(run: Path, asked: Any) -> list[Logger] | bool:
-    """``metrics.csv`` always, beside what the recipe asks for; ``False`` turns everything off."""
-    if asked is False:
-        return False
-    return [CSVMetrics(str(run)), *([] if asked is True else _as_list(asked))]
 
 
 def _as_list(value: Any) -> list[Any]:
