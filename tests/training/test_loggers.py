@@ -51,7 +51,7 @@ def test_a_profile_lies_in_the_run_folder(tmp_path):
     assert isinstance(run_profiler(tmp_path, "pytorch"), PyTorchProfiler)
     assert run_profiler(tmp_path, simple) is simple
     assert run_profiler(tmp_path, None) is None
-    with pytest.raises(UsageError, match="unknown trainer.profiler 'simpel'. Did you mean 'simple'"):
+    with pytest.raises(UsageError, match=r"unknown trainer\.profiler 'simpel'\. Did you mean 'simple'"):
         run_profiler(tmp_path, "simpel")
 
 
