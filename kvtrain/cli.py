@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
+from kvtrain.errors import UsageError, raised_by_kvtrain, require_at_least, require_file_place, unknown
 from kvtrain.parser import Parser, finite
 
 DEBUG = "KVTRAIN_DEBUG"
@@ -100,6 +100,10 @@ def _recipes(arguments: list[str]) -> None:
 
 def _estimate_arguments(parser: Parser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+    parser.add_argument("--devices", type=int, metavar="N", help="what one of so many ranks holds")
+    parser.add_argument(
+        "--strategy", metavar="S", help="ddp, fsdp2, zero2, zero3 or zero3_offload, in place of the recipe's"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.epilog = (
         "Any setting of the recipe can be changed as with kvtrain fit: --data.batch_size 4. Memory is that of tensors. "
@@ -113,11 +117,13 @@ def _estimate(arguments: list[str]) -> None:
     from kvtrain.training.cli import read_recipe
     from kvtrain.training.estimate import estimate_recipe, table_rows
 
-    figures = estimate_recipe(*read_recipe([*(f"--config={path}" for path in asked.config), *overrides]))
+    require_at_least(1, "--devices", asked.devices)
+    recipe = read_recipe([*(f"--config={path}" for path in asked.config), *overrides])
+    figures = estimate_recipe(*recipe, strategy=asked.strategy, ranks=asked.devices)
     if asked.json:
         print(json.dumps(figures.to_dict(), indent=1))
     else:
-        _print_table(("", "one device, unsharded"), table_rows(figures))
+        _print_table(("", "one rank" if figures.strategy else "one device, unsharded"), table_rows(figures))
 
 
 def _check_arguments(parser: Parser) -> None:

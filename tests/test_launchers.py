@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvtrain.cli import build_parser
 from kvtrain.recipes import launchers_folder, list_launchers, shown
+from kvtrain.training.cli import read_recipe
 from kvtrain_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,3 +188,36 @@ def test_a_recipe_for_many_gpus_names_its_launcher(path):
         assert command[command.index("--config") + 1] == str(path.relative_to(ROOT))
         if script.endswith("torchrun.sh") and nodes > 1:
             assert f"NODES={nodes}" in command
+
+
+PAGE = (LAUNCH / "README.md").read_text()
+
+
+def test_the_page_names_what_there_is():
+    for path in re.findall(r"`(?:\w+=\S+ )*((?:recipes|launch)/[\w./]+)", PAGE):
+        assert (ROOT / path).exists(), path
+    for launcher in list_launchers():
+        assert f"`launch/{launcher.path.name}`" in PAGE
+
+
+def test_a_launcher_has_five_lines_on_the_page():
+    for name in ("torchrun", "deepspeed", "SLURM", "Kubernetes"):
+        (section,) = re.findall(rf"^\*\*{name}\*\* .*?(?=\n\n)", PAGE, re.MULTILINE | re.DOTALL)
+        assert len(section.splitlines()) == 5, name
+
+
+def test_commands_of_the_page_are_read(monkeypatch):
+    """Every option of every ``kvtrain`` command on it is one."""
+    monkeypatch.chdir(ROOT)
+    lines = [
+        line.split("  #")[0]
+        for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("kvtrain ")]
+    assert {words[0] for words in commands} == {"recipes", "prepare", "estimate", "export", "eval"}
+    for name, *words in commands:
+        build_parser(name).parse_args(words)
+    launched = [line for line in lines if "launch/" in line and " --config " in line]
+    assert launched and all(" check " in line for line in launched)
+    read_recipe(shlex.split(launched[0].split(" check ")[1]))

@@ -11,7 +11,7 @@ import pytest
 
 from kvtrain.errors import UsageError
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.estimate import checkpoint_bytes, estimate_recipe
+from kvtrain.training.estimate import estimate_recipe
 from kvtrain.training.preflight import facts as facts_module
 from kvtrain.training.preflight import verdicts
 from kvtrain.training.preflight.check import asked_of
@@ -268,6 +268,5 @@ def test_a_run_folder_in_a_file_s_way_is_no_traceback(recipe, capsys):
 def test_a_checkpoint_is_as_large_as_foretold(recipe):
     run = recipe.parent / "runs" / "a"
     assert fit(recipe, "--trainer.limit_val_batches", "0", "--trainer.max_steps", "3") == 0
-    module, data, trainer = read_recipe(["--config", str(recipe)])
-    foretold = checkpoint_bytes(module, estimate_recipe(module, data, trainer))
+    foretold = estimate_recipe(*read_recipe(["--config", str(recipe)])).checkpoint_bytes
     assert foretold == pytest.approx((run / "checkpoints" / "last.ckpt").stat().st_size, rel=0.05)

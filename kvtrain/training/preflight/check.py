@@ -9,7 +9,7 @@ import torch
 
 from kvtrain.errors import UsageError, raised_by_kvtrain
 from kvtrain.training.cli import ReadRecipe, read_recipe
-from kvtrain.training.estimate import Estimate, checkpoint_bytes, estimate_recipe
+from kvtrain.training.estimate import Estimate, estimate_recipe
 from kvtrain.training.preflight import verdicts
 from kvtrain.training.preflight.facts import (
     AllReduce,
@@ -77,7 +77,7 @@ def _needs(
     recipe: ReadRecipe, asked: Asked, facts: list[Facts], folder: Folder, measured: AllReduce | None
 ) -> Iterator[Finding]:
     """What the recipe needs, beside what is there."""
-    figures, refusal = _estimated(recipe)
+    figures, refusal = _estimated(recipe, max(len(facts), asked.nodes * asked.devices))
     if measured:
         yield verdicts.all_reduce(measured, len(facts), figures.gradient_bytes if figures else 0)
     yield verdicts.run_folder(folder, facts)
@@ -85,14 +85,14 @@ def _needs(
         yield Finding("memory", "no estimate", refusal)
         return
     if not folder.error:
-        yield verdicts.disk(folder.free, checkpoint_bytes(recipe.module, figures))
+        yield verdicts.disk(folder.free, figures.checkpoint_bytes)
     yield verdicts.memory(figures, facts, asked)
 
 
-def _estimated(recipe: ReadRecipe) -> tuple[Estimate | None, str]:
+def _estimated(recipe: ReadRecipe, ranks: int) -> tuple[Estimate | None, str]:
     """What the recipe needs, or why that cannot be told."""
     try:
-        return estimate_recipe(*recipe), ""
+        return estimate_recipe(*recipe, ranks=ranks), ""
     except ValueError as error:
         if not raised_by_kvtrain(error) and not isinstance(error, UsageError):
             raise
