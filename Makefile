@@ -76,5 +76,5 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,interop,wandb]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,interop,tensorboard,wandb]'
 	@touch $@

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtrain.errors import UsageError, raised_by_kvtrain, require_file_place, unknown
+from kvtrain.errors import UsageError, raised_by_kvtrain, require_at_least, require_file_place, unknown
 from kvtrain.launcher import adopt_local_rank
 from kvtrain.parser import Parser, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
@@ -82,16 +82,33 @@ def _validate(arguments: list[str]) -> None:
     run("validate", arguments)
 
 
-def _recipes(arguments: list[str]) -> None:
-    build_parser("recipes").parse_args(arguments)
-    from kvtrain.recipes import list_recipes, shown
+def _recipes_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--launchers", action="store_true", help="list what starts a recipe on many GPUs and machines instead"
+    )
+    parser.add_argument("--copy", metavar="DIR", help="also copy what is listed into this new folder, to be changed")
 
-    rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
-    _print_table(("recipe", "purpose", "scale", "hardware"), rows)
+
+def _recipes(arguments: list[str]) -> None:
+    asked = build_parser("recipes").parse_args(arguments)
+    from kvtrain.recipes import copy_files, launchers_folder, list_launchers, list_recipes, recipes_folder, shown
+
+    if asked.copy:
+        copy_files(launchers_folder() if asked.launchers else recipes_folder(), Path(asked.copy))
+    if asked.launchers:
+        starts = [(shown(launcher.path), launcher.purpose, launcher.needs) for launcher in list_launchers()]
+        _print_table(("launcher", "purpose", "needs"), starts)
+    else:
+        rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
+        _print_table(("recipe", "purpose", "scale", "hardware"), rows)
 
 
 def _estimate_arguments(parser: Parser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+    parser.add_argument("--devices", type=int, metavar="N", help="what one of so many ranks holds")
+    parser.add_argument(
+        "--strategy", metavar="S", help="ddp, fsdp2, zero2, zero3 or zero3_offload, in place of the recipe's"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.epilog = (
         "Any setting of the recipe can be changed as with kvtrain fit: --data.batch_size 4. Memory is that of tensors. "
@@ -103,21 +120,44 @@ def _estimate_arguments(parser: Parser) -> None:
 def _estimate(arguments: list[str]) -> None:
     asked, overrides = build_parser("estimate").parse_known_args(arguments)
     from kvtrain.training.cli import read_recipe
-    from kvtrain.training.estimate import estimate, table_rows
+    from kvtrain.training.estimate import estimate_recipe, table_rows
 
-    module, data, trainer = read_recipe([*(f"--config={path}" for path in asked.config), *overrides])
-    figures = estimate(
-        module,
-        batch_size=getattr(data, "batch_size", 1),
-        sequence_length=getattr(data, "sequence_length", 1),
-        precision=trainer.get("precision"),
-        accelerator=trainer.get("accelerator") or "auto",
-        accumulate=trainer.get("accumulate_grad_batches") or 1,
-    )
+    require_at_least(1, "--devices", asked.devices)
+    recipe = read_recipe([*(f"--config={path}" for path in asked.config), *overrides])
+    figures = estimate_recipe(*recipe, strategy=asked.strategy, ranks=asked.devices)
     if asked.json:
         print(json.dumps(figures.to_dict(), indent=1))
     else:
-        _print_table(("", "one device, unsharded"), table_rows(figures))
+        _print_table(("", "one rank" if figures.strategy else "one device, unsharded"), table_rows(figures))
+
+
+def _check_arguments(parser: Parser) -> None:
+    parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+    parser.add_argument(
+        "--timeout", type=finite, default=300.0, metavar="S", help="seconds to wait for processes (300)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.epilog = (
+        "Start it as the training will be started (launch/torchrun.sh check --config RECIPE), with the same options. "
+        "It looks at ranks, addresses, the time of an all-reduce, run folder, free space, memory a rank and versions; "
+        "the first rank prints, and the exit code is 2 where something is to be mended first."
+    )
+
+
+def _check(arguments: list[str]) -> None:
+    asked, overrides = build_parser("check").parse_known_args(arguments)
+    if asked.timeout <= 0:
+        raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
+    from kvtrain.training.preflight import check_launch
+
+    with check_launch([*(f"--config={path}" for path in asked.config), *overrides], asked.timeout) as outcome:
+        if outcome.rank == 0 and asked.json:
+            print(json.dumps([finding._asdict() for finding in outcome.findings], indent=1), flush=True)
+        elif outcome.rank == 0:
+            rows = [(finding.subject, finding.found, finding.remedy or "ok") for finding in outcome.findings]
+            _print_table(("", "found", "verdict"), rows)
+    if outcome.failed:
+        raise SystemExit(_USAGE_EXIT_CODE)
 
 
 def _prepare_arguments(parser: Parser) -> None:
@@ -261,15 +301,12 @@ def _report(arguments: list[str]) -> None:
         print(path)
 
 
-def _no_arguments(parser: Parser) -> None:
-    """A command without options."""
-
-
 COMMANDS = {
     "fit": Command("Train what a recipe describes, or go on with a run", _fit),
     "validate": Command("Measure a recipe's model on its held-out text", _validate),
-    "recipes": Command("List the recipes with purpose, scale and hardware", _recipes, _no_arguments),
+    "recipes": Command("List the recipes, or the launchers for many machines", _recipes, _recipes_arguments),
     "estimate": Command("Say what a recipe needs, without allocating a weight", _estimate, _estimate_arguments),
+    "check": Command("Look a launch over before it trains: ranks, network, disk, memory", _check, _check_arguments),
     "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
     "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),
     "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),

@@ -1,6 +1,7 @@
-"""The recipes that come with kvtrain: where they lie, what each is for, and reading one with clear errors."""
+"""The recipes and launchers that come with kvtrain: where they lie, what each is for, and reading a recipe."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from kvtrain import strict_yaml
 from kvtrain.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parent
+_LAUNCHERS = ("*.sh", "*.sbatch", "*.yaml")
 _SCALE = re.compile(r"Scale:\s*(?P<scale>.*?)\s*(?:Hardware:\s*(?P<hardware>.*?)\s*)?$")
 
 
@@ -31,16 +33,45 @@ class Recipe:
     hardware: str
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """One line of ``kvtrain recipes --launchers``.
+
+    Attributes:
+        path: The script or manifest.
+        purpose: What it starts, from the file's first comment line.
+        needs: What has to be there, from its second comment line.
+    """
+
+    path: Path
+    purpose: str
+    needs: str
+
+
 def recipes_folder() -> Path:
     """``recipes/`` of a checkout, or the copy inside an installed package.
 
     Raises:
         UsageError: Neither is there.
     """
-    for folder in (_PACKAGE.parent / "recipes", _PACKAGE / "recipes"):
+    return _carried("recipes")
+
+
+def launchers_folder() -> Path:
+    """``launch/`` of a checkout, or the copy inside an installed package.
+
+    Raises:
+        UsageError: Neither is there.
+    """
+    return _carried("launch")
+
+
+def _carried(name: str) -> Path:
+    for folder in (_PACKAGE.parent / name, _PACKAGE / name):
         if folder.is_dir():
             return folder
-    raise UsageError("this installation carries no recipes; write one, or take them from the repository")
+    kind = {"launch": "launchers"}.get(name, name)
+    raise UsageError(f"this installation carries no {kind}; write one, or take them from the repository")
 
 
 def find_config(path: str) -> str:
@@ -62,11 +93,40 @@ def list_recipes() -> list[Recipe]:
 
 def describe(path: Path) -> Recipe:
     """Read a recipe's purpose, scale and hardware from its first two comment lines."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line.lstrip("# ").rstrip() if line.startswith("#") else "" for line in [*lines, "", ""][:2]]
-    match = _SCALE.match(comments[1])
+    purpose, second = _first_comments(path)
+    match = _SCALE.match(second)
     scale, hardware = (match["scale"], match["hardware"] or "") if match else ("", "")
-    return Recipe(path, comments[0].rstrip("."), scale.rstrip("."), hardware.rstrip("."))
+    return Recipe(path, purpose.rstrip("."), scale.rstrip("."), hardware.rstrip("."))
+
+
+def _first_comments(path: Path) -> tuple[str, str]:
+    """The first two lines of a file behind its shebang, where they are comments."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
+    first, second = [line.lstrip("# ").rstrip() if line.startswith("#") else "" for line in [*lines, "", ""][:2]]
+    return first, second
+
+
+def list_launchers() -> list[Launcher]:
+    """Every launcher, in path order."""
+    folder, found = launchers_folder(), []
+    for path in sorted(path for pattern in _LAUNCHERS for path in folder.glob(pattern)):
+        purpose, needs = _first_comments(path)
+        found.append(Launcher(path, purpose.rstrip("."), needs.removeprefix("Needs: ").rstrip(".")))
+    return found
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a folder of recipes or launchers to where they can be changed.
+
+    Raises:
+        UsageError: The target is there already, or cannot be made.
+    """
+    if target.exists():
+        raise UsageError(f"{target} exists already; name a new folder")
+    try:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be created ({error.strerror or error})") from error
 
 
 def shown(path: Path) -> str:

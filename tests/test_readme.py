@@ -66,5 +66,5 @@ def test_make_targets_exist():
 
 
 def test_paths_that_the_tour_names_exist():
-    for path in re.findall(r"`((?:kvtrain|recipes|tests|configs)/[\w./]+)`", README):
+    for path in re.findall(r"`((?:kvtrain|recipes|tests|configs|launch)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path

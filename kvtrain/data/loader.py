@@ -1,6 +1,7 @@
 """A sized, seeded, shuffled loader whose place is a number, so that resuming is exact."""
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,17 @@ from kvtrain.data.resume import Identity, check_identity
 
 # A trainer that does not know a length asks for a batch too many, and the place would be wrong.
 _ENDLESS = 1 << 40
+
+
+def _timed(loader: "PackedLoader | EndlessLoader", batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, which adds up how long they kept whoever asked for them waiting."""
+    while True:
+        begin = time.perf_counter()
+        batch = next(batches, None)
+        loader.seconds_waited += time.perf_counter() - begin
+        if batch is None:
+            return
+        yield batch
 
 
 class PackedLoader:
@@ -32,6 +44,9 @@ class PackedLoader:
         world_size: Number of ranks.
         limit: Serve the first rows alone (evaluation).
         strict_resume: Refuse the place that a checkpoint has in other rows, or in another order.
+
+    Attributes:
+        seconds_waited: How long batches have been waited for so far.
 
     Raises:
         ValueError: The rows do not fill one optimizer window.
@@ -53,6 +68,7 @@ class PackedLoader:
         self.strict_resume = strict_resume
         self.window, self.rank, self.world_size = window, rank, world_size
         self.epoch = self.cursor = 0
+        self.seconds_waited = 0.0
         self._num_rows = len(rows) if limit is None else min(limit, len(rows))
         self._windows = len(rows) // (batch_size * world_size * window)
         if seed is not None and self._windows == 0:
@@ -67,6 +83,9 @@ class PackedLoader:
         return self._windows * self.window
 
     def __iter__(self) -> Iterator[Batch]:
+        return _timed(self, self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         # A trainer that knows the length never asks for the batch after the last, so the epoch is turned
         # here and not at the end; evaluation always starts at the first row.
         if self.seed is None:
@@ -140,6 +159,9 @@ class EndlessLoader(ABC):
         world_size: Number of ranks.
         validation_rows: Serve so many held-out samples, once, in place of endless training.
         strict_resume: Refuse the place that a checkpoint has among other samples.
+
+    Attributes:
+        seconds_waited: How long batches have been waited for so far.
     """
 
     def __init__(
@@ -156,6 +178,7 @@ class EndlessLoader(ABC):
         self.batch_size, self.validation_rows = batch_size, validation_rows
         self.window, self.rank, self.world_size = window, rank, world_size
         self.cursor = 0
+        self.seconds_waited = 0.0
 
     @abstractmethod
     def training_batch(self, number: int) -> Batch:
@@ -175,6 +198,9 @@ class EndlessLoader(ABC):
         return math.ceil(self.validation_rows / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
+        return _timed(self, self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         if self.validation_rows is not None:
             for start in range(0, self.validation_rows, self.batch_size * self.world_size):
                 first = start + self.rank * self.batch_size

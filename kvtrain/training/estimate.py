@@ -1,13 +1,22 @@
 """What a recipe will cost, worked out without allocating a weight."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
+from kvtrain.training.sharded_estimate import (
+    RankMemory,
+    Sizes,
+    rank_memory,
+    rehearsed_precision,
+    require_strategy,
+    strategy_of,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,10 @@ class Estimate:
         sequence_length: Tokens a row.
         precision: Of the trainer.
         activation_checkpointing: Whether layers are recomputed.
+        checkpoint_bytes: A checkpoint on disk, of all ranks together.
+        strategy: How ranks divide the work; empty for one device. The bytes above are those of one rank.
+        ranks: How many.
+        offloaded_bytes: What of them lies in main memory.
     """
 
     model: str
@@ -52,10 +65,28 @@ class Estimate:
     sequence_length: int
     precision: str
     activation_checkpointing: bool
+    checkpoint_bytes: int
+    strategy: str = ""
+    ranks: int = 1
+    offloaded_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return asdict(self)
+
+
+class Division(NamedTuple):
+    """How ranks divide a training between them.
+
+    Attributes:
+        strategy: One of ``sharded_estimate.STRATEGIES``; empty for one device.
+        ranks: How many.
+        zero: DeepSpeed's ``zero_optimization``; empty takes that of ``configs/deepspeed``.
+    """
+
+    strategy: str = ""
+    ranks: int = 1
+    zero: Mapping[str, Any] = {}
 
 
 def estimate(
@@ -66,8 +97,9 @@ def estimate(
     precision: str | int | None,
     accelerator: str = "auto",
     accumulate: int = 1,
+    division: Division | None = None,
 ) -> Estimate:
-    """Work out the cost of a training module without replicas or shards.
+    """Work out the cost of a training module, of one device or of one rank of several.
 
     Args:
         module: The module, its model not yet built.
@@ -76,6 +108,7 @@ def estimate(
         precision: Lightning's name of it; None is ``32-true``.
         accelerator: Lightning's name of it.
         accumulate: Batches whose gradients are summed.
+        division: How ranks divide the work; None: one device does all of it.
 
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
@@ -84,16 +117,19 @@ def estimate(
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(module.is_trainable(parameter_name))
     total, trainable = count_parameters(model)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    division = division or Division()
     memory = measure_step_memory(
         module,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        precision=name,
+        precision=rehearsed_precision(division.strategy, name),
         accumulates=accumulate > 1,
-        on_cpu=accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()),
+        on_cpu=on_cpu,
     )
     lasting = memory.parameters + memory.gradients + memory.optimizer + memory.teacher + memory.activations
-    return Estimate(
+    saved = memory.parameters if module.frozen_base() is None else memory.gradients
+    whole = Estimate(
         model=f"{type(model).__name__} {cost.described}",
         parameters=total,
         trainable=trainable,
@@ -111,7 +147,69 @@ def estimate(
         sequence_length=sequence_length,
         precision=name,
         activation_checkpointing=module.activation_checkpointing,
+        checkpoint_bytes=saved + memory.optimizer,
     )
+    if not division.strategy:
+        return whole
+    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
+    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
+    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
+
+
+def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_alone: bool) -> Estimate:
+    """What one rank holds; checkpoints may have in them what trains alone."""
+    on_device = rank.parameters + rank.gradients + rank.optimizer + rank.teacher - rank.offloaded
+    return replace(
+        whole,
+        parameter_bytes=rank.parameters,
+        gradient_bytes=rank.gradients,
+        optimizer_bytes=rank.optimizer,
+        teacher_bytes=rank.teacher,
+        temporary_bytes=rank.peak - on_device - whole.activation_bytes,
+        peak_bytes=rank.peak,
+        checkpoint_bytes=whole.checkpoint_bytes if trained_alone else rank.checkpoint,
+        strategy=division.strategy,
+        ranks=division.ranks,
+        offloaded_bytes=rank.offloaded,
+    )
+
+
+def estimate_recipe(
+    module: TrainingModule, data: Any, trainer: dict[str, Any], *, strategy: str | None = None, ranks: int | None = None
+) -> Estimate:
+    """Work out the cost of a recipe as it was read.
+
+    Args:
+        module: Its training module.
+        data: Its data module.
+        trainer: Its trainer's settings.
+        strategy: In place of the recipe's.
+        ranks: How many divide the work; None and no strategy: one device does all of it.
+
+    Raises:
+        ValueError: As ``estimate`` does, or there is no such strategy.
+    """
+    return estimate(
+        module,
+        batch_size=getattr(data, "batch_size", 1),
+        sequence_length=getattr(data, "sequence_length", 1),
+        precision=trainer.get("precision"),
+        accelerator=trainer.get("accelerator") or "auto",
+        accumulate=trainer.get("accumulate_grad_batches") or 1,
+        division=_division(trainer, strategy, ranks),
+    )
+
+
+def _division(trainer: dict[str, Any], strategy: str | None, ranks: int | None) -> Division | None:
+    if strategy is None and ranks is None:
+        return None
+    ranks = ranks or 1
+    if strategy is None:
+        own, zero = strategy_of(trainer, ranks)
+        return Division(own, ranks, zero)
+    require_strategy(strategy)
+    own, zero = strategy_of(trainer, ranks)
+    return Division(strategy, ranks, zero if own == strategy else {})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -130,6 +228,7 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
         ("model", figures.model),
         ("parameters", f"{figures.parameters:,}"),
         ("trainable", f"{figures.trainable:,}"),
+        *([("strategy", f"{figures.strategy}, {figures.ranks} ranks")] if figures.strategy else []),
         (f"weights ({figures.precision})", readable(figures.parameter_bytes)),
         ("gradients", readable(figures.gradient_bytes)),
         ("optimizer (AdamW)", readable(figures.optimizer_bytes)),
@@ -137,6 +236,7 @@ def table_rows(figures: Estimate) -> list[tuple[str, str]]:
         (f"activations ({shape})", readable(figures.activation_bytes)),
         ("temporary tensors", readable(figures.temporary_bytes)),
         ("peak, all tensors", readable(figures.peak_bytes)),
+        *([("beside it, in main memory", readable(figures.offloaded_bytes))] if figures.offloaded_bytes else []),
         *cost,
         *_cache_rows(figures),
     ]

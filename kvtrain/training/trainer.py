@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -18,12 +18,11 @@ from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
 from kvtrain.training.callbacks.guard import MAX_SKIPS, NonFiniteGuard
-from kvtrain.training.callbacks.memory import PeakMemory
 from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
 from kvtrain.training.checkpoint_io import StreamedCheckpointIO
-from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.loggers import AskedLogger, run_loggers, run_profiler
 from kvtrain.training.ranks import set_timeout
 from kvtrain.training.strategies import DeepSpeedZeRO
 
@@ -64,11 +63,15 @@ class KVTrainer(pl.Trainer):
             GPUs, and logs neither on others.
         timeout_minutes: How long a rank waits for the others before the run ends; None leaves the strategy's own
             choice, 30 minutes with most.
+        logger: ``wandb`` or ``tensorboard``, a logger of Lightning's, or several of them, beside ``metrics.csv``;
+            False turns that off, too.
+        profiler: Where time goes: ``simple``, ``advanced`` or ``pytorch``, into ``profile/`` in the run folder, or a
+            profiler of Lightning's.
         **settings: See ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: A number is out of range, ``non_finite`` none of the three, or a launcher has started another
-            number of processes than devices and nodes come to.
+        ValueError: A number is out of range, ``non_finite`` none of the three, a logger not installed, or a launcher
+            has started another number of processes than devices and nodes come to.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class KVTrainer(pl.Trainer):
         max_consecutive_skips: int = MAX_SKIPS,
         peak_flops: float | None = None,
         timeout_minutes: float | None = None,
+        logger: AskedLogger | list[AskedLogger] | bool | None = None,
+        profiler: Profiler | str | None = None,
         **settings: Any,
     ) -> None:
         ours = {"num_threads": num_threads, "peak_flops": peak_flops, "timeout_minutes": timeout_minutes}
@@ -93,7 +98,8 @@ class KVTrainer(pl.Trainer):
         guards = _guards(non_finite, max_consecutive_skips)
         standing = [*_observers(peak_flops), *guards, *_keepers(run, checkpoint_every, settings)]
         settings["callbacks"] = [*_as_list(settings.get("callbacks")), *standing]
-        settings["logger"] = _loggers(run, settings.get("logger"))
+        settings["logger"] = run_loggers(run, logger)
+        settings["profiler"] = run_profiler(run, profiler)
         settings["plugins"] = _plugins(settings.get("plugins"), settings.get("strategy"))
         if settings.get("enable_model_summary") is None:
             settings["enable_model_summary"] = False
@@ -103,6 +109,8 @@ class KVTrainer(pl.Trainer):
             launch.check(self.num_devices, self.num_nodes, self.global_rank)
         if timeout_minutes is not None:
             set_timeout(self, timeout_minutes)
+        if isinstance(profiler, str) and self.num_nodes > 1:  # ranks of a node are told apart by Lightning
+            self.profiler.filename = f"{profiler}-node{self.node_rank}"  # type: ignore[attr-defined]
 
     def _run_stage(self) -> Any:
         """As Lightning's, which passes over a run that has taken all its steps, whatever it still owes."""
@@ -192,7 +200,7 @@ def check_strategy(strategy: Any) -> None:
 
 
 def _observers(peak_flops: float | None) -> list[pl.Callback]:
-    return [StepSeeding(), Throughput(peak_flops), PeakMemory(), ThreadCount(), RunSummary()]
+    return [StepSeeding(), Throughput(peak_flops), ThreadCount(), RunSummary()]
 
 
 def _guards(non_finite: NonFinitePolicy, max_consecutive_skips: int) -> list[pl.Callback]:
@@ -209,13 +217,6 @@ def _keepers(run: Path, checkpoint_every: int, settings: dict[str, Any]) -> list
     if settings.get("enable_checkpointing") is not False:
         callbacks.append(RunCheckpoint(run, checkpoint_every))
     return callbacks
-
-
-def _loggers(run: Path, asked: Any) -> list[Logger] | bool:
-    """``metrics.csv`` always, beside what the recipe asks for; ``False`` turns everything off."""
-    if asked is False:
-        return False
-    return [CSVMetrics(str(run)), *([] if asked is True else _as_list(asked))]
 
 
 def _plugins(asked: Any, strategy: Any) -> list[Any]:

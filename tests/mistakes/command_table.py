@@ -8,6 +8,21 @@ OUTER = [
     ("zzz", "unknown command 'zzz'"),
     ("recipes x", "unexpected word 'x'"),
     ("recipes --all", "unknown option '--all'"),
+    ("estimate --config good.yaml --devices 0", "--devices must be at least 1, not 0"),
+    ("estimate --config good.yaml --devices x", "--devices: expected an integer, got 'x'"),
+    ("estimate --config good.yaml --strategy zero9", "unknown strategy 'zero9'. Did you mean 'zero"),
+    ("check", "--config is missing"),
+    ("check --config nope.yaml", "no recipe at 'nope.yaml'"),
+    ("check --config good.yaml --timeout 0", "--timeout must be above 0, not 0.0"),
+    ("check --config good.yaml --timeout x", "--timeout: expected a number, got 'x'"),
+    (
+        "check --config good.yaml --trainer.devics 2",
+        "unknown option 'trainer.devics'. Did you mean 'trainer.devices'?",
+    ),
+    ("recipes --copy", "option '--copy' needs a value"),
+    ("recipes --copy ''", "option '--copy' needs a value"),
+    ("recipes --copy afile", "afile exists already; name a new folder"),
+    ("recipes --launchers --copy afile/out", "afile/out: cannot be created"),
 ]
 
 VALIDATE = [

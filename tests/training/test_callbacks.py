@@ -2,7 +2,9 @@
 
 import itertools
 import resource
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,9 +131,65 @@ def test_a_validation_starts_a_new_mean(monkeypatch):
     callback = Throughput()
     callback.on_validation_end(None, None)
     assert callback._marks == []
-    callback._marks, callback._tokens = [(1.0, 10), (2.0, 20)], 20
+    callback._marks = [throughput._Mark(1.0, 10, 0.1), throughput._Mark(2.0, 20, 0.2)]
     callback.on_validation_end(None, None)
-    assert callback._marks == [(7.0, 20)]
+    assert callback._marks == [(7.0, 20, 0.2)]
+
+
+class SlowRows:
+    """Rows of which every batch takes a while."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices):
+        time.sleep(0.02)
+        return self.rows.batch(indices)
+
+
+def test_waiting_for_data_is_seconds_a_step(rows, tmp_path):
+    """Two batches a step, each of which takes 20 ms at least; checkpoints and logs do not count."""
+    train(TinyFull(), SlowRows(rows), tmp_path / "slow", 4, accumulate_grad_batches=2, enable_checkpointing=True)
+    slow = [row["data_wait"] for row in table(tmp_path / "slow" / "metrics.csv") if "data_wait" in row]
+    assert len(slow) == 3 and all(0.04 <= wait < 0.08 for wait in slow)
+    train(TinyFull(), rows, tmp_path / "quick", 4)
+    last = table(tmp_path / "quick" / "metrics.csv")[-1]
+    assert last["data_wait"] < 0.01
+    assert not {"tokens_per_second_least", "tokens_per_second_most"} & last.keys()  # one rank is its own least
+
+
+def test_ranks_are_summed_and_their_extremes_named():
+    """Four ranks, planted: what each of them measured."""
+    ranks = torch.tensor([[100.0, 0.1, 1.0], [80.0, 0.5, 3.0], [120.0, 0.0, 2.0], [100.0, 0.2, 1.0]])
+    logged = {}
+    module = SimpleNamespace(
+        device=torch.device("cpu"),
+        all_gather=lambda own: ranks.clone(),
+        log=lambda name, value, **_: logged.update({name: float(value)}),
+    )
+    callback = Throughput()
+    callback._marks = [throughput._Mark(float(step), torch.tensor(step), 0.0) for step in range(3)]
+    callback._log(module, LENGTH)
+    assert logged == {
+        "peak_memory_gib": 3.0,
+        "tokens_per_second": 400.0,
+        "tokens_per_second_least": 80.0,
+        "tokens_per_second_most": 120.0,
+        "data_wait": 0.5,
+    }
+
+
+def test_ranks_exchange_figures_where_they_are_logged_and_nowhere_else(rows, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(TinyFull, "all_gather", lambda self, own: calls.append(own.numel()) or own)
+    train(TinyFull(), rows, tmp_path, 6, log_every_n_steps=3)
+    assert calls == [3, 3]
 
 
 def test_peak_memory_is_logged_where_metrics_are(rows, tmp_path):

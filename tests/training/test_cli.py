@@ -22,7 +22,7 @@ from tests.thinning import thinned
 
 from .small_runs import STEPS, acting, fit, recipe_text, refused, steps_saved
 
-MEASURED = ("tokens_per_second", "peak_memory_gib")  # what two equal runs do not share
+MEASURED = ("tokens_per_second", "data_wait", "peak_memory_gib")  # what two equal runs do not share
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -43,6 +43,8 @@ class RunRecord(pl.Callback):
         if not self.resumes:
             (self.run / METRICS.name).unlink(missing_ok=True)
         run_folder.write_config(self.run, self.recipe)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(run_folder.parse_config(self.recipe))
 
 
 class RunSummary(pl.Callback):
