@@ -1,7 +1,6 @@
 """The one door: ``kvtrain <command>``. Every command imports its own room only when it is called."""
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtrain.errors import UsageError, raised_by_kvtrain, require_at_least, require_file_place, unknown
+from kvtrain.errors import UsageError, in_one_line, is_mistake, require_at_least, require_file_place, unknown
 from kvtrain.launcher import adopt_local_rank
 from kvtrain.parser import Parser, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
@@ -18,7 +17,6 @@ from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE = 2
 _PAGE_WIDTH = 100
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -355,9 +353,9 @@ def main(argv: list[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
         _record(error)
-        if os.environ.get(DEBUG) or not _is_mistake(error):
+        if os.environ.get(DEBUG) or not is_mistake(error):
             raise
-        return _complain(f"error: {_line(error)}", _USAGE_EXIT_CODE)
+        return _complain(f"error: {in_one_line(error)}", _USAGE_EXIT_CODE)
 
 
 def _run(arguments: list[str]) -> int:
@@ -381,20 +379,6 @@ def _record(error: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-def _is_mistake(error: Exception) -> bool:
-    """Whether kvtrain itself refused something, or a file could not be had; the rest are defects."""
-    if isinstance(error, OSError):
-        return error.filename is not None
-    return isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_by_kvtrain(error))
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, OSError):
-        remedy = "; make room there" if error.errno in _NO_ROOM else ""
-        return f"{error.filename}: {error.strerror}{remedy}"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Mistakes of the person at the keyboard: one error for all of them, and the nearest right name."""
 
 import difflib
+import errno
 import logging
 import os
 import traceback
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UsageError(ValueError):
@@ -47,6 +49,21 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     end = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:end])
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether kvtrain itself refused something, or a file could not be had; the rest are defects."""
+    if isinstance(error, OSError):
+        return error.filename is not None
+    return isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_by_kvtrain(error))
+
+
+def in_one_line(error: BaseException) -> str:
+    """All that an error says; of the system's errors, with the file and, where that helps, the remedy."""
+    if isinstance(error, OSError):
+        remedy = "; make room there" if error.errno in _NO_ROOM else ""
+        return f"{error.filename}: {error.strerror}{remedy}"
+    return " ".join(str(error).split())
 
 
 def raised_by(error: BaseException, *folders: str) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 from kvtrain.training.sharded_estimate import (
-    RankMemory,
     Sizes,
     rank_memory,
     rehearsed_precision,
@@ -113,9 +113,7 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    name, model, cost = full_precision_name(precision), module.build_meta_model(), module.cost(sequence_length)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(module.is_trainable(parameter_name))
+    name, model, cost = full_precision_name(precision), _meta_model(module), module.cost(sequence_length)
     total, trainable = count_parameters(model)
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     division = division or Division()
@@ -127,7 +125,6 @@ def estimate(
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
     )
-    lasting = memory.parameters + memory.gradients + memory.optimizer + memory.teacher + memory.activations
     saved = memory.parameters if module.frozen_base() is None else memory.gradients
     whole = Estimate(
         model=f"{type(model).__name__} {cost.described}",
@@ -138,7 +135,7 @@ def estimate(
         optimizer_bytes=memory.optimizer,
         teacher_bytes=memory.teacher,
         activation_bytes=memory.activations,
-        temporary_bytes=memory.peak - lasting,
+        temporary_bytes=memory.temporary,
         peak_bytes=memory.peak,
         training_cost=cost.layers,
         kv_bytes_before=cost.kv_bytes_before,
@@ -151,13 +148,23 @@ def estimate(
     )
     if not division.strategy:
         return whole
-    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
-    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
-    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
+    return _of_rank(whole, memory, Sizes.of(model), division, on_cpu, trained_alone=module.frozen_base() is not None)
 
 
-def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_alone: bool) -> Estimate:
+def _meta_model(module: TrainingModule) -> nn.Module:
+    """The model without weights, which knows what of it trains."""
+    model = module.build_meta_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(module.is_trainable(name))
+    return model
+
+
+def _of_rank(
+    whole: Estimate, memory: TrainingMemory, sizes: Sizes, division: Division, on_cpu: bool, *, trained_alone: bool
+) -> Estimate:
     """What one rank holds; checkpoints may have in them what trains alone."""
+    (strategy, ranks, zero), mixed = division, whole.precision.endswith("-mixed")
+    rank = rank_memory(memory, sizes, strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
     on_device = rank.parameters + rank.gradients + rank.optimizer + rank.teacher - rank.offloaded
     return replace(
         whole,

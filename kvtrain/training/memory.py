@@ -71,6 +71,11 @@ class TrainingMemory:
         return max(self.kept)
 
     @property
+    def temporary(self) -> int:
+        """What the peak holds besides all that lasts."""
+        return self.peak - self.parameters - self.gradients - self.optimizer - self.teacher - self.activations
+
+    @property
     def peak(self) -> int:
         """All that is held at the moment at which most is."""
         return max(sum(held) for held in self.moments.values())
