@@ -185,11 +185,11 @@ def find_last(run: Path, read: Callable[[Path], object]) -> Found:
     return Found(None, {})
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Take a damaged checkpoint out of a run without removing it; returns where it lies now."""
-    aside = path.with_name(path.name + DAMAGED)
-    publish(path, aside)
-    return aside
+    kept = path.with_name(path.name + DAMAGED)
+    publish(path, kept)
+    return kept
 
 
 def _fault(path: Path) -> str | None:

@@ -183,11 +183,11 @@ def test_a_run_that_has_lost_everything_does_not_begin_anew(tmp_path):
     assert run_folder.find_last(tmp_path, nothing) == (None, {})
 
 
-def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path):
+def test_what_is_quarantined_is_no_checkpoint_any_more(tmp_path):
     first, second = add(tmp_path, 3), add(tmp_path, 6)
     content = second.read_bytes()
-    aside = run_folder.set_aside(second)
-    assert (aside.name, aside.read_bytes()) == ("step-000006.ckpt.damaged", content)
+    kept = run_folder.quarantine(second)
+    assert (kept.name, kept.read_bytes()) == ("step-000006.ckpt.damaged", content)
     assert (steps_saved(tmp_path), run_folder.last_checkpoint(tmp_path)) == ([3], first)
     run_folder.prune(tmp_path, keep=1)
     assert list(manifest(tmp_path)) == ["step-000003.ckpt"]

@@ -114,7 +114,8 @@ def torchrun(place, tmp_path: Path, act: str, batch: int, *options: str) -> subp
     settings = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.callbacks", callback]
     return subprocess.run(
         [sys.executable, *launcher, *fit, *settings],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        # torch's shared store has a second start find the addresses of the first (pytorch/pytorch#135712).
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -39,7 +39,7 @@ class RunRecord(pl.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for checkpoint in self.damaged:
-            run_folder.set_aside(checkpoint)
+            run_folder.quarantine(checkpoint)
         if not self.resumes:
             (self.run / METRICS.name).unlink(missing_ok=True)
         run_folder.write_config(self.run, self.recipe)
