@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kvtrain.training.base import TrainingModule
+from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 from kvtrain.training.sharded_estimate import (
     RankMemory,
@@ -113,10 +114,9 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    name, model, cost = full_precision_name(precision), module.build_meta_model(), module.cost(sequence_length)
+    name, model = full_precision_name(precision), module.build_meta_model()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(module.is_trainable(parameter_name))
-    total, trainable = count_parameters(model)
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     division = division or Division()
     memory = measure_step_memory(
@@ -127,9 +127,21 @@ def estimate(
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
     )
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length, "precision": name}
+    whole = _of_all(module, model, memory, shape)
+    if not division.strategy:
+        return whole
+    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
+    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
+    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
+
+
+def _of_all(module: TrainingModule, model: nn.Module, memory: TrainingMemory, shape: dict[str, Any]) -> Estimate:
+    """What one device holds that does all of it."""
+    cost, (total, trainable) = module.cost(shape["sequence_length"]), count_parameters(model)
     lasting = memory.parameters + memory.gradients + memory.optimizer + memory.teacher + memory.activations
     saved = memory.parameters if module.frozen_base() is None else memory.gradients
-    whole = Estimate(
+    return Estimate(
         model=f"{type(model).__name__} {cost.described}",
         parameters=total,
         trainable=trainable,
@@ -143,17 +155,10 @@ def estimate(
         training_cost=cost.layers,
         kv_bytes_before=cost.kv_bytes_before,
         kv_bytes_after=cost.kv_bytes_after,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        precision=name,
         activation_checkpointing=module.activation_checkpointing,
         checkpoint_bytes=saved + memory.optimizer,
+        **shape,
     )
-    if not division.strategy:
-        return whole
-    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
-    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
-    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
 
 
 def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_alone: bool) -> Estimate:
