@@ -11,6 +11,7 @@ from kvtrain.training.base import TrainingModule
 from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 from kvtrain.training.sharded_estimate import (
+    RankMemory,
     Sizes,
     rank_memory,
     rehearsed_precision,
@@ -113,8 +114,9 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
-    name, model, cost = full_precision_name(precision), _meta_model(module), module.cost(sequence_length)
-    total, trainable = count_parameters(model)
+    name, model = full_precision_name(precision), module.build_meta_model()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(module.is_trainable(parameter_name))
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     division = division or Division()
     memory = measure_step_memory(
@@ -125,8 +127,20 @@ def estimate(
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
     )
+    shape = {"batch_size": batch_size, "sequence_length": sequence_length, "precision": name}
+    whole = _of_all(module, model, memory, shape)
+    if not division.strategy:
+        return whole
+    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
+    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
+    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
+
+
+def _of_all(module: TrainingModule, model: nn.Module, memory: TrainingMemory, shape: dict[str, Any]) -> Estimate:
+    """What one device holds that does all of it."""
+    cost, (total, trainable) = module.cost(shape["sequence_length"]), count_parameters(model)
     saved = memory.parameters if module.frozen_base() is None else memory.gradients
-    whole = Estimate(
+    return Estimate(
         model=f"{type(model).__name__} {cost.described}",
         parameters=total,
         trainable=trainable,
@@ -140,31 +154,14 @@ def estimate(
         training_cost=cost.layers,
         kv_bytes_before=cost.kv_bytes_before,
         kv_bytes_after=cost.kv_bytes_after,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        precision=name,
         activation_checkpointing=module.activation_checkpointing,
         checkpoint_bytes=saved + memory.optimizer,
+        **shape,
     )
-    if not division.strategy:
-        return whole
-    return _of_rank(whole, memory, Sizes.of(model), division, on_cpu, trained_alone=module.frozen_base() is not None)
 
 
-def _meta_model(module: TrainingModule) -> nn.Module:
-    """The model without weights, which knows what of it trains."""
-    model = module.build_meta_model()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module.is_trainable(name))
-    return model
-
-
-def _of_rank(
-    whole: Estimate, memory: TrainingMemory, sizes: Sizes, division: Division, on_cpu: bool, *, trained_alone: bool
-) -> Estimate:
+def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_alone: bool) -> Estimate:
     """What one rank holds; checkpoints may have in them what trains alone."""
-    (strategy, ranks, zero), mixed = division, whole.precision.endswith("-mixed")
-    rank = rank_memory(memory, sizes, strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
     on_device = rank.parameters + rank.gradients + rank.optimizer + rank.teacher - rank.offloaded
     return replace(
         whole,

@@ -7,7 +7,7 @@ parameter group; the counts of its copies were measured on its ZeRO-2 and ZeRO-3
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -155,11 +155,11 @@ def _fsdp2(memory: TrainingMemory, sizes: Sizes, ranks: int, mixed: bool, on_cpu
         _share(wider * size, ranks) for size in (memory.parameters, memory.gradients, memory.optimizer)
     )
     teacher = _share(memory.teacher, ranks)
-    lasting = parameters + gradients + optimizer + teacher
+    lasting = parameters + optimizer + teacher
     gathered = compute * (sizes.root + 2 * sizes.layer)
     under_way = (compute + _MASTER) * max(sizes.layer, sizes.root) * (sizes.trained > 0)
-    step = lasting + _others(memory) + gathered + under_way
-    update = lasting + (2 * compute * wider * sizes.layer / ranks if on_cpu else gradients)
+    step = lasting + gathered + _with_gradients(memory, wider / ranks, under_way)
+    update = lasting + gradients + (2 * compute * wider * sizes.layer / ranks if on_cpu else gradients)
     total = round(wider * (memory.parameters + memory.optimizer))
     return RankMemory(parameters, gradients, optimizer, teacher, round(max(step, update)), 0, total)
 
@@ -201,7 +201,23 @@ def _others(memory: TrainingMemory) -> int:
     return max(held.others for moment, held in memory.moments.items() if _in_step(moment)) - memory.teacher
 
 
-def _in_step(moment: Hashable) -> bool:
+def _with_gradients(memory: TrainingMemory, share: float, under_way: float) -> float:
+    """Most that is held for a step alone, without a teacher.
+
+    Args:
+        memory: Of the whole. Its forward pass finds the gradients of the step before, the backward pass clears them.
+        share: Of the gradients that lie at their parameters.
+        under_way: What comes beside them while they are computed.
+    """
+    most = 0.0
+    for moment, held in memory.moments.items():
+        if _in_step(moment):
+            backward = "back" in moment or held.gradients < memory.gradients
+            most = max(most, held.others + share * held.gradients + under_way * backward)
+    return most - memory.teacher
+
+
+def _in_step(moment: Hashable) -> TypeGuard[tuple[Any, ...]]:
     """Forward or backward: ``("step", phase)``, or what happens to a layer in it."""
     stage = moment[0] if isinstance(moment, tuple) and isinstance(moment[0], tuple) else moment
     return isinstance(stage, tuple) and stage[0] == "step"

@@ -69,6 +69,8 @@ def test_torchrun_trains_on_two_hosts_what_one_process_trains(place):
     run = place / "run"
     assert [path.name for path in run_folder.step_files(run)] == ["step-000003.ckpt", "step-000006.ckpt"]
     assert not list((run / "checkpoints").glob(".*"))
+    last = table(run / "metrics.csv")[-1]
+    assert 0 < last["tokens_per_second_least"] <= last["tokens_per_second"] / 4 <= last["tokens_per_second_most"]
     # As the script would, on one host: what was begun on two goes on.
     assert fit(recipe, "--ckpt_path", "last", *ONE, "--trainer.max_steps", str(STEPS)) == 0
     for name, tensor in weights(place / "alone").items():
