@@ -1,4 +1,8 @@
-"""DeepSpeed's ZeRO under Lightning, with what has to be mended for it."""
+"""DeepSpeed's ZeRO under Lightning, with what has to be mended for it.
+
+ZeRO keeps a float32 master copy beside the working one, whole or in parts, and overwrites the working copy from it at
+every step: who writes a parameter has to change both, or the next step undoes what was done.
+"""
 
 import importlib.util
 import json
@@ -13,9 +17,10 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtrain.errors import UsageError
+from kvtrain.training.strategies.base import PlainParameters, StrategyTraits, row_mask
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
@@ -23,7 +28,7 @@ _OFFLOADED = ("offload_optimizer", "offload_param")
 _NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
 
 
-class DeepSpeedZeRO(DeepSpeedStrategy):
+class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
     """ZeRO stage 2 or 3 from a DeepSpeed configuration file, on CUDA devices or, for tests, on the CPU.
 
     Differs from Lightning's strategy in that accumulated gradients are divided by their number once and not
@@ -38,6 +43,9 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
     Raises:
         UsageError: The file cannot be read, or says what the strategy cannot honour.
     """
+
+    drops_steps = True
+    scaled_precisions = ("16-mixed", "16-true")
 
     def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
         settings = read_config(config)
@@ -111,6 +119,26 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def watch_overflow(self) -> None:
+        """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
+        self._engine.optimizer.check_grad_overflow = True
+
+    def step_applied(self) -> bool:
+        """See ``StrategyTraits``."""
+        return bool(self._engine.was_step_applied())
+
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> None:
+        """None: DeepSpeed keeps gradients to itself."""
+
+    def last_gradient_norm(self) -> Tensor | None:
+        """See ``StrategyTraits``."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+    @property
+    def _engine(self) -> Any:
+        return self.model
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Nothing is loaded: DeepSpeed's checkpoints are pickles, which run whatever code they hold.
 
@@ -158,3 +186,83 @@ def _read_json(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object")
     return content
+
+
+class ZeRO2Parameters(PlainParameters):
+    """Under ZeRO-2 every rank has the working copy whole, and a part of the masters."""
+
+    def owns(self, parameter: Tensor) -> bool:
+        """See ``PlainParameters``."""
+        return hasattr(parameter, "_hp_mapping")
+
+    def zero_rows(self, parameter: Any, rows: slice) -> None:
+        """See ``PlainParameters``; the masters too."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        super().zero_rows(parameter, rows)
+        master = safe_get_full_fp32_param(parameter)
+        master[rows] = 0
+        safe_set_full_fp32_param(parameter, master)
+
+    def clamp(self, parameter: Any, low: float, high: float) -> None:
+        """See ``PlainParameters``; the masters too."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        super().clamp(parameter, low, high)
+        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
+
+
+class ZeRO3Parameters(PlainParameters):
+    """Under ZeRO-3 every rank has a part of everything."""
+
+    def owns(self, parameter: Tensor) -> bool:
+        """See ``PlainParameters``."""
+        return hasattr(parameter, "ds_id")
+
+    def numel(self, parameter: Any) -> int:
+        """See ``PlainParameters``."""
+        return int(parameter.ds_numel)
+
+    def whole(self, parameter: Any) -> Tensor:
+        """See ``PlainParameters``."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return super().whole(parameter)
+
+    def zero_rows(self, parameter: Any, rows: slice) -> None:
+        """See ``PlainParameters``; the masters too, part by part: writing them whole fails where parts are uneven."""
+        import deepspeed
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            super().zero_rows(parameter.data, rows)
+        if parameter.requires_grad:
+            master = safe_get_local_fp32_param(parameter).clone()
+            mask = local_part(row_mask(master, parameter.ds_shape, rows), master.numel())
+            safe_set_local_fp32_param(parameter, master.masked_fill_(mask, 0))
+
+    def clamp(self, parameter: Any, low: float, high: float) -> None:
+        """See ``PlainParameters``; the masters too."""
+        import deepspeed
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            super().clamp(parameter.data, low, high)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+
+
+def local_part(whole: Tensor, size: int) -> Tensor:
+    """This rank's stretch of a flattened tensor, padded at the end as ZeRO-3 pads it."""
+    start = torch.distributed.get_rank() * size
+    part = whole.flatten()[start : start + size]
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def clear_partitioned_moments(optimizer: Any) -> None:
+    """Zero in place: DeepSpeed holds views of these tensors, which ``state.clear()`` would leave stale."""
+    for state in optimizer.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
