@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from kvtrain.errors import UsageError
+from kvtrain.recipes import find_config
 from kvtrain.training.strategies.base import PlainParameters, StrategyTraits, row_mask
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
@@ -48,7 +49,7 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
     scaled_precisions = ("16-mixed", "16-true")
 
     def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
-        settings = read_config(config)
+        settings = read_config(find_config(config) if isinstance(config, str) else config)
         if DEEPSPEED_INSTALLED:
             super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
         else:  # enough for a recipe to be read; a trainer that takes it refuses

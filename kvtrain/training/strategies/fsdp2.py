@@ -2,12 +2,14 @@
 
 import logging
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -22,7 +24,14 @@ from kvtrain.training.strategies.base import (
     gradients,
     row_mask,
 )
-from kvtrain.training.strategies.shards import materialize, materialize_from_first_rank, reshard, shard_layers
+from kvtrain.training.strategies.sharded_state import load_sharded, optimizer_state, save_sharded
+from kvtrain.training.strategies.shards import (
+    materialize,
+    materialize_from_first_rank,
+    reshard,
+    shard_layers,
+    stored_tensors,
+)
 
 # Gradients are summed in float32 in any case, masters and moments kept in it.
 _POLICIES = {
@@ -115,8 +124,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """As Lightning's; what is no part of the model is the same on all ranks and stays so."""
         super().setup(trainer)
-        module: Any = self.lightning_module
-        self._replicated = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        self._replicated = [p for p in self._module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average gradients of parameters that are no part of the model; those of earlier batches are equal already."""
@@ -130,7 +138,40 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         try:
             return super().validation_step(*args, **kwargs)
         finally:
-            reshard(self.lightning_module.model)  # type: ignore[union-attr,arg-type]
+            reshard(self._module)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's parts, ties once."""
+        return {name: tensor.detach() for name, tensor in stored_tensors(self._module).items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """This rank's parts."""
+        return optimizer_state(self._module, getattr(optimizer, "_optimizer", optimizer))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """A folder of torch's distributed form; every rank writes its part."""
+        assert storage_options is None
+        save_sharded(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read such a folder, written by any number of ranks.
+
+        Raises:
+            UsageError: It is something else, or of another model.
+        """
+        fits = self._module.trainer.state.fn == TrainerFn.FITTING
+        return load_sharded(
+            Path(self.broadcast(checkpoint_path)),
+            self._module,
+            stored_tensors(self._module),
+            self.optimizers if fits else [],
+            strict=self._module.strict_loading,
+        )
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """See ``StrategyTraits``."""
