@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from kvtrain.errors import UsageError
+from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
 from kvtrain.recipes import find_config
 from kvtrain.training.strategies.base import PlainParameters, StrategyTraits, row_mask
 
@@ -141,12 +142,30 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         return self.model
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Nothing is loaded: DeepSpeed's checkpoints are pickles, which run whatever code they hold.
+        """As Lightning's, but no shard may hold more than plain values, and none of their code is run.
 
         Raises:
-            UsageError: Always.
+            UsageError: It was written under another strategy or by another number of ranks, or cannot be read.
         """
-        raise UsageError(f"{checkpoint_path}: a run under DeepSpeed cannot be continued from a checkpoint yet")
+        self._check_checkpoint(Path(checkpoint_path))
+        self._engine.checkpoint_engine.load = read_shard
+        state: dict[str, Any] = super().load_checkpoint(checkpoint_path)
+        return state
+
+    def _check_checkpoint(self, path: Path) -> None:
+        if not is_zero(path):
+            raise UsageError(
+                f"{path}: not written by DeepSpeed; go on with the trainer.strategy that the run was begun with"
+            )
+        checkpoint = ZeROCheckpoint(path)
+        stage = 3 if self.zero_stage_3 else 2
+        if checkpoint.stage != stage:
+            raise UsageError(f"{path}: written under ZeRO-{checkpoint.stage}, not {stage}; go on with that strategy")
+        if checkpoint.ranks != self.world_size:
+            raise UsageError(
+                f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "
+                "many as before: set trainer.devices and trainer.num_nodes so (fsdp2 goes on with any number)"
+            )
 
 
 def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
