@@ -71,6 +71,11 @@ class Builder(ABC, Generic[Settings]):
         """
         return state
 
+    @property
+    def deploys(self) -> bool:
+        """Whether ``deploy`` has anything to do, for which a model must be in memory."""
+        return type(self).deploy is not Builder.deploy
+
     def deploy(self, model: PreTrainedModel) -> None:
         """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.
 

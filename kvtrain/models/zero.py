@@ -117,14 +117,19 @@ class ZeROCheckpoint:
         """Shapes of the parameters that do not train."""
         return self.model_states[0].get("frozen_param_shapes") or {}
 
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that train."""
+        return list(self._places)
+
     def names(self) -> list[str]:
         """Names of all parameters and buffers."""
-        return [*self._places, *self.frozen, *self.model_states[0]["buffer_names"]]
+        return [*self.trained, *self.frozen, *self.model_states[0]["buffer_names"]]
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
         if name in self._places:
-            return self._read_master(name)
+            return self._read_master(name).detach()
         if name in self.frozen:
             shape = self.frozen[name]
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvtrain.errors import UsageError
-from kvtrain.training import strategies
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.strategies import DeepSpeedZeRO, read_config
+from kvtrain.training.strategies import DeepSpeedZeRO, deepspeed, read_config
 from kvtrain.training.trainer import KVTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +16,7 @@ SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 @pytest.fixture
 def without_deepspeed(monkeypatch):
-    monkeypatch.setattr(strategies, "DEEPSPEED_INSTALLED", False)
+    monkeypatch.setattr(deepspeed, "DEEPSPEED_INSTALLED", False)
 
 
 def test_a_recipe_is_read_without_deepspeed(without_deepspeed, monkeypatch):
