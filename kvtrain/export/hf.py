@@ -70,7 +70,7 @@ def checkpoint_path(run: Path) -> Path:
         ValueError: There is none.
     """
     last = last_checkpoint(run) if is_run(run) else run
-    if last is None:
+    if last is None or not last.exists():
         raise ValueError(f"{run}: no checkpoint; is this a run folder of `kvtrain fit`?")
     return last
 

@@ -27,6 +27,7 @@ from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.preemption import SIGTERM_EXIT_CODE
 from kvtrain.training.callbacks.run_summary import RunRecord
 from kvtrain.training.refusals import refusals
+from kvtrain.training.strategies.base import traits
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
 HELP_ALL = "--help-all"
@@ -198,6 +199,7 @@ class FitCLI(RecipeCLI):
         Raises:
             ValueError: The module has no phases for so many steps, or there is no model to train.
         """
+        _require_checkpoint(self.trainer, self.config_init[self.command]["ckpt_path"])
         self.model.check_steps(self.trainer.max_steps)
         self.model.check_model()
         self._check_vocabulary()
@@ -281,6 +283,7 @@ class ValidateCLI(RecipeCLI):
 
     def validate(self, model: TrainingModule, **settings: Any) -> None:
         """Measure, and print the figures in a line."""
+        _require_checkpoint(self.trainer, settings.get("ckpt_path"))
         with refusals():
             (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
         print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
@@ -320,6 +323,11 @@ def read_recipe(arguments: list[str]) -> ReadRecipe:
     configure_logging()
     cli = ReadCLI(arguments)
     return ReadRecipe(cli.model, cli.datamodule, cli.config["fit"]["trainer"].as_dict())
+
+
+def _require_checkpoint(trainer: pl.Trainer, path: str | None) -> None:
+    if path is not None:
+        traits(trainer).require_checkpoint(Path(path))
 
 
 def main(command: str, arguments: list[str]) -> None:

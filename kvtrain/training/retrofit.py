@@ -118,9 +118,9 @@ class RetrofitModule(MethodModule):
             state = gqa_state(state, self.plain_config(), self.num_key_value_heads)
         adapted = builder(self.method, self.host_config()).adapt_state(state)
         files = {id(tensor) for tensor in mapped.values()}
-        made = sum(tensor.nbytes for tensor in adapted.values() if id(tensor) not in files)
-        if made >= _WORTH_SAYING:
-            logger.info("%.1f GiB of the model's weights are computed from the base's, whole on each rank", made / _GIB)
+        computed = sum(tensor.nbytes for tensor in adapted.values() if id(tensor) not in files)
+        if computed >= _WORTH_SAYING:
+            logger.info("%.1f GiB of weights are computed from the base's, whole on each rank", computed / _GIB)
         return adapted
 
     def _map_base(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from kvtrain.training.callbacks.preemption import Preemption
 from kvtrain.training.callbacks.run_summary import RunSummary
 from kvtrain.training.callbacks.threads import ThreadCount
 from kvtrain.training.csv_logger import CSVMetrics
-from kvtrain.training.strategies import DeepSpeedZeRO
+from kvtrain.training.strategies import WORDS
 
 DEFAULT_RUN = "runs/unnamed"
 _MANY = 64
@@ -141,8 +141,7 @@ def _check_cpu_strategy(strategy: Any) -> None:
             f"trainer.strategy: {strategy} is no class that can be built; give class_path and all init_args it needs"
         )
     if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
-        raise ValueError(f"trainer.strategy {strategy} needs CUDA; on the CPU take {ours}")
+        raise ValueError(f"trainer.strategy {strategy} needs CUDA; on the CPU take one of {', '.join(WORDS)}")
 
 
 def _observers(peak_flops: float | None) -> list[pl.Callback]:

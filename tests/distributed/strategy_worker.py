@@ -6,12 +6,12 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvtrain.errors import UsageError
 from tests.distributed.trainings import train
 
 
@@ -20,10 +20,10 @@ def main(world_size: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for job, arguments in jobs.items():
-        print(job, flush=True)
+        print(f"{time.monotonic():.1f} {job}", flush=True)
         try:
             results[job] = train(place=folder, world_size=world_size, **arguments)
-        except UsageError as error:
+        except ValueError as error:
             results[job] = str(error)
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(results, folder / "results.pt")

@@ -1,6 +1,7 @@
 """What a run asks of its strategy, as one device and DDP answer it; strategies that shard answer otherwise."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvtrain.errors import UsageError
+
 Tensors = Mapping[str, Tensor]
+SAME_STRATEGY = "go on with the trainer.strategy that the run was begun with"
 
 
 class BuildsModel(Protocol):
@@ -59,6 +63,15 @@ class StrategyTraits:
     def build_teacher(self, module: BuildsTeacher) -> PreTrainedModel:
         """A training module's second model, on the device; every rank calls it."""
         return module.build_teacher()
+
+    def require_checkpoint(self, path: Path) -> None:
+        """Make sure that a checkpoint, which is there and whole, is one to go on from.
+
+        Raises:
+            UsageError: It was written under another strategy.
+        """
+        if path.is_dir():
+            raise UsageError(f"{path}: a folder, sharded by another strategy; {SAME_STRATEGY}")
 
     def watch_overflow(self) -> None:
         """Turn on the check behind ``drops_steps``."""

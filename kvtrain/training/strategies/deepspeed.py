@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kvtrain.errors import UsageError
 from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
 from kvtrain.recipes import find_config
-from kvtrain.training.strategies.base import PlainParameters, StrategyTraits, row_mask
+from kvtrain.training.strategies.base import SAME_STRATEGY, PlainParameters, StrategyTraits, row_mask
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
@@ -147,20 +147,23 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         Raises:
             UsageError: It was written under another strategy or by another number of ranks, or cannot be read.
         """
-        self._check_checkpoint(Path(checkpoint_path))
+        self.require_checkpoint(Path(checkpoint_path))
         self._engine.checkpoint_engine.load = read_shard
         state: dict[str, Any] = super().load_checkpoint(checkpoint_path)
         return state
 
-    def _check_checkpoint(self, path: Path) -> None:
+    def require_checkpoint(self, path: Path) -> None:
+        """See ``StrategyTraits``; of as many ranks, too.
+
+        Raises:
+            UsageError: It is another strategy's, or of another number of ranks.
+        """
         if not is_zero(path):
-            raise UsageError(
-                f"{path}: not written by DeepSpeed; go on with the trainer.strategy that the run was begun with"
-            )
+            raise UsageError(f"{path}: not written by DeepSpeed; {SAME_STRATEGY}")
         checkpoint = ZeROCheckpoint(path)
         stage = 3 if self.zero_stage_3 else 2
         if checkpoint.stage != stage:
-            raise UsageError(f"{path}: written under ZeRO-{checkpoint.stage}, not {stage}; go on with that strategy")
+            raise UsageError(f"{path}: written under ZeRO-{checkpoint.stage}, not {stage}; {SAME_STRATEGY}")
         if checkpoint.ranks != self.world_size:
             raise UsageError(
                 f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "

@@ -16,7 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kvtrain.errors import UsageError
+from kvtrain.models.sharded import is_sharded
 from kvtrain.training.strategies.base import (
+    SAME_STRATEGY,
     BuildsModel,
     BuildsTeacher,
     PlainParameters,
@@ -159,14 +161,25 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         Raises:
             UsageError: It is something else, or of another model.
         """
+        path = Path(self.broadcast(checkpoint_path))
+        self.require_checkpoint(path)
         fits = self._module.trainer.state.fn == TrainerFn.FITTING
         return load_sharded(
-            Path(self.broadcast(checkpoint_path)),
+            path,
             self._module,
             stored_tensors(self._module),
             self.optimizers if fits else [],
             strict=self._module.strict_loading,
         )
+
+    def require_checkpoint(self, path: Path) -> None:
+        """See ``StrategyTraits``.
+
+        Raises:
+            UsageError: It is another strategy's.
+        """
+        if not is_sharded(path):
+            raise UsageError(f"{path}: not written under fsdp2; {SAME_STRATEGY}")
 
     @property
     def _module(self) -> pl.LightningModule:

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from kvtrain.errors import UsageError
-from kvtrain.models.sharded import REST, WEIGHTS, ShardedReader, is_sharded
+from kvtrain.models.sharded import REST, WEIGHTS, ShardedReader
 
 _OPTIMIZER = "optimizer.{}."  # and its kind of number, and the parameter's name
 
@@ -58,12 +58,8 @@ def load_sharded(
         What is no tensor.
 
     Raises:
-        UsageError: It is no such checkpoint, or one of another model.
+        UsageError: It is of another model.
     """
-    if not is_sharded(folder):
-        raise UsageError(
-            f"{folder}: not written under fsdp2; continue it with the trainer.strategy that it was begun with"
-        )
     reader = ShardedReader(folder)
     rest, found = reader.rest(), reader.tensors()
     names = [name for name in targets if strict or WEIGHTS + name in found]
