@@ -199,7 +199,8 @@ class FitCLI(RecipeCLI):
         Raises:
             ValueError: The module has no phases for so many steps, or there is no model to train.
         """
-        _require_checkpoint(self.trainer, self.config_init[self.command]["ckpt_path"])
+        if path := self.config_init[self.command]["ckpt_path"]:
+            traits(self.trainer).require_checkpoint(Path(path))
         self.model.check_steps(self.trainer.max_steps)
         self.model.check_model()
         self._check_vocabulary()
@@ -283,7 +284,8 @@ class ValidateCLI(RecipeCLI):
 
     def validate(self, model: TrainingModule, **settings: Any) -> None:
         """Measure, and print the figures in a line."""
-        _require_checkpoint(self.trainer, settings.get("ckpt_path"))
+        if path := settings.get("ckpt_path"):
+            traits(self.trainer).require_checkpoint(Path(path), fits=False)
         with refusals():
             (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
         print("  ".join(f"{name} {value:.5g}" for name, value in figures.items()))
@@ -323,11 +325,6 @@ def read_recipe(arguments: list[str]) -> ReadRecipe:
     configure_logging()
     cli = ReadCLI(arguments)
     return ReadRecipe(cli.model, cli.datamodule, cli.config["fit"]["trainer"].as_dict())
-
-
-def _require_checkpoint(trainer: pl.Trainer, path: str | None) -> None:
-    if path is not None:
-        traits(trainer).require_checkpoint(Path(path))
 
 
 def main(command: str, arguments: list[str]) -> None:

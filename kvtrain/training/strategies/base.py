@@ -64,8 +64,12 @@ class StrategyTraits:
         """A training module's second model, on the device; every rank calls it."""
         return module.build_teacher()
 
-    def require_checkpoint(self, path: Path) -> None:
+    def require_checkpoint(self, path: Path, fits: bool = True) -> None:
         """Make sure that a checkpoint, which is there and whole, is one to go on from.
+
+        Args:
+            path: The checkpoint.
+            fits: Whether training goes on; otherwise weights alone are wanted.
 
         Raises:
             UsageError: It was written under another strategy.

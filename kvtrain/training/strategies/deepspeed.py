@@ -7,7 +7,7 @@ every step: who writes a parameter has to change both, or the next step undoes w
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kvtrain.errors import UsageError
@@ -147,13 +148,28 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         Raises:
             UsageError: It was written under another strategy or by another number of ranks, or cannot be read.
         """
-        self.require_checkpoint(Path(checkpoint_path))
+        path, module = Path(checkpoint_path), self.lightning_module
+        assert module is not None
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        self.require_checkpoint(path, fits)
+        if not fits:
+            return self._load_weights(ZeROCheckpoint(path), module)
         self._engine.checkpoint_engine.load = read_shard
-        state: dict[str, Any] = super().load_checkpoint(checkpoint_path)
+        state: dict[str, Any] = super().load_checkpoint(path)
         return state
 
-    def require_checkpoint(self, path: Path) -> None:
-        """See ``StrategyTraits``; of as many ranks, too.
+    @torch.no_grad()
+    def _load_weights(self, checkpoint: ZeROCheckpoint, module: pl.LightningModule) -> dict[str, Any]:
+        """Weights alone, one at a time; DeepSpeed itself cannot read a checkpoint without an optimizer."""
+        stored = {*checkpoint.names()}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in stored:
+                with _gathered(tensor):
+                    tensor.data.copy_(checkpoint.read(name))
+        return {key: value for key, value in checkpoint.model_states[0].items() if key != "module"}
+
+    def require_checkpoint(self, path: Path, fits: bool = True) -> None:
+        """See ``StrategyTraits``; of as many ranks, too, where training goes on.
 
         Raises:
             UsageError: It is another strategy's, or of another number of ranks.
@@ -162,13 +178,23 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
             raise UsageError(f"{path}: not written by DeepSpeed; {SAME_STRATEGY}")
         checkpoint = ZeROCheckpoint(path)
         stage = 3 if self.zero_stage_3 else 2
-        if checkpoint.stage != stage:
+        if fits and checkpoint.stage != stage:
             raise UsageError(f"{path}: written under ZeRO-{checkpoint.stage}, not {stage}; {SAME_STRATEGY}")
-        if checkpoint.ranks != self.world_size:
+        if fits and checkpoint.ranks != self.world_size:
             raise UsageError(
                 f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "
                 "many as before: set trainer.devices and trainer.num_nodes so (fsdp2 goes on with any number)"
             )
+
+
+def _gathered(parameter: Any) -> AbstractContextManager[None]:
+    """Where a parameter is whole on every rank, and what the first one writes is written."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return context
 
 
 def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
@@ -255,10 +281,9 @@ class ZeRO3Parameters(PlainParameters):
 
     def zero_rows(self, parameter: Any, rows: slice) -> None:
         """See ``PlainParameters``; the masters too, part by part: writing them whole fails where parts are uneven."""
-        import deepspeed
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with _gathered(parameter):
             super().zero_rows(parameter.data, rows)
         if parameter.requires_grad:
             master = safe_get_local_fp32_param(parameter).clone()
@@ -267,10 +292,9 @@ class ZeRO3Parameters(PlainParameters):
 
     def clamp(self, parameter: Any, low: float, high: float) -> None:
         """See ``PlainParameters``; the masters too."""
-        import deepspeed
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with _gathered(parameter):
             super().clamp(parameter.data, low, high)
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))

@@ -172,7 +172,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
             strict=self._module.strict_loading,
         )
 
-    def require_checkpoint(self, path: Path) -> None:
+    def require_checkpoint(self, path: Path, fits: bool = True) -> None:
         """See ``StrategyTraits``.
 
         Raises:
