@@ -6,6 +6,7 @@ every step: who writes a parameter has to change both, or the next step undoes w
 
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -26,6 +27,7 @@ from kvtrain.recipes import find_config
 from kvtrain.training.strategies.base import SAME_STRATEGY, PlainParameters, StrategyTraits, row_mask
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
 _OFFLOADED = ("offload_optimizer", "offload_param")
 _NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
@@ -111,6 +113,14 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         if self.zero_stage_3:
             self._announce_output_embedding()
 
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """As Lightning's, which would take all hooks from the model, those that it needs to run among them."""
+        before = [(module, name, dict(getattr(module, name))) for module in model.modules() for name in _FORWARD_HOOKS]
+        super()._initialize_deepspeed_inference(model)
+        for module, name, hooks in before:
+            ours = {key: hook for key, hook in hooks.items() if not _is_deepspeeds(hook)}
+            setattr(module, name, OrderedDict({**ours, **getattr(module, name)}))
+
     def _announce_output_embedding(self) -> None:
         """Have ZeRO-3 gather the output embedding for the model itself: the loss reads its weight directly."""
         import deepspeed
@@ -185,6 +195,10 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
                 f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "
                 "many as before: set trainer.devices and trainer.num_nodes so (fsdp2 goes on with any number)"
             )
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").partition(".")[0] == "deepspeed"
 
 
 def _gathered(parameter: Any) -> AbstractContextManager[None]:
