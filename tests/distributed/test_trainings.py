@@ -88,6 +88,30 @@ def test_every_training_ends_as_in_one_process(place, name):
         assert_same(found[strategy], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_one_step_moves_weights_as_far(place, clip):
+    """Under SGD, unclipped and clipped to less than the gradient's norm."""
+    jobs = {s: {"name": "sgd", "strategy": s, "steps": 1, "gradient_clip_val": clip} for s in EVERY}
+    found, expected = work(place, jobs), train("sgd", place, steps=1, gradient_clip_val=clip)
+    assert expected["norms"][0] > 0.1
+    for strategy in EVERY:
+        assert_same(found[strategy], expected, tolerance=1e-7)
+
+
+@pytest.mark.slow
+def test_half_precision_has_float32_masters(place):
+    jobs = {
+        precision: {"name": "dmc", "strategy": "fsdp2", "precision": precision}
+        for precision in ("32-true", "bf16-mixed")
+    }
+    found = work(place, jobs)
+    half, exact = found["bf16-mixed"], found["32-true"]
+    assert {weight.dtype for weight in half["weights"].values()} == {torch.float32}
+    torch.testing.assert_close(half["held_out"], exact["held_out"], atol=5e-3, rtol=0)
+    assert half["held_out"] != exact["held_out"]
+
+
 @pytest.fixture(scope="module")
 def in_two(place):
     """Of a run that trains everything, and one that trains gates alone, under every strategy that shards."""

@@ -54,6 +54,13 @@ BOUNDARY = 3
 DMC_PHASES = [Phase("zero_out", BOUNDARY, 5e-4), Phase("retrofit", 10, 5e-4), Phase("finetune", 7, 5e-4)]
 
 
+class PlainSGD(RetrofitModule):
+    """Steps as large as the gradient is, which AdamW's are not."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.05)
+
+
 @dataclass(frozen=True)
 class Training:
     """One line of the table.
@@ -70,6 +77,7 @@ class Training:
 QWEN = {"family": "qwen3"}
 TRAININGS: dict[str, Training] = {
     "plain": Training(lambda base: RetrofitModule(base, phases=ONE), {**QWEN, "tie_word_embeddings": True}),
+    "sgd": Training(lambda base: PlainSGD(base, phases=ONE)),
     "dmc": Training(
         lambda base: DMCModule(
             base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=True, activation_checkpointing=True

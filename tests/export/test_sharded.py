@@ -51,7 +51,7 @@ def test_the_folder_is_the_one_of_a_single_file(tmp_path, form, tied, monkeypatc
 
 
 @pytest.mark.parametrize("form", PIECES)
-def test_a_file_and_two_tensors_are_in_memory_at_most(tmp_path, form, monkeypatch):
+def test_a_file_and_few_tensors_are_in_memory_at_most(tmp_path, form, monkeypatch):
     monkeypatch.setattr(weights, "MAX_SHARD_SIZE", "16MB")
     sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
     host = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, **sizes))
@@ -62,6 +62,7 @@ def test_a_file_and_two_tensors_are_in_memory_at_most(tmp_path, form, monkeypatc
     del host, model
     export_run(tmp_path / "run", tmp_path / "first")  # what is imported by now costs nothing
     peak = peak_above_start(lambda: export_run(tmp_path / "run", tmp_path / "out", dtype="float32"))
-    bound = 2 * largest + 16 * MIB
+    copies = 3 if form == "torch" else 2  # torch reads a rank's part twice over, and one rank's part is all here
+    bound = copies * largest + 16 * MIB
     assert bound < 0.7 * whole
     assert peak < bound + 4 * MIB, f"{peak / MIB:.1f} MiB of {whole / MIB:.1f}"
