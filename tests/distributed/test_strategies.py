@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import StrategyRegistry
 
 from kvtrain.errors import UsageError
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.strategies import DeepSpeedZeRO, deepspeed, read_config
+from kvtrain.training.strategies import FSDP2, WORDS, DeepSpeedZeRO, deepspeed, read_config
+from kvtrain.training.strategies.base import traits
 from kvtrain.training.trainer import KVTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,31 @@ def test_a_trainer_without_deepspeed_refuses(without_deepspeed, tmp_path):
     strategy = DeepSpeedZeRO({"zero_optimization": {"stage": 2}})
     with pytest.raises(UsageError, match=r"not installed: pip install kvtrain\[deepspeed\]"):
         KVTrainer(default_root_dir=str(tmp_path), strategy=strategy, accelerator="cpu", logger=False)
+
+
+def test_words_stand_for_the_shipped_configurations(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # they are found from anywhere
+    for word in ("zero2", "zero3", "zero3_offload"):
+        found = StrategyRegistry.get(word).config
+        assert found == read_config(str(ROOT / f"configs/deepspeed/{word}.json"))
+    assert isinstance(StrategyRegistry.get("fsdp2"), FSDP2)
+    assert {"fsdp2", "zero2", "zero3", "zero3_offload"} == set(WORDS)
+
+
+def test_one_device_refuses_a_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"a folder, sharded by another strategy; go on with the trainer\.strategy"):
+        traits(None).require_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"), [(FSDP2(), "not written under fsdp2"), (None, "not written by DeepSpeed")]
+)
+def test_a_strategy_that_shards_refuses_a_file(tmp_path, strategy, words):
+    (tmp_path / "last.ckpt").touch()
+    strategy = strategy or DeepSpeedZeRO({"zero_optimization": {"stage": 2}})
+    for fits in (True, False):
+        with pytest.raises(UsageError, match=words):
+            strategy.require_checkpoint(tmp_path / "last.ckpt", fits)
 
 
 def test_the_published_recipe_adds_up(without_deepspeed, monkeypatch):

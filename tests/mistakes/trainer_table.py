@@ -59,6 +59,17 @@ TRAINER = [
     ("--trainer.strategy ''", "You selected an invalid strategy name: `strategy=''`"),
     ("--trainer.strategy fsdp", "The strategy `fsdp` requires a GPU accelerator, but received"),
     ("--trainer.strategy deepspeed_stage_2", "trainer.strategy deepspeed_stage_2 needs CUDA"),
+    ("--trainer.strategy fsdp2 --trainer.precision 64-true", "trainer.precision 64-true under fsdp2: take 32-true or"),
+    (
+        "--trainer.strategy '{class_path: kvtrain.training.strategies.FSDP2, "
+        "init_args: {data_parallel_replicate_size: 0}}'",
+        "data_parallel_replicate_size must be at least 1, not 0",
+    ),
+    (
+        "--trainer.strategy '{class_path: kvtrain.training.strategies.FSDP2, "
+        "init_args: {data_parallel_replicate_size: 3}}'",
+        "data_parallel_replicate_size is 3, which does not divide 1 ranks",
+    ),
     ("--trainer.strategy lightning.pytorch.strategies.ModelParallelStrategi", "no class that can be built"),
     ("--trainer.strategy kvtrain.training.strategies.DeepSpeedZeRO", "give class_path and all init_args"),
     (
