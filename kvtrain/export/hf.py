@@ -1,8 +1,8 @@
 """A run folder becomes a Hugging Face folder: safetensors, configuration, tokenizer, model card."""
 
-import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.errors import explain_load_errors, first_line
 from kvtrain.export.card import model_card
-from kvtrain.models.checkpoint import read_checkpoint
-from kvtrain.models.config import CHECKPOINT_KEY, KVTrainConfig
+from kvtrain.export.weights import write_model
+from kvtrain.models.checkpoint import StoredModel, open_checkpoint
+from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.host import KVTrainMixin, retrofit, retrofitted_class
 from kvtrain.models.registry import own_model_class
+from kvtrain.models.sharded import is_sharded
+from kvtrain.models.zero import is_zero
 from kvtrain.run_folder import last_checkpoint, require_intact
-
-MAX_SHARD_SIZE = "5GB"
 
 logger = logging.getLogger("kvtrain")
 
@@ -34,7 +35,7 @@ def export_run(
     A run whose method is ``Full()``, all settings left alone, becomes a plain folder of its host.
 
     Args:
-        run: Run folder of ``kvtrain fit``, or one ``.ckpt`` file in it.
+        run: Run folder of ``kvtrain fit``, or one ``.ckpt`` file or folder in it.
         output: New folder.
         push_to: Hub repository to upload to, ``org/name``.
         private: Make that repository private.
@@ -44,59 +45,67 @@ def export_run(
         ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
     """
     require_new(output)
-    stored = _dtype(dtype)
+    weight_type = _dtype(dtype)
     if push_to:
         require_push(push_to)
-    checkpoint = read_checkpoint(checkpoint_path(run))
-    settings = json.loads(checkpoint[CHECKPOINT_KEY])
-    if reason := settings.get("unfinished"):
+    stored = open_checkpoint(checkpoint_path(run))
+    if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
-    tokenizer = load_tokenizer(settings["tokenizer"]) if settings["tokenizer"] else None
-    model = rebuild_model(checkpoint)
-    if isinstance(model, KVTrainMixin):
-        model.builder.deploy(model)
-    _cast(model, stored)
+    tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
+    model, weights = rebuild_model(stored)
     with new_folder(output) as folder:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        write_model(model, weights, folder, weight_type)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, run if run.is_dir() else run.parent.parent))
+        (folder / "README.md").write_text(model_card(model, run if is_run(run) else run.parent.parent))
     if push_to:
         push_folder(output, push_to, private)
     return output
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Store weights in a type, but for those that the model says must stay in float32."""
-    kept = tuple(model._keep_in_fp32_modules_strict or ())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            wide = any(part in kept for part in name.split("."))
-            tensor.data = tensor.data.to(torch.float32 if wide else dtype)
 
 
 def checkpoint_path(run: Path) -> Path:
     """The checkpoint that a run folder (or a checkpoint file itself) stands for.
 
     Raises:
-        ValueError: There is none, it is sharded, or it is not what the run's manifest says was written.
+        ValueError: There is none, or it is not what the run's manifest says was written.
     """
-    last = run if run.is_file() else last_checkpoint(run)
-    if last is not None and last.is_dir():
-        raise ValueError(f"{last}: sharded by DeepSpeed as pickles, which kvtrain does not read; export needs one file")
-    if last is None:
+    last = last_checkpoint(run) if is_run(run) else run
+    if last is None or not last.exists():
         raise ValueError(f"{run}: no checkpoint; is this a run folder of `kvtrain fit`?")
     require_intact(last, last.resolve().parent.parent)
     return last
 
 
-def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
-    """The trained model: a retrofitted one, the plain host where its method is that, or one without a host."""
-    settings = json.loads(checkpoint[CHECKPOINT_KEY])
-    stored = dict(settings["config"])
-    config: Any = AutoConfig.for_model(stored.pop("model_type"), **stored)
-    if base := settings.get("base"):
-        return _on_base(base, config, model_weights(checkpoint))
+def is_run(path: Path) -> bool:
+    """Whether a path is a run folder, and no checkpoint in one."""
+    return path.is_dir() and not is_sharded(path) and not is_zero(path)
+
+
+def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """The trained model, as it is served, and its weights: on the meta device where they need not be in memory.
+
+    It is a retrofitted model, the plain host where its method is that, or one without a host.
+    """
+    settings = dict(stored.settings["config"])
+    config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if base := stored.settings.get("base"):
+        return _deployed(_on_base(base, config, dict(stored.weights)))
+    with torch.device("meta"):
+        model = _model_of(config)
+    if not isinstance(model, KVTrainMixin) or not model.builder.deploys:
+        return model.eval(), stored.weights
+    whole = _model_of(config)
+    whole.load_state_dict(dict(stored.weights))
+    return _deployed(whole.eval())
+
+
+def _deployed(model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    assert isinstance(model, KVTrainMixin)
+    model.builder.deploy(model)
+    return model, model.state_dict()
+
+
+def _model_of(config: Any) -> PreTrainedModel:
     if own := own_model_class(config):
         model: PreTrainedModel = own(config)
     elif config.method.is_host:
@@ -105,8 +114,6 @@ def rebuild_model(checkpoint: dict[str, Any]) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(host_config)
     else:
         model = retrofitted_class(config.host_config)(config)
-    model.load_state_dict(model_weights(checkpoint))
-    model.eval()
     return model
 
 
@@ -127,13 +134,6 @@ def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> Pre
             raise ValueError(f"{base}: not the base that was trained on, {name} does not fit; restore it, then export")
     model.load_state_dict(learnt, strict=False)
     return model
-
-
-def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's own state dict inside a training module's."""
-    prefix = "model."
-    weights = checkpoint["state_dict"].items()
-    return {name.removeprefix(prefix): tensor for name, tensor in weights if name.startswith(prefix)}
 
 
 def require_push(repository: str) -> None:

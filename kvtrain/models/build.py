@@ -64,8 +64,17 @@ class Builder(ABC, Generic[Settings]):
         return [self.cache_layer(index, placement) for index, placement in enumerate(placements)]
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A host's weights by name as the retrofitted model wants them; most methods keep all."""
+        """A host's weights by name as the retrofitted model wants them; most methods keep all.
+
+        Weights may be mapped from files in a narrower type than the model's: what is computed of them is given back in
+        at least float32, and is cast to the model's type by whoever asks; what is left alone is the very tensor.
+        """
         return state
+
+    @property
+    def deploys(self) -> bool:
+        """Whether ``deploy`` has anything to do, for which a model must be in memory."""
+        return type(self).deploy is not Builder.deploy
 
     def deploy(self, model: PreTrainedModel) -> None:
         """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.

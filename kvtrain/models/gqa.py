@@ -1,5 +1,6 @@
 """Grouped-query attention by conversion (Ainslie et al. 2023, section 2.1): fewer key-value heads, a plain host."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,16 +37,29 @@ def convert_gqa(host: PreTrainedModel, num_key_value_heads: int, how: Pooling = 
     config = gqa_config(host.config, num_key_value_heads)
     converted: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     nn.Module.to(converted, device=host.device, dtype=host.dtype)
-    prefixes = _per_key_value_head(host.config)
-    old, _ = common_key_value_shape(host.config)
-    state = {
-        name: _pool(tensor, old, num_key_value_heads, how) if name.startswith(prefixes) else tensor
-        for name, tensor in host.state_dict().items()
-    }
-    converted.load_state_dict(state)
+    converted.load_state_dict(gqa_state(host.state_dict(), host.config, num_key_value_heads, how))
     converted.generation_config = host.generation_config
     nn.Module.train(converted, host.training)
     return converted
+
+
+def gqa_state(
+    state: Mapping[str, Tensor], config: PreTrainedConfig, num_key_value_heads: int, how: Pooling = "mean"
+) -> dict[str, Tensor]:
+    """A host's weights by name with so many key-value heads; those that change are in at least float32.
+
+    Args:
+        state: The host's.
+        config: Its configuration, as it was.
+        num_key_value_heads: Of the result.
+        how: ``"mean"`` or ``"first"``.
+    """
+    prefixes = _per_key_value_head(config)
+    old, _ = common_key_value_shape(config)
+    return {
+        name: _pool(tensor, old, num_key_value_heads, how) if name.startswith(prefixes) else tensor
+        for name, tensor in state.items()
+    }
 
 
 def gqa_config(config: PreTrainedConfig, num_key_value_heads: int) -> PreTrainedConfig:
@@ -73,5 +87,5 @@ def _per_key_value_head(config: PreTrainedConfig) -> tuple[str, ...]:
 def _pool(parameter: Tensor, old: int, new: int, how: Pooling) -> Tensor:
     """``(old * D, ...)`` to ``(new * D, ...)``."""
     groups = parameter.unflatten(0, (new, old // new, -1))
-    pooled = at_least_float32(groups).mean(1).to(parameter.dtype) if how == "mean" else groups[:, 0]
+    pooled = at_least_float32(groups).mean(1) if how == "mean" else groups[:, 0]
     return pooled.flatten(0, 1)

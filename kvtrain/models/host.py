@@ -53,7 +53,9 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
     with torch.device("meta"):
         model = retrofitted_class(host_config)(config)
-    state = builder(method, host_config).adapt_state(host.state_dict(keep_vars=True))
+    plain = host.state_dict(keep_vars=True)
+    adapted = builder(method, host_config).adapt_state(plain)
+    state = {name: tensor.to(plain[name].dtype) if name in plain else tensor for name, tensor in adapted.items()}
     model.load_state_dict(state, assign=True)
     buffers = dict(host.named_buffers())
     for name, module in model.named_modules():

@@ -56,6 +56,7 @@ class RotaryEmbedding(nn.Module):
     """
 
     inv_freq: Tensor
+    original_inv_freq: Tensor
 
     def __init__(self, host: Any) -> None:
         super().__init__()
@@ -71,6 +72,7 @@ class RotaryEmbedding(nn.Module):
         scaled = self.rope_type != "default"
         compute = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
         self.inv_freq.copy_(compute(self.config)[0])
+        self.original_inv_freq.copy_(self.inv_freq)
 
     def _exact_frequencies(self) -> Tensor:
         """``(head_dim / 2,)`` in float64; the host's buffer is rounded to float32."""

@@ -21,6 +21,7 @@ from kvtrain.models.method import Repeat
 from kvtrain.training.parameters import clear_moments
 from kvtrain.training.schedules import Phase, PhaseStep, Schedule
 from kvtrain.training.step_figures import StepFigures, Transform
+from kvtrain.training.strategies.base import Tensors, traits
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 
@@ -105,6 +106,16 @@ class TrainingModule(pl.LightningModule, ABC):
             ValueError: The model's configuration cannot be had, or the method refuses it.
         """
 
+    def pretrained_weights(self) -> Tensors | None:
+        """Weights of the model by name, mapped from files, so that strategies can read parts of them.
+
+        None where the model is made by ``build_model`` alone.
+
+        Raises:
+            ValueError: They cannot be had.
+        """
+        return None
+
     def vocab_size(self) -> int | None:
         """Tokens that the model knows, before there is one; None where that cannot be said."""
         return None
@@ -133,7 +144,7 @@ class TrainingModule(pl.LightningModule, ABC):
         """Build the model, under whatever device and precision the strategy has set."""
         if hasattr(self, "model"):
             return
-        self.model = self.build_model().train()
+        self.model = traits(self._trainer).build_model(self).train()
         if self.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
 

@@ -31,6 +31,7 @@ from kvtrain.training.callbacks.run_summary import RunRecord
 from kvtrain.training.ranks import report_end
 from kvtrain.training.refusals import refusals
 from kvtrain.training.resume import find_checkpoint, require_readable
+from kvtrain.training.strategies.base import traits
 from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
 
 HELP_ALL = "--help-all"
@@ -217,6 +218,8 @@ class FitCLI(RecipeCLI):
             ValueError: The module has no phases for so many steps, or there is no model to train.
         """
         self._find_checkpoint()
+        if path := self.config_init[self.command]["ckpt_path"]:
+            traits(self.trainer).require_checkpoint(Path(path))
         self.model.check_steps(self.trainer.max_steps)
         self.model.check_model()
         self._check_vocabulary()
@@ -303,6 +306,8 @@ class ValidateCLI(RecipeCLI):
 
     def validate(self, model: TrainingModule, **settings: Any) -> None:
         """Measure, and print the figures in a line."""
+        if path := settings.get("ckpt_path"):
+            traits(self.trainer).require_checkpoint(Path(path), fits=False)
         with refusals():
             (figures,) = self.trainer.validate(model, weights_only=True, verbose=False, **settings)
         if self.trainer.is_global_zero:

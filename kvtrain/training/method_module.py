@@ -22,6 +22,7 @@ class MethodModule(TrainingModule):
     """What modules that train a retrofitted host have in common."""
 
     method: Method
+    base_dtype = torch.float32  # of the weights while they train
     _dropped: Collection[int] = ()
 
     def repeats(self) -> list[Repeat]:
@@ -61,7 +62,7 @@ class MethodModule(TrainingModule):
 
     def build_meta_model(self) -> nn.Module:
         """See ``TrainingModule``."""
-        return meta_model(self.host_config(), self.method)
+        return meta_model(self.host_config(), self.method, self.base_dtype)
 
     def cost(self, sequence_length: int) -> Cost:
         """See ``TrainingModule``; the cache before is the host's own."""
@@ -100,10 +101,10 @@ def read_model_config(path: str, remedy: str) -> PreTrainedConfig:
     return config
 
 
-def meta_model(config: PreTrainedConfig, method: Method) -> nn.Module:
+def meta_model(config: PreTrainedConfig, method: Method, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A host with a method in it, on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return retrofit(AutoModelForCausalLM.from_config(config), method)
+        return retrofit(AutoModelForCausalLM.from_config(config, dtype=dtype), method)
 
 
 def kv_bytes_per_token(config: PreTrainedConfig) -> int:

@@ -1,9 +1,9 @@
 """Training on from a pretrained host, with any method in it."""
 
+import logging
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
@@ -11,12 +11,19 @@ from kvtrain.data.packing import Batch
 from kvtrain.errors import explain_load_errors
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.full import Full
-from kvtrain.models.gqa import convert_gqa, gqa_config
+from kvtrain.models.gqa import convert_gqa, gqa_config, gqa_state
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
+from kvtrain.models.registry import builder
+from kvtrain.models.weights import host_weights
 from kvtrain.recipes import find_config
-from kvtrain.training.method_module import MethodModule
+from kvtrain.training.method_module import MethodModule, meta_model
+from kvtrain.training.strategies.base import Tensors, traits
 from kvtrain.training.teachers import second_model, teach
+
+_GIB = 1 << 30
+_WORTH_SAYING = 64 << 20  # bytes
+logger = logging.getLogger("kvtrain")
 
 
 class RetrofitModule(MethodModule):
@@ -34,8 +41,6 @@ class RetrofitModule(MethodModule):
         num_key_value_heads: Convert the base to so many first (``kvtrain.convert_gqa``); the teacher stays as it was.
         **training: See ``TrainingModule``.
     """
-
-    base_dtype = torch.float32
 
     def __init__(
         self,
@@ -78,7 +83,19 @@ class RetrofitModule(MethodModule):
             self._load_teacher()
 
     def _load_teacher(self) -> None:
-        self._teacher = (second_model(self._load_base(), self.device),)
+        self._teacher = (traits(self._trainer).build_teacher(self),)
+
+    def build_teacher(self) -> PreTrainedModel:
+        """The base as it is, on the device."""
+        return second_model(self._load_base(), self.device)
+
+    def build_meta_teacher(self) -> nn.Module:
+        """The base as it is, on the meta device."""
+        return meta_model(self.plain_config(), Full(), self.base_dtype)
+
+    def teacher_weights(self) -> Tensors:
+        """The base's weights, mapped from its files."""
+        return self._map_base()
 
     def teacher_model(self) -> nn.Module | None:
         """See ``TrainingModule``; the untouched base."""
@@ -96,6 +113,24 @@ class RetrofitModule(MethodModule):
         if self.num_key_value_heads:
             host = convert_gqa(host, self.num_key_value_heads)
         return retrofit(host, self.method)
+
+    def pretrained_weights(self) -> Tensors:
+        """See ``TrainingModule``; what the conversion of heads and the method make anew is in memory."""
+        mapped = self._map_base()
+        state = dict(mapped)
+        if self.num_key_value_heads:
+            state = gqa_state(state, self.plain_config(), self.num_key_value_heads)
+        adapted = builder(self.method, self.host_config()).adapt_state(state)
+        files = {id(tensor) for tensor in mapped.values()}
+        computed = sum(tensor.nbytes for tensor in adapted.values() if id(tensor) not in files)
+        if computed >= _WORTH_SAYING:
+            logger.info("%.1f GiB of weights are computed from the base's, whole on each rank", computed / _GIB)
+        return adapted
+
+    def _map_base(self) -> dict[str, Tensor]:
+        path = resolve(self.base)
+        with explain_load_errors(self.base):
+            return host_weights(path, self.plain_config())
 
     def _load_base(self) -> PreTrainedModel:
         path = resolve(self.base)

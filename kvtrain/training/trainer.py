@@ -24,7 +24,7 @@ from kvtrain.training.callbacks.threads import ThreadCount
 from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.loggers import AskedLogger, run_loggers, run_profiler
 from kvtrain.training.ranks import set_timeout
-from kvtrain.training.strategies import DeepSpeedZeRO
+from kvtrain.training.strategies import WORDS
 
 DEFAULT_RUN = "runs/unnamed"
 _MANY = 64
@@ -42,8 +42,9 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "num_threads": 1,
 }
-# Lightning's, by name; the first two are what people ask for.
-_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+# By name: those that people ask for, and more of Lightning's.
+_ASKED_STRATEGIES = ("auto", "ddp", *WORDS)
+_STRATEGIES = (*_ASKED_STRATEGIES, "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 # A bare `off` in a recipe is false: YAML says so.
 NonFinitePolicy = Literal["off", "skip", "stop"] | Literal[False]
 
@@ -191,11 +192,10 @@ def check_strategy(strategy: Any) -> None:
     plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     if plain or type(strategy).__module__.startswith("kvtrain."):
         return
-    ours = f"{DeepSpeedZeRO.__module__}.{DeepSpeedZeRO.__name__}"
     name = repr(strategy) if isinstance(strategy, str) else type(strategy).__name__
     raise ValueError(
-        f"trainer.strategy {name} is none that kvtrain trains under; there are {', '.join(_STRATEGIES[:2])}, and as "
-        f"class_path with init_args {ours}"
+        f"trainer.strategy {name} is none that kvtrain trains under; there are {', '.join(_ASKED_STRATEGIES)}, and as "
+        "class_path with init_args kvtrain.training.strategies.DeepSpeedZeRO and FSDP2"
     )
 
 

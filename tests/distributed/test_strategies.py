@@ -9,12 +9,13 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
+    StrategyRegistry,
 )
 
 from kvtrain.errors import UsageError
-from kvtrain.training import strategies
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.strategies import DeepSpeedZeRO, read_config
+from kvtrain.training.strategies import FSDP2, WORDS, DeepSpeedZeRO, deepspeed, read_config
+from kvtrain.training.strategies.base import traits
 from kvtrain.training.trainer import KVTrainer, check_strategy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +24,13 @@ SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 @pytest.fixture
 def without_deepspeed(monkeypatch):
-    monkeypatch.setattr(strategies, "DEEPSPEED_INSTALLED", False)
+    monkeypatch.setattr(deepspeed, "DEEPSPEED_INSTALLED", False)
 
 
 def test_a_recipe_is_read_without_deepspeed(without_deepspeed, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(["--config", "recipes/dmc_llama7b.yaml"])
-    assert recipe.trainer["strategy"]["class_path"] == "kvtrain.training.strategies.DeepSpeedZeRO"
+    assert recipe.trainer["strategy"] == "zero2"
 
 
 def test_a_trainer_without_deepspeed_refuses(without_deepspeed, tmp_path):
@@ -40,7 +41,7 @@ def test_a_trainer_without_deepspeed_refuses(without_deepspeed, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["fsdp", ModelParallelStrategy, DeepSpeedStrategy])
 def test_a_strategy_under_which_ranks_would_train_apart_is_refused(strategy):
-    with pytest.raises(ValueError, match="is none that kvtrain trains under; there are auto, ddp, and as class_path"):
+    with pytest.raises(ValueError, match="is none that kvtrain trains under; there are auto, ddp, fsdp2, zero2, zero3"):
         check_strategy(strategy if isinstance(strategy, str) else strategy.__new__(strategy))
 
 
@@ -48,6 +49,31 @@ def test_one_device_and_ddp_and_our_own_are_strategies():
     for strategy in (None, "auto", "DDP", DDPStrategy(), SingleDeviceStrategy()):
         check_strategy(strategy)
     check_strategy(DeepSpeedZeRO({"zero_optimization": {"stage": 2}}))
+
+
+def test_words_stand_for_the_shipped_configurations(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # they are found from anywhere
+    for word in ("zero2", "zero3", "zero3_offload"):
+        found = StrategyRegistry.get(word).config
+        assert found == read_config(str(ROOT / f"configs/deepspeed/{word}.json"))
+    assert isinstance(StrategyRegistry.get("fsdp2"), FSDP2)
+    assert {"fsdp2", "zero2", "zero3", "zero3_offload"} == set(WORDS)
+
+
+def test_one_device_refuses_a_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"a folder, sharded by another strategy; go on with the trainer\.strategy"):
+        traits(None).require_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"), [(FSDP2(), "not written under fsdp2"), (None, "not written by DeepSpeed")]
+)
+def test_a_strategy_that_shards_refuses_a_file(tmp_path, strategy, words):
+    (tmp_path / "last.ckpt").touch()
+    strategy = strategy or DeepSpeedZeRO({"zero_optimization": {"stage": 2}})
+    for fits in (True, False):
+        with pytest.raises(UsageError, match=words):
+            strategy.require_checkpoint(tmp_path / "last.ckpt", fits)
 
 
 def test_the_published_recipe_adds_up(without_deepspeed, monkeypatch):

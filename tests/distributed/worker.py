@@ -8,19 +8,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kvtrain.errors import UsageError
 from kvtrain.training.parameters import zero_rows
-from tests.distributed.runs import STEPS, Rows, TinyDMC, dmc_run, duo_run, lckv_run, sgd_step, trainer
-
-
-def refusal(folder: Path, world_size: int, stage: int) -> str:
-    """What a run says that is to go on from DeepSpeed's checkpoint."""
-    run = trainer(folder / "again", world_size, stage, STEPS, 2)
-    try:
-        run.fit(TinyDMC(), Rows([24] * 4 * STEPS, 2, 2), ckpt_path=folder / "checkpoints" / "last.ckpt")
-    except UsageError as error:
-        return str(error)
-    return ""
+from tests.distributed.runs import dmc_run, duo_run, lckv_run, sgd_step
 
 
 def sharded_rows(world_size: int) -> torch.Tensor:
@@ -44,7 +33,6 @@ def main(world_size: int, folder: Path, stage: int, clip: float) -> None:
         "half": dmc_run(folder / "half", *place, "qwen2", precision="bf16-mixed", enable_checkpointing=False),
         "lckv": lckv_run(folder / "lckv", *place),
         "duo": duo_run(folder / "duo", *place),
-        "refusal": refusal(folder / "dmc", world_size, stage),
         "sharded": sharded_rows(world_size),
     }
     if rank == 0:

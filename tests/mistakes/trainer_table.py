@@ -66,6 +66,17 @@ TRAINER = [
     ("--trainer.strategy deepspeed_stage_2", "and as class_path with init_args kvtrain.training.strategies.DeepSpeed"),
     ("--trainer.strategy lightning.pytorch.strategies.ModelParallelStrategi", "none that kvtrain trains under"),
     ("--trainer.strategy kvtrain.training.strategies.DeepSpeedZeRO", "as class_path with init_args"),
+    ("--trainer.strategy fsdp2 --trainer.precision 64-true", "trainer.precision 64-true under fsdp2: take 32-true or"),
+    (
+        "--trainer.strategy '{class_path: kvtrain.training.strategies.FSDP2, "
+        "init_args: {data_parallel_replicate_size: 0}}'",
+        "data_parallel_replicate_size must be at least 1, not 0",
+    ),
+    (
+        "--trainer.strategy '{class_path: kvtrain.training.strategies.FSDP2, "
+        "init_args: {data_parallel_replicate_size: 3}}'",
+        "data_parallel_replicate_size is 3, which does not divide 1 ranks",
+    ),
     (
         "--trainer.strategy '{class_path: ModelParallelStrategy, init_args: {tensor_parallel_size: 7}}'",
         "trainer.strategy ModelParallelStrategy is none that kvtrain trains under",

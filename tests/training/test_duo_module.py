@@ -7,10 +7,11 @@ import torch
 
 import kvtrain
 from kvtrain.data.packing import IGNORE_INDEX
-from kvtrain.export.hf import export_run, read_checkpoint
+from kvtrain.export.hf import export_run
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.losses.gate_regularization import sparsity_penalty
+from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.duo.convert import gates_of
 from kvtrain.models.duo.gates import choose_full_heads
 from kvtrain.training import DuoModule, Phase

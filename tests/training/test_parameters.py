@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from kvtrain.training.parameters import _local_part, clamp_parameter, clear_moments, whole, zero_rows
+from kvtrain.training.parameters import clamp_parameter, clear_moments, whole, zero_rows
+from kvtrain.training.strategies.deepspeed import local_part
 
 ROWS = slice(3, None, 4)
 
@@ -61,7 +62,7 @@ def test_parts_of_a_vector_that_ranks_do_not_divide_evenly(monkeypatch):
     parts = []
     for rank in range(4):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        parts.append(_local_part(torch.arange(10).view(5, 2), 3).tolist())
+        parts.append(local_part(torch.arange(10).view(5, 2), 3).tolist())
     assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
 
 

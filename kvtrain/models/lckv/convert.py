@@ -115,7 +115,8 @@ def adapt_state(settings: LCKV, state: dict[str, Tensor], host_config: PreTraine
         adapted = {name: tensor for name, tensor in adapted.items() if not name.startswith(parts)}
         like = state[f"{prefix}q_proj.weight"]
         for name in residual_parts(layer_idx, settings, depth):
-            adapted[prefix + name] = torch.nn.Parameter(no_residual().to(like))
+            wide = torch.promote_types(like.dtype, torch.float32)
+            adapted[prefix + name] = torch.nn.Parameter(no_residual().to(like.device, wide))
     return adapted
 
 
@@ -127,6 +128,5 @@ def _means(state: dict[str, Tensor], kv_map: KVMap, projection: str, adapter: Ho
         for kind in ("weight", "bias"):
             if len(readers) > 1 and f"{readers[0]}.{kind}" in state:
                 stacked = torch.stack([state[f"{reader}.{kind}"].detach().double() for reader in readers])
-                mean = stacked.mean(0).to(state[f"{readers[0]}.{kind}"].dtype)
-                means[f"{adapter.attention_name(owner)}.{projection}.{kind}"] = torch.nn.Parameter(mean)
+                means[f"{adapter.attention_name(owner)}.{projection}.{kind}"] = stacked.mean(0)
     return means

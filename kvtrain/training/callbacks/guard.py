@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from kvtrain.run_folder import last_checkpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
+from kvtrain.training.strategies.base import traits
 
 MAX_SKIPS = 20
 _ROWS_SHOWN = 16
@@ -29,8 +29,8 @@ class NonFiniteGuard(pl.Callback):
     are and counts as taken. Where losses are scaled (``16-mixed``) a gradient that overflows is part of the
     procedure, which drops the step by itself: then losses alone are looked at.
 
-    DeepSpeed keeps gradients to itself: its own check, which drops the step, is turned on, and losses that are not
-    finite make their gradients such.
+    A strategy that keeps gradients to itself (DeepSpeed) drops the step by its own check, which is turned on, and
+    losses that are not finite make their gradients such.
 
     Args:
         policy: What to do.
@@ -61,9 +61,8 @@ class NonFiniteGuard(pl.Callback):
         self.consecutive_skips = state_dict.get("consecutive_skips", 0)  # version 0.1 has none
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            _engine(trainer).optimizer.check_grad_overflow = True
+        """Turn the strategy's own check on, where it has one."""
+        traits(trainer).watch_overflow()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -83,7 +82,7 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Look at the window's losses and gradient; a step without gradients changes nothing."""
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
+        if traits(trainer).drops_steps:
             return
         norm = [] if _scales_losses(trainer) or self.gradients.norm is None else [self.gradients.norm]
         if self._is_bad(trainer, [*self._losses, *norm]):
@@ -95,20 +94,20 @@ class NonFiniteGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step, hear what DeepSpeed did, and log."""
+        """After an optimizer step, hear what the strategy did by itself, and log."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            if self._engine_refused(trainer):
+        if traits(trainer).drops_steps:
+            if not traits(trainer).step_applied() and self._strategy_found(trainer):
                 self._drop(trainer, trainer.global_step)
             else:
                 self.consecutive_skips = 0
         if self.policy == "skip":
             pl_module.log("skipped_steps", float(self.skipped_steps))
 
-    def _engine_refused(self, trainer: pl.Trainer) -> bool:
-        dropped = not _engine(trainer).was_step_applied()
-        return dropped and (not _scales_losses(trainer) or self._is_bad(trainer, self._losses))
+    def _strategy_found(self, trainer: pl.Trainer) -> bool:
+        """Whether a step that the strategy dropped was bad, and no overflow that scaling losses expects."""
+        return not _scales_losses(trainer) or self._is_bad(trainer, self._losses)
 
     def _is_bad(self, trainer: pl.Trainer, values: list[Tensor]) -> bool:
         """Whether one of some numbers is not finite on any rank."""
@@ -145,10 +144,5 @@ class NonFiniteGuard(pl.Callback):
         return f"the {what} is not finite, from rows {', '.join(map(str, guilty[:_ROWS_SHOWN]))}{more}"
 
 
-def _engine(trainer: pl.Trainer) -> Any:
-    return trainer.model
-
-
 def _scales_losses(trainer: pl.Trainer) -> bool:
-    half = "16-true" if isinstance(trainer.strategy, DeepSpeedStrategy) else "16-mixed"
-    return trainer.precision in ("16-mixed", half)
+    return trainer.precision in traits(trainer).scaled_precisions

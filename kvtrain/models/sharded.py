@@ -1,0 +1,115 @@
+"""Checkpoints in torch's distributed form (DCP), a folder to which every rank has written its part.
+
+``.metadata`` says where the parts of each tensor lie. It is a pickle, which is read here by an unpickler that knows the
+few plain classes it is made of and refuses everything else.
+"""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from kvtrain.errors import first_line
+
+INDEX = ".metadata"
+REST = "meta.pt"  # what is no tensor, as Lightning calls the file
+WEIGHTS = "state_dict."  # how names of a training module's weights begin
+
+_PATHS = frozenset({"Path", "PosixPath", "PurePosixPath", "PurePath", "WindowsPath"})
+_DESCRIPTIONS = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
+
+
+class _DescriptionUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if is_plain or name in _DESCRIPTIONS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+class ShardedReader(FileSystemReader):
+    """Reads tensors of a sharded checkpoint, whole or in part, and runs no code that it might hold.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or holds a pickle of something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder, self._metadata = folder, _read_index(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What is where; read once."""
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Every tensor by name: its size, its type."""
+        described = self._metadata.state_dict_metadata.items()
+        return {name: tensor for name, tensor in described if isinstance(tensor, TensorStorageMetadata)}
+
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fill tensors, sharded or whole; every rank reads for itself."""
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank is asked is meant
+            load(dict(targets), storage_reader=self, no_dist=True)
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        described = self.tensors()[name]
+        tensor = torch.empty(described.size, dtype=described.properties.dtype)
+        self.read_into({name: tensor})
+        return tensor
+
+    def rest(self) -> dict[str, Any]:
+        """What is no tensor.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        try:
+            content: dict[str, Any] = torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle and zip readers raise a dozen unrelated types
+            raise ValueError(f"{self.folder / REST}: not readable ({first_line(error)})") from error
+        return content
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is in this form."""
+    return (path / INDEX).is_file()
+
+
+def _read_index(folder: Path) -> Metadata:
+    try:
+        with (folder / INDEX).open("rb") as file:
+            metadata: Any = _DescriptionUnpickler(file).load()
+        return Metadata(metadata.state_dict_metadata, None, metadata.storage_data, metadata.storage_meta)
+    except Exception as error:  # pickle raises a dozen unrelated types
+        raise ValueError(f"{folder / INDEX}: not the index of a sharded checkpoint ({first_line(error)})") from error

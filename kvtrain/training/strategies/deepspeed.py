@@ -1,0 +1,329 @@
+"""DeepSpeed's ZeRO under Lightning, with what has to be mended for it.
+
+ZeRO keeps a float32 master copy beside the working one, whole or in parts, and overwrites the working copy from it at
+every step: who writes a parameter has to change both, or the next step undoes what was done.
+"""
+
+import importlib.util
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from kvtrain.errors import UsageError
+from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
+from kvtrain.recipes import find_config
+from kvtrain.training.strategies.base import SAME_STRATEGY, PlainParameters, StrategyTraits, row_mask
+
+DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# What the trainer, the module or the recipe decides; two places to say it would be one too many.
+_OFFLOADED = ("offload_optimizer", "offload_param")
+_NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
+
+
+class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
+    """ZeRO stage 2 or 3 from a DeepSpeed configuration file, on CUDA devices or, for tests, on the CPU.
+
+    Differs from Lightning's strategy in that accumulated gradients are divided by their number once and not
+    twice (AdamW hides that, clipping does not), that loaders without a batch size work, and that the CPU works.
+    Without DeepSpeed a recipe that names it can still be read, listed and estimated.
+
+    Args:
+        config: DeepSpeed's configuration, a file or its content. The optimizer, accumulation and clipping
+            come from the recipe.
+        timeout_minutes: How long a rank waits for the others before it gives up.
+
+    Raises:
+        UsageError: The file cannot be read, or says what the strategy cannot honour.
+    """
+
+    drops_steps = True
+    scaled_precisions = ("16-mixed", "16-true")
+
+    def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
+        settings = read_config(find_config(config) if isinstance(config, str) else config)
+        if DEEPSPEED_INSTALLED:
+            super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
+        else:  # enough for a recipe to be read; a trainer that takes it refuses
+            super(DeepSpeedStrategy, self).__init__()
+
+    def _configure_launcher(self) -> None:
+        """The first thing that a trainer asks of its strategy.
+
+        Raises:
+            UsageError: DeepSpeed is not installed.
+        """
+        if not DEEPSPEED_INSTALLED:
+            raise UsageError(
+                "this recipe trains with DeepSpeed, which is not installed: pip install kvtrain[deepspeed]"
+            )
+        super()._configure_launcher()
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device, with the index that DeepSpeed wants even of a CPU."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """As Lightning's, which would refuse the CPU."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.accelerator.setup_device(self.root_device)
+            self.setup_distributed()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """As Lightning's, which compares device indices with ranks: CPU processes share one device."""
+        if self.root_device.type != "cpu":
+            super().setup_distributed()
+            return
+        import deepspeed
+
+        # An operation that shares memory between CPU processes, compiled on first use; ZeRO does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """None: a host is loaded whole by each rank and then partitioned.
+
+        DeepSpeed's own context would partition parameters before transformers has loaded values into them.
+        """
+        self._init_config_if_needed()
+        yield
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Hand the model to DeepSpeed."""
+        super().setup(trainer)
+        if self.zero_stage_3:
+            self._announce_output_embedding()
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """As Lightning's, which would take all hooks from the model, those that it needs to run among them."""
+        before = [(module, name, dict(getattr(module, name))) for module in model.modules() for name in _FORWARD_HOOKS]
+        super()._initialize_deepspeed_inference(model)
+        for module, name, hooks in before:
+            ours = {key: hook for key, hook in hooks.items() if not _is_deepspeeds(hook)}
+            setattr(module, name, OrderedDict({**ours, **getattr(module, name)}))
+
+    def _announce_output_embedding(self) -> None:
+        """Have ZeRO-3 gather the output embedding for the model itself: the loss reads its weight directly."""
+        import deepspeed
+
+        model: Any = self.lightning_module.model  # type: ignore[union-attr]
+        deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def watch_overflow(self) -> None:
+        """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
+        self._engine.optimizer.check_grad_overflow = True
+
+    def step_applied(self) -> bool:
+        """See ``StrategyTraits``."""
+        return bool(self._engine.was_step_applied())
+
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> None:
+        """None: DeepSpeed keeps gradients to itself."""
+
+    def last_gradient_norm(self) -> Tensor | None:
+        """See ``StrategyTraits``."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+    @property
+    def _engine(self) -> Any:
+        return self.model
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's, but no shard may hold more than plain values, and none of their code is run.
+
+        Raises:
+            UsageError: It was written under another strategy or by another number of ranks, or cannot be read.
+        """
+        path, module = Path(checkpoint_path), self.lightning_module
+        assert module is not None
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        self.require_checkpoint(path, fits)
+        if not fits:
+            return self._load_weights(ZeROCheckpoint(path), module)
+        self._engine.checkpoint_engine.load = read_shard
+        state: dict[str, Any] = super().load_checkpoint(path)
+        return state
+
+    @torch.no_grad()
+    def _load_weights(self, checkpoint: ZeROCheckpoint, module: pl.LightningModule) -> dict[str, Any]:
+        """Weights alone, one at a time; DeepSpeed itself cannot read a checkpoint without an optimizer."""
+        stored = {*checkpoint.names()}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in stored:
+                with _gathered(tensor):
+                    tensor.data.copy_(checkpoint.read(name))
+        return {key: value for key, value in checkpoint.model_states[0].items() if key != "module"}
+
+    def require_checkpoint(self, path: Path, fits: bool = True) -> None:
+        """See ``StrategyTraits``; of as many ranks, too, where training goes on.
+
+        Raises:
+            UsageError: It is another strategy's, or of another number of ranks.
+        """
+        if not is_zero(path):
+            raise UsageError(f"{path}: not written by DeepSpeed; {SAME_STRATEGY}")
+        checkpoint = ZeROCheckpoint(path)
+        stage = 3 if self.zero_stage_3 else 2
+        if fits and checkpoint.stage != stage:
+            raise UsageError(f"{path}: written under ZeRO-{checkpoint.stage}, not {stage}; {SAME_STRATEGY}")
+        if fits and checkpoint.ranks != self.world_size:
+            raise UsageError(
+                f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "
+                "many as before: set trainer.devices and trainer.num_nodes so (fsdp2 goes on with any number)"
+            )
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").partition(".")[0] == "deepspeed"
+
+
+def _gathered(parameter: Any) -> AbstractContextManager[None]:
+    """Where a parameter is whole on every rank, and what the first one writes is written."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return context
+
+
+def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read and check a DeepSpeed configuration.
+
+    Args:
+        config: A JSON file or its content.
+
+    Raises:
+        UsageError: It cannot be read, or says what ``DeepSpeedZeRO`` cannot honour.
+    """
+    name = config if isinstance(config, str) else "DeepSpeed configuration"
+    settings = _read_json(config) if isinstance(config, str) else dict(config)
+    taken = [key for key in _NOT_OURS if key in settings]
+    if taken:
+        raise UsageError(f"{name}: leave out {', '.join(taken)}; the recipe's trainer and model say it")
+    zero = settings.get("zero_optimization", {})
+    for key, part in {"zero_optimization": zero, **(zero if isinstance(zero, dict) else {})}.items():
+        if key in ("zero_optimization", *_OFFLOADED) and not isinstance(part, dict):
+            raise UsageError(f"{name}: {key} must be an object, not {part!r}")
+    if zero.get("stage") not in (2, 3):
+        raise UsageError(f"{name}: zero_optimization.stage must be 2 or 3, not {zero.get('stage')}")
+    for part in _OFFLOADED:
+        if zero.get(part, {}).get("device", "none") not in ("none", "cpu"):
+            raise UsageError(f"{name}: zero_optimization.{part}.device must be cpu or none")
+    # Of DeepSpeed's own speed figures alone; Lightning would look for it in the loader, which has none.
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    return settings
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"no DeepSpeed configuration at '{path}'") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return content
+
+
+class ZeRO2Parameters(PlainParameters):
+    """Under ZeRO-2 every rank has the working copy whole, and a part of the masters."""
+
+    def owns(self, parameter: Tensor) -> bool:
+        """See ``PlainParameters``."""
+        return hasattr(parameter, "_hp_mapping")
+
+    def zero_rows(self, parameter: Any, rows: slice) -> None:
+        """See ``PlainParameters``; the masters too."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        super().zero_rows(parameter, rows)
+        master = safe_get_full_fp32_param(parameter)
+        master[rows] = 0
+        safe_set_full_fp32_param(parameter, master)
+
+    def clamp(self, parameter: Any, low: float, high: float) -> None:
+        """See ``PlainParameters``; the masters too."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        super().clamp(parameter, low, high)
+        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
+
+
+class ZeRO3Parameters(PlainParameters):
+    """Under ZeRO-3 every rank has a part of everything."""
+
+    def owns(self, parameter: Tensor) -> bool:
+        """See ``PlainParameters``."""
+        return hasattr(parameter, "ds_id")
+
+    def numel(self, parameter: Any) -> int:
+        """See ``PlainParameters``."""
+        return int(parameter.ds_numel)
+
+    def whole(self, parameter: Any) -> Tensor:
+        """See ``PlainParameters``."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return super().whole(parameter)
+
+    def zero_rows(self, parameter: Any, rows: slice) -> None:
+        """See ``PlainParameters``; the masters too, part by part: writing them whole fails where parts are uneven."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        with _gathered(parameter):
+            super().zero_rows(parameter.data, rows)
+        if parameter.requires_grad:
+            master = safe_get_local_fp32_param(parameter).clone()
+            mask = local_part(row_mask(master, parameter.ds_shape, rows), master.numel())
+            safe_set_local_fp32_param(parameter, master.masked_fill_(mask, 0))
+
+    def clamp(self, parameter: Any, low: float, high: float) -> None:
+        """See ``PlainParameters``; the masters too."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        with _gathered(parameter):
+            super().clamp(parameter.data, low, high)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+
+
+def local_part(whole: Tensor, size: int) -> Tensor:
+    """This rank's stretch of a flattened tensor, padded at the end as ZeRO-3 pads it."""
+    start = torch.distributed.get_rank() * size
+    part = whole.flatten()[start : start + size]
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def clear_partitioned_moments(optimizer: Any) -> None:
+    """Zero in place: DeepSpeed holds views of these tensors, which ``state.clear()`` would leave stale."""
+    for state in optimizer.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

@@ -1,0 +1,113 @@
+"""A sharded training as a checkpoint of torch's distributed form, and back, on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from kvtrain.errors import UsageError
+from kvtrain.models.sharded import REST, WEIGHTS, ShardedReader
+
+_OPTIMIZER = "optimizer.{}."  # and its kind of number, and the parameter's name
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Moments by kind and parameter's name, and settings, with names in place of parameters."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    state = {f"{kind}.{names[p]}": value for p, values in optimizer.state.items() for kind, value in values.items()}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups}
+
+
+def save_sharded(checkpoint: dict[str, Any], folder: Path, first: bool) -> None:
+    """Write Lightning's checkpoint as a folder; every rank calls it.
+
+    Args:
+        checkpoint: With tensors of ``state_dict`` and of ``optimizer_state``.
+        folder: Where.
+        first: Whether this is the rank that writes what is no tensor.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {WEIGHTS + name: value for name, value in checkpoint["state_dict"].items()}
+    groups = []
+    for index, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        tensors |= {_OPTIMIZER.format(index) + name: value for name, value in optimizer["state"].items()}
+        groups.append(optimizer["param_groups"])
+    if first:
+        rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        torch.save({**rest, "param_groups": groups}, folder / REST)
+    save(tensors, storage_writer=FileSystemWriter(folder))
+
+
+def load_sharded(
+    folder: Path, module: nn.Module, targets: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], strict: bool
+) -> dict[str, Any]:
+    """Read what ``save_sharded`` wrote, in place; every rank reads its own part.
+
+    Args:
+        folder: The checkpoint.
+        module: The training module.
+        targets: Its weights by name.
+        optimizers: Its optimizers; none to read weights alone.
+        strict: Whether all weights must be there.
+
+    Returns:
+        What is no tensor.
+
+    Raises:
+        UsageError: It is of another model.
+    """
+    reader = ShardedReader(folder)
+    rest, found = reader.rest(), reader.tensors()
+    names = [name for name in targets if strict or WEIGHTS + name in found]
+    state = {WEIGHTS + name: targets[name].detach() for name in names}
+    moments = [_moments(index, module, reader) for index in range(len(optimizers))]
+    for part in moments:
+        state |= part
+    _check_shapes(folder, state, reader)
+    reader.read_into(state)
+    for index, (optimizer, part) in enumerate(zip(optimizers, moments, strict=True)):
+        _restore_optimizer(optimizer, module, part, rest["param_groups"][index], _OPTIMIZER.format(index))
+    return rest
+
+
+def _moments(index: int, module: nn.Module, reader: ShardedReader) -> dict[str, Tensor]:
+    """Empty tensors for an optimizer's moments, sharded as their parameters are."""
+    parameters, prefix = dict(module.named_parameters()), _OPTIMIZER.format(index)
+    moments: dict[str, Tensor] = {}
+    for key, described in reader.tensors().items():
+        if key.startswith(prefix):
+            parameter, dtype = parameters[key.removeprefix(prefix).partition(".")[2]], described.properties.dtype
+            like = described.size == parameter.shape
+            moments[key] = (
+                torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(described.size, dtype=dtype)
+            )
+    return moments
+
+
+def _check_shapes(folder: Path, state: dict[str, Tensor], reader: ShardedReader) -> None:
+    found = reader.tensors()
+    for name, target in state.items():
+        there = tuple(found[name].size) if name in found else "absent"
+        if there != tuple(target.shape):
+            shown = name.removeprefix(WEIGHTS)
+            raise UsageError(f"{folder}: of another model, {shown} is {there} there and {tuple(target.shape)} here")
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    moments: dict[str, Tensor],
+    groups: list[dict[str, Any]],
+    prefix: str,
+) -> None:
+    parameters = dict(module.named_parameters())
+    optimizer.state.clear()
+    for key, value in moments.items():
+        kind, _, name = key.removeprefix(prefix).partition(".")
+        optimizer.state[parameters[name]][kind] = value.detach()
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in saved.items() if name != "params"})

@@ -1,0 +1,190 @@
+"""Every strategy on two processes ends where one process ends, goes on bit for bit, and is exported."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kvtrain
+from kvtrain.export.hf import export_run
+from kvtrain.training.strategies import DEEPSPEED_INSTALLED
+
+from .launch import launch
+from .trainings import BOUNDARY, TRAININGS, assert_equal, assert_same, train, write_place
+
+STEPS = 8  # in the gating tier: over the first boundary, with held-out looks before and after it
+ZERO = ("zero2", "zero3")
+GATING = ("ddp", "fsdp2", *(ZERO if DEEPSPEED_INSTALLED else ()))
+EVERY = (*GATING, "hsdp")
+SHARDED = tuple(strategy for strategy in EVERY if strategy != "ddp")
+
+pytestmark = [pytest.mark.timeout(1500)]
+
+
+def work(place: Path, jobs: dict[str, dict], world_size: int = 2) -> dict:
+    return launch("tests.distributed.strategy_worker", world_size, place, json.dumps(jobs), DS_ACCELERATOR="cpu")
+
+
+def whole_and_in_two(name: str, strategy: str) -> dict[str, dict]:
+    """A run, and the same one stopped exactly at a phase boundary and continued."""
+    job = {"name": name, "strategy": strategy, "steps": STEPS}
+    begun, run = f"{name} {strategy} begun", f"{name} {strategy}"
+    saved = f"{{place}}/{begun}/checkpoints/step-{BOUNDARY:06d}.ckpt"
+    return {
+        run: {**job, "run": run},
+        begun: {**job, "steps": BOUNDARY, "run": begun},
+        f"{run} resumed": {**job, "resume": saved, "run": begun},
+    }
+
+
+def assert_exported(place: Path, run: str, weights: dict[str, torch.Tensor]) -> None:
+    """The exported folder opens, and holds what was trained."""
+    folder = export_run(place / run, place / f"{run} exported", dtype="float32")
+    opened = kvtrain.load(str(folder))
+    for name, weight in opened.named_parameters():
+        assert torch.equal(weight, weights[f"model.{name}"]), name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    write_place(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gating(place):
+    """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts."""
+    jobs = {f"dmc {strategy}": {"name": "dmc", "strategy": strategy, "steps": STEPS} for strategy in GATING}
+    return work(place, jobs | whole_and_in_two("dmc", "fsdp2"))
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("strategy", GATING)
+def test_two_processes_end_as_one(place, gating, strategy):
+    assert_same(gating[f"dmc {strategy}"], train("dmc", place, steps=STEPS))
+
+
+@pytest.mark.roads
+def test_a_sharded_run_goes_on_bit_for_bit_at_a_boundary(gating):
+    assert_equal(gating["dmc fsdp2 resumed"]["weights"], gating["dmc fsdp2"]["weights"])
+
+
+@pytest.mark.roads
+def test_a_sharded_run_is_exported(place, gating):
+    assert_exported(place, "dmc fsdp2", gating["dmc fsdp2"]["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TRAININGS))
+def test_every_training_ends_as_in_one_process(place, name):
+    jobs = {strategy: {"name": name, "strategy": strategy} for strategy in EVERY}
+    found, expected = work(place, jobs), train(name, place)
+    for strategy in EVERY:
+        assert_same(found[strategy], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_one_step_moves_weights_as_far(place, clip):
+    """Under SGD, unclipped and clipped to less than the gradient's norm."""
+    jobs = {s: {"name": "sgd", "strategy": s, "steps": 1, "gradient_clip_val": clip} for s in EVERY}
+    found, expected = work(place, jobs), train("sgd", place, steps=1, gradient_clip_val=clip)
+    assert expected["norms"][0] > 0.1
+    for strategy in EVERY:
+        assert_same(found[strategy], expected, tolerance=1e-7)
+
+
+@pytest.mark.slow
+def test_half_precision_has_float32_masters(place):
+    jobs = {
+        precision: {"name": "dmc", "strategy": "fsdp2", "precision": precision}
+        for precision in ("32-true", "bf16-mixed")
+    }
+    found = work(place, jobs)
+    half, exact = found["bf16-mixed"], found["32-true"]
+    assert {weight.dtype for weight in half["weights"].values()} == {torch.float32}
+    torch.testing.assert_close(half["held_out"], exact["held_out"], atol=5e-3, rtol=0)
+    assert half["held_out"] != exact["held_out"]
+
+
+@pytest.fixture(scope="module")
+def in_two(place):
+    """Of a run that trains everything, and one that trains gates alone, under every strategy that shards."""
+    jobs = [whole_and_in_two(name, strategy) for name, strategy in itertools.product(("dmc", "duo"), SHARDED)]
+    return work(place, {job: arguments for part in jobs for job, arguments in part.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmc", "duo"])
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_run_goes_on_bit_for_bit(in_two, name, strategy):
+    run = f"{name} {strategy}"
+    assert_equal(in_two[f"{run} resumed"]["weights"], in_two[run]["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_run_is_exported(place, in_two, strategy):
+    assert_exported(place, f"dmc {strategy}", in_two[f"dmc {strategy}"]["weights"])
+    folder = export_run(place / f"duo {strategy}", place / f"duo {strategy} exported")
+    rounded = AutoModelForCausalLM.from_pretrained(folder).method.full_heads
+    assert sum(map(len, rounded)) == 3  # of six heads, by the default sparsity
+
+
+@pytest.mark.slow
+def test_on_another_number_of_processes(place, in_two):
+    """A run under FSDP2 goes on as before; one under ZeRO says what to do."""
+    jobs = {
+        strategy: {**whole_and_in_two("dmc", strategy)[f"dmc {strategy} resumed"], "run": f"{strategy} alone"}
+        for strategy in ("fsdp2", *ZERO)
+    }
+    alone = work(place, jobs, world_size=1)
+    assert_same(
+        {**alone["fsdp2"], "norms": [], "held_out": []},
+        {**in_two["dmc fsdp2"], "norms": [], "held_out": []},
+        tolerance=1e-6,
+    )
+    for strategy in ZERO:
+        assert "written by 2 ranks, and here are 1" in alone[strategy]
+
+
+@pytest.mark.slow
+def test_what_another_strategy_wrote_is_refused(place, in_two):
+    def resumed(strategy: str, written: str) -> dict:
+        return {**whole_and_in_two("dmc", written)[f"dmc {written} resumed"], "strategy": strategy, "run": "refused"}
+
+    pairs = [("fsdp2", "zero2"), ("zero2", "fsdp2"), ("zero2", "zero3")]
+    refused = work(place, {f"{a} {b}": resumed(a, b) for a, b in pairs})
+    assert "not written under fsdp2" in refused["fsdp2 zero2"]
+    assert "not written by DeepSpeed" in refused["zero2 fsdp2"]
+    assert "written under ZeRO-3, not 2" in refused["zero2 zero3"]
+
+
+class Bomb:
+    """Opens a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ZERO)
+def test_a_planted_class_is_refused_and_not_run(place, in_two, strategy, tmp_path):
+    job = whole_and_in_two("dmc", strategy)[f"dmc {strategy} resumed"]
+    saved = Path(job["resume"].format(place=place))
+    copy = place / f"{strategy} planted.ckpt"
+    shutil.copytree(saved, copy)
+    for shard in copy.rglob("*optim_states.pt"):
+        state = torch.load(shard, weights_only=False)
+        torch.save({**state, "bomb": Bomb(tmp_path / "exploded")}, shard)
+    refused = work(place, {"job": {**job, "resume": str(copy), "run": "planted"}})
+    assert "which no checkpoint of kvtrain needs" in refused["job"] and "\n" not in refused["job"]
+    assert not (tmp_path / "exploded").exists()

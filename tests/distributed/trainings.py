@@ -1,0 +1,221 @@
+"""Trainings that must end alike under every strategy and on any number of processes; an architecture joins by a line.
+
+All begin from a base on disk, as users' trainings do, and read packed rows of several documents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from kvtrain.data.loader import PackedLoader
+from kvtrain.data.packing import PackedRows
+from kvtrain.data.shards import TokenShards
+from kvtrain.losses.distillation import Distillation
+from kvtrain.models.dmc import DMC
+from kvtrain.models.duo import Duo
+from kvtrain.models.lckv import LCKV
+from kvtrain.training import (
+    DMCModule,
+    DuoModule,
+    LCKVModule,
+    LCKVPretrainModule,
+    Phase,
+    RetrofitModule,
+    TransNormerMaskedModule,
+    TransNormerModule,
+)
+from kvtrain.training.parameters import whole
+from kvtrain.training.strategies import FSDP2, DeepSpeedZeRO
+from kvtrain.training.strategies.base import traits
+from kvtrain.training.trainer import KVTrainer
+from tests.distributed.runs import SHARING, zero_config
+from tests.hosts import VOCAB, make_host
+from tests.training.tiny_runs import LENGTH, RowsData, make_rows
+
+ROWS_A_BATCH = 4  # over all processes
+WINDOW = 2
+VALIDATED_EVERY = 3  # steps; the others between have no held-out figures
+STATE = {
+    "variant": "T1",
+    "hidden_dropout": 0.0,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+# The divergence alone is 0 at first, and its gradient rounding, of which AdamW would make whole steps.
+MIXED = Distillation(weight=0.5)
+ONE = [Phase("all", 20, 1e-3)]
+# The first boundary clears the borrowed rows, and each the optimizer.
+BOUNDARY = 3
+DMC_PHASES = [Phase("zero_out", BOUNDARY, 5e-4), Phase("retrofit", 10, 5e-4), Phase("finetune", 7, 5e-4)]
+
+
+class PlainSGD(RetrofitModule):
+    """Steps as large as the gradient is, which AdamW's are not."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.05)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One line of the table.
+
+    Attributes:
+        make: The module, of the folder of its base.
+        host: How the base is made.
+    """
+
+    make: Callable[[str], Any]
+    host: dict[str, Any] = field(default_factory=dict)
+
+
+QWEN = {"family": "qwen3"}
+TRAININGS: dict[str, Training] = {
+    "plain": Training(lambda base: RetrofitModule(base, phases=ONE), {**QWEN, "tie_word_embeddings": True}),
+    "sgd": Training(lambda base: PlainSGD(base, phases=ONE)),
+    "dmc": Training(
+        lambda base: DMCModule(
+            base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, activation_checkpointing=True
+        )
+    ),
+    "converted": Training(
+        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1)
+    ),
+    "duo": Training(
+        lambda base: DuoModule(base, Duo(sink=1, recent=3), phases=[Phase("gates", 20, 0.5)], regularization=0.2),
+        {**QWEN, "layers": 3},
+    ),
+    "duo, hard-concrete": Training(
+        lambda base: DuoModule(base, Duo(sink=1, recent=3, gates="hard_concrete", sparsity=0.5), phases=ONE),
+        {**QWEN, "layers": 3},
+    ),
+    "lckv": Training(
+        lambda base: LCKVModule(base, SHARING, phases=ONE, activation_checkpointing=True), {**QWEN, "layers": 5}
+    ),
+    "lckv, averaged": Training(
+        lambda base: LCKVModule(base, LCKV(kv_map="0_1_1_1_4", init="mean", residual=True), phases=ONE),
+        {**QWEN, "layers": 5},
+    ),
+    "lckv from nothing": Training(
+        lambda base: LCKVPretrainModule(f"{base}/config.json", SHARING, phases=ONE), {**QWEN, "layers": 5}
+    ),
+    "transnormer": Training(lambda _: TransNormerModule({**STATE, "block_size": 5}, phases=ONE)),
+    "masked transnormer": Training(lambda _: TransNormerMaskedModule({**STATE, "causal": False}, phases=ONE)),
+}
+
+
+def write_place(folder: Path) -> None:
+    """The base of every training, in several files of weights, and the rows that all read."""
+    for name, training in TRAININGS.items():
+        make_host(dtype=torch.float32, **training.host).save_pretrained(folder / name, max_shard_size="20KB")
+    (folder / "rows").mkdir()
+    make_rows(folder / "rows")
+
+
+class SharedRows(RowsData):
+    """The same rows a step on any number of processes."""
+
+    def loader(self, seed: int | None, **settings: Any) -> PackedLoader:
+        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return PackedLoader(self.rows, ROWS_A_BATCH // self.trainer.world_size, seed=seed, **place, **settings)
+
+
+class Notes(pl.Callback):
+    """What a run says of every step, as far as it is of all ranks."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.held_out: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        norm = traits(trainer).last_gradient_norm()
+        self.norms.append(float(trainer.callback_metrics["gradient_norm"] if norm is None else norm))
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.held_out.append(float(trainer.callback_metrics["val_loss"]))
+
+
+def strategy_of(name: str, world_size: int) -> Any:
+    """By its word; small parameters are partitioned under ZeRO-3, too, and HSDP keeps a copy a process."""
+    if name == "zero3":
+        return DeepSpeedZeRO(zero_config(3, keep_whole=1))
+    return FSDP2(data_parallel_replicate_size=world_size) if name == "hsdp" else name
+
+
+def train(
+    name: str,
+    place: Path,
+    strategy: str = "auto",
+    world_size: int = 1,
+    steps: int = 20,
+    resume: str | None = None,
+    run: str = "",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train, or go on, and tell where it ended.
+
+    Args:
+        name: In the table.
+        place: With the bases; holds the runs, too.
+        strategy: Its word.
+        world_size: Processes, of which this is one.
+        steps: In all.
+        resume: A checkpoint; ``{place}`` in it stands for that.
+        run: Name of the run folder; without one nothing is saved.
+        **settings: Of the trainer.
+    """
+    pl.seed_everything(0, verbose=False)
+    module, notes = TRAININGS[name].make(str(place / name)), Notes()
+    saves = {"checkpoint_every": 3} if run else {"enable_checkpointing": False}
+    trainer = KVTrainer(
+        default_root_dir=str(place / (run or "unsaved")),
+        strategy=strategy_of(strategy, world_size),
+        accelerator="cpu",
+        devices=world_size,
+        max_steps=steps,
+        accumulate_grad_batches=WINDOW,
+        val_check_interval=VALIDATED_EVERY * WINDOW,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=2,
+        callbacks=[notes],
+        logger=False,
+        enable_progress_bar=False,
+        **{"gradient_clip_val": 0.5, **saves, **settings},
+    )
+    trainer.fit(
+        module,
+        SharedRows(PackedRows(TokenShards(place / "rows"), LENGTH)),
+        ckpt_path=resume and resume.format(place=place),
+        weights_only=True,
+    )
+    weights = {parameter: whole(tensor) for parameter, tensor in module.named_parameters()}
+    return {"weights": weights, "norms": notes.norms, "held_out": notes.held_out}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """The same weights, gradient norms and held-out losses, as far as sums in another order allow.
+
+    Weights are compared as one vector: AdamW makes whole steps of a gradient that is nothing but rounding.
+    """
+    ours, theirs = found["weights"], expected["weights"]
+    assert ours.keys() == theirs.keys()
+    astray = torch.cat([(ours[name] - weight).flatten() for name, weight in theirs.items()]).norm()
+    assert astray < tolerance * torch.cat([weight.flatten() for weight in theirs.values()]).norm()
+    torch.testing.assert_close(found["norms"], expected["norms"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found["held_out"], expected["held_out"], atol=2e-6, rtol=1e-6)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same weights, bit for bit."""
+    assert found.keys() == expected.keys()
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
