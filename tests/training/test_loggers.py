@@ -1,6 +1,7 @@
 """What a recipe may ask for beside ``metrics.csv``: loggers and profilers in a word, below the run folder."""
 
 import importlib.util
+import time
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
@@ -67,6 +68,15 @@ def test_profilers_write_where_the_run_is(recipe):
     assert {path.name for path in run.iterdir()} == {"profile", "checkpoints", "config.yaml", "metrics.csv"}
 
 
+def written(record, word, seconds=30):
+    """What wandb's own process has written, once a word is in it."""
+    until = time.monotonic() + seconds
+    while word not in record.read_bytes():
+        assert time.monotonic() < until, f"{record} has {record.stat().st_size} bytes without {word}"
+        time.sleep(0.1)
+    return record.read_bytes()
+
+
 @pytest.mark.roads
 def test_wandb_keeps_a_run_s_id_when_it_goes_on(recipe, monkeypatch):
     wandb = pytest.importorskip("wandb")
@@ -81,8 +91,7 @@ def test_wandb_keeps_a_run_s_id_when_it_goes_on(recipe, monkeypatch):
     records = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert [record.name for record in records] == [f"run-{name}.wandb"] * 2
     for record in records:
-        content = record.read_bytes()
-        assert b"tokens_per_second" in content
+        content = written(record, b"tokens_per_second")
         assert b"model_config" in content  # of the recipe, as the run's configuration
 
 
