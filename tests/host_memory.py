@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+Result = TypeVar("Result")
 _M_MMAP_THRESHOLD = -3
 _STATUS = Path("/proc/self/status")
 
@@ -17,8 +19,8 @@ def anonymous() -> int:
     return int(line.split()[1]) << 10
 
 
-def peak_above_start(work: Callable[[], object]) -> int:
-    """Bytes that some work takes at most, above what there was; looked at every millisecond."""
+def peak_above_start(work: Callable[[], Result]) -> tuple[int, Result]:
+    """Bytes that some work takes at most, above what there was, looked at every millisecond; and what comes of it."""
     gc.collect()
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once
@@ -34,9 +36,8 @@ def peak_above_start(work: Callable[[], object]) -> int:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        kept = work()
+        result = work()
     finally:
         done.set()
         watcher.join()
-    del kept
-    return peak - start
+    return peak - start, result
