@@ -32,5 +32,6 @@ else
 fi
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600} # after 30 s torchrun would kill workers that still save
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # workers that start again would meet at the address of those that are gone
 exec "${PYTHON:-python}" -m torch.distributed.run "${meeting[@]}" --nnodes "$NODES" \
   --nproc-per-node "${DEVICES:-gpu}" --max-restarts "$RESTARTS" -m kvtrain "$command" "$@"

@@ -16,10 +16,10 @@ from kvtrain import run_folder
 from kvtrain.data.tokenizer import load_tokenizer
 from tests.hosts import make_host
 from tests.processes import KVTRAIN, PATIENCE, Forked
+from tests.training.measured import MEASURED
 from tests.training.small_runs import recipe_text, write_place
 
 STEPS = 24
-MEASURED = ("tokens_per_second", "peak_memory_gib")  # what two equal runs do not share
 
 # Python may be started with Ctrl-C ignored, and Lightning was imported without a rank; a disk is slow, so that a save
 # has moments to be hit in.

@@ -13,6 +13,7 @@ from kvtrain.cli import main
 from kvtrain.training import Phase, checkpoint_io
 from kvtrain.training.callbacks import checkpoints
 from kvtrain.training.callbacks.head_compression import HeadCompression
+from tests.training.measured import MEASURED
 
 from .small_runs import fit, refused, steps_saved
 from .tiny_runs import TinyDMC, TinyFull, make_rows, table, train
@@ -204,7 +205,7 @@ def ratings(run):
 
 
 def without_measures(row):
-    return {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gib")}
+    return {name: value for name, value in row.items() if name not in MEASURED}
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), [moment for moment in MOMENTS if moment[0] != TinyDMC])

@@ -19,10 +19,9 @@ from kvtrain.run_lock import Owner
 from kvtrain.training.cli import ReadCLI, read_recipe
 from kvtrain_cli import main
 from tests.thinning import thinned
+from tests.training.measured import MEASURED
 
 from .small_runs import STEPS, acting, fit, recipe_text, refused, steps_saved
-
-MEASURED = ("tokens_per_second", "data_wait", "peak_memory_gib")  # what two equal runs do not share
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,13 @@ from tests.models.planted_families import planting
 from .small_runs import HOST, fit, recipe_text
 
 COEFFICIENT = 0.25
+# As much of a trainer as a step asks for; ranks are summed by nobody.
+STEP = {
+    "global_step": 0,
+    "should_stop": False,
+    "log_every_n_steps": 1,
+    "strategy": SimpleNamespace(reduce=lambda tensor, reduce_op: tensor),
+}
 
 
 @pytest.fixture
@@ -57,24 +64,27 @@ def test_accumulation_and_ranks_leave_its_weight_alone(host, checkpointing):
 
     def gradients(accumulated, ranks):
         """As a trainer makes them: the mean over batches of a window, and over ranks."""
-        module.trainer = SimpleNamespace(accumulate_grad_batches=accumulated, world_size=ranks, global_step=0)
-        losses = [module.training_step(batch, 0) for batch in batches]
+        module.trainer = SimpleNamespace(accumulate_grad_batches=accumulated, world_size=ranks, **STEP)
+        losses = [module.training_step(batch, number % accumulated) for number, batch in enumerate(batches)]
         return torch.autograd.grad(sum(losses) / (accumulated * ranks), routers)
 
-    expected = 0
+    expected = expected_aux = 0
     for batch in batches:
         given = {name: batch[name] for name in ("input_ids", "labels", "document_ids", "position_ids")}
         targets = module.num_targets(batch)
-        expected = expected + model(**given).loss * targets / batch["num_items"]
-    parts = model(**given).loss_parts
+        output = model(**given)
+        expected = expected + output.loss * targets / batch["num_items"]
+        expected_aux += float(output.loss_parts["aux_loss"] * targets / batch["num_items"])
     expected = torch.autograd.grad(expected, routers)
     for accumulated, ranks in ((3, 1), (1, 3)):
         for ours, naive in zip(gradients(accumulated, ranks), expected, strict=True):
             torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-9)
-    assert logged["aux_loss"][2] == pytest.approx(float(parts["aux_loss"]), rel=1e-5)
-    assert logged["loss"][2] == pytest.approx(
-        logged["cross_entropy"][2] + COEFFICIENT * logged["aux_loss"][2], rel=1e-5
-    )
+    assert logged["aux_loss"][0] == pytest.approx(expected_aux, rel=1e-5)
+    assert sum(logged["aux_loss"][1:]) == pytest.approx(expected_aux, rel=1e-5)  # a share of each rank
+    for loss, cross_entropy, aux_loss in zip(
+        *(logged[name] for name in ("loss", "cross_entropy", "aux_loss")), strict=True
+    ):
+        assert loss == pytest.approx(cross_entropy + COEFFICIENT * aux_loss, rel=1e-5)
 
 
 def test_a_run_logs_it_and_measures_held_out_tokens_without_it(host, place, tmp_path):
