@@ -20,7 +20,7 @@ import yaml
 from kvtrain import strict_yaml
 from kvtrain.durable import files_in, publish, remove, remove_leftovers, replacing, sha256, write_text
 from kvtrain.errors import UsageError
-from kvtrain.renamed import with_new_names
+from kvtrain.renamed import OLD_NAMES, with_new_names
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -353,7 +353,8 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def parse_config(text: str) -> dict[str, Any]:
     """A resolved recipe as plain values."""
-    content = with_new_names(strict_yaml.load(text))
+    content = strict_yaml.load(text)
+    content = with_new_names(content) if OLD_NAMES.search(text) else content
     return content if isinstance(content, dict) else {}
 
 

@@ -14,7 +14,10 @@ _KINDS = (ShardedParameters(), ZeRO3Parameters(), ZeRO2Parameters(), PlainParame
 
 
 def _kind(parameter: Tensor) -> PlainParameters:
-    return next(kind for kind in _KINDS if kind.owns(parameter))
+    for kind in _KINDS:
+        if hasattr(parameter, kind.mark):
+            return kind
+    raise AssertionError("every tensor has the mark of plain ones")
 
 
 @torch.no_grad()
@@ -43,11 +46,6 @@ def clamp_parameter(parameter: Tensor, low: float, high: float) -> None:
 def whole(parameter: Tensor) -> Tensor:
     """A copy of all of a parameter, wherever its parts lie; every rank calls it."""
     return _kind(parameter).whole(parameter)
-
-
-def whole_numel(parameter: Tensor) -> int:
-    """Numbers of all of a parameter."""
-    return _kind(parameter).numel(parameter)
 
 
 def clear_moments(trainer: pl.Trainer) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -77,6 +77,10 @@ class StrategyTraits:
         if path.is_dir():
             raise UsageError(f"{path}: a folder, sharded by another strategy; {SAME_STRATEGY}")
 
+    def parameter_sizes(self, model: nn.Module) -> list[tuple[int, bool]]:
+        """Numbers of every whole parameter, and whether it trains."""
+        return [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+
     def watch_overflow(self) -> None:
         """Turn on the check behind ``drops_steps``."""
 
@@ -114,15 +118,13 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class PlainParameters:
-    """Reads and writes parameters that lie whole on every rank; the base of those that do not."""
+    """Reads and writes parameters that lie whole on every rank; the base of those that do not.
 
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether a parameter is of this kind."""
-        return True
+    Attributes:
+        mark: The attribute by which a parameter of this kind is known.
+    """
 
-    def numel(self, parameter: Any) -> int:
-        """Numbers of the whole parameter."""
-        return int(parameter.numel())
+    mark: ClassVar[str] = "numel"
 
     def whole(self, parameter: Any) -> Tensor:
         """See ``parameters.whole``."""

@@ -132,6 +132,11 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def parameter_sizes(self, model: nn.Module) -> list[tuple[int, bool]]:
+        """See ``StrategyTraits``; under ZeRO-3 a parameter is empty while nobody uses it."""
+        parameters = list(model.parameters())
+        return [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in parameters]
+
     def watch_overflow(self) -> None:
         """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
         self._engine.optimizer.check_grad_overflow = True
@@ -254,9 +259,7 @@ def _read_json(path: str) -> dict[str, Any]:
 class ZeRO2Parameters(PlainParameters):
     """Under ZeRO-2 every rank has the working copy whole, and a part of the masters."""
 
-    def owns(self, parameter: Tensor) -> bool:
-        """See ``PlainParameters``."""
-        return hasattr(parameter, "_hp_mapping")
+    mark = "_hp_mapping"
 
     def zero_rows(self, parameter: Any, rows: slice) -> None:
         """See ``PlainParameters``; the masters too."""
@@ -278,13 +281,7 @@ class ZeRO2Parameters(PlainParameters):
 class ZeRO3Parameters(PlainParameters):
     """Under ZeRO-3 every rank has a part of everything."""
 
-    def owns(self, parameter: Tensor) -> bool:
-        """See ``PlainParameters``."""
-        return hasattr(parameter, "ds_id")
-
-    def numel(self, parameter: Any) -> int:
-        """See ``PlainParameters``."""
-        return int(parameter.ds_numel)
+    mark = "ds_id"
 
     def whole(self, parameter: Any) -> Tensor:
         """See ``PlainParameters``."""

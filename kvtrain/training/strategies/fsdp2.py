@@ -222,9 +222,7 @@ def _sharded_norm(tensors: list[Tensor]) -> Tensor:
 class ShardedParameters(PlainParameters):
     """Under FSDP2 parameters, and with them masters, are ``DTensor``."""
 
-    def owns(self, parameter: Tensor) -> bool:
-        """See ``PlainParameters``."""
-        return isinstance(parameter, DTensor)
+    mark = "full_tensor"
 
     def whole(self, parameter: Any) -> Tensor:
         """See ``PlainParameters``."""
