@@ -89,6 +89,12 @@ def test_every_training_ends_as_in_one_process(place, name):
 
 
 @pytest.mark.slow
+def test_two_copies_of_two_shards(place):
+    found = work(place, {"hsdp": {"name": "dmc", "strategy": "hsdp"}}, world_size=4)
+    assert_same(found["hsdp"], train("dmc", place))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_one_step_moves_weights_as_far(place, clip):
     """Under SGD, unclipped and clipped to less than the gradient's norm."""
