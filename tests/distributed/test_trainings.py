@@ -37,7 +37,7 @@ def whole_and_in_two(name: str, strategy: str) -> dict[str, dict]:
     return {
         run: {**job, "run": run},
         begun: {**job, "steps": BOUNDARY, "run": begun},
-        f"{run} resumed": {**job, "resume": saved, "run": begun},
+        f"{run} resumed": {**job, "resume": saved, "run": f"{run} resumed"},
     }
 
 
