@@ -45,11 +45,6 @@ def whole(parameter: Tensor) -> Tensor:
     return _kind(parameter).whole(parameter)
 
 
-def whole_numel(parameter: Tensor) -> int:
-    """Numbers of all of a parameter."""
-    return _kind(parameter).numel(parameter)
-
-
 def clear_moments(trainer: pl.Trainer) -> None:
     """Let the optimizers start anew: no moments, no steps taken.
 

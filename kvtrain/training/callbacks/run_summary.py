@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from kvtrain import run_folder
 from kvtrain.metrics import FILE_NAME
 from kvtrain.training.base import TrainingModule
-from kvtrain.training.parameters import whole_numel
+from kvtrain.training.strategies.base import traits
 
 logger = logging.getLogger("kvtrain")
 
@@ -54,7 +54,8 @@ class RunSummary(pl.Callback):
 
 def run_summary_line(trainer: pl.Trainer, module: TrainingModule) -> str:
     """One line of facts about a run that begins or goes on."""
-    sizes = [(whole_numel(parameter), parameter.requires_grad) for parameter in module.model.parameters()]
+    strategy = traits(trainer)
+    sizes = [(strategy.numel(parameter), parameter.requires_grad) for parameter in module.model.parameters()]
     total, trainable = sum([size for size, _ in sizes]), sum([size for size, trains in sizes if trains])
     trained = "" if trainable == total else f" ({trainable:,} train)"
     phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in module.schedule.phases)

@@ -64,6 +64,10 @@ class StrategyTraits:
         """A training module's second model, on the device; every rank calls it."""
         return module.build_teacher()
 
+    def numel(self, parameter: Any) -> int:
+        """Numbers of the whole parameter."""
+        return int(parameter.numel())
+
     def require_checkpoint(self, path: Path, fits: bool = True) -> None:
         """Make sure that a checkpoint, which is there and whole, is one to go on from.
 
@@ -119,10 +123,6 @@ class PlainParameters:
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter is of this kind."""
         return True
-
-    def numel(self, parameter: Any) -> int:
-        """Numbers of the whole parameter."""
-        return int(parameter.numel())
 
     def whole(self, parameter: Any) -> Tensor:
         """See ``parameters.whole``."""

@@ -132,6 +132,10 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def numel(self, parameter: Any) -> int:
+        """See ``StrategyTraits``; a rank of ZeRO-3 has a part."""
+        return int(getattr(parameter, "ds_numel", 0) or parameter.numel())
+
     def watch_overflow(self) -> None:
         """Turn ZeRO-2's check on, which otherwise is that of the norm, if it is computed; ZeRO-3 always checks."""
         self._engine.optimizer.check_grad_overflow = True
@@ -281,10 +285,6 @@ class ZeRO3Parameters(PlainParameters):
     def owns(self, parameter: Tensor) -> bool:
         """See ``PlainParameters``."""
         return hasattr(parameter, "ds_id")
-
-    def numel(self, parameter: Any) -> int:
-        """See ``PlainParameters``."""
-        return int(parameter.ds_numel)
 
     def whole(self, parameter: Any) -> Tensor:
         """See ``PlainParameters``."""
