@@ -37,7 +37,7 @@ def whole_and_in_two(name: str, strategy: str) -> dict[str, dict]:
     return {
         run: {**job, "run": run},
         begun: {**job, "steps": BOUNDARY, "run": begun},
-        f"{run} resumed": {**job, "resume": saved, "run": begun},
+        f"{run} resumed": {**job, "resume": saved, "run": f"{run} resumed"},
     }
 
 
@@ -86,6 +86,12 @@ def test_every_training_ends_as_in_one_process(place, name):
     found, expected = work(place, jobs), train(name, place)
     for strategy in EVERY:
         assert_same(found[strategy], expected)
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(place):
+    found = work(place, {"hsdp": {"name": "dmc", "strategy": "hsdp"}}, world_size=4)
+    assert_same(found["hsdp"], train("dmc", place))
 
 
 @pytest.mark.slow

@@ -145,11 +145,11 @@ class Notes(pl.Callback):
         self.held_out.append(float(trainer.callback_metrics["val_loss"]))
 
 
-def strategy_of(name: str, world_size: int) -> Any:
-    """By its word; small parameters are partitioned under ZeRO-3, too, and HSDP keeps a copy a process."""
+def strategy_of(name: str) -> Any:
+    """By its word; small parameters are partitioned under ZeRO-3, too, and HSDP keeps two copies."""
     if name == "zero3":
         return DeepSpeedZeRO(zero_config(3, keep_whole=1))
-    return FSDP2(data_parallel_replicate_size=world_size) if name == "hsdp" else name
+    return FSDP2(data_parallel_replicate_size=2) if name == "hsdp" else name
 
 
 def train(
@@ -179,7 +179,7 @@ def train(
     saves = {"checkpoint_every": 3} if run else {"enable_checkpointing": False}
     trainer = KVTrainer(
         default_root_dir=str(place / (run or "unsaved")),
-        strategy=strategy_of(strategy, world_size),
+        strategy=strategy_of(strategy),
         accelerator="cpu",
         devices=world_size,
         max_steps=steps,
