@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from kvtrain.errors import UsageError
@@ -62,39 +63,38 @@ def load_sharded(
     """
     reader = ShardedReader(folder)
     rest, found = reader.rest(), reader.tensors()
-    names = [name for name in targets if strict or WEIGHTS + name in found]
-    state = {WEIGHTS + name: targets[name].detach() for name in names}
-    moments = [_moments(index, module, reader) for index in range(len(optimizers))]
+    weights = {WEIGHTS + name: target.detach() for name, target in targets.items() if strict or WEIGHTS + name in found}
+    _check_fit(folder, weights, found)
+    moments = [_moments(index, module, found) for index in range(len(optimizers))]
+    state = dict(weights)
     for part in moments:
         state |= part
-    _check_shapes(folder, state, reader)
     reader.read_into(state)
     for index, (optimizer, part) in enumerate(zip(optimizers, moments, strict=True)):
         _restore_optimizer(optimizer, module, part, rest["param_groups"][index], _OPTIMIZER.format(index))
     return rest
 
 
-def _moments(index: int, module: nn.Module, reader: ShardedReader) -> dict[str, Tensor]:
+def _check_fit(folder: Path, weights: dict[str, Tensor], found: dict[str, TensorStorageMetadata]) -> None:
+    here = {name: tuple(weight.shape) for name, weight in weights.items()}
+    there = {name: tuple(described.size) for name, described in found.items() if name.startswith(WEIGHTS)}
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            sizes = f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            raise UsageError(f"{folder}: of another model, {name.removeprefix(WEIGHTS)} is {sizes}")
+
+
+def _moments(index: int, module: nn.Module, found: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
     """Empty tensors for an optimizer's moments, sharded as their parameters are."""
     parameters, prefix = dict(module.named_parameters()), _OPTIMIZER.format(index)
     moments: dict[str, Tensor] = {}
-    for key, described in reader.tensors().items():
+    for key, described in found.items():
         if key.startswith(prefix):
-            parameter, dtype = parameters[key.removeprefix(prefix).partition(".")[2]], described.properties.dtype
-            like = described.size == parameter.shape
-            moments[key] = (
-                torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(described.size, dtype=dtype)
-            )
+            parameter = parameters[key.removeprefix(prefix).partition(".")[2]]
+            size, dtype = described.size, described.properties.dtype
+            alike = size == parameter.shape  # and not the count of steps
+            moments[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(size, dtype=dtype)
     return moments
-
-
-def _check_shapes(folder: Path, state: dict[str, Tensor], reader: ShardedReader) -> None:
-    found = reader.tensors()
-    for name, target in state.items():
-        there = tuple(found[name].size) if name in found else "absent"
-        if there != tuple(target.shape):
-            shown = name.removeprefix(WEIGHTS)
-            raise UsageError(f"{folder}: of another model, {shown} is {there} there and {tuple(target.shape)} here")
 
 
 def _restore_optimizer(
