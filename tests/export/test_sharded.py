@@ -65,4 +65,4 @@ def test_a_file_and_few_tensors_are_in_memory_at_most(tmp_path, form, monkeypatc
     copies = 3 if form == "torch" else 2  # torch reads a rank's part twice over, and one rank's part is all here
     bound = copies * largest + 16 * MIB
     assert bound < 0.7 * whole
-    assert peak < bound + 4 * MIB, f"{peak / MIB:.1f} MiB of {whole / MIB:.1f}"
+    assert peak < bound + 12 * MIB, f"{peak / MIB:.1f} MiB of {whole / MIB:.1f}"

@@ -31,6 +31,7 @@ BEHIND = {
     "linear_attention_fla": "linear_attention",
     "linear_attention_triton": "linear_attention",
     "linear_loss": "cross_entropy",
+    "memo": "documents",
 }
 
 

@@ -167,7 +167,7 @@ EXPORT = [
     ("export trained/garbage out", "trained/garbage/checkpoints/step-000001.ckpt: damaged or no"),
     ("export trained/empty out", "trained/empty/checkpoints/step-000001.ckpt: damaged or no"),
     ("export trained/nothing out", "trained/nothing: no checkpoint"),
-    ("export trained/sharded out", "trained/sharded/checkpoints/step-000001.ckpt: sharded by"),
+    ("export trained/sharded out", "trained/sharded/checkpoints/step-000001.ckpt: a folder that is no checkpoint"),
     ("export trained/foreign out", "trained/foreign/checkpoints/step-000001.ckpt: not a checkpoint"),
     ("export trained/tensor out", "trained/tensor/checkpoints/step-000001.ckpt: not a checkpoint"),
     ("export trained/badjson out", "trained/badjson/checkpoints/step-000001.ckpt: damaged, its"),
