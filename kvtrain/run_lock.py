@@ -8,20 +8,18 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kvtrain.errors import UsageError
+from kvtrain.stop_signals import released
 
 FILE_NAME = "run.lock"
 _ATTEMPTS = 5  # others may take over, or leave, between two looks
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # that end a process without a word
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 logger = logging.getLogger("kvtrain")
 
@@ -36,24 +34,32 @@ class Owner:
         started: When the process began, in the system's own terms: a process number is given again. None where the
             system does not say.
         since: When it took the folder.
+        job: SLURM's number of the job, which stays when the job is queued again; None elsewhere.
+        restarts: How often SLURM had started it before; two starts of a job never run at once.
     """
 
     host: str
     pid: int
     started: str | None
     since: str
+    job: str | None = None
+    restarts: int = 0
 
     @classmethod
     def this_process(cls) -> "Owner":
         """The owner that this process would be."""
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now)
+        job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now, job, int(restarts))
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended, as far as this host can tell."""
-        if self.host != socket.gethostname():
+        """Whether the process has certainly ended, as far as this host, or SLURM, can tell."""
+        mine = Owner.this_process()
+        if self.job is not None and self.job == mine.job and self.restarts < mine.restarts:
+            return True
+        if self.host != mine.host:
             return False
-        if self.pid == os.getpid():  # whatever this process was before, it is not that now
+        if self.pid == mine.pid:  # whatever this process was before, it is not that now
             return True
         try:
             os.kill(self.pid, 0)
@@ -84,23 +90,21 @@ def run_lock(run: Path) -> Iterator[None]:
 
     Raises:
         UsageError: Another process holds it.
-        SystemExit: A signal that would have ended the process without a word, as ``128 + signal``.
     """
     created = [folder for folder in (run, *run.parents) if not folder.exists()]
-    with _leaving_on_signals():
+    text = json.dumps(asdict(Owner.this_process())) + "\n"
+
+    def release() -> None:
+        if _read(run / FILE_NAME) == text:
+            (run / FILE_NAME).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in created:
+                folder.rmdir()
+
+    with released(release):
         run.mkdir(parents=True, exist_ok=True)
-        try:
-            text = json.dumps(asdict(Owner.this_process())) + "\n"
-            _acquire(run / FILE_NAME, text)
-            try:
-                yield
-            finally:
-                if _read(run / FILE_NAME) == text:
-                    (run / FILE_NAME).unlink(missing_ok=True)
-        finally:
-            with contextlib.suppress(OSError):
-                for folder in created:
-                    folder.rmdir()
+        _acquire(run / FILE_NAME, text)
+        yield
 
 
 def _acquire(lock: Path, text: str) -> None:
@@ -114,7 +118,7 @@ def _acquire(lock: Path, text: str) -> None:
         if owner is None or not owner.is_gone():
             _refuse(lock, owner)
         if _remove_stale(lock, found):
-            logger.warning("%s: process %d of this host is gone, taken over", lock, owner.pid)
+            logger.warning("%s: process %d of %s is gone, taken over", lock, owner.pid, owner.host)
     _refuse(lock, _parse(_read(lock) or ""))
 
 
@@ -179,22 +183,3 @@ def _refuse(lock: Path, owner: Owner | None) -> NoReturn:
         f"{lock.parent} is in use by {holder}; wait for it, or choose another --trainer.default_root_dir; "
         f"if that process is gone for good, delete {lock}"
     )
-
-
-@contextlib.contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """Unwind on signals that nobody handles, so that what is held is let go."""
-
-    def leave(number: int, _: Any) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    unhandled = [number for number in _SIGNALS if main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in unhandled:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in unhandled:
-            if signal.getsignal(number) is leave:
-                signal.signal(number, signal.SIG_DFL)

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -15,6 +17,7 @@ _ECHO = 2.0  # seconds
 _END = b"\0"
 
 _current: "StopSignals | None" = None
+_releases: list[Callable[[], None]] = []  # of what would outlive a process that leaves at once
 
 
 class StopSignals:
@@ -106,7 +109,25 @@ class StopSignals:
 
 def _leave(why: str, code: int) -> None:
     os.write(2, f"kvtrain: {why}\n".encode())
+    for release in reversed(_releases):
+        with suppress(OSError):
+            release()
     os._exit(code)
+
+
+@contextmanager
+def released(release: Callable[[], None]) -> Iterator[None]:
+    """Let something go in the end, also where a signal makes the process leave at once.
+
+    Args:
+        release: Lets it go; may be called from another thread, in the middle of anything.
+    """
+    _releases.append(release)
+    try:
+        yield
+    finally:
+        _releases.remove(release)
+        release()
 
 
 def current() -> StopSignals | None:

@@ -20,9 +20,10 @@ import sys, time
 from pathlib import Path
 from kvtrain.errors import UsageError
 from kvtrain.run_lock import run_lock
+from kvtrain.stop_signals import StopSignals
 
 try:
-    with run_lock(Path(sys.argv[1])):
+    with StopSignals(), run_lock(Path(sys.argv[1])):
         print("holds", flush=True)
         time.sleep(float(sys.argv[2]))
 except UsageError:
@@ -96,7 +97,7 @@ def test_a_number_that_was_given_again_is_another_process(tmp_path, neighbor, ca
         hold(tmp_path, replace(owner, started=started))
         with run_lock(tmp_path):
             assert Owner(**json.loads((tmp_path / FILE_NAME).read_text())).pid == os.getpid()
-        assert f"process {process.pid} of this host is gone, taken over" in caplog.messages[-1]
+        assert f"process {process.pid} of {owner.host} is gone, taken over" in caplog.messages[-1]
     hold(tmp_path, replace(owner, started=None))  # nobody can say
     with pytest.raises(UsageError, match="in use"):
         run_lock(tmp_path).__enter__()
@@ -138,6 +139,20 @@ def test_without_hard_links_the_file_is_created_exclusively(tmp_path, monkeypatc
         run_lock(tmp_path).__enter__()
 
 
+def test_a_job_that_slurm_starts_again_takes_over_from_its_lost_machine(tmp_path, monkeypatch, caplog):
+    lost = replace(Owner.this_process(), host="elsewhere", job="17", restarts=1)
+    for job, restarts, goes_on in (("17", "2", True), ("17", "1", False), ("18", "2", False)):
+        hold(tmp_path, lost)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        if goes_on:
+            with run_lock(tmp_path):
+                assert "of elsewhere is gone, taken over" in caplog.messages[-1]
+        else:
+            with pytest.raises(UsageError, match="on elsewhere since"):
+                run_lock(tmp_path).__enter__()
+
+
 @pytest.mark.roads
 def test_of_many_one_takes_over(tmp_path, neighbor):
     hold(tmp_path / "run", replace(neighbor[1], started="0 1"))
@@ -162,5 +177,5 @@ def test_a_signal_lets_go_or_leaves_what_can_be_taken_over(tmp_path, number):
             pass
         assert not list(run.iterdir())
     else:
-        assert code == (1 if number == signal.SIGINT else 128 + number)
+        assert code == (1 if number == signal.SIGINT else 128 + signal.SIGTERM)
         assert not run.exists()

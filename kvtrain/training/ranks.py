@@ -29,6 +29,18 @@ def set_timeout(trainer: pl.Trainer, minutes: float) -> None:
         trainer.strategy._timeout = timedelta(minutes=minutes)
 
 
+def require_same_step(trainer: pl.Trainer) -> None:
+    """Make sure that all ranks go on from one place.
+
+    Raises:
+        ValueError: They do not: a file is damaged, or not there, for some of them alone.
+    """
+    step = torch.tensor(float(trainer.global_step), device=trainer.strategy.root_device)
+    first, last = (trainer.strategy.reduce(step.clone(), reduce_op=how).item() for how in ("min", "max"))
+    if first != last:
+        raise ValueError(f"ranks go on from different steps, {first:.0f} and {last:.0f}; give a --ckpt_path by name")
+
+
 def report_end(trainer: pl.Trainer, error: Exception) -> None:
     """Say in a line, on this rank, which one ends, where and why; one that has lost another says which, if it can.
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from kvtrain.durable import remove, remove_leftovers, temporary_name
@@ -20,6 +19,7 @@ from kvtrain.run_folder import (
 from kvtrain.training.callbacks.missed_validation import is_validation_due, run_validation
 from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.ranks import require_same_step
 
 _KEPT = 2
 _RATED_BY = "val_perplexity"
@@ -58,7 +58,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What is already saved need not be saved again; what a killed process was about to do is done."""
         self.saved_step = trainer.global_step
-        _require_same_step(trainer)
+        require_same_step(trainer)
         resumed = step_path(self.run, trainer.global_step)
         if trainer.fit_loop.epoch_loop.restarting and trainer.strategy.broadcast(resumed.exists()):
             self._finish(trainer, resumed)
@@ -157,15 +157,3 @@ def _sync_metrics(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, CSVMetrics):
             logger.sync()
-
-
-def _require_same_step(trainer: pl.Trainer) -> None:
-    """Make sure that all ranks go on from one place.
-
-    Raises:
-        ValueError: They do not: a file is damaged, or not there, for some of them alone.
-    """
-    step = torch.tensor(float(trainer.global_step), device=trainer.strategy.root_device)
-    first, last = (trainer.strategy.reduce(step.clone(), reduce_op=how).item() for how in ("min", "max"))
-    if first != last:
-        raise ValueError(f"ranks go on from different steps, {first:.0f} and {last:.0f}; give a --ckpt_path by name")

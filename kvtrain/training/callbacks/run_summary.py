@@ -10,6 +10,7 @@ from kvtrain import run_folder
 from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.csv_logger import CSVMetrics
+from kvtrain.training.ranks import require_same_step
 from kvtrain.training.strategies.base import traits
 
 logger = logging.getLogger("kvtrain")
@@ -37,6 +38,7 @@ class RunRecord(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it."""
         self.begun = True
+        require_same_step(trainer)  # before anything of the run is replaced
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for checkpoint in self.damaged:
