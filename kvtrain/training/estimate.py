@@ -1,8 +1,7 @@
 """What a recipe will cost, worked out without allocating a weight."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from kvtrain.training.base import TrainingModule
 from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.memory_estimate import full_precision_name, measure_step_memory
 from kvtrain.training.sharded_estimate import (
+    Division,
     RankMemory,
     Sizes,
     rank_memory,
@@ -76,20 +76,6 @@ class Estimate:
         return asdict(self)
 
 
-class Division(NamedTuple):
-    """How ranks divide a training between them.
-
-    Attributes:
-        strategy: One of ``sharded_estimate.STRATEGIES``; empty for one device.
-        ranks: How many.
-        zero: DeepSpeed's ``zero_optimization``; empty takes that of ``configs/deepspeed``.
-    """
-
-    strategy: str = ""
-    ranks: int = 1
-    zero: Mapping[str, Any] = {}
-
-
 def estimate(
     module: TrainingModule,
     *,
@@ -131,8 +117,7 @@ def estimate(
     whole = _of_all(module, model, memory, shape)
     if not division.strategy:
         return whole
-    (strategy, ranks, zero), mixed = division, name.endswith("-mixed")
-    rank = rank_memory(memory, Sizes.of(model), strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
+    rank = rank_memory(memory, Sizes.of(model), division, mixed=name.endswith("-mixed"), on_cpu=on_cpu)
     return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
 
 
@@ -207,13 +192,11 @@ def estimate_recipe(
 def _division(trainer: dict[str, Any], strategy: str | None, ranks: int | None) -> Division | None:
     if strategy is None and ranks is None:
         return None
-    ranks = ranks or 1
+    own = strategy_of(trainer, ranks or 1)
     if strategy is None:
-        own, zero = strategy_of(trainer, ranks)
-        return Division(own, ranks, zero)
+        return own
     require_strategy(strategy)
-    own, zero = strategy_of(trainer, ranks)
-    return Division(strategy, ranks, zero if own == strategy else {})
+    return Division(strategy, own.ranks, own.zero if own.strategy == strategy else {})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

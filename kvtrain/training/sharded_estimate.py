@@ -16,12 +16,29 @@ from kvtrain.errors import UsageError, unknown
 from kvtrain.recipes import find_config
 from kvtrain.training.base import split_parameters
 from kvtrain.training.memory import TrainingMemory
-from kvtrain.training.strategies import DeepSpeedZeRO, read_config
+from kvtrain.training.strategies import FSDP2, DeepSpeedZeRO, read_config
+from kvtrain.training.strategies.fsdp2 import require_copies
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 _MASTER = 4  # bytes of a float32 number: masters, each moment, summed gradients
 # DeepSpeed's own defaults, in elements.
 _BUCKET, _LIVE, _GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+
+
+class Division(NamedTuple):
+    """How ranks divide a training between them.
+
+    Attributes:
+        strategy: One of ``STRATEGIES``; empty for one device.
+        ranks: How many.
+        zero: DeepSpeed's ``zero_optimization``; empty takes that of ``configs/deepspeed``.
+        copies: Of the model under FSDP2, each divided by its part of the ranks.
+    """
+
+    strategy: str = ""
+    ranks: int = 1
+    zero: Mapping[str, Any] = {}
+    copies: int = 1
 
 
 class Sizes(NamedTuple):
@@ -74,8 +91,8 @@ class RankMemory:
     checkpoint: int
 
 
-def strategy_of(trainer: Mapping[str, Any], ranks: int) -> tuple[str, dict[str, Any]]:
-    """The strategy of a recipe in a word, and DeepSpeed's settings of ZeRO where it names a file.
+def strategy_of(trainer: Mapping[str, Any], ranks: int) -> Division:
+    """The strategy of a recipe in a word, with what it says of the ranks.
 
     Args:
         trainer: The trainer's settings.
@@ -86,18 +103,19 @@ def strategy_of(trainer: Mapping[str, Any], ranks: int) -> tuple[str, dict[str, 
     """
     asked = trainer.get("strategy")
     if isinstance(asked, Mapping):
-        name = str(asked.get("class_path", "")).rpartition(".")[2]
+        name, settings = str(asked.get("class_path", "")).rpartition(".")[2], asked.get("init_args", {})
         if name == DeepSpeedZeRO.__name__:
-            return _of_zero(read_config(asked["init_args"]["config"])["zero_optimization"])
-        asked = "fsdp2" if name == "FSDP2" else "ddp"
+            return _of_zero(read_config(settings["config"])["zero_optimization"], ranks)
+        if name == FSDP2.__name__:
+            return Division("fsdp2", ranks, copies=settings.get("data_parallel_replicate_size", 1))
     if asked in STRATEGIES:
-        return str(asked), {}
-    return ("ddp" if ranks > 1 else ""), {}
+        return Division(str(asked), ranks)
+    return Division("ddp" if ranks > 1 else "", ranks)
 
 
-def _of_zero(zero: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _of_zero(zero: dict[str, Any], ranks: int) -> Division:
     offloads = zero.get("offload_param", {}).get("device", "none") != "none"
-    return ("zero3_offload" if offloads else f"zero{zero['stage']}"), zero
+    return Division("zero3_offload" if offloads else f"zero{zero['stage']}", ranks, zero)
 
 
 def require_strategy(name: str) -> None:
@@ -119,47 +137,48 @@ def rehearsed_precision(strategy: str, precision: str) -> str:
 def rank_memory(
     memory: TrainingMemory,
     sizes: Sizes,
-    strategy: str,
-    ranks: int,
+    division: Division,
     *,
     mixed: bool,
     on_cpu: bool,
-    zero: Mapping[str, Any],
 ) -> RankMemory:
     """What a rank of several holds.
 
     Args:
         memory: Of the whole, measured in ``rehearsed_precision``.
         sizes: Of the model.
-        strategy: One of ``STRATEGIES``.
-        ranks: How many divide the work.
+        division: How ranks divide the work.
         mixed: Whether float32 masters stand beside what computes.
         on_cpu: Whether AdamW keeps two temporary copies of what it updates, as on the CPU, or one.
-        zero: DeepSpeed's ``zero_optimization``; empty takes that of ``configs/deepspeed``.
+
+    Raises:
+        UsageError: Copies do not divide the ranks.
     """
+    strategy, ranks, zero, copies = division
     if strategy.startswith("zero"):
         zero = zero or read_config(find_config(f"configs/deepspeed/{strategy}.json"))["zero_optimization"]
         return _deepspeed(memory, sizes, strategy, ranks, on_cpu, zero)
     if strategy == "fsdp2":
-        return _fsdp2(memory, sizes, ranks, mixed, on_cpu)
+        require_copies(copies, ranks)
+        return _fsdp2(memory, sizes, ranks // copies, mixed, on_cpu)
     held = memory.parameters + memory.optimizer
     peak = memory.peak + memory.gradients  # buckets hold a second copy
     return RankMemory(memory.parameters, 2 * memory.gradients, memory.optimizer, memory.teacher, peak, 0, held)
 
 
-def _fsdp2(memory: TrainingMemory, sizes: Sizes, ranks: int, mixed: bool, on_cpu: bool) -> RankMemory:
+def _fsdp2(memory: TrainingMemory, sizes: Sizes, shards: int, mixed: bool, on_cpu: bool) -> RankMemory:
     """Layers are gathered one ahead of the other, the root for the whole step; gradients travel in float32."""
     compute = memory.parameters / sizes.parameters  # bytes an element
     wider = _MASTER / compute if mixed else 1.0
     parameters, gradients, optimizer = (
-        _share(wider * size, ranks) for size in (memory.parameters, memory.gradients, memory.optimizer)
+        _share(wider * size, shards) for size in (memory.parameters, memory.gradients, memory.optimizer)
     )
-    teacher = _share(memory.teacher, ranks)
+    teacher = _share(memory.teacher, shards)
     lasting = parameters + optimizer + teacher
     gathered = compute * (sizes.root + 2 * sizes.layer)
     under_way = (compute + _MASTER) * max(sizes.layer, sizes.root) * (sizes.trained > 0)
-    step = lasting + gathered + _with_gradients(memory, wider / ranks, under_way)
-    update = lasting + gradients + (2 * compute * wider * sizes.layer / ranks if on_cpu else gradients)
+    step = lasting + gathered + _with_gradients(memory, wider / shards, under_way)
+    update = lasting + gradients + (2 * compute * wider * sizes.layer / shards if on_cpu else gradients)
     total = round(wider * (memory.parameters + memory.optimizer))
     return RankMemory(parameters, gradients, optimizer, teacher, round(max(step, update)), 0, total)
 

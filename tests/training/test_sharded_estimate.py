@@ -6,12 +6,13 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kvtrain.errors import UsageError
 from kvtrain.recipes import find_config
 from kvtrain.training import strategies
 from kvtrain.training.cli import read_recipe
-from kvtrain.training.estimate import Division, estimate, estimate_recipe
+from kvtrain.training.estimate import estimate, estimate_recipe
 from kvtrain.training.memory import Held, TrainingMemory
-from kvtrain.training.sharded_estimate import Sizes, rank_memory, rehearsed_precision, strategy_of
+from kvtrain.training.sharded_estimate import Division, Sizes, rank_memory, rehearsed_precision, strategy_of
 from kvtrain_cli import main
 from tests.distributed.launch import launch
 
@@ -32,8 +33,9 @@ HALF = TrainingMemory(2000, 2000, 4000, 0, (1000,), {STEP: Held(2000, 0, 4000, 1
 SMALL = {"reduce_bucket_size": 100, "stage3_max_live_parameters": 300}
 
 
-def rank(strategy, memory=WHOLE, *, mixed=False, on_cpu=True, ranks=4, zero=SMALL):
-    return rank_memory(memory, SIZES, strategy, ranks, mixed=mixed, on_cpu=on_cpu, zero=zero)
+def rank(strategy, memory=WHOLE, *, mixed=False, on_cpu=True, ranks=4, copies=1):
+    division = Division(strategy, ranks, SMALL, copies)
+    return rank_memory(memory, SIZES, division, mixed=mixed, on_cpu=on_cpu)
 
 
 def test_ddp_holds_all_and_gradients_twice():
@@ -79,6 +81,12 @@ def test_fsdp2_gathers_the_root_and_two_layers():
     assert held.checkpoint == half.checkpoint == 12000
 
 
+def test_copies_of_the_model_are_divided_by_their_own_ranks_alone():
+    assert rank("fsdp2", ranks=8, copies=4) == rank("fsdp2", ranks=2)
+    with pytest.raises(UsageError, match="data_parallel_replicate_size is 3, which does not divide 8 ranks"):
+        rank("fsdp2", ranks=8, copies=3)
+
+
 def test_a_divided_teacher_is_no_activation():
     taught = TrainingMemory(4000, 4000, 8000, 2000, (2000,), {STEP: Held(4000, 0, 8000, 5000)})
     assert rank("fsdp2", taught).peak == rank("fsdp2").peak + 500
@@ -88,13 +96,16 @@ def test_a_divided_teacher_is_no_activation():
 def test_the_recipe_s_strategy_is_known_by_word_and_by_class():
     zero = {"class_path": "kvtrain.training.strategies.DeepSpeedZeRO"}
     three = {**zero, "init_args": {"config": find_config("configs/deepspeed/zero3.json")}}
-    assert strategy_of({"strategy": three}, 8)[0] == "zero3"
-    assert strategy_of({"strategy": three}, 8)[1]["stage3_max_live_parameters"] == 10**9
+    assert strategy_of({"strategy": three}, 8).strategy == "zero3"
+    assert strategy_of({"strategy": three}, 8).zero["stage3_max_live_parameters"] == 10**9
     offloaded = {**zero, "init_args": {"config": find_config("configs/deepspeed/zero3_offload.json")}}
-    assert strategy_of({"strategy": offloaded}, 8)[0] == "zero3_offload"
-    assert strategy_of({"strategy": "fsdp2"}, 8) == ("fsdp2", {})
-    assert strategy_of({"strategy": "auto"}, 8) == ("ddp", {})
-    assert strategy_of({"strategy": "auto"}, 1) == ("", {})
+    assert strategy_of({"strategy": offloaded}, 8).strategy == "zero3_offload"
+    copied = {"class_path": "kvtrain.training.strategies.FSDP2", "init_args": {"data_parallel_replicate_size": 4}}
+    assert strategy_of({"strategy": copied}, 8) == Division("fsdp2", 8, copies=4)
+    assert strategy_of({"strategy": {**copied, "init_args": {}}}, 8) == Division("fsdp2", 8)
+    assert strategy_of({"strategy": "fsdp2"}, 8) == Division("fsdp2", 8)
+    assert strategy_of({"strategy": "auto"}, 8) == Division("ddp", 8)
+    assert strategy_of({"strategy": "auto"}, 1) == Division("", 1)
 
 
 def test_half_precision_is_rehearsed_as_it_is_sharded():
@@ -135,6 +146,15 @@ def test_the_command_tells_of_one_rank(tiny, capsys):
     assert capsys.readouterr().err == "kvtrain: error: unknown strategy 'zero4'. Did you mean 'zero3'?\n"
     assert main(["estimate", "--config", tiny, "--devices", "0"]) == 2
     assert capsys.readouterr().err == "kvtrain: error: --devices must be at least 1, not 0\n"
+
+
+def test_a_recipe_s_copies_count_until_another_strategy_takes_its_place(tiny):
+    strategy = "{class_path: kvtrain.training.strategies.FSDP2, init_args: {data_parallel_replicate_size: 4}}"
+    recipe = read_recipe(["--config", tiny, "--data.sequence_length", "64", "--trainer.strategy", strategy])
+    copied, divided = estimate_recipe(*recipe, ranks=8), estimate_recipe(*recipe, strategy="fsdp2", ranks=8)
+    assert (copied.strategy, copied.ranks) == (divided.strategy, divided.ranks) == ("fsdp2", 8)
+    assert copied.parameter_bytes == pytest.approx(4 * divided.parameter_bytes, abs=4)
+    assert copied.checkpoint_bytes == divided.checkpoint_bytes
 
 
 def test_without_devices_one_device_does_all(tiny):

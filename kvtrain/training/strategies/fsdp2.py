@@ -85,8 +85,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
         copies = self.data_parallel_replicate_size
-        if self.world_size % copies:
-            raise UsageError(f"data_parallel_replicate_size is {copies}, which does not divide {self.world_size} ranks")
+        require_copies(copies, self.world_size)
         device = self.root_device.type
         if copies == 1:
             self._device_mesh = init_device_mesh(device, (self.world_size,), mesh_dim_names=("shard",))
@@ -189,6 +188,16 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
     def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """See ``StrategyTraits``."""
         return _sharded_norm(gradients(optimizer))
+
+
+def require_copies(copies: int, ranks: int) -> None:
+    """Make sure that each copy of the model has as many ranks.
+
+    Raises:
+        UsageError: Copies do not divide the ranks.
+    """
+    if ranks % copies:
+        raise UsageError(f"data_parallel_replicate_size is {copies}, which does not divide {ranks} ranks")
 
 
 class _ShardedPrecision(Precision):
