@@ -13,7 +13,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvtrain.errors import UsageError, unknown
-from kvtrain.recipes import find_config
 from kvtrain.training.base import split_parameters
 from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.strategies import FSDP2, DeepSpeedZeRO, read_config
@@ -156,7 +155,7 @@ def rank_memory(
     """
     strategy, ranks, zero, copies = division
     if strategy.startswith("zero"):
-        zero = zero or read_config(find_config(f"configs/deepspeed/{strategy}.json"))["zero_optimization"]
+        zero = zero or read_config(f"configs/deepspeed/{strategy}.json")["zero_optimization"]
         return _deepspeed(memory, sizes, strategy, ranks, on_cpu, zero)
     if strategy == "fsdp2":
         require_copies(copies, ranks)

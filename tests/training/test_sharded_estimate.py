@@ -93,13 +93,16 @@ def test_a_divided_teacher_is_no_activation():
     assert rank("zero2", taught).teacher == 2000
 
 
-def test_the_recipe_s_strategy_is_known_by_word_and_by_class():
+def test_the_recipe_s_strategy_is_known_by_word_and_by_class(tmp_path, monkeypatch):
     zero = {"class_path": "kvtrain.training.strategies.DeepSpeedZeRO"}
     three = {**zero, "init_args": {"config": find_config("configs/deepspeed/zero3.json")}}
     assert strategy_of({"strategy": three}, 8).strategy == "zero3"
     assert strategy_of({"strategy": three}, 8).zero["stage3_max_live_parameters"] == 10**9
     offloaded = {**zero, "init_args": {"config": find_config("configs/deepspeed/zero3_offload.json")}}
     assert strategy_of({"strategy": offloaded}, 8).strategy == "zero3_offload"
+    monkeypatch.chdir(tmp_path)  # shipped configurations are found from anywhere
+    shipped = {**zero, "init_args": {"config": "configs/deepspeed/zero2.json"}}
+    assert strategy_of({"strategy": shipped}, 8).strategy == "zero2"
     copied = {"class_path": "kvtrain.training.strategies.FSDP2", "init_args": {"data_parallel_replicate_size": 4}}
     assert strategy_of({"strategy": copied}, 8) == Division("fsdp2", 8, copies=4)
     assert strategy_of({"strategy": {**copied, "init_args": {}}}, 8) == Division("fsdp2", 8)

@@ -53,7 +53,7 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
     scaled_precisions = ("16-mixed", "16-true")
 
     def __init__(self, config: str | dict[str, Any], timeout_minutes: int = 30) -> None:
-        settings = read_config(find_config(config) if isinstance(config, str) else config)
+        settings = read_config(config)
         if DEEPSPEED_INSTALLED:
             super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
         else:  # enough for a recipe to be read; a trainer that takes it refuses
@@ -220,13 +220,13 @@ def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
     """Read and check a DeepSpeed configuration.
 
     Args:
-        config: A JSON file or its content.
+        config: A JSON file, as a recipe names it, or its content.
 
     Raises:
         UsageError: It cannot be read, or says what ``DeepSpeedZeRO`` cannot honour.
     """
-    name = config if isinstance(config, str) else "DeepSpeed configuration"
-    settings = _read_json(config) if isinstance(config, str) else dict(config)
+    name = find_config(config) if isinstance(config, str) else "DeepSpeed configuration"
+    settings = _read_json(name) if isinstance(config, str) else dict(config)
     taken = [key for key in _NOT_OURS if key in settings]
     if taken:
         raise UsageError(f"{name}: leave out {', '.join(taken)}; the recipe's trainer and model say it")
