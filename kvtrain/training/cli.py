@@ -32,7 +32,7 @@ from kvtrain.training.ranks import report_end
 from kvtrain.training.refusals import refusals
 from kvtrain.training.resume import find_checkpoint, require_readable
 from kvtrain.training.strategies.base import traits
-from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers
+from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers, check_strategy
 
 HELP_ALL = "--help-all"
 logger = logging.getLogger("kvtrain")
@@ -321,8 +321,10 @@ class ReadCLI(FitCLI):
         """Nothing: no run folder is touched."""
 
     def instantiate_trainer(self, **settings: Any) -> None:  # type: ignore[override]
-        """None: the recipe's hardware need not be here, but its numbers must make sense."""
-        check_numbers(self.config_init[self.command]["trainer"])
+        """None: the recipe's hardware need not be here, but its numbers and its strategy must make sense."""
+        asked = self.config_init[self.command]["trainer"]
+        check_numbers(asked)
+        check_strategy(asked["strategy"])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""

@@ -15,10 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kvtrain.errors import UsageError, unknown
 from kvtrain.training.base import split_parameters
 from kvtrain.training.memory import TrainingMemory
-from kvtrain.training.strategies import FSDP2, DeepSpeedZeRO, read_config
+from kvtrain.training.strategies import FSDP2, WORDS, DeepSpeedZeRO, read_config
 from kvtrain.training.strategies.fsdp2 import require_copies
 
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
+STRATEGIES = ("ddp", *WORDS)
 _MASTER = 4  # bytes of a float32 number: masters, each moment, summed gradients
 # DeepSpeed's own defaults, in elements.
 _BUCKET, _LIVE, _GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
@@ -107,8 +107,8 @@ def strategy_of(trainer: Mapping[str, Any], ranks: int) -> Division:
             return _of_zero(read_config(settings["config"])["zero_optimization"], ranks)
         if name == FSDP2.__name__:
             return Division("fsdp2", ranks, copies=settings.get("data_parallel_replicate_size", 1))
-    if asked in STRATEGIES:
-        return Division(str(asked), ranks)
+    if (word := str(asked).lower()) in STRATEGIES:  # as Lightning reads words
+        return Division(word, ranks)
     return Division("ddp" if ranks > 1 else "", ranks)
 
 

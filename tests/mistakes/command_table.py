@@ -11,6 +11,15 @@ OUTER = [
     ("estimate --config good.yaml --devices 0", "--devices must be at least 1, not 0"),
     ("estimate --config good.yaml --devices x", "--devices: expected an integer, got 'x'"),
     ("estimate --config good.yaml --strategy zero9", "unknown strategy 'zero9'. Did you mean 'zero"),
+    (
+        "estimate --config good.yaml --trainer.strategy fsdp",
+        "trainer.strategy 'fsdp' is none that kvtrain trains under",
+    ),
+    (
+        "estimate --config good.yaml --trainer.strategy '{class_path: FSDPStrategy}'",
+        "trainer.strategy FSDPStrategy is none that kvtrain trains under",
+    ),
+    ("check --config good.yaml --trainer.strategy deepspeed_stage_2", "trainer.strategy 'deepspeed_stage_2' is none"),
     ("check", "--config is missing"),
     ("check --config nope.yaml", "no recipe at 'nope.yaml'"),
     ("check --config good.yaml --timeout 0", "--timeout must be above 0, not 0.0"),

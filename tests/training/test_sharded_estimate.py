@@ -107,6 +107,7 @@ def test_the_recipe_s_strategy_is_known_by_word_and_by_class(tmp_path, monkeypat
     assert strategy_of({"strategy": copied}, 8) == Division("fsdp2", 8, copies=4)
     assert strategy_of({"strategy": {**copied, "init_args": {}}}, 8) == Division("fsdp2", 8)
     assert strategy_of({"strategy": "fsdp2"}, 8) == Division("fsdp2", 8)
+    assert strategy_of({"strategy": "ZERO2"}, 8) == Division("zero2", 8)
     assert strategy_of({"strategy": "auto"}, 8) == Division("ddp", 8)
     assert strategy_of({"strategy": "auto"}, 1) == Division("", 1)
 
