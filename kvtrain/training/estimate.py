@@ -113,18 +113,21 @@ def estimate(
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
     )
+    saved = memory.parameters if module.frozen_base() is None else memory.gradients
     shape = {"batch_size": batch_size, "sequence_length": sequence_length, "precision": name}
-    whole = _of_all(module, model, memory, shape)
+    whole = _of_all(module, model, memory, saved, shape)
     if not division.strategy:
         return whole
-    rank = rank_memory(memory, Sizes.of(model), division, mixed=name.endswith("-mixed"), on_cpu=on_cpu)
-    return _of_rank(whole, rank, division, trained_alone=module.frozen_base() is not None)
+    mixed = name.endswith("-mixed")
+    rank = rank_memory(memory, Sizes.of(model), division, mixed=mixed, on_cpu=on_cpu, saved=saved)
+    return _of_rank(whole, rank, division)
 
 
-def _of_all(module: TrainingModule, model: nn.Module, memory: TrainingMemory, shape: dict[str, Any]) -> Estimate:
+def _of_all(
+    module: TrainingModule, model: nn.Module, memory: TrainingMemory, saved: int, shape: dict[str, Any]
+) -> Estimate:
     """What one device holds that does all of it."""
     cost, (total, trainable) = module.cost(shape["sequence_length"]), count_parameters(model)
-    saved = memory.parameters if module.frozen_base() is None else memory.gradients
     return Estimate(
         model=f"{type(model).__name__} {cost.described}",
         parameters=total,
@@ -145,8 +148,8 @@ def _of_all(module: TrainingModule, model: nn.Module, memory: TrainingMemory, sh
     )
 
 
-def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_alone: bool) -> Estimate:
-    """What one rank holds; checkpoints may have in them what trains alone."""
+def _of_rank(whole: Estimate, rank: RankMemory, division: Division) -> Estimate:
+    """What one rank holds."""
     on_device = rank.parameters + rank.gradients + rank.optimizer + rank.teacher - rank.offloaded
     return replace(
         whole,
@@ -156,7 +159,7 @@ def _of_rank(whole: Estimate, rank: RankMemory, division: Division, *, trained_a
         teacher_bytes=rank.teacher,
         temporary_bytes=rank.peak - on_device - whole.activation_bytes,
         peak_bytes=rank.peak,
-        checkpoint_bytes=whole.checkpoint_bytes if trained_alone else rank.checkpoint,
+        checkpoint_bytes=rank.checkpoint,
         strategy=division.strategy,
         ranks=division.ranks,
         offloaded_bytes=rank.offloaded,

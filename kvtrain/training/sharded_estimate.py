@@ -140,6 +140,7 @@ def rank_memory(
     *,
     mixed: bool,
     on_cpu: bool,
+    saved: int,
 ) -> RankMemory:
     """What a rank of several holds.
 
@@ -149,6 +150,7 @@ def rank_memory(
         division: How ranks divide the work.
         mixed: Whether float32 masters stand beside what computes.
         on_cpu: Whether AdamW keeps two temporary copies of what it updates, as on the CPU, or one.
+        saved: Bytes of the weights that a module has saved; DeepSpeed saves them all.
 
     Raises:
         UsageError: Copies do not divide the ranks.
@@ -159,13 +161,14 @@ def rank_memory(
         return _deepspeed(memory, sizes, strategy, ranks, on_cpu, zero)
     if strategy == "fsdp2":
         require_copies(copies, ranks)
-        return _fsdp2(memory, sizes, ranks // copies, mixed, on_cpu)
-    held = memory.parameters + memory.optimizer
+        return _fsdp2(memory, sizes, ranks // copies, mixed, on_cpu, saved)
     peak = memory.peak + memory.gradients  # buckets hold a second copy
-    return RankMemory(memory.parameters, 2 * memory.gradients, memory.optimizer, memory.teacher, peak, 0, held)
+    return RankMemory(
+        memory.parameters, 2 * memory.gradients, memory.optimizer, memory.teacher, peak, 0, saved + memory.optimizer
+    )
 
 
-def _fsdp2(memory: TrainingMemory, sizes: Sizes, shards: int, mixed: bool, on_cpu: bool) -> RankMemory:
+def _fsdp2(memory: TrainingMemory, sizes: Sizes, shards: int, mixed: bool, on_cpu: bool, saved: int) -> RankMemory:
     """Layers are gathered one ahead of the other, the root for the whole step; gradients travel in float32."""
     compute = memory.parameters / sizes.parameters  # bytes an element
     wider = _MASTER / compute if mixed else 1.0
@@ -178,7 +181,7 @@ def _fsdp2(memory: TrainingMemory, sizes: Sizes, shards: int, mixed: bool, on_cp
     under_way = (compute + _MASTER) * max(sizes.layer, sizes.root) * (sizes.trained > 0)
     step = lasting + gathered + _with_gradients(memory, wider / shards, under_way)
     update = lasting + gradients + (2 * compute * wider * sizes.layer / shards if on_cpu else gradients)
-    total = round(wider * (memory.parameters + memory.optimizer))
+    total = round(wider * (saved + memory.optimizer))
     return RankMemory(parameters, gradients, optimizer, teacher, round(max(step, update)), 0, total)
 
 

@@ -33,9 +33,11 @@ HALF = TrainingMemory(2000, 2000, 4000, 0, (1000,), {STEP: Held(2000, 0, 4000, 1
 SMALL = {"reduce_bucket_size": 100, "stage3_max_live_parameters": 300}
 
 
-def rank(strategy, memory=WHOLE, *, mixed=False, on_cpu=True, ranks=4, copies=1):
+def rank(strategy, memory=WHOLE, *, mixed=False, on_cpu=True, ranks=4, copies=1, saved=None):
     division = Division(strategy, ranks, SMALL, copies)
-    return rank_memory(memory, SIZES, division, mixed=mixed, on_cpu=on_cpu)
+    return rank_memory(
+        memory, SIZES, division, mixed=mixed, on_cpu=on_cpu, saved=memory.parameters if saved is None else saved
+    )
 
 
 def test_ddp_holds_all_and_gradients_twice():
@@ -79,6 +81,12 @@ def test_fsdp2_gathers_the_root_and_two_layers():
     assert (half.parameters, half.gradients, half.optimizer) == (1000, 1000, 2000)  # masters are what is divided
     assert half.peak == 3000 + 1500 + 2 * (400 + 2 * 200) + (2 + 4) * 400
     assert held.checkpoint == half.checkpoint == 12000
+
+
+def test_what_trains_alone_is_saved_alone_but_by_deepspeed():
+    assert rank("ddp", saved=500).checkpoint == rank("fsdp2", saved=500).checkpoint == 500 + 8000
+    assert rank("fsdp2", HALF, mixed=True, saved=250).checkpoint == 2 * (250 + 4000)  # masters
+    assert rank("zero2", saved=500).checkpoint == rank("zero3", saved=500).checkpoint == 4000 + 4 * 3000
 
 
 def test_copies_of_the_model_are_divided_by_their_own_ranks_alone():
