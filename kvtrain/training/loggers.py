@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 
+from kvtrain import durable
 from kvtrain.errors import UsageError, unknown
 from kvtrain.training.csv_logger import CSVMetrics
 
@@ -34,16 +35,18 @@ class RunWandb(WandbLogger):
 
     def __init__(self, run: Path) -> None:
         self._id_file = run / WANDB_ID
-        known = self._id_file.read_text(encoding="utf-8").strip() if self._id_file.is_file() else None
+        known = self._id_file.read_text(encoding="utf-8").strip() if self._id_file.is_file() else ""
+        self._noted = bool(known)
         project = os.environ.get("WANDB_PROJECT", "kvtrain")
-        super().__init__(name=run.name, save_dir=str(run), id=known, project=project, resume="allow")
+        super().__init__(name=run.name, save_dir=str(run), id=known or None, project=project, resume="allow")
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log, and note the id when there is something to go on with."""
         super().log_metrics(metrics, step)
-        if not self._id_file.is_file():
-            self._id_file.write_text(f"{self.experiment.id}\n", encoding="utf-8")
+        if not self._noted:
+            durable.write_text(self._id_file, f"{self.experiment.id}\n")
+            self._noted = True
 
 
 def _tensorboard(run: Path) -> Logger:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
@@ -9,7 +10,7 @@ from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 
 from kvtrain.errors import UsageError
 from kvtrain.training.csv_logger import CSVMetrics
-from kvtrain.training.loggers import run_loggers, run_profiler
+from kvtrain.training.loggers import RunWandb, run_loggers, run_profiler
 from tests.training.small_runs import fit, recipe_text, refused, write_place
 
 TENSORBOARD_INSTALLED = importlib.util.find_spec("tensorboard") is not None
@@ -75,6 +76,18 @@ def written(record, word, seconds=30):
         assert time.monotonic() < until, f"{record} has {record.stat().st_size} bytes without {word}"
         time.sleep(0.1)
     return record.read_bytes()
+
+
+def test_an_empty_id_is_none(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    (tmp_path / "wandb_id").touch()  # as a kill could leave it
+    logger = RunWandb(tmp_path)
+    assert logger.version is None
+    monkeypatch.setattr(logger, "_experiment", SimpleNamespace(id="abc", log=lambda *_, **__: None))
+    monkeypatch.setattr(RunWandb, "experiment", property(lambda self: self._experiment))
+    logger.log_metrics({"loss": 1.0}, 0)
+    assert (tmp_path / "wandb_id").read_text() == "abc\n"
+    assert RunWandb(tmp_path).version == "abc"
 
 
 @pytest.mark.roads
