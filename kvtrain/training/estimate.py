@@ -18,6 +18,7 @@ from kvtrain.training.sharded_estimate import (
     require_strategy,
     strategy_of,
 )
+from kvtrain.training.strategies.base import totals, traits
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,7 @@ def _division(trainer: dict[str, Any], strategy: str | None, ranks: int | None) 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters and the trainable ones, each shared one counted once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    return totals(traits(None).parameter_sizes(model))
 
 
 def table_rows(figures: Estimate) -> list[tuple[str, str]]:

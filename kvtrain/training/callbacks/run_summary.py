@@ -11,7 +11,7 @@ from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.csv_logger import CSVMetrics
 from kvtrain.training.ranks import require_same_step
-from kvtrain.training.strategies.base import traits
+from kvtrain.training.strategies.base import totals, traits
 
 logger = logging.getLogger("kvtrain")
 
@@ -66,8 +66,7 @@ class RunSummary(pl.Callback):
 
 def run_summary_line(trainer: pl.Trainer, module: TrainingModule) -> str:
     """One line of facts about a run that begins or goes on."""
-    sizes = traits(module.trainer).parameter_sizes(module.model)
-    total, trainable = sum([size for size, _ in sizes]), sum([size for size, trains in sizes if trains])
+    total, trainable = totals(traits(module.trainer).parameter_sizes(module.model))
     trained = "" if trainable == total else f" ({trainable:,} train)"
     phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in module.schedule.phases)
     begin = f" from {trainer.global_step:,}" if trainer.global_step else ""

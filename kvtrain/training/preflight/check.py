@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvtrain.errors import UsageError, raised_by_kvtrain
+from kvtrain.errors import in_one_line, is_mistake
 from kvtrain.training.cli import ReadRecipe, read_recipe
 from kvtrain.training.estimate import Estimate, estimate_recipe
 from kvtrain.training.preflight import verdicts
@@ -93,10 +93,10 @@ def _estimated(recipe: ReadRecipe, ranks: int) -> tuple[Estimate | None, str]:
     """What the recipe needs, or why that cannot be told."""
     try:
         return estimate_recipe(*recipe, ranks=ranks), ""
-    except ValueError as error:
-        if not raised_by_kvtrain(error) and not isinstance(error, UsageError):
+    except (OSError, ValueError) as error:
+        if not is_mistake(error):
             raise
-        return None, " ".join(str(error).split())
+        return None, in_one_line(error)
 
 
 def asked_of(trainer: dict[str, Any]) -> Asked:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from kvtrain.launcher import Launch
 from kvtrain.training.refusals import refusals
 
 
@@ -37,9 +37,10 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
     Raises:
         UsageError: Lightning refuses the way in which SLURM was asked.
     """
-    if TorchElasticEnvironment.detect():
+    launch = Launch.detect()
+    if launch and launch.launcher == "torchrun":
         return _from_ranks("torchrun", environment, "GROUP_RANK")
-    if SLURMEnvironment.detect():
+    if launch and launch.launcher == "SLURM":
         with refusals():
             slurm = SLURMEnvironment()
         os.environ.update(MASTER_ADDR=slurm.main_address, MASTER_PORT=str(slurm.main_port))

@@ -1,6 +1,6 @@
 """What a run asks of its strategy, as one device and DDP answer it; strategies that shard answer otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -95,6 +95,12 @@ class StrategyTraits:
     def last_gradient_norm(self) -> Tensor | None:
         """2-norm of all gradients of the step just taken, where ``gradient_norm`` could not tell."""
         return None
+
+
+def totals(sizes: Iterable[tuple[int, bool]]) -> tuple[int, int]:
+    """Numbers of all parameters and of the trained ones, from ``StrategyTraits.parameter_sizes``."""
+    each = list(sizes)
+    return sum(size for size, _ in each), sum(size for size, trains in each if trains)
 
 
 _PLAIN = StrategyTraits()
