@@ -1,6 +1,6 @@
 """What a run asks of its strategy, as one device and DDP answer it; strategies that shard answer otherwise."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -97,10 +97,9 @@ class StrategyTraits:
         return None
 
 
-def totals(sizes: Iterable[tuple[int, bool]]) -> tuple[int, int]:
+def totals(sizes: Sequence[tuple[int, bool]]) -> tuple[int, int]:
     """Numbers of all parameters and of the trained ones, from ``StrategyTraits.parameter_sizes``."""
-    each = list(sizes)
-    return sum(size for size, _ in each), sum(size for size, trains in each if trains)
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 _PLAIN = StrategyTraits()
