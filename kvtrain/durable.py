@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from kvtrain.errors import reason
 
 _HASHED_AT_ONCE = 8  # files of a sharded checkpoint
 _CHUNK = 1 << 22  # bytes
@@ -61,6 +64,32 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Let what ended ``torch.save`` early come out as it was.
+
+    torch's writer closes its archive even then, fails at that, and raises what it failed with.
+    """
+    try:
+        yield
+    except BaseException as error:
+        first = reason(error)
+        if first is error:
+            raise
+        raise first from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file for ``torch.save``, which loses the system's error where it opens the file by itself.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
+    """
+    with naming(path), unwrapped(), path.open("wb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:

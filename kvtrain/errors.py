@@ -44,6 +44,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def reason(error: BaseException) -> BaseException:
+    """What a library's error stands for: a wish to stop, or an error of the system, that it came from; else itself."""
+    kinds = (KeyboardInterrupt, SystemExit, OSError)
+    return next((cause for cause in causes(error) if isinstance(cause, kinds)), error)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: its first, and what follows where that ends in a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]

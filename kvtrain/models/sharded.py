@@ -5,17 +5,21 @@ few plain classes it is made of and refuses everything else.
 """
 
 import pickle
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from kvtrain.errors import first_line
+from kvtrain.errors import first_line, reason
 
 INDEX = ".metadata"
 REST = "meta.pt"  # what is no tensor, as Lightning calls the file
@@ -77,8 +81,14 @@ class ShardedReader(FileSystemReader):
         return {name: tensor for name, tensor in described if isinstance(tensor, TensorStorageMetadata)}
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
-        """Fill tensors, sharded or whole; every rank reads for itself."""
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank is asked is meant
+        """Fill tensors, sharded or whole; every rank reads for itself.
+
+        Raises:
+            ValueError: A shard is damaged.
+            OSError: A file cannot be had.
+        """
+        unwarned = warnings.catch_warnings(action="ignore", category=UserWarning)  # that others are not asked is meant
+        with unwarned, plain_errors(self.folder, ValueError):
             load(dict(targets), storage_reader=self, no_dist=True)
 
     def read(self, name: str) -> Tensor:
@@ -99,6 +109,32 @@ class ShardedReader(FileSystemReader):
         except Exception as error:  # pickle and zip readers raise a dozen unrelated types
             raise ValueError(f"{self.folder / REST}: not readable ({first_line(error)})") from error
         return content
+
+
+@contextmanager
+def plain_errors(folder: Path, otherwise: type[Exception]) -> Iterator[None]:
+    """Raise what the first rank that failed has failed with; torch's error around it is no ``Exception``.
+
+    Args:
+        folder: The checkpoint that is written or read.
+        otherwise: What to raise in place of an error that is none of the system's.
+
+    Raises:
+        KeyboardInterrupt: Somebody wants the process to end; also SystemExit.
+        OSError: A file cannot be had or written; the error names it, or the folder.
+        Exception: Of the kind that was asked for.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = error.failures[min(error.failures)]
+        first = reason(failure)
+        if isinstance(first, OSError) and first.errno is not None:
+            raise OSError(first.errno, first.strerror, first.filename or str(folder)) from error
+        if isinstance(first, KeyboardInterrupt | SystemExit):
+            raise first from error
+        sentence = re.split(r"(?<=\w)\. ", first_line(failure))[0]  # torch's next ones advise to run what is in a file
+        raise otherwise(f"{folder}: {sentence}") from error
 
 
 def is_sharded(path: Path) -> bool:

@@ -9,8 +9,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from kvtrain import stop_signals
-from kvtrain.durable import naming, remove
-from kvtrain.errors import causes
+from kvtrain.durable import naming, remove, unwrapped
 
 _CHUNK = 1 << 22  # bytes between two looks at whether somebody wants the process to end
 _UNSYNCED = 1 << 28  # bytes; a disk is never left with more than it takes in a second or so
@@ -42,9 +41,9 @@ class StreamedCheckpointIO(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with naming(path), path.open("wb", buffering=0) as file:
+            with naming(path), unwrapped(), path.open("wb", buffering=0) as file:
                 stream = _Stream(file)
-                _save(checkpoint, stream)
+                torch.save(checkpoint, stream)  # type: ignore[arg-type]
                 stream.sync()
         except BaseException:
             remove(path)
@@ -97,16 +96,3 @@ class _Stream:
 
     def flush(self) -> None:
         """Nothing is held back."""
-
-
-def _save(checkpoint: dict[str, Any], stream: Any) -> None:
-    """Save; what ended it early comes out as it was.
-
-    torch's writer closes its archive even then, fails at that, and raises what it failed with.
-    """
-    try:
-        torch.save(checkpoint, stream)
-    except BaseException as error:
-        kinds = (KeyboardInterrupt, SystemExit, OSError)
-        reason = next((cause for cause in causes(error) if isinstance(cause, kinds)), error)
-        raise reason from None

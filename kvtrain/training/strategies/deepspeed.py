@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from kvtrain.durable import naming, writing
 from kvtrain.errors import UsageError
 from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
 from kvtrain.recipes import find_config
@@ -156,6 +157,25 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
     @property
     def _engine(self) -> Any:
         return self.model
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As Lightning's; files are opened here, or the system's errors would be lost.
+
+        Raises:
+            OSError: This rank could not write; the error names the file, or the folder.
+        """
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+        writer = self._engine.checkpoint_engine
+        if type(writer) is TorchCheckpointEngine:  # DeepSpeed's other writers want names
+
+            def save(state_dict: Any, path: str) -> None:
+                with writing(Path(path)) as file:
+                    TorchCheckpointEngine.save(writer, state_dict, file)
+
+            writer.save = save
+        with naming(Path(filepath)):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, but no shard may hold more than plain values, and none of their code is run.

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from kvtrain.durable import unwrapped, writing
 from kvtrain.errors import UsageError
-from kvtrain.models.sharded import REST, WEIGHTS, ShardedReader
+from kvtrain.models.sharded import REST, WEIGHTS, ShardedReader, plain_errors
 
 _OPTIMIZER = "optimizer.{}."  # and its kind of number, and the parameter's name
 
@@ -30,6 +33,9 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path, first: bool) -> None:
         checkpoint: With tensors of ``state_dict`` and of ``optimizer_state``.
         folder: Where.
         first: Whether this is the rank that writes what is no tensor.
+
+    Raises:
+        OSError: A rank could not write; the error names the folder or a file in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {WEIGHTS + name: value for name, value in checkpoint["state_dict"].items()}
@@ -39,8 +45,19 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path, first: bool) -> None:
         groups.append(optimizer["param_groups"])
     if first:
         rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        torch.save({**rest, "param_groups": groups}, folder / REST)
-    save(tensors, storage_writer=FileSystemWriter(folder))
+        with writing(folder / REST) as file:
+            torch.save({**rest, "param_groups": groups}, file)
+    with plain_errors(folder, RuntimeError):
+        save(tensors, storage_writer=_ShardWriter(folder))
+
+
+class _ShardWriter(FileSystemWriter):
+    """Fails with the system's error itself: ranks tell each other of errors, and not of what these came from."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Future[list[WriteResult]]:
+        """As torch's."""
+        with unwrapped():
+            return super().write_data(*args, **kwargs)
 
 
 def load_sharded(
