@@ -61,12 +61,13 @@ class ShardedReader(FileSystemReader):
         folder: The checkpoint.
 
     Raises:
-        ValueError: It is damaged, or holds a pickle of something else.
+        ValueError: It is damaged, as far as the sizes of its files tell, or holds a pickle of something else.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.folder, self._metadata = folder, _read_index(folder)
+        _require_whole(folder, self._metadata)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What is where; read once."""
@@ -149,3 +150,19 @@ def _read_index(folder: Path) -> Metadata:
         return Metadata(metadata.state_dict_metadata, None, metadata.storage_data, metadata.storage_meta)
     except Exception as error:  # pickle raises a dozen unrelated types
         raise ValueError(f"{folder / INDEX}: not the index of a sharded checkpoint ({first_line(error)})") from error
+
+
+def _require_whole(folder: Path, metadata: Metadata) -> None:
+    """Make sure that files are there and as long as the index says, which costs nothing.
+
+    Raises:
+        ValueError: One is not.
+    """
+    lengths: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        lengths[part.relative_path] = max(lengths.get(part.relative_path, 0), part.offset + part.length)
+    for name, length in lengths.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found < length:
+            raise ValueError(f"{file}: damaged, {found} bytes of {length} are there")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kvtrain import run_folder
 from kvtrain.models.checkpoint import read_checkpoint
+from kvtrain.models.sharded import ShardedReader, is_sharded
 
 logger = logging.getLogger("kvtrain")
 
@@ -38,10 +39,12 @@ def find_checkpoint(run: Path, asked: str | None) -> run_folder.Found:
 
 
 def require_readable(path: Path) -> None:
-    """Make sure that a checkpoint opens; what is in a folder is the strategies' business.
+    """Make sure that a checkpoint opens; what is in a folder of DeepSpeed's is its strategy's business.
 
     Raises:
         ValueError: It does not.
     """
     if path.is_file():
         read_checkpoint(path)
+    elif is_sharded(path):
+        ShardedReader(path).rest()

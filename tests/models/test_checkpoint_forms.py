@@ -9,6 +9,8 @@ from kvtrain.models.checkpoint import open_checkpoint
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.sharded import INDEX, REST, ShardedReader
 from kvtrain.models.zero import ZeROCheckpoint, read_shard
+from kvtrain.run_folder import step_path
+from kvtrain.training.resume import find_checkpoint
 from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 from tests.sharded_checkpoints import write_sharded, write_zero
 
@@ -90,6 +92,33 @@ def test_a_planted_shard_is_not_run(tmp_path):
         read_shard(tmp_path / "shard.pt")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("left", [-1, 0, None])
+def test_a_cut_or_missing_shard_is_said(tmp_path, state, left):
+    write_sharded(tmp_path / "ckpt", state)
+    shard = tmp_path / "ckpt" / "__0_0.distcp"
+    size, content = shard.stat().st_size, shard.read_bytes()[:left]
+    shard.unlink()
+    if left is not None:
+        shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: damaged, \d+ bytes of \d+ are there$") as refusal:
+        ShardedReader(tmp_path / "ckpt")
+    there = 0 if left is None else len(content)
+    assert str(refusal.value).endswith(f"{there} bytes of {size} are there")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", REST, INDEX])
+def test_without_a_manifest_last_passes_over_a_folder_that_was_cut(tmp_path, state, name):
+    first, second = (step_path(tmp_path, step) for step in (1, 2))
+    for path in (first, second):
+        write_sharded(path, state)
+    assert find_checkpoint(tmp_path, "last") == (second, {})
+    (second / name).write_bytes((second / name).read_bytes()[:-1])
+    path, faults = find_checkpoint(tmp_path, "last")
+    assert path == first and list(faults) == [second] and name in faults[second]
+    with pytest.raises(ValueError, match=name):
+        find_checkpoint(tmp_path, str(second))
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x04}."])
