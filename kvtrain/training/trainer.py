@@ -25,6 +25,7 @@ from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.loggers import AskedLogger, run_loggers, run_profiler
 from kvtrain.training.ranks import set_timeout
 from kvtrain.training.strategies import WORDS
+from kvtrain.training.strategies.base import StrategyTraits
 
 DEFAULT_RUN = "runs/unnamed"
 _MANY = 64
@@ -185,12 +186,12 @@ def check_strategy(strategy: Any) -> None:
         strategy: The trainer's; None passes.
 
     Raises:
-        ValueError: It is neither one device, nor DDP, nor one of kvtrain's own.
+        ValueError: It is neither one device, nor DDP, nor one of kvtrain's own or made of one.
     """
     if strategy is None or (isinstance(strategy, str) and strategy.lower() in _STRATEGIES):
         return
     plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if plain or type(strategy).__module__.startswith("kvtrain."):
+    if plain or isinstance(strategy, StrategyTraits):
         return
     name = repr(strategy) if isinstance(strategy, str) else type(strategy).__name__
     raise ValueError(

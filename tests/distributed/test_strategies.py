@@ -49,6 +49,7 @@ def test_one_device_and_ddp_and_our_own_are_strategies():
     for strategy in (None, "auto", "DDP", DDPStrategy(), SingleDeviceStrategy()):
         check_strategy(strategy)
     check_strategy(DeepSpeedZeRO({"zero_optimization": {"stage": 2}}))
+    check_strategy(type("Theirs", (FSDP2,), {"__module__": "theirs"})())
 
 
 def test_words_stand_for_the_shipped_configurations(monkeypatch, tmp_path):
