@@ -44,7 +44,8 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
     Args:
         config: DeepSpeed's configuration, a file or its content. The optimizer, accumulation and clipping
             come from the recipe.
-        timeout_minutes: How long a rank waits for the others before it gives up.
+        timeout_minutes: How long a rank waits for the others before it gives up; ``trainer.timeout_minutes`` wins
+            where both are given.
 
     Raises:
         UsageError: The file cannot be read, or says what the strategy cannot honour.

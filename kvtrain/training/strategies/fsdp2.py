@@ -1,7 +1,6 @@
 """FSDP2 under Lightning: every rank keeps a part of parameters, gradients and optimizer, and reads its own rows."""
 
 import logging
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,15 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
     Args:
         data_parallel_replicate_size: Copies of the model, each sharded over its part of the ranks (HSDP): as many as
             nodes, and layers are gathered within a node alone.
-        timeout_minutes: How long a rank waits for the others before it gives up.
 
     Raises:
         ValueError: No copy, or, once the ranks are known, copies that do not divide them.
     """
 
-    def __init__(self, data_parallel_replicate_size: int = 1, timeout_minutes: int = 30) -> None:
+    def __init__(self, data_parallel_replicate_size: int = 1) -> None:
         if data_parallel_replicate_size < 1:
             raise ValueError(f"data_parallel_replicate_size must be at least 1, not {data_parallel_replicate_size}")
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        super().__init__()
         self.data_parallel_replicate_size = data_parallel_replicate_size
 
     @property
