@@ -90,7 +90,8 @@ def test_every_training_ends_as_in_one_process(place, name):
 
 @pytest.mark.slow
 def test_two_copies_of_two_shards(place):
-    found = work(place, {"hsdp": {"name": "dmc", "strategy": "hsdp"}}, world_size=4)
+    found = work(place, {"hsdp": {"name": "dmc", "strategy": "hsdp", "timeout_minutes": 7}}, world_size=4)
+    assert found["hsdp"]["waits"] == [7, 7]
     assert_same(found["hsdp"], train("dmc", place))
 
 

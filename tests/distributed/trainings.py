@@ -199,7 +199,14 @@ def train(
         weights_only=True,
     )
     weights = {parameter: whole(tensor) for parameter, tensor in module.named_parameters()}
-    return {"weights": weights, "norms": notes.norms, "held_out": notes.held_out}
+    found = {"weights": weights, "norms": notes.norms, "held_out": notes.held_out}
+    return found | {"waits": waits(trainer.strategy)} if strategy == "hsdp" else found
+
+
+def waits(strategy: Any) -> list[float]:
+    """Minutes that the groups of a strategy's ranks wait for each other."""
+    groups = strategy.device_mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:

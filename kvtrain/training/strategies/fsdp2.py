@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -90,6 +91,9 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         else:
             sizes = (copies, self.world_size // copies)
             self._device_mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
+            assert self._timeout is not None  # Lightning's, or trainer.timeout_minutes
+            for group in self._device_mesh.get_all_groups():  # made with torch's own timeout
+                _set_pg_timeout(self._timeout, group)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
