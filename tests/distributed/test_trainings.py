@@ -152,8 +152,8 @@ def test_on_another_number_of_processes(place, in_two):
     }
     alone = work(place, jobs, world_size=1)
     assert_same(
-        {**alone["fsdp2"], "norms": [], "held_out": []},
-        {**in_two["dmc fsdp2"], "norms": [], "held_out": []},
+        {**alone["fsdp2"], "losses": [], "norms": [], "held_out": []},
+        {**in_two["dmc fsdp2"], "losses": [], "norms": [], "held_out": []},
         tolerance=1e-6,
     )
     for strategy in ZERO:

@@ -132,12 +132,14 @@ class Notes(pl.Callback):
     """What a run says of every step, as far as it is of all ranks."""
 
     def __init__(self) -> None:
+        self.losses: list[float] = []
         self.norms: list[float] = []
         self.held_out: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():
             return
+        self.losses.append(float(trainer.callback_metrics["loss"]))
         norm = traits(trainer).last_gradient_norm()
         self.norms.append(float(trainer.callback_metrics["gradient_norm"] if norm is None else norm))
 
@@ -189,6 +191,7 @@ def train(
         num_sanity_val_steps=2,
         callbacks=[notes],
         logger=False,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         **{"gradient_clip_val": 0.5, **saves, **settings},
     )
@@ -199,7 +202,7 @@ def train(
         weights_only=True,
     )
     weights = {parameter: whole(tensor) for parameter, tensor in module.named_parameters()}
-    found = {"weights": weights, "norms": notes.norms, "held_out": notes.held_out}
+    found = {"weights": weights, "losses": notes.losses, "norms": notes.norms, "held_out": notes.held_out}
     return found | {"waits": waits(trainer.strategy)} if strategy == "hsdp" else found
 
 
@@ -210,7 +213,7 @@ def waits(strategy: Any) -> list[float]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
-    """The same weights, gradient norms and held-out losses, as far as sums in another order allow.
+    """The same weights, logged losses, gradient norms and held-out losses, as far as sums in another order allow.
 
     Weights are compared as one vector: AdamW makes whole steps of a gradient that is nothing but rounding.
     """
@@ -218,6 +221,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert ours.keys() == theirs.keys()
     astray = torch.cat([(ours[name] - weight).flatten() for name, weight in theirs.items()]).norm()
     assert astray < tolerance * torch.cat([weight.flatten() for weight in theirs.values()]).norm()
+    torch.testing.assert_close(found["losses"], expected["losses"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found["norms"], expected["norms"], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found["held_out"], expected["held_out"], atol=2e-6, rtol=1e-6)
 
