@@ -104,10 +104,13 @@ def test_killed_resumed_exported_and_asked(cluster, tmp_path, capsys):
     assert main(["fit", *options(tmp_path / "alone"), *ALONE]) == 0
     found, expected = (table(tmp_path / name / "metrics.csv") for name in ("run", "alone"))
     assert [row["step"] for row in found] == list(range(STEPS))
-    for figure in ("loss", "compression"):
-        assert [row[figure] for row in found] == pytest.approx([row[figure] for row in expected], rel=1e-5)
+    assert found[-1].keys() >= {"loss", "compression"}
+    for ours, theirs in zip(found, expected, strict=True):
+        for figure in ("loss", "compression"):  # the first phase has none of the second
+            assert ours.get(figure) == pytest.approx(theirs.get(figure), rel=1e-5)
 
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "exported"), "--prompt", "def add(", "--max-new-tokens", "8"]) == 0
-    assert capsys.readouterr().out.startswith("def add(")
+    answer = capsys.readouterr()
+    assert answer.out.strip() and "8 tokens at" in answer.err

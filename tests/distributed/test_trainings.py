@@ -82,8 +82,8 @@ def test_a_sharded_run_is_exported(place, gating):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TRAININGS))
 def test_every_training_ends_as_in_one_process(place, name):
-    jobs = {strategy: {"name": name, "strategy": strategy} for strategy in EVERY}
-    found, expected = work(place, jobs), train(name, place)
+    jobs = {strategy: {"name": name, "strategy": strategy, "window": 4} for strategy in EVERY}
+    found, expected = work(place, jobs), train(name, place, window=4)
     for strategy in EVERY:
         assert_same(found[strategy], expected)
 
