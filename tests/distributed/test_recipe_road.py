@@ -1,5 +1,6 @@
 """The road of `recipes/dmc_llama7b.yaml`, its file and command at small sizes: two hosts, killed, resumed, served."""
 
+import contextlib
 import json
 import os
 import signal
@@ -49,13 +50,14 @@ def options(run: Path) -> list[str]:
     return ["--config", RECIPE, *(word for name, value in smaller.items() for word in (f"--{name}", str(value)))]
 
 
-def kill_ranks(hosts: tuple[str, str]) -> int:
-    """Kill the processes of the training, as against those that started them; how many there were."""
+def kill_all(hosts: tuple[str, str], having: bytes = b"") -> int:
+    """Kill what runs on the hosts with these words in its environment; how many there were."""
     listed = [subprocess.check_output(["ip", "netns", "pids", host], text=True).split() for host in hosts]
-    ranks = [int(pid) for pids in listed for pid in pids if b"\0LOCAL_RANK=" in environment_of(pid)]
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-    return len(ranks)
+    found = [int(pid) for pids in listed for pid in pids if having in environment_of(pid)]
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(found)
 
 
 def environment_of(pid: str) -> bytes:
@@ -71,7 +73,13 @@ def kill_in_mid_run(launcher: subprocess.Popen[bytes], hosts: tuple[str, str], r
     while not steps_saved(run) or steps_saved(run)[-1] < KILLED_AFTER:
         assert launcher.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
         time.sleep(0.05)
-    assert kill_ranks(hosts) >= 4, log.read_text()[-3000:]
+    assert kill_all(hosts, having=b"\0LOCAL_RANK=") >= 4, log.read_text()[-3000:]
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """What each step came to; the first phase has no compression yet."""
+    rows = table(run / "metrics.csv")
+    return [{name: row[name] for name in ("loss", "compression") if name in row} for row in rows]
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ def cluster(tmp_path):
     with two_hosts() as hosts, ssh_servers(hosts, tmp_path) as ssh:
         environment |= {"DS_ENV_FILE": str(tmp_path / "environment"), "PDSH_SSH_ARGS": f"-F {ssh} -2 -a -x %h"}
         yield hosts, lambda log: start(hosts[0], words, log, **environment)
-        kill_ranks(hosts)  # of a launcher that was given up
+        kill_all(hosts)  # of a test that failed
 
 
 def test_killed_resumed_exported_and_asked(cluster, tmp_path, capsys):
@@ -102,12 +110,9 @@ def test_killed_resumed_exported_and_asked(cluster, tmp_path, capsys):
     assert said.count(f"{STEPS} steps of {STEPS} done") == 1
 
     assert main(["fit", *options(tmp_path / "alone"), *ALONE]) == 0
-    found, expected = (table(tmp_path / name / "metrics.csv") for name in ("run", "alone"))
-    assert [row["step"] for row in found] == list(range(STEPS))
-    assert found[-1].keys() >= {"loss", "compression"}
-    for ours, theirs in zip(found, expected, strict=True):
-        for figure in ("loss", "compression"):  # the first phase has none of the second
-            assert ours.get(figure) == pytest.approx(theirs.get(figure), rel=1e-5)
+    assert [row["step"] for row in table(run / "metrics.csv")] == list(range(STEPS))
+    for ours, theirs in zip(figures(run), figures(tmp_path / "alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     capsys.readouterr()
