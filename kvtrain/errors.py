@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UsageError(ValueError):
@@ -67,7 +67,7 @@ def is_mistake(error: BaseException) -> bool:
 def in_one_line(error: BaseException) -> str:
     """All that an error says; of the system's errors, with the file and, where that helps, the remedy."""
     if isinstance(error, OSError):
-        remedy = "; make room there" if error.errno in _NO_ROOM else ""
+        remedy = "; make room there" if error.errno in NO_ROOM else ""
         return f"{error.filename}: {error.strerror}{remedy}"
     return " ".join(str(error).split())
 

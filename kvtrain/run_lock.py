@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from kvtrain.errors import UsageError
+from kvtrain.errors import NO_ROOM, UsageError
 from kvtrain.stop_signals import released
 
 FILE_NAME = "run.lock"
@@ -90,6 +90,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
     Raises:
         UsageError: Another process holds it.
+        OSError: There is no room for the file.
     """
     created = [folder for folder in (run, *run.parents) if not folder.exists()]
     text = json.dumps(asdict(Owner.this_process())) + "\n"
@@ -133,7 +134,9 @@ def _create(lock: Path, text: str) -> bool:
         os.link(draft, lock)
     except FileExistsError:
         return False
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(lock)) from error
         return _create_exclusively(lock, text)  # no hard links here
     finally:
         draft.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kvtrain import run_folder, strict_yaml
+from kvtrain import run_folder, run_lock, strict_yaml
 from kvtrain.data.listops import ListOpsDataModule
 from kvtrain.data.masking import MaskedDataModule
 from kvtrain.data.module import DataModule, PackedDataModule
@@ -23,7 +23,6 @@ from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
 from kvtrain.recipes import read_recipe_file
 from kvtrain.renamed import OLD_NAMES, option_with_new_name, with_new_names
-from kvtrain.run_lock import run_lock
 from kvtrain.stop_signals import STOPPED_EXIT_CODE
 from kvtrain.training import messages, training_modules
 from kvtrain.training.base import TrainingModule
@@ -194,7 +193,9 @@ class FitCLI(RecipeCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Hold the run folder, for all ranks, from before its checkpoints are looked at until the run has ended."""
-        with run_lock(self.run) if self.trainer.is_global_zero else contextlib.nullcontext():
+        if self.trainer.is_global_zero and not (self.run / run_lock.FILE_NAME).exists():
+            run_folder.remove_unfinished(self.run)  # which may leave no room for the lock itself
+        with run_lock.run_lock(self.run) if self.trainer.is_global_zero else contextlib.nullcontext():
             super()._run_subcommand(subcommand)
 
     def _find_checkpoint(self) -> None:

@@ -67,7 +67,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(place, whole, disk):
     fill(others)
     assert refused(place, run) == f"{run}/checkpoints/.step-000009.ckpt.new: {full}"
     fill(others)
-    assert refused(place, run) == f"{run}/config.yaml: {full}"
+    assert refused(place, run) == f"{run}/run.lock: {full}"
 
     others.unlink()
     resize("64m")
