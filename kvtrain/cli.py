@@ -101,8 +101,18 @@ def _recipes(arguments: list[str]) -> None:
         _print_table(("recipe", "purpose", "scale", "hardware"), rows)
 
 
-def _estimate_arguments(parser: Parser) -> None:
+def _config_argument(parser: Parser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+
+
+def _parse_recipe(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, and the recipe with what changes it as ``kvtrain fit`` would be given them."""
+    asked, overrides = build_parser(command).parse_known_args(arguments)
+    return asked, [*(f"--config={path}" for path in asked.config), *overrides]
+
+
+def _estimate_arguments(parser: Parser) -> None:
+    _config_argument(parser)
     parser.add_argument("--devices", type=int, metavar="N", help="what one of so many ranks holds")
     parser.add_argument(
         "--strategy", metavar="S", help="ddp, fsdp2, zero2, zero3 or zero3_offload, in place of the recipe's"
@@ -116,12 +126,12 @@ def _estimate_arguments(parser: Parser) -> None:
 
 
 def _estimate(arguments: list[str]) -> None:
-    asked, overrides = build_parser("estimate").parse_known_args(arguments)
+    asked, recipe_arguments = _parse_recipe("estimate", arguments)
     from kvtrain.training.cli import read_recipe
     from kvtrain.training.estimate import estimate_recipe, table_rows
 
     require_at_least(1, "--devices", asked.devices)
-    recipe = read_recipe([*(f"--config={path}" for path in asked.config), *overrides])
+    recipe = read_recipe(recipe_arguments)
     figures = estimate_recipe(*recipe, strategy=asked.strategy, ranks=asked.devices)
     if asked.json:
         print(json.dumps(figures.to_dict(), indent=1))
@@ -130,7 +140,7 @@ def _estimate(arguments: list[str]) -> None:
 
 
 def _check_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="recipe; may be repeated")
+    _config_argument(parser)
     parser.add_argument(
         "--timeout", type=finite, default=300.0, metavar="S", help="seconds to wait for processes (300)"
     )
@@ -143,12 +153,12 @@ def _check_arguments(parser: Parser) -> None:
 
 
 def _check(arguments: list[str]) -> None:
-    asked, overrides = build_parser("check").parse_known_args(arguments)
+    asked, recipe_arguments = _parse_recipe("check", arguments)
     if asked.timeout <= 0:
         raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
     from kvtrain.training.preflight import check_launch
 
-    with check_launch([*(f"--config={path}" for path in asked.config), *overrides], asked.timeout) as outcome:
+    with check_launch(recipe_arguments, asked.timeout) as outcome:
         if outcome.rank == 0 and asked.json:
             print(json.dumps([finding._asdict() for finding in outcome.findings], indent=1), flush=True)
         elif outcome.rank == 0:

@@ -17,7 +17,7 @@ _CHUNK = 1 << 22  # bytes
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name; ``is_leftover`` knows these."""
+    """Where a file or folder is written before it gets its name; ``remove_leftovers`` knows these."""
     return path.with_name(f".{path.name}.new")
 
 

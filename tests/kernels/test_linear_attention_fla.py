@@ -22,7 +22,7 @@ from kvtrain.kernels import linear_attention_fla as fla
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_reference
 from tests.backends import forget_backends
 
-from .test_linear_attention_triton import call, run
+from .test_linear_attention_triton import backend_errors, call
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None
@@ -88,14 +88,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def errors(name: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
     """Of every tensor, relative to the definition in float64."""
-    tensors, options = call(dtype, device, **CASES[name])
-    found = run(linear_attention, tensors, options | {"backend": "fla"})
-    expected = run(linear_attention_reference, {name: tensor.double() for name, tensor in tensors.items()}, options)
-    for tensor_name, tensor in found.items():
-        wide = tensor_name == "final" or tensor_name == "grad_state"
-        assert tensor.dtype == (torch.float32 if wide else dtype), tensor_name
-    distances = {key: (found[key].detach().double() - tensor.detach()).norm() for key, tensor in expected.items()}
-    return {key: float(distance / expected[key].detach().norm()) for key, distance in distances.items()}
+    return backend_errors("fla", CASES[name], dtype, device)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -91,8 +91,13 @@ def run(attend: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dic
 
 def errors(name: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
     """Of every tensor, relative to the definition in float64."""
-    tensors, options = call(dtype, device, **CASES[name])
-    found = run(linear_attention, tensors, options | {"backend": "triton"})
+    return backend_errors("triton", CASES[name], dtype, device)
+
+
+def backend_errors(backend: str, case: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, float]:
+    """``errors`` of a backend that takes these cases."""
+    tensors, options = call(dtype, device, **case)
+    found = run(linear_attention, tensors, options | {"backend": backend})
     expected = run(linear_attention_reference, {name: tensor.double() for name, tensor in tensors.items()}, options)
     for tensor_name, tensor in found.items():
         wide = tensor_name == "final" or tensor_name == "grad_state"
