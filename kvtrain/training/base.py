@@ -18,7 +18,7 @@ from kvtrain.errors import require_seed
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
-from kvtrain.training.parameters import clear_moments
+from kvtrain.training.parameters import clear_moments, whole_shape
 from kvtrain.training.schedules import Phase, PhaseStep, Schedule
 from kvtrain.training.step_figures import StepFigures, Transform
 from kvtrain.training.strategies.base import Tensors, traits
@@ -346,6 +346,6 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
             (decayed if matrix else plain).append(parameter)
     return decayed, plain

@@ -43,6 +43,11 @@ def clamp_parameter(parameter: Tensor, low: float, high: float) -> None:
     _kind(parameter).clamp(parameter, low, high)
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of all of a parameter, wherever its parts lie."""
+    return _kind(parameter).shape(parameter)
+
+
 def whole(parameter: Tensor) -> Tensor:
     """A copy of all of a parameter, wherever its parts lie; every rank calls it."""
     return _kind(parameter).whole(parameter)

@@ -70,7 +70,14 @@ class Rows:
         }
 
 
-class TinyDMC(DMCModule):
+class _FromMemory:
+    """A training whose model is made by ``build_model`` alone: there are no files to read parts of."""
+
+    def pretrained_weights(self) -> None:
+        return None
+
+
+class TinyDMC(_FromMemory, DMCModule):
     """Notes what its parameters and its optimizer hold around the boundaries."""
 
     def __init__(self, family: str = "llama") -> None:
@@ -87,7 +94,7 @@ class TinyDMC(DMCModule):
         self.notes.append({"before": before, "after": moments(self), "rows": borrowed(self)})
 
 
-class TinyLCKV(LCKVModule):
+class TinyLCKV(_FromMemory, LCKVModule):
     """Runs layers again and again, with gradient and without, under activation checkpointing."""
 
     def __init__(self) -> None:
@@ -107,7 +114,7 @@ class TinyLCKV(LCKVModule):
         self.held_out.append({name: logged[name].item() for name in ("val_loss", "val_serving_gap")})
 
 
-class TinyDuo(DuoModule):
+class TinyDuo(_FromMemory, DuoModule):
     """Gates that take large steps, and notes of what bringing them back between 0 and 1 does to them."""
 
     def __init__(self) -> None:
@@ -132,7 +139,7 @@ class TinyDuo(DuoModule):
         self.clamped.append({"before": before, "after": self.stored(whole), "masters": self.stored(masters)})
 
 
-class TinySGD(RetrofitModule):
+class TinySGD(_FromMemory, RetrofitModule):
     """One plain host under SGD, whose steps show the size of the gradient."""
 
     def __init__(self) -> None:

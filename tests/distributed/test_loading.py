@@ -1,8 +1,10 @@
-"""A base that two ranks read into their shards is the base that one reads whole, and takes half its memory."""
+"""A base that two ranks read into their parts is the base that one reads whole, and takes half its memory."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 
 from .launch import launch
 from .loading_worker import BASES, MODULES, logits
@@ -23,15 +25,15 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def loaded(place):
-    return launch("tests.distributed.loading_worker", 2, place)
+@pytest.fixture(scope="module", params=["fsdp2", *(["zero3", "zero3_offload"] if DEEPSPEED_INSTALLED else [])])
+def loaded(place, request):
+    return launch("tests.distributed.loading_worker", 2, place, request.param, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", list(MODULES))
+@pytest.mark.parametrize("name", ["teacher", *MODULES])
 def test_logits_and_memory(place, loaded, name, base):
-    found = loaded[f"{name} {base}"]
-    assert torch.equal(found["logits"], logits(MODULES[name](str(place / base)).build_model()))
+    found, make = loaded[f"{name} {base}"], MODULES["full" if name == "teacher" else name]
+    assert torch.equal(found["logits"], logits(make(str(place / base)).build_model()))
     made_anew = 0.1 if name in ("duo, rounded", "lckv, averaged", "converted") else 0.0  # attention, a part of it
     assert found["peak"] < (0.6 + made_anew) * found["size"] + (4 << 20)

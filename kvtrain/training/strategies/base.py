@@ -131,6 +131,11 @@ class PlainParameters:
 
     mark: ClassVar[str] = "numel"
 
+    def shape(self, parameter: Any) -> torch.Size:
+        """See ``parameters.whole_shape``."""
+        shape: torch.Size = parameter.shape
+        return shape
+
     def whole(self, parameter: Any) -> Tensor:
         """See ``parameters.whole``."""
         copy: Tensor = parameter.detach().clone()

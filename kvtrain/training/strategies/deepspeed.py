@@ -6,6 +6,7 @@ every step: who writes a parameter has to change both, or the next step undoes w
 
 import importlib.util
 import json
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +26,15 @@ from kvtrain.durable import naming, writing
 from kvtrain.errors import UsageError
 from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
 from kvtrain.recipes import find_config
-from kvtrain.training.strategies.base import SAME_STRATEGY, PlainParameters, StrategyTraits, row_mask
+from kvtrain.training.strategies.base import (
+    SAME_STRATEGY,
+    BuildsModel,
+    BuildsTeacher,
+    PlainParameters,
+    StrategyTraits,
+    row_mask,
+)
+from kvtrain.training.strategies.partitions import half_precision, partition, reads_partitions, stretch
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -102,18 +111,56 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """None: a host is loaded whole by each rank and then partitioned.
-
-        DeepSpeed's own context would partition parameters before transformers has loaded values into them.
-        """
+        """None: DeepSpeed's own would partition parameters before transformers has loaded values into them."""
         self._init_config_if_needed()
         yield
 
+    def build_model(self, module: BuildsModel) -> Any:
+        """See ``StrategyTraits``; under ZeRO-3 on the meta device, then partitioned and filled in one go.
+
+        What has no files to be read from is built whole by each rank, for DeepSpeed to partition.
+        """
+        weights = module.pretrained_weights() if self._reads_partitions else None
+        if weights is None:
+            return super().build_model(module)
+        model = module.build_meta_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(module.is_trainable(name))
+        partition(model, weights, self._settings)
+        return model
+
+    def build_teacher(self, module: BuildsTeacher) -> Any:
+        """See ``StrategyTraits``; partitioned as the model is, in an engine of its own, in the type of its weights."""
+        if not self._reads_partitions:
+            return super().build_teacher(module)
+        import deepspeed
+
+        teacher: Any = module.build_meta_teacher().requires_grad_(False).eval()
+        config = {key: self._settings[key] for key in ("train_micro_batch_size_per_gpu", "zero_optimization")}
+        partition(teacher, module.teacher_weights(), config)
+        args = Namespace(device_rank=self.root_device.index)
+        deepspeed.initialize(args, model=teacher, config=config, model_parameters=[], dist_init_required=False)
+        self._announce_weight(teacher.get_output_embeddings().weight)
+        return teacher
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config
+
+    @property
+    def _reads_partitions(self) -> bool:
+        return reads_partitions(self._settings["zero_optimization"])
+
     def setup(self, trainer: pl.Trainer) -> None:
-        """Hand the model to DeepSpeed."""
+        """Hand the model to DeepSpeed, which gives types to parameters, but to none beside partitioned ones."""
+        half, module = half_precision(self._settings), self.lightning_module
+        for parameter in module.parameters() if half and self.zero_stage_3 else ():  # type: ignore[union-attr]
+            parameter.data = parameter.data.to(half)
         super().setup(trainer)
         if self.zero_stage_3:
-            self._announce_output_embedding()
+            model: Any = self.lightning_module.model  # type: ignore[union-attr]
+            self._announce_weight(model.get_output_embeddings().weight)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """As Lightning's, which would take all hooks from the model, those that it needs to run among them."""
@@ -123,12 +170,11 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
             ours = {key: hook for key, hook in hooks.items() if not _is_deepspeeds(hook)}
             setattr(module, name, OrderedDict({**ours, **getattr(module, name)}))
 
-    def _announce_output_embedding(self) -> None:
-        """Have ZeRO-3 gather the output embedding for the model itself: the loss reads its weight directly."""
+    def _announce_weight(self, weight: nn.Parameter) -> None:
+        """Have ZeRO-3 gather an output embedding for the model itself: the loss reads its weight directly."""
         import deepspeed
 
-        model: Any = self.lightning_module.model  # type: ignore[union-attr]
-        deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
+        deepspeed.zero.register_external_parameter(self.lightning_module.model, weight)  # type: ignore[union-attr]
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the accumulated batches already; DeepSpeed would do so again."""
@@ -304,6 +350,10 @@ class ZeRO3Parameters(PlainParameters):
 
     mark = "ds_id"
 
+    def shape(self, parameter: Any) -> torch.Size:
+        """See ``PlainParameters``; while nobody uses it, a parameter is an empty vector."""
+        return torch.Size(parameter.ds_shape)
+
     def whole(self, parameter: Any) -> Tensor:
         """See ``PlainParameters``."""
         import deepspeed
@@ -334,8 +384,7 @@ class ZeRO3Parameters(PlainParameters):
 
 def local_part(whole: Tensor, size: int) -> Tensor:
     """This rank's stretch of a flattened tensor, padded at the end as ZeRO-3 pads it."""
-    start = torch.distributed.get_rank() * size
-    part = whole.flatten()[start : start + size]
+    part = stretch(whole, size)
     return nn.functional.pad(part, (0, size - part.numel()))
 
 

@@ -54,7 +54,7 @@ def materialize(model: nn.Module, weights: Mapping[str, Tensor], device: torch.d
         UsageError: A weight is missing, or has another shape.
     """
     model.to_empty(device=device)
-    _compute_buffers(model)
+    compute_buffers(model)
     read_parts(stored_tensors(model), weights)
 
 
@@ -91,18 +91,27 @@ def read_parts(targets: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> No
     Raises:
         UsageError: A tensor is missing, or has another shape.
     """
-    for name, target in targets.items():
-        if name not in whole:
-            raise UsageError(f"the base has no weights {name!r}, which this model needs")
-        if whole[name].shape != target.shape:
-            here, there = tuple(target.shape), tuple(whole[name].shape)
-            raise UsageError(f"{name} of the base is {there}, where its config.json says {here}")
+    found = {name: fitting(name, target.shape, whole) for name, target in targets.items()}
     state = {name: target.detach() for name, target in targets.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank is asked is meant
-        load(state, storage_reader=_WholeTensors({name: whole[name] for name in targets}), no_dist=True)
+        load(state, storage_reader=_WholeTensors(found), no_dist=True)
 
 
-def _compute_buffers(model: nn.Module) -> None:
+def fitting(name: str, shape: torch.Size, weights: Mapping[str, Tensor]) -> Tensor:
+    """A weight of a base.
+
+    Raises:
+        UsageError: It is missing, or has another shape.
+    """
+    if name not in weights:
+        raise UsageError(f"the base has no weights {name!r}, which this model needs")
+    if weights[name].shape != shape:
+        here, there = tuple(shape), tuple(weights[name].shape)
+        raise UsageError(f"{name} of the base is {there}, where its config.json says {here}")
+    return weights[name]
+
+
+def compute_buffers(model: nn.Module) -> None:
     """Compute what no file holds, such as rotary frequencies."""
     for name, module in model.named_modules():
         if module._non_persistent_buffers_set:
