@@ -1,5 +1,6 @@
 """A run folder becomes a Hugging Face folder: safetensors, configuration, tokenizer, model card."""
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder, require_new
@@ -18,9 +19,10 @@ from kvtrain.export.card import model_card
 from kvtrain.export.weights import write_model
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.host import KVTrainMixin, retrofit, retrofitted_class
-from kvtrain.models.registry import own_model_class
+from kvtrain.models.host import retrofitted_class
+from kvtrain.models.registry import builder, own_model_class
 from kvtrain.models.sharded import is_sharded
+from kvtrain.models.weights import StoredWeights, host_weights
 from kvtrain.models.zero import is_zero
 from kvtrain.run_folder import last_checkpoint, require_intact
 
@@ -82,58 +84,63 @@ def is_run(path: Path) -> bool:
 
 
 def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
-    """The trained model, as it is served, and its weights: on the meta device where they need not be in memory.
+    """The trained model, as it is served, on the meta device, and its weights, each read when it is asked for.
 
     It is a retrofitted model, the plain host where its method is that, or one without a host.
     """
-    settings = dict(stored.settings["config"])
+    settings, weights = dict(stored.settings["config"]), stored.weights
     config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if base := stored.settings.get("base"):
-        return _deployed(_on_base(base, config, dict(stored.weights)))
+    base = stored.settings.get("base")
+    if base:
+        weights = _completed(weights, _base_weights(base, config))
+    if isinstance(config, KVTrainConfig):
+        method, weights = builder(config.method, config.host_config).deploy(weights)
+        config.method_config = method.to_dict()
     with torch.device("meta"):
         model = _model_of(config)
-    if not isinstance(model, KVTrainMixin) or not model.builder.deploys:
-        return model.eval(), stored.weights
-    whole = _model_of(config)
-    whole.load_state_dict(dict(stored.weights))
-    return _deployed(whole.eval())
+    if base:
+        with contextlib.suppress(OSError):  # most bases have one
+            model.generation_config = GenerationConfig.from_pretrained(resolve(base))
+    return model.eval(), weights
 
 
-def _deployed(model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
-    assert isinstance(model, KVTrainMixin)
-    model.builder.deploy(model)
-    return model, model.state_dict()
+def _completed(learnt: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> StoredWeights:
+    names = {name: name for name in [*others, *learnt]}
+    return StoredWeights(names, lambda name: (learnt if name in learnt else others)[name])
 
 
 def _model_of(config: Any) -> PreTrainedModel:
     if own := own_model_class(config):
         model: PreTrainedModel = own(config)
     elif config.method.is_host:
-        host_config = config.host_config
-        host_config._attn_implementation = None
-        model = AutoModelForCausalLM.from_config(host_config)
+        model = AutoModelForCausalLM.from_config(_plain(config.host_config))
     else:
         model = retrofitted_class(config.host_config)(config)
     return model
 
 
-def _on_base(base: str, config: KVTrainConfig, learnt: dict[str, Tensor]) -> PreTrainedModel:
-    """A retrofit whose checkpoint holds what was learnt alone.
+def _plain(host_config: Any) -> Any:
+    """A host's configuration without the attention that a retrofit has chosen."""
+    host_config._attn_implementation = None
+    return host_config
+
+
+def _base_weights(base: str, config: KVTrainConfig) -> dict[str, Tensor]:
+    """Weights of a retrofit whose checkpoint holds what was learnt alone, as they were before; mapped from files.
 
     Raises:
         ValueError: The base cannot be had, or is another one.
     """
     path = resolve(base)
     with explain_load_errors(base, "the base of this run; put it there again, then export"):
-        host = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model = retrofit(host, config.method)
-    model.eval()
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in learnt.items():
-        if shapes.get(name) != tensor.shape:
+        weights = host_weights(path, AutoConfig.from_pretrained(path))
+    with torch.device("meta"):
+        host = AutoModelForCausalLM.from_config(_plain(config.host_config))
+    shapes = {name: tensor.shape for name, tensor in host.state_dict().items()}
+    for name in {**weights, **shapes}:
+        if name not in weights or shapes.get(name) != weights[name].shape:
             raise ValueError(f"{base}: not the base that was trained on, {name} does not fit; restore it, then export")
-    model.load_state_dict(learnt, strict=False)
-    return model
+    return builder(config.method, config.host_config).adapt_state(weights)
 
 
 def require_push(repository: str) -> None:

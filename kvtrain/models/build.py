@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
@@ -71,14 +71,16 @@ class Builder(ABC, Generic[Settings]):
         """
         return state
 
-    @property
-    def deploys(self) -> bool:
-        """Whether ``deploy`` has anything to do, for which a model must be in memory."""
-        return type(self).deploy is not Builder.deploy
+    def deploy(self, weights: Mapping[str, Tensor]) -> tuple[Settings, Mapping[str, Tensor]]:
+        """From a trained model to the one that is served, before it is exported; most serve what they train.
 
-    def deploy(self, model: PreTrainedModel) -> None:
-        """Turn a trained model into the one that is served, in place, before it is exported; most have nothing to do.
+        Args:
+            weights: Of the trained model by name, each read, whole, when it is asked for: no model is in memory.
+
+        Returns:
+            Settings of the model that is served, and its weights, to be read likewise.
 
         Raises:
             ValueError: It cannot be served as it is.
         """
+        return self.settings, weights

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,11 @@ from torch import Tensor
 from kvtrain.errors import first_line
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.sharded import WEIGHTS, ShardedReader, is_sharded
+from kvtrain.models.weights import StoredWeights
 from kvtrain.models.zero import ZeROCheckpoint, is_zero
 
 _SETTINGS = {"config", "tokenizer"}
 _MODEL = "model."  # how names of the model's own weights begin in a training module
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """Weights by name, each read when it is asked for.
-
-    Args:
-        names: In the checkpoint, by name.
-        read: Reads a tensor of the checkpoint.
-    """
-
-    def __init__(self, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
-        self._names, self._read = names, read
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one, whole."""
-        return self._read(self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._names)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Weights of a Hugging Face folder as they lie in its files, for who reads parts of them."""
+"""Weights that are read when they are looked at: those of a Hugging Face folder lie in its files until then."""
+
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from safetensors import safe_open
@@ -8,6 +10,30 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from kvtrain.errors import UsageError
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Weights by name, each read when it is asked for.
+
+    Args:
+        names: Where each is stored, by name.
+        read: Reads what is stored under a name.
+    """
+
+    def __init__(self, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one, whole."""
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
 
 
 def host_weights(path: str, config: PreTrainedConfig) -> dict[str, Tensor]:

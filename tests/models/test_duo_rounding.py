@@ -276,14 +276,15 @@ def test_settings_come_back_from_lists():
     assert kvtrain.Duo.from_dict(json.loads(json.dumps(method.to_dict()))) == method
 
 
-def test_deploying_rounds_once():
-    model = gated(host_of(), FRACTIONS, sparsity=0.25)
-    model.builder.deploy(model)
-    assert model.method.full_heads == ((0, 1), (1,))
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.builder.deploy(model)
-    assert model.method.full_heads == ((0, 1), (1,))
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize("gates", ["plain", "hard_concrete"])
+def test_deploying_rounds_once_and_as_a_model_in_memory_does(gates):
+    model = gated(host_of(), FRACTIONS, sparsity=0.25, gates=gates)
+    method, weights = model.builder.deploy({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert method.full_heads == ((0, 1), (1,))
+    rounded_model = model.binarize()
+    assert method == rounded_model.method and set(weights) == set(rounded_model.state_dict())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in rounded_model.state_dict().items())
+    assert rounded_model.builder.deploy(weights) == (method, weights)
 
 
 def test_a_rounded_model_is_saved_as_it_is(tmp_path):

@@ -129,8 +129,11 @@ def test_a_damaged_shard_is_a_mistake_in_one_line(tmp_path):
     write_weights(tmp_path / "ckpt")
     reader, shard = ShardedReader(tmp_path / "ckpt"), tmp_path / "ckpt" / "__0_0.distcp"
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(ValueError, match=r"Weights only load failed$") as refusal:
+    with pytest.raises(ValueError, match="is damaged") as refusal:
         reader.read("state_dict.w")
+    assert str(refusal.value) == f"{shard}: state_dict.w is damaged (Weights only load failed)"
+    with pytest.raises(ValueError, match=r"Weights only load failed$") as refusal:
+        reader.read_into({"state_dict.w": torch.zeros(3, 3)})
     assert str(refusal.value).startswith(f"{tmp_path}/ckpt: ") and "\n" not in str(refusal.value)
 
 

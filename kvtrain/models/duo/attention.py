@@ -20,7 +20,7 @@ from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.gates import hard_concrete
+from kvtrain.models.duo.gates import gate_values
 from kvtrain.models.duo.patterns import AttentionPatterns, mix_heads
 from kvtrain.models.windows import attend_cache_and_window
 
@@ -62,13 +62,11 @@ class GatedAttention(HostAttention):
 
     def gate_values(self, step: DuoStep | None = None) -> Tensor:
         """Gates ``(H_kv,)`` within 0 and 1."""
-        if self.settings.gates == "plain":
-            return self.gates.float().clamp(0.0, 1.0)
         noise = None
-        if step is not None and step.step is not None:
+        if self.settings.gates == "hard_concrete" and step is not None and step.step is not None:
             row = torch.zeros(1, dtype=torch.long, device=self.gates.device)
             noise = keyed_logistic(row, step.seed, step.step, self.layer_idx, (self.num_key_value_heads, 1)).flatten()
-        return hard_concrete(self.gates.float(), noise)
+        return gate_values(self.gates, self.settings.gates, noise)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kvtrain.cache.base import KVCacheLayer
 from kvtrain.cache.rows import Placement
@@ -14,7 +13,7 @@ from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
 from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.convert import adapt_state, round_gates
+from kvtrain.models.duo.convert import adapt_state, round_gates, round_state
 from kvtrain.models.hosts import key_value_shape
 
 
@@ -89,7 +88,6 @@ class Builder(build.Builder[Duo]):
         """See ``build.Builder``."""
         return adapt_state(self.settings, state, self.host_config)
 
-    def deploy(self, model: PreTrainedModel) -> None:
+    def deploy(self, weights: Mapping[str, Tensor]) -> tuple[Duo, Mapping[str, Tensor]]:
         """See ``build.Builder``: rounds what is not rounded yet."""
-        if self.settings.full_heads is None:
-            binarize(model)
+        return round_state(self.settings, weights, self.host_config)

@@ -1,6 +1,6 @@
 """Surgery on gated models: gates put in, rounded, and the heads of every layer sorted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.gates import HARD_CONCRETE_START, choose_full_heads
+from kvtrain.models.duo.gates import HARD_CONCRETE_START, choose_full_heads, gate_values
 from kvtrain.models.hosts import host_adapter, key_value_shape
 from kvtrain.models.hosts.base import QUERY_KEY_NORMS
+from kvtrain.models.weights import StoredWeights
 
 
 def adapt_state(settings: Duo, state: dict[str, Tensor], host_config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -49,6 +50,29 @@ def sort_heads(name: str, tensor: Tensor, full: Sequence[int], host_config: PreT
     if module in QUERY_KEY_NORMS and host_adapter(host_config).query_key_norm == "head":  # one norm for every head
         return tensor
     return nn.Parameter(tensor[rows].detach())
+
+
+def round_state(
+    settings: Duo, weights: Mapping[str, Tensor], host_config: PreTrainedConfig
+) -> tuple[Duo, Mapping[str, Tensor]]:
+    """As ``round_gates`` of a model that is not in memory: settings and weights by name, sorted as they are read."""
+    if settings.full_heads is not None:
+        return settings, weights
+    adapter, layers = host_adapter(host_config), range(host_config.num_hidden_layers)
+    prefixes = [f"{adapter.attention_name(layer)}." for layer in layers]
+    gates = torch.stack([gate_values(weights[f"{prefix}gates"], settings.gates) for prefix in prefixes])
+    full_heads = choose_full_heads(gates, settings.sparsity)
+    owners = {name: layer for layer in layers for name in weights if name.startswith(prefixes[layer])}
+
+    def read(name: str) -> Tensor:
+        layer = owners.get(name)
+        if layer is None:
+            return weights[name]
+        part = name.removeprefix(prefixes[layer])
+        return sort_heads(part, weights[name], full_heads[layer], host_config, layer)
+
+    gated = {f"{prefix}gates" for prefix in prefixes}
+    return settings.rounded(full_heads), StoredWeights({name: name for name in weights if name not in gated}, read)
 
 
 def gates_of(model: PreTrainedModel) -> Tensor:

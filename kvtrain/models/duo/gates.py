@@ -63,6 +63,17 @@ def hard_concrete(logits: Tensor, noise: Tensor | None) -> Tensor:
     return (shares * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
 
 
+def gate_values(stored: Tensor, kind: str, noise: Tensor | None = None) -> Tensor:
+    """Gates within 0 and 1, of the numbers that are learnt.
+
+    Args:
+        stored: ``(..., H_kv)``.
+        kind: ``Duo.gates``.
+        noise: As in ``hard_concrete``.
+    """
+    return stored.float().clamp(0.0, 1.0) if kind == "plain" else hard_concrete(stored.float(), noise)
+
+
 def open_probability(logits: Tensor) -> Tensor:
     """Probability that a hard-concrete gate is not 0 (Louizos et al. 2018, equation 12)."""
     return torch.sigmoid(logits - _TEMPERATURE * math.log(-_LOW / _HIGH))
