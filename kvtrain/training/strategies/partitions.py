@@ -53,9 +53,9 @@ def partition(model: nn.Module, weights: Mapping[str, Tensor], config: dict[str,
         del empty
         _partition_parameter(placed[parameter], weight, context)
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = placed[parameter]
+        for key, own in module._parameters.items():
+            if own is not None:
+                module._parameters[key] = placed[own]
     _fill_buffers(model, weights, context.local_device)
 
 
