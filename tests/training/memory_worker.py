@@ -18,9 +18,9 @@ STEPS = 2  # the second finds the state of the optimizer in place
 STATUS = Path("/proc/self/status")
 
 
-def build_module(base, *, method, **settings):
+def build_module(base, *, method, steps=STEPS, **settings):
     """The module of a case, on a base folder."""
-    phases = [Phase("retrofit", STEPS, 1e-3)]
+    phases = [Phase("retrofit", steps, 1e-3)]
     if method == "dmc":
         return DMCModule(base, DMC(), phases=phases, **settings)
     return RetrofitModule(base, phases=phases, **settings)

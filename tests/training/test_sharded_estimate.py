@@ -180,8 +180,12 @@ MODELS = {
     "large": {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 64},
 }
 CASES = [
-    pytest.param(name, precision, rows, id=f"{name}-{precision}-{rows} rows")
-    for name, precision, rows in (
+    pytest.param(name, precision, rows, more, id=f"{name}-{precision}-{rows} rows{'-taught' if more else ''}")
+    for name, precision, rows, *more in (
+        ("ddp", "32-true", 1),
+        ("fsdp2", "bf16-mixed", 1),
+        ("fsdp2", "32-true", 1, "distill"),
+        ("zero3", "32-true", 1, "distill"),
         ("zero2", "32-true", 1),
         ("zero3", "32-true", 1),
         ("zero3", "bf16-mixed", 1),
@@ -194,15 +198,16 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux' account of a process's memory")
-@pytest.mark.parametrize(("name", "precision", "rows"), CASES)
-def test_a_rank_takes_the_memory_that_was_foretold(tmp_path, name, precision, rows):
+@pytest.mark.parametrize(("name", "precision", "rows", "more"), CASES)
+def test_a_rank_takes_the_memory_that_was_foretold(tmp_path, name, precision, rows, more):
     if name == "fsdp2" and not hasattr(strategies, "FSDP2"):
         pytest.skip("this kvtrain has no FSDP2")
-    if name != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install kvtrain[deepspeed]")
     for folder, sizes in MODELS.items():
         AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **sizes)).save_pretrained(tmp_path / folder)
-    case = {"name": name, "rows": rows, "length": 256, "precision": precision}
+    settings = dict.fromkeys(more, True)
+    case = {"name": name, "rows": rows, "length": 256, "precision": precision, **settings}
     measured = launch(
         "tests.training.sharded_memory_worker",
         2,
@@ -212,9 +217,9 @@ def test_a_rank_takes_the_memory_that_was_foretold(tmp_path, name, precision, ro
         MALLOC_MMAP_THRESHOLD_="65536",
         OMP_NUM_THREADS="1",
     )
-    zero = {} if name == "fsdp2" else zero_settings(name)
+    zero = zero_settings(name) if name.startswith("zero") else {}
     figures = estimate(
-        build_module(str(tmp_path / "large"), method="full"),
+        build_module(str(tmp_path / "large"), method="full", **settings),
         batch_size=rows,
         sequence_length=256,
         precision=precision,
