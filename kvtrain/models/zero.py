@@ -70,6 +70,16 @@ class ZeROCheckpoint:
         if not self.ranks:
             raise ValueError(f"{folder}: damaged, no file of it holds optimizer states")
 
+    def require_whole(self) -> None:
+        """Make sure that no rank's file is missing, and that all of them open; what they hold is not read.
+
+        Raises:
+            ValueError: One is damaged.
+        """
+        written = self.model_states[0].get("dp_world_size", self.ranks)
+        if written != self.ranks or len(self._masters) != written:
+            raise ValueError(f"{self.folder.parent}: damaged, optimizer states of {self.ranks} ranks of {written}")
+
     @cached_property
     def model_states(self) -> list[dict[str, Any]]:
         """What is no optimizer state: of the first rank under stage 2, of every rank under stage 3."""
