@@ -3,13 +3,17 @@
 import errno
 import hashlib
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kvtrain import durable, run_folder
 from kvtrain.cli import main
+from kvtrain.errors import UsageError
+from kvtrain.run_lock import FILE_NAME, Owner
 from kvtrain.training import Phase, checkpoint_io
 from kvtrain.training.callbacks import checkpoints
 from kvtrain.training.callbacks.head_compression import HeadCompression
@@ -93,6 +97,20 @@ def test_what_another_future_left_is_not_rated_anew(rows, tmp_path):
     saved(tmp_path, rows, 7, **again)
     assert abs(held_out(tmp_path)[6] - before["val_perplexity"]) > 1
     assert run_folder.read_manifest(tmp_path / "checkpoints")["step-000006.ckpt"] == before
+
+
+def test_a_run_from_python_holds_its_folder(rows, tmp_path):
+    owner = json.dumps(asdict(replace(Owner.this_process(), host="elsewhere")))
+    (tmp_path / FILE_NAME).write_text(owner)
+    with pytest.raises(UsageError, match=r"is in use by process \d+ on elsewhere"):
+        saved(tmp_path, rows, 3)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    saved(tmp_path, rows, 1, enable_checkpointing=False, logger=False)  # writes nothing
+    (tmp_path / FILE_NAME).unlink()
+    held = []
+    watch = LambdaCallback(on_train_start=lambda *_: held.append((tmp_path / FILE_NAME).exists()))
+    saved(tmp_path, rows, 3, callbacks=[watch])
+    assert held == [True] and not (tmp_path / FILE_NAME).exists()
 
 
 def test_going_on_from_the_best(recipe, capsys):
