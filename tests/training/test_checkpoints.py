@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -111,6 +113,26 @@ def test_a_run_from_python_holds_its_folder(rows, tmp_path):
     watch = LambdaCallback(on_train_start=lambda *_: held.append((tmp_path / FILE_NAME).exists()))
     saved(tmp_path, rows, 3, callbacks=[watch])
     assert held == [True] and not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(rows, tmp_path, run):
+    """Where the step is saved; the validation is made up for."""
+    seen = []
+
+    def ask(trainer, *_):
+        seen.append(trainer.global_step)
+        if seen[-1] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        saved(tmp_path, rows, callbacks=[LambdaCallback(on_validation_batch_end=ask)])
+    batches = seen.count(2)
+    assert stop.value.code == 143 and batches > 1 and seen == [2] * batches + [4] * batches + [6]
+    last = run_folder.last_checkpoint(tmp_path)
+    assert run_folder.step_of(last) == 6
+    saved(tmp_path, rows, ckpt_path=last)
+    assert held_out(tmp_path) == held_out(run)
+    assert ratings(tmp_path) == ratings(run)
 
 
 def test_going_on_from_the_best(recipe, capsys):
