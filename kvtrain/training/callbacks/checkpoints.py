@@ -139,7 +139,7 @@ class RunCheckpoint(Checkpoint):
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         """As the trainer's ``save_checkpoint``, in which the others would wait for a rank whose disk is full."""
         with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
             with together(trainer):
                 trainer.strategy.save_checkpoint(checkpoint, path)
 
