@@ -5,6 +5,7 @@ where ``flock`` may not. Whether the owner is alive can be told on its own host 
 """
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from kvtrain.errors import NO_ROOM, UsageError
 from kvtrain.stop_signals import released
 
 FILE_NAME = "run.lock"
+_STALE = ".stale"  # ends the name of a lock that was taken away
 _ATTEMPTS = 5  # others may take over, or leave, between two looks
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+_held: set[Path] = set()  # by this process
 logger = logging.getLogger("kvtrain")
 
 
@@ -61,14 +64,21 @@ class Owner:
             return False
         if self.pid == mine.pid:  # whatever this process was before, it is not that now
             return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+        if not _is_there(self.pid):
             return True
-        except OSError:
-            pass  # somebody else's
         started = _start_of(self.pid)
         return None not in (started, self.started) and started != self.started
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process of this number runs here; also true where that cannot be told."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def _start_of(pid: int) -> str | None:
@@ -85,6 +95,8 @@ def _start_of(pid: int) -> str | None:
 def run_lock(run: Path) -> Iterator[None]:
     """Hold a run folder, which is made if need be; what was made and stayed empty is removed again.
 
+    Where this process holds it already, nothing happens.
+
     Args:
         run: The folder.
 
@@ -92,10 +104,15 @@ def run_lock(run: Path) -> Iterator[None]:
         UsageError: Another process holds it.
         OSError: There is no room for the file.
     """
+    held = run.resolve()
+    if held in _held:
+        yield
+        return
     created = [folder for folder in (run, *run.parents) if not folder.exists()]
     text = json.dumps(asdict(Owner.this_process())) + "\n"
 
     def release() -> None:
+        _held.discard(held)
         if _read(run / FILE_NAME) == text:
             (run / FILE_NAME).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -105,6 +122,8 @@ def run_lock(run: Path) -> Iterator[None]:
     with released(release):
         run.mkdir(parents=True, exist_ok=True)
         _acquire(run / FILE_NAME, text)
+        _held.add(held)
+        _remove_drafts(run / FILE_NAME)
         yield
 
 
@@ -123,9 +142,22 @@ def _acquire(lock: Path, text: str) -> None:
     _refuse(lock, _parse(_read(lock) or ""))
 
 
+def _draft(lock: Path, kind: str = "") -> Path:
+    """A file beside the lock that is this process's own."""
+    return lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}{kind}")
+
+
+def _remove_drafts(lock: Path) -> None:
+    """Remove such files of processes of this host that were killed before they could."""
+    for path in lock.parent.glob(f".{lock.name}.{glob.escape(socket.gethostname())}.*"):
+        number = path.name.removesuffix(_STALE).rpartition(".")[2]
+        if number.isdecimal() and not _is_there(int(number)):
+            path.unlink(missing_ok=True)
+
+
 def _create(lock: Path, text: str) -> bool:
     """Make the file, whole, unless it is there."""
-    draft = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}")
+    draft = _draft(lock)
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -154,7 +186,7 @@ def _create_exclusively(lock: Path, text: str) -> bool:
 
 def _remove_stale(lock: Path, found: str) -> bool:
     """Take a dead owner's file away; False where somebody else has done so and holds the folder now."""
-    grave = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}.stale")
+    grave = _draft(lock, _STALE)
     try:
         os.replace(lock, grave)
     except FileNotFoundError:

@@ -34,10 +34,11 @@ class Fresh:
 
 
 class Forked:
-    """The same, without the imports, and killed and ended in the same ways."""
+    """The same, without the imports, and killed and ended in the same ways; its environment may have more in it."""
 
-    def __init__(self, program: str, arguments: list[str], log: Path) -> None:
-        self._process = SERVER.Process(target=_answer, args=(program, arguments, log, {**os.environ}), daemon=True)
+    def __init__(self, program: str, arguments: list[str], log: Path, **environment: str) -> None:
+        surroundings = {**os.environ, **environment}
+        self._process = SERVER.Process(target=_answer, args=(program, arguments, log, surroundings), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 

@@ -153,6 +153,29 @@ def test_a_job_that_slurm_starts_again_takes_over_from_its_lost_machine(tmp_path
                 run_lock(tmp_path).__enter__()
 
 
+def test_what_is_held_may_be_held_again(tmp_path, caplog):
+    with run_lock(tmp_path):
+        with run_lock(tmp_path / "." / "new" / ".."):
+            assert (tmp_path / FILE_NAME).exists()
+        assert (tmp_path / FILE_NAME).exists()
+    assert not list(tmp_path.iterdir()) and not caplog.messages
+
+
+def test_drafts_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path, neighbor):
+    process, _ = neighbor
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine, theirs = socket.gethostname(), f"{socket.gethostname()}.elsewhere"
+    for name in (f"{mine}.{dead.pid}", f"{mine}.{dead.pid}.stale", f"{mine}.{process.pid}", f"{theirs}.x"):
+        (tmp_path / f".{FILE_NAME}.{name}").touch()
+    with run_lock(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f".{FILE_NAME}.{mine}.{process.pid}",
+        f".{FILE_NAME}.{theirs}.x",
+    }
+
+
 @pytest.mark.roads
 def test_of_many_one_takes_over(tmp_path, neighbor):
     hold(tmp_path / "run", replace(neighbor[1], started="0 1"))

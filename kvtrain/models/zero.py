@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtrain.errors import first_line
 
-_TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write into
+CHECKPOINT_TAG = "checkpoint"  # the folder that DeepSpeed writes into, as Lightning calls it
 _STATE = "optimizer_state_dict"
 # Float32 masters, in which every rank has a part of every group (stage 2) or of every parameter (stage 3).
 _MASTERS = {2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
@@ -23,7 +23,7 @@ _MASTERS = {2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 
 def is_zero(path: Path) -> bool:
     """Whether a checkpoint is DeepSpeed's."""
-    return (path / _TAG).is_dir()
+    return (path / CHECKPOINT_TAG).is_dir()
 
 
 def read_shard(path: Path | str, map_location: Any = None, mmap: bool = False) -> Any:
@@ -64,11 +64,21 @@ class ZeROCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / _TAG
+        self.folder = folder / CHECKPOINT_TAG
         self.stage = 2 if (self.folder / "mp_rank_00_model_states.pt").is_file() else 3
         self.ranks = len(list(self.folder.glob("*zero_pp_rank_*_optim_states.pt")))
         if not self.ranks:
             raise ValueError(f"{folder}: damaged, no file of it holds optimizer states")
+
+    def require_whole(self) -> None:
+        """Make sure that no rank's file is missing, and that all of them open; what they hold is not read.
+
+        Raises:
+            ValueError: One is damaged.
+        """
+        written = self.model_states[0].get("dp_world_size", self.ranks)
+        if written != self.ranks or len(self._masters) != written:
+            raise ValueError(f"{self.folder.parent}: damaged, optimizer states of {self.ranks} ranks of {written}")
 
     @cached_property
     def model_states(self) -> list[dict[str, Any]]:

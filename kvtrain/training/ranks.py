@@ -1,6 +1,8 @@
 """What the ranks of a run tell each other and the user when one of them ends before the others."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +41,32 @@ def require_same_step(trainer: pl.Trainer) -> None:
     first, last = (trainer.strategy.reduce(step.clone(), reduce_op=how).item() for how in ("min", "max"))
     if first != last:
         raise ValueError(f"ranks go on from different steps, {first:.0f} and {last:.0f}; give a --ckpt_path by name")
+
+
+@contextmanager
+def together(trainer: pl.Trainer) -> Iterator[None]:
+    """Work on the run folder that all ranks do, or some: where the system fails one of them, it fails all.
+
+    Otherwise the others would wait for it, until their timeout. The work may hold an exchange between the ranks only if
+    none of them misses it for such an error.
+
+    Raises:
+        OSError: This rank's own, or that of the first rank that has one.
+    """
+    own: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        if trainer.world_size == 1:
+            raise
+        own = error
+    if trainer.world_size == 1:
+        return
+    found: list[tuple[Any, ...] | None] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, own and (own.errno, own.strerror, own.filename))
+    first = next((parts for parts in found if parts is not None), None)
+    if first is not None:
+        raise own or OSError(*first)
 
 
 def report_end(trainer: pl.Trainer, error: Exception) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from kvtrain import run_folder
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.sharded import ShardedReader, is_sharded
+from kvtrain.models.zero import ZeROCheckpoint, is_zero
+from kvtrain.training.strategies import DEEPSPEED_INSTALLED
 
 logger = logging.getLogger("kvtrain")
 
@@ -39,7 +41,7 @@ def find_checkpoint(run: Path, asked: str | None) -> run_folder.Found:
 
 
 def require_readable(path: Path) -> None:
-    """Make sure that a checkpoint opens; what is in a folder of DeepSpeed's is its strategy's business.
+    """Make sure that a checkpoint opens, one of DeepSpeed's where that is installed.
 
     Raises:
         ValueError: It does not.
@@ -48,3 +50,5 @@ def require_readable(path: Path) -> None:
         read_checkpoint(path)
     elif is_sharded(path):
         ShardedReader(path).rest()
+    elif is_zero(path) and DEEPSPEED_INSTALLED:
+        ZeROCheckpoint(path).require_whole()

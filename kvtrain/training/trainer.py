@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from kvtrain.errors import UsageError, require_at_least
 from kvtrain.launcher import Launch, adopt_node_rank
+from kvtrain.run_lock import run_lock
 from kvtrain.training.callbacks import StepSeeding, Throughput, TokenProgress
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 from kvtrain.training.callbacks.gradients import GradientNorm
@@ -53,7 +55,8 @@ NonFinitePolicy = Literal["off", "skip", "stop"] | Literal[False]
 class KVTrainer(pl.Trainer):
     """Lightning's trainer with kvtrain's standing parts: metrics, progress, seeding, checkpoints.
 
-    A run folder is ``default_root_dir``; it holds ``config.yaml``, ``metrics.csv`` and ``checkpoints/``.
+    A run folder is ``default_root_dir``; it holds ``config.yaml``, ``metrics.csv`` and ``checkpoints/``. While ``fit``
+    runs no other process may write there.
 
     Args:
         checkpoint_every: Optimizer steps between checkpoints.
@@ -113,6 +116,12 @@ class KVTrainer(pl.Trainer):
             set_timeout(self, timeout_minutes)
         if isinstance(profiler, str) and self.num_nodes > 1:  # ranks of a node are told apart by Lightning
             self.profiler.filename = f"{profiler}-node{self.node_rank}"  # type: ignore[attr-defined]
+
+    def _run(self, *args: Any, **settings: Any) -> Any:
+        """As Lightning's; a run that writes into its folder holds it."""
+        writes = bool(self.checkpoint_callbacks or self.loggers) and self.state.fn == TrainerFn.FITTING
+        with run_lock(Path(self.default_root_dir)) if writes and self.is_global_zero else nullcontext():
+            return super()._run(*args, **settings)
 
     def _run_stage(self) -> Any:
         """As Lightning's, which passes over a run that has taken all its steps, whatever it still owes."""

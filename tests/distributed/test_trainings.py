@@ -29,9 +29,9 @@ def work(place: Path, jobs: dict[str, dict], world_size: int = 2) -> dict:
     return launch("tests.distributed.strategy_worker", world_size, place, json.dumps(jobs), DS_ACCELERATOR="cpu")
 
 
-def whole_and_in_two(name: str, strategy: str) -> dict[str, dict]:
+def whole_and_in_two(name: str, strategy: str, **settings: object) -> dict[str, dict]:
     """A run, and the same one stopped exactly at a phase boundary and continued."""
-    job = {"name": name, "strategy": strategy, "steps": STEPS}
+    job = {"name": name, "strategy": strategy, "steps": STEPS, **settings}
     begun, run = f"{name} {strategy} begun", f"{name} {strategy}"
     saved = f"{{place}}/{begun}/checkpoints/step-{BOUNDARY:06d}.ckpt"
     return {
@@ -132,6 +132,19 @@ def in_two(place):
 def test_a_run_goes_on_bit_for_bit(in_two, name, strategy):
     run = f"{name} {strategy}"
     assert_equal(in_two[f"{run} resumed"]["weights"], in_two[run]["weights"])
+
+
+@pytest.mark.slow
+def test_a_run_in_half_precision_goes_on_bit_for_bit(tmp_path):
+    write_place(tmp_path)
+    strategies = [strategy for strategy in GATING if strategy != "ddp"]
+    jobs = [whole_and_in_two("dmc", strategy, precision="bf16-mixed") for strategy in strategies]
+    found = work(tmp_path, {job: arguments for part in jobs for job, arguments in part.items()})
+    for strategy in strategies:
+        whole, resumed = found[f"dmc {strategy}"], found[f"dmc {strategy} resumed"]
+        assert_equal(resumed["weights"], whole["weights"])
+        for figures in ("losses", "norms"):
+            assert resumed[figures] == whole[figures][BOUNDARY:]
 
 
 @pytest.mark.slow

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import yaml
 
 from kvtrain import run_folder
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.models.sharded import ShardedReader, is_sharded
+from kvtrain.models.zero import read_shard
 from tests.hosts import make_host
 from tests.processes import KVTRAIN, PATIENCE, Forked
 from tests.training.measured import MEASURED
@@ -34,6 +37,26 @@ def slow(opened, fsync=os.fsync):
     fsync(opened)
 os.fsync = slow
 """
+
+
+class Process(Protocol):
+    """One process, or all ranks of a run together."""
+
+    def poll(self) -> int | None:
+        """The exit code, once there is one."""
+
+    def wait(self) -> int:
+        """The exit code; minus the signal's number of one that was killed."""
+
+
+class Starts(Protocol):
+    """What trains in a run folder."""
+
+    def start(self, run: Path) -> Process:
+        """Train, going on from what there is."""
+
+    def finish(self, run: Path) -> None:
+        """Train to the end."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +88,12 @@ class Place:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         return cls(folder)
 
-    def start(self, run: Path, *options: str) -> Forked:
+    def start(self, run: Path, *options: str, **environment: str) -> Forked:
         """Train, going on from what there is."""
         arguments = ["fit", "--config", str(self.folder / "recipe.yaml"), "--trainer.default_root_dir", str(run)]
         going_on = [] if "--ckpt_path" in options else ["--ckpt_path", "last"]
         program = OPENING.format(place=str(self.folder), seconds=self.sync) + KVTRAIN
-        return Forked(program, [*arguments, *going_on, *options], log_of(run))
+        return Forked(program, [*arguments, *going_on, *options], log_of(run), **environment)
 
     def finish(self, run: Path, *options: str) -> None:
         """Train to the end."""
@@ -91,7 +114,7 @@ def unfinished(run: Path) -> set[str]:
     return {path.name for path in run.glob("checkpoints/.*.new")}
 
 
-def wait_for(there: Callable[[], bool], process: Forked) -> bool:
+def wait_for(there: Callable[[], bool], process: Process) -> bool:
     """Wait until something is there or the process has ended; whether it is there."""
     until = time.monotonic() + PATIENCE
     while not there():
@@ -102,7 +125,7 @@ def wait_for(there: Callable[[], bool], process: Forked) -> bool:
     return True
 
 
-def reach(process: Forked, run: Path, saves: int, delay: float) -> bool:
+def reach(process: Process, run: Path, saves: int, delay: float) -> bool:
     """Wait for the process' first step, or for some save after it, and a little longer; whether it is still there."""
     config = run / "config.yaml"
     before = config.stat().st_mtime_ns if config.exists() else None
@@ -115,14 +138,23 @@ def reach(process: Forked, run: Path, saves: int, delay: float) -> bool:
     return process.poll() is None
 
 
-def kill_often(place: Place, folder: Path, kills: int, seed: int) -> tuple[list[Path], int]:
+def kill(process: Forked, run: Path) -> bool:
+    """Kill a process without mercy; whether it was still there."""
+    os.kill(process.pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def kill_often(
+    place: Starts, folder: Path, kills: int, seed: int, kill: Callable[[Any, Path], bool] = kill
+) -> tuple[list[Path], int]:
     """Kill runs without mercy, half of them while they save, and finish them.
 
     Args:
-        place: What they train on.
+        place: What they train on, and how.
         folder: Where they go; a run that ends before it has been killed often enough is followed by another.
         kills: How many in all.
         seed: Of the moments.
+        kill: Kills what was started in a run folder, and tells whether it was still there.
 
     Returns:
         The runs, and how many kills left something unfinished.
@@ -135,8 +167,7 @@ def kill_often(place: Place, folder: Path, kills: int, seed: int) -> tuple[list[
             assert process.wait() == 0, tail(runs[-1])
             runs.append(folder / f"killed-{len(runs) + 1}")
             continue
-        os.kill(process.pid, signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
+        if kill(process, runs[-1]):
             left, done = left + bool(unfinished(runs[-1])), done + 1
     place.finish(runs[-1])
     return runs, left
@@ -151,16 +182,32 @@ def table(path: Path) -> list[dict[str, str]]:
 def assert_same_run(run: Path, whole: Path) -> None:
     """The same bits in weights and moments, the same figures and ratings, the same files."""
     for name in ("last.ckpt", "best.ckpt"):
-        ours, theirs = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (run, whole))
-        assert ours["global_step"] == theirs["global_step"]
-        for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-            assert_equal(ours[part], theirs[part], part)
+        ours, theirs = (learnt(folder / "checkpoints" / name) for folder in (run, whole))
+        assert_equal(ours, theirs, name)
     for name in ("metrics.csv", "head_compression.csv"):
         assert table(run / name) == table(whole / name)
     manifests = [run_folder.read_manifest(folder / "checkpoints") for folder in (run, whole)]
     ratings = [{name: entry["val_perplexity"] for name, entry in manifest.items()} for manifest in manifests]
     assert ratings[0] == ratings[1]
     assert files_of(run) == files_of(whole)
+
+
+_FILE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+_SHARD = ("module", "optimizer_state_dict", "lr_schedulers", "global_step")
+
+
+def learnt(checkpoint: Path) -> dict[str, Any]:
+    """Weights and moments, and where a schedule stands, of one device, of FSDP2 or of ZeRO."""
+    if checkpoint.is_file():
+        content = torch.load(checkpoint, weights_only=True)
+        return {part: content[part] for part in _FILE}
+    if is_sharded(checkpoint):
+        reader = ShardedReader(checkpoint)
+        rest = {part: reader.rest()[part] for part in ("param_groups", "lr_schedulers", "global_step")}
+        return {name: reader.read(name) for name in reader.tensors()} | rest
+    shards = {path.name: read_shard(path) for path in checkpoint.rglob("*.pt")}
+    assert shards
+    return {name: {part: shard[part] for part in _SHARD if part in shard} for name, shard in shards.items()}
 
 
 def files_of(run: Path) -> list[str]:
@@ -180,4 +227,4 @@ def assert_equal(ours: object, theirs: object, name: str) -> None:
         for number, pair in enumerate(zip(ours, theirs, strict=True)):
             assert_equal(*pair, f"{name}.{number}")
     else:
-        assert ours == theirs, name
+        assert ours == theirs or vars(ours) == vars(theirs), name

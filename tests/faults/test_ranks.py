@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,58 +10,40 @@ from pathlib import Path
 import pytest
 
 from kvtrain import run_folder
-from tests.processes import PATIENCE, ROOT, Forked
+from tests.processes import PATIENCE, ROOT
 from tests.training.small_runs import acting
 
+from .ranks import TIMEOUT, TwoRanks
 from .runs import assert_same_run, log_of, reach
 
 pytestmark = [pytest.mark.roads, pytest.mark.timeout(900)]
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-
-
-@pytest.fixture(autouse=True)
-def _local(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
-def start(place, run: Path, monkeypatch, *options: list[str]) -> list[Forked]:
-    """Two ranks, as a launcher starts them, each with options of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(2):
-        with monkeypatch.context() as patch:
-            for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}.items():
-                patch.setenv(name, value)
-            ranks.append(place.start(run, *TWO, *(options[rank] if options else [])))
-    return ranks
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(place, tmp_path_factory):
+def two(place):
+    return TwoRanks(place)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(two, tmp_path_factory):
     """What two ranks come to that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole-of-two") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        assert [rank.wait() for rank in start(place, run, patch)] == [0, 0], log_of(run).read_text()[-3000:]
+    two.finish(run)
     return run
 
 
-def test_one_rank_s_signal_counts_for_all(place, whole_of_two, tmp_path, monkeypatch):
+def test_one_rank_s_signal_counts_for_all(two, whole_of_two, tmp_path):
     run = tmp_path / "run"
-    ranks = start(place, run, monkeypatch, [], acting(int(signal.SIGUSR1), 9))
-    assert [rank.wait() for rank in ranks] == [143, 143]
+    assert two.start(run, second=acting(int(signal.SIGUSR1), 9)).codes() == [143, 143]
     assert run_folder.step_of(run_folder.last_checkpoint(run)) == 5
     assert log_of(run).read_text().count("SIGUSR1 at step 5: saved; continue with --ckpt_path last") == 1
-    assert [rank.wait() for rank in start(place, run, monkeypatch)] == [0, 0]
+    two.finish(run)
     assert_same_run(run, whole_of_two)
 
 
-def test_a_rank_that_fails_is_named_with_its_error(place, tmp_path, monkeypatch):
+def test_a_rank_that_fails_is_named_with_its_error(two, tmp_path):
     run = tmp_path / "run"
-    ranks = start(place, run, monkeypatch, [], acting("crash", 9))
-    codes, said = [rank.wait() for rank in ranks], log_of(run).read_text()
+    codes, said = two.start(run, second=acting("crash", 9)).codes(), log_of(run).read_text()
     assert 0 not in codes
     assert "kvtrain: error: rank 1 of 2 ends at step 5: RuntimeError: planted" in said
     lost = next(line for line in said.splitlines() if line.startswith("kvtrain: error: rank 0 of 2"))
@@ -70,20 +51,19 @@ def test_a_rank_that_fails_is_named_with_its_error(place, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("number", "most"), [(signal.SIGKILL, 15), (signal.SIGSTOP, 45)])
-def test_a_rank_that_is_gone_or_hangs_ends_the_others_in_time(place, tmp_path, monkeypatch, number, most):
+def test_a_rank_that_is_gone_or_hangs_ends_the_others_in_time(two, tmp_path, number, most):
     """After at most a quarter of a minute, as they are told, where nothing closes the connection."""
     run = tmp_path / "run"
-    ranks = start(place, run, monkeypatch, *[["--trainer.timeout_minutes", "0.25"]] * 2)
-    assert reach(ranks[0], run, 1, 0.0)
-    os.kill(ranks[1].pid, number)
+    ranks = two.start(run, *TIMEOUT)
+    assert reach(ranks, run, 1, 0.0)
+    ranks.send(number, [1])
     sent = time.monotonic()
     try:
-        assert ranks[0].wait() != 0
+        assert ranks.each[0].wait() != 0
         assert time.monotonic() - sent < most
     finally:
-        if ranks[1].poll() is None:
-            os.kill(ranks[1].pid, signal.SIGKILL)
-        ranks[1].wait()
+        ranks.send(signal.SIGKILL, [1])
+        ranks.codes()
     said = log_of(run).read_text()
     lost = next(line for line in said.splitlines() if line.startswith("kvtrain: error: rank 0 of 2"))
     assert "for it has lost another: the one that ended first says why above, or was killed" in lost
@@ -110,12 +90,13 @@ def torchrun(place, tmp_path: Path, act: str, batch: int, *options: str) -> subp
     arguments = f'{{"mark": "{tmp_path / "mark"}", "batch": {batch}}}'
     callback = f'[{{"class_path": "acts_once.Act", "init_args": {arguments}}}]'
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
-    fit = ["-m", "kvtrain", "fit", "--config", str(place.folder / "recipe.yaml"), "--ckpt_path", "last", *TWO]
+    fit = ["-m", "kvtrain", "fit", "--config", str(place.folder / "recipe.yaml"), "--ckpt_path", "last"]
     settings = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.callbacks", callback]
+    # torch's shared store has a second start find the addresses of the first (pytorch/pytorch#135712).
+    surroundings = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.run(
-        [sys.executable, *launcher, *fit, *settings],
-        # torch's shared store has a second start find the addresses of the first (pytorch/pytorch#135712).
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        [sys.executable, *launcher, *fit, "--trainer.devices", "2", "--trainer.strategy", "ddp", *settings],
+        env={**os.environ, **surroundings, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
         cwd=ROOT,
         capture_output=True,
         text=True,

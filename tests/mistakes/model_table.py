@@ -89,6 +89,7 @@ MODEL = [
         "model.method.compression: expected a number, got 'banana'",
     ),
     ("--model.method DMC --model.method.compression -1", "compression must be at least 1"),
+    ("--model.method DMC --model.method.compression 1e300", "compression must be at most 1,048,576 (tokens per slot)"),
     ("--model.method DMC --model.method.compression nan", "model.method.compression: expected a number, got 'nan'"),
     ("--model.method DMC --model.method.compression inf", "model.method.compression: expected a number, got 'inf'"),
     ("--model.method DMC --model.method.compresion 2", "unknown option 'model.method.compresion'"),

@@ -121,6 +121,32 @@ def test_without_a_manifest_last_passes_over_a_folder_that_was_cut(tmp_path, sta
         find_checkpoint(tmp_path, str(second))
 
 
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize(
+    ("stage", "name", "left"),
+    [
+        (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", -1),
+        (2, "mp_rank_00_model_states.pt", -1),
+        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt", -1),
+        (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", None),
+        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt", None),
+    ],
+)
+def test_without_a_manifest_last_passes_over_deepspeed_s_folder_that_was_cut(tmp_path, state, stage, name, left):
+    first, second = (step_path(tmp_path, step) for step in (1, 2))
+    for path in (first, second):
+        write_zero(path, state, stage, ranks=2, dp_world_size=2)
+    assert find_checkpoint(tmp_path, "last") == (second, {})
+    shard = second / "checkpoint" / name
+    content = shard.read_bytes()[:left]
+    shard.unlink()
+    if left is not None:
+        shard.write_bytes(content)
+    path, faults = find_checkpoint(tmp_path, "last")
+    assert path == first and list(faults) == [second]
+    assert ("optimizer states of 1 ranks of 2" if left is None and stage == 2 else name) in faults[second]
+
+
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x04}."])
 def test_a_damaged_index_is_said(tmp_path, state, content):
     write_sharded(tmp_path / "ckpt", state)

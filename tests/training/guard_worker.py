@@ -1,6 +1,6 @@
 """One of two ranks that meet numbers that are not finite, and count what heads merge.
 
-``python -m tests.training.guard_worker STAGE FOLDER``, under ZeRO of that stage; stage 0 is plain data parallelism.
+``python -m tests.training.guard_worker STRATEGY FOLDER``
 """
 
 import json
@@ -16,13 +16,15 @@ import torch
 from kvtrain.data.loader import PackedLoader
 from kvtrain.data.packing import PackedRows
 from kvtrain.training.callbacks.guard import NonFiniteError
-from tests.distributed.runs import trainer as zero_trainer
-from tests.distributed.runs import weights
+from kvtrain.training.parameters import whole
+from tests.distributed.runs import trainer as small_trainer
 
 from .planted import PlantedFull
 from .tiny_runs import BATCH, RowsData, TinyDMC, make_rows
 
 WINDOW, STEPS, BAD, RANKS = 2, 4, 1, 2
+# By their words; a stage of ZeRO stands for the configuration under which small parameters are sharded, too.
+STRATEGIES: dict[str, int | str] = {"ddp": "ddp", "fsdp2": "fsdp2", "zero2": 2, "zero3": 3}
 
 
 class Watch(pl.Callback):
@@ -42,7 +44,7 @@ class Watch(pl.Callback):
 
 
 def flat(module: Any) -> torch.Tensor:
-    return torch.cat([value.double().flatten() for _, value in sorted(weights(module).items())])
+    return torch.cat([whole(parameter).double().flatten() for _, parameter in sorted(module.model.named_parameters())])
 
 
 def rows_of_the_bad_step(rows: PackedRows) -> list[list[int]]:
@@ -54,13 +56,13 @@ def rows_of_the_bad_step(rows: PackedRows) -> list[list[int]]:
     return found
 
 
-def run(stage: int, folder: Path, what: str, rows: PackedRows, row: int, policy: str) -> tuple[Any, Any, Watch]:
+def run(strategy: str, folder: Path, what: str, rows: PackedRows, row: int, policy: str) -> tuple[Any, Any, Watch]:
     module, watch = PlantedFull(what, row), Watch()
     start = flat_start(module)
-    trainer = zero_trainer(
+    trainer = small_trainer(
         folder,
         RANKS,
-        stage or None,
+        STRATEGIES[strategy],
         STEPS,
         WINDOW,
         non_finite=policy,
@@ -79,15 +81,15 @@ def flat_start(module: Any) -> torch.Tensor:
     return torch.cat([value.detach().double().flatten() for _, value in sorted(model.named_parameters())])
 
 
-def measure(stage: int, folder: Path, what: str, rows: PackedRows) -> dict[str, Any]:
+def measure(strategy: str, folder: Path, what: str, rows: PackedRows) -> dict[str, Any]:
     batches = rows_of_the_bad_step(rows)
     row = batches[2][0]
-    trainer, _, watch = run(stage, folder, what, rows, row, "skip")
+    trainer, _, watch = run(strategy, folder, what, rows, row, "skip")
     guard = next(c for c in trainer.callbacks if type(c).__name__ == "NonFiniteGuard")
     pairs = zip(watch.weights, watch.weights[1:], strict=False)
     stopped = ""
     try:
-        run(stage, folder, what, rows, row, "stop")
+        run(strategy, folder, what, rows, row, "stop")
     except NonFiniteError as error:
         stopped = str(error)
     return {
@@ -104,10 +106,10 @@ def measure(stage: int, folder: Path, what: str, rows: PackedRows) -> dict[str, 
 
 def count_heads(folder: Path, rows: PackedRows) -> None:
     """Two steps of DMC and a validation of five rows: four on two ranks, the last on one."""
-    trainer = zero_trainer(
+    trainer = small_trainer(
         folder,
         RANKS,
-        None,
+        "ddp",
         2,
         WINDOW,
         enable_checkpointing=False,
@@ -118,18 +120,18 @@ def count_heads(folder: Path, rows: PackedRows) -> None:
     trainer.fit(TinyDMC(), RowsData(rows))
 
 
-def main(stage: int, folder: Path) -> None:
+def main(strategy: str, folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
     shards = folder / f"shards{rank}"
     shards.mkdir()
     rows = make_rows(shards)
-    results = {what: measure(stage, folder, what, rows) for what in ("loss", "gradient")}
-    if not stage:
+    results = {what: measure(strategy, folder, what, rows) for what in ("loss", "gradient")}
+    if strategy == "ddp":
         count_heads(folder / "heads", rows)
     (folder / f"results{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

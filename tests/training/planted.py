@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.packing import Batch
+from tests.hosts import make_host
 
 from .tiny_runs import TinyFull
 
@@ -31,6 +32,12 @@ class PlantedFull(TinyFull):
     def __init__(self, what: str, row: int) -> None:
         super().__init__()
         self.what, self.row = what, row
+
+    def plain_config(self) -> Any:
+        return make_host().config
+
+    def pretrained_weights(self) -> None:
+        """None: there is no base on disk."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

@@ -3,13 +3,19 @@
 import errno
 import hashlib
 import json
+import os
+import signal
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kvtrain import durable, run_folder
 from kvtrain.cli import main
+from kvtrain.errors import UsageError
+from kvtrain.run_lock import FILE_NAME, Owner
 from kvtrain.training import Phase, checkpoint_io
 from kvtrain.training.callbacks import checkpoints
 from kvtrain.training.callbacks.head_compression import HeadCompression
@@ -93,6 +99,40 @@ def test_what_another_future_left_is_not_rated_anew(rows, tmp_path):
     saved(tmp_path, rows, 7, **again)
     assert abs(held_out(tmp_path)[6] - before["val_perplexity"]) > 1
     assert run_folder.read_manifest(tmp_path / "checkpoints")["step-000006.ckpt"] == before
+
+
+def test_a_run_from_python_holds_its_folder(rows, tmp_path):
+    owner = json.dumps(asdict(replace(Owner.this_process(), host="elsewhere")))
+    (tmp_path / FILE_NAME).write_text(owner)
+    with pytest.raises(UsageError, match=r"is in use by process \d+ on elsewhere"):
+        saved(tmp_path, rows, 3)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    saved(tmp_path, rows, 1, enable_checkpointing=False, logger=False)  # writes nothing
+    (tmp_path / FILE_NAME).unlink()
+    held = []
+    watch = LambdaCallback(on_train_start=lambda *_: held.append((tmp_path / FILE_NAME).exists()))
+    saved(tmp_path, rows, 3, callbacks=[watch])
+    assert held == [True] and not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(rows, tmp_path, run):
+    """Where the step is saved; the validation is made up for."""
+    seen = []
+
+    def ask(trainer, *_):
+        seen.append(trainer.global_step)
+        if seen[-1] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        saved(tmp_path, rows, callbacks=[LambdaCallback(on_validation_batch_end=ask)])
+    batches = seen.count(2)
+    assert stop.value.code == 143 and batches > 1 and seen == [2] * batches + [4] * batches + [6]
+    last = run_folder.last_checkpoint(tmp_path)
+    assert run_folder.step_of(last) == 6
+    saved(tmp_path, rows, ckpt_path=last)
+    assert held_out(tmp_path) == held_out(run)
+    assert ratings(tmp_path) == ratings(run)
 
 
 def test_going_on_from_the_best(recipe, capsys):

@@ -184,12 +184,12 @@ def test_another_policy_is_refused(recipe, capsys):
     assert answer == "trainer.non_finite: expected off, skip, stop or False, got 'maybe'"
 
 
-def start(stage, rank, port, folder):
-    """One of two ranks; stage 0 is plain data parallelism."""
+def start(strategy, rank, port, folder):
+    """One of two ranks."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.guard_worker", str(stage), str(folder)],
+        [sys.executable, "-m", "tests.training.guard_worker", strategy, str(folder)],
         cwd=ROOT,
         env={**os.environ, **shared, "PYTHONPATH": path, "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"},
         stdout=(folder / f"log{rank}").open("w"),
@@ -213,28 +213,29 @@ def one_process(rows, tmp_path_factory):
 @pytest.mark.roads
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "stage",
+    "strategy",
     [
-        0,
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
         *(
-            pytest.param(stage, marks=pytest.mark.skipif(not DEEPSPEED_INSTALLED, reason="needs DeepSpeed"))
-            for stage in (2, 3)
+            pytest.param(strategy, marks=pytest.mark.skipif(not DEEPSPEED_INSTALLED, reason="needs DeepSpeed"))
+            for strategy in ("zero2", "zero3")
         ),
     ],
 )
-def test_ranks_drop_a_step_together(tmp_path, one_process, stage):
+def test_ranks_drop_a_step_together(tmp_path, one_process, strategy):
     """The row lies on the second rank alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [start(stage, rank, port, tmp_path) for rank in range(2)]
+    ranks = [start(strategy, rank, port, tmp_path) for rank in range(2)]
     try:
         codes = [process.wait(timeout=500) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     assert codes == [0, 0], (tmp_path / "log0").read_text()[-3000:]
-    if stage == 0:
+    if strategy == "ddp":
         heads = [row["merged_fraction"] for row in table(tmp_path / "heads" / "head_compression.csv")]
         assert heads == pytest.approx(one_process["heads"], abs=0.01)
     results = [json.loads((tmp_path / f"results{rank}.json").read_text()) for rank in range(2)]

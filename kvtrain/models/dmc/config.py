@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from kvtrain.models.method import Method
 
+_MOST = 1 << 20  # tokens, more than a row has; in float32 the share that far larger targets leave is none at all
+
 
 @dataclass(frozen=True)
 class DMC(Method):
@@ -12,7 +14,7 @@ class DMC(Method):
 
     Args:
         compression: Tokens per kept slot that training aims at, averaged over layers and heads
-            (section 3.2); at least 1.
+            (section 3.2); at least 1, at most 2**20.
         window: Latest tokens of a segment that count in its mean (released code: 12).
         temperature: Of the relaxed decisions while training (released code: 0.1).
         init_bias: Subtracted from the decision channel and added to the importance channel, so that a
@@ -44,6 +46,8 @@ class DMC(Method):
     def __post_init__(self) -> None:
         if self.compression < 1:
             raise ValueError(f"compression must be at least 1 (tokens per slot), not {self.compression}")
+        if self.compression > _MOST:
+            raise ValueError(f"compression must be at most {_MOST:,} (tokens per slot), not {self.compression:g}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, not {self.window}")
         if self.temperature <= 0:

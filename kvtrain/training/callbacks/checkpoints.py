@@ -19,7 +19,7 @@ from kvtrain.run_folder import (
 from kvtrain.training.callbacks.missed_validation import is_validation_due, run_validation
 from kvtrain.training.checkpoint_io import StreamedCheckpointIO
 from kvtrain.training.csv_logger import CSVMetrics
-from kvtrain.training.ranks import require_same_step
+from kvtrain.training.ranks import require_same_step, together
 
 _KEPT = 2
 _RATED_BY = "val_perplexity"
@@ -65,10 +65,11 @@ class RunCheckpoint(Checkpoint):
 
     def _finish(self, trainer: pl.Trainer, resumed: Path) -> None:
         rated = False
-        if trainer.is_global_zero:
-            rated = describe_checkpoint(resumed)["val_perplexity"] is not None
-            refresh_best(resumed.parent)
-            prune(self.run, _KEPT)
+        with together(trainer):
+            if trainer.is_global_zero:
+                rated = describe_checkpoint(resumed)["val_perplexity"] is not None
+                refresh_best(resumed.parent)
+                prune(self.run, _KEPT)
         if not trainer.strategy.broadcast(rated) and is_validation_due(trainer):
             run_validation(trainer)
 
@@ -92,11 +93,13 @@ class RunCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rate the checkpoint of the step that was validated, where there is one; its figures are logged by now."""
         perplexity = trainer.callback_metrics.get(_RATED_BY)
-        fresh = trainer.global_step == self.saved_step
-        if fresh and perplexity is not None and trainer.is_global_zero:
-            _sync_metrics(trainer)
-            rate_checkpoint(step_path(self.run, trainer.global_step), perplexity.item())
-            prune(self.run, _KEPT)
+        if trainer.global_step != self.saved_step or perplexity is None:
+            return
+        with together(trainer):
+            if trainer.is_global_zero:
+                _sync_metrics(trainer)
+                rate_checkpoint(step_path(self.run, trainer.global_step), perplexity.item())
+                prune(self.run, _KEPT)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ends between two checkpoints (``max_time``, early stopping)."""
@@ -110,7 +113,7 @@ class RunCheckpoint(Checkpoint):
         temporary = temporary_name(step_path(self.run, self._written_step))
         if temporary.exists():
             try:
-                self._publish(trainer)
+                self._publish(trainer, self._written_step)
             except OSError:
                 remove(temporary)
 
@@ -121,27 +124,32 @@ class RunCheckpoint(Checkpoint):
             return
         final = step_path(self.run, step)
         temporary = temporary_name(final)
-        if trainer.is_global_zero:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(final.parent)
-        trainer.strategy.barrier("checkpoint folder")
+        with together(trainer):
+            if trainer.is_global_zero:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(final.parent)
         try:
-            trainer.save_checkpoint(temporary)
+            self._write(trainer, temporary)
             self._written_step = step
         except BaseException:
             if trainer.is_global_zero:
                 remove(temporary)
             raise
 
+    def _write(self, trainer: pl.Trainer, path: Path) -> None:
+        """As the trainer's ``save_checkpoint``, in which the others would wait for a rank whose disk is full."""
+        with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            with together(trainer):
+                trainer.strategy.save_checkpoint(checkpoint, path)
+
     def publish(self, trainer: pl.Trainer) -> None:
         """Give a checkpoint that was written its name, when its step's metrics are logged; every rank calls it."""
-        if self._publish(trainer):
-            trainer.strategy.barrier("checkpoint")
+        if self._written_step is not None:
+            with together(trainer):
+                self._publish(trainer, self._written_step)
 
-    def _publish(self, trainer: pl.Trainer) -> bool:
-        step = self._written_step
-        if step is None:
-            return False
+    def _publish(self, trainer: pl.Trainer, step: int) -> None:
         if trainer.is_global_zero:
             final = step_path(self.run, step)
             temporary, io = temporary_name(final), trainer.strategy.checkpoint_io
@@ -150,7 +158,6 @@ class RunCheckpoint(Checkpoint):
             add_checkpoint(temporary, final, digest)
             prune(self.run, _KEPT)
         self._written_step, self.saved_step = None, step
-        return True
 
 
 def _sync_metrics(trainer: pl.Trainer) -> None:

@@ -15,6 +15,7 @@ from kvtrain.stop_signals import STOPPED_EXIT_CODE, StopSignals
 from kvtrain.training.callbacks.checkpoints import RunCheckpoint
 
 _REQUEUE = 1 << 7  # beside the number of a signal
+_LOOK_EVERY = 8  # batches of a validation on several ranks, which have to ask each other
 logger = logging.getLogger("kvtrain")
 
 
@@ -63,6 +64,23 @@ class Preemption(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave before a validation, which may last longer than the scheduler waits; it is made up for."""
         self._leave(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Leave in the middle of a validation, too, where the step before it is saved; all ranks look now and then."""
+        saver = _saver(trainer)
+        if self._signals is None or saver is None or saver.saved_step != trainer.global_step:
+            return
+        if trainer.world_size == 1 or (batch_idx + 1) % _LOOK_EVERY == 0:
+            self._request = _strongest(trainer, _request(trainer, self._signals.asked))
+            self._leave(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""

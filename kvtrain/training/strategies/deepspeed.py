@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kvtrain.durable import naming, writing
 from kvtrain.errors import UsageError
-from kvtrain.models.zero import ZeROCheckpoint, is_zero, read_shard
+from kvtrain.models.zero import CHECKPOINT_TAG, ZeROCheckpoint, is_zero, read_shard
 from kvtrain.recipes import find_config
 from kvtrain.training.strategies.base import (
     SAME_STRATEGY,
@@ -41,6 +41,7 @@ _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What the trainer, the module or the recipe decides; two places to say it would be one too many.
 _OFFLOADED = ("offload_optimizer", "offload_param")
 _NOT_OURS = ("optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
+_SHARDED = ("state_dict", "optimizer_states")  # of a checkpoint; DeepSpeed writes its own
 
 
 class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
@@ -211,18 +212,46 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         Raises:
             OSError: This rank could not write; the error names the file, or the folder.
         """
+        path, faults = Path(self.broadcast(filepath)), list[OSError]()
+        self._write_through(faults)
+        with naming(path):
+            self._engine.save_checkpoint(
+                path,
+                client_state={name: value for name, value in checkpoint.items() if name not in _SHARDED},
+                tag=CHECKPOINT_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=self.exclude_frozen_parameters,
+            )
+            if faults:
+                raise faults[0]
+            if self.is_global_zero:
+                (path / "latest").write_text(CHECKPOINT_TAG, encoding="utf-8")
+
+    def _write_through(self, faults: list[OSError]) -> None:
+        """Have errors of the system kept: DeepSpeed's ranks wait for each other several times before they are through.
+
+        Args:
+            faults: Takes them.
+        """
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-        writer = self._engine.checkpoint_engine
+        engine = self._engine
+        writer = engine.checkpoint_engine
+
+        def save(state_dict: Any, path: str) -> None:
+            with _kept(faults), writing(Path(path)) as file:
+                TorchCheckpointEngine.save(writer, state_dict, file)
+
+        def makedirs(path: str, exist_ok: bool = False) -> None:
+            with _kept(faults):
+                Path(path).mkdir(parents=True, exist_ok=exist_ok)
+
+        def copy_scripts(folder: str) -> None:
+            with _kept(faults), naming(Path(folder)):
+                type(engine)._copy_recovery_script(engine, folder)
+
         if type(writer) is TorchCheckpointEngine:  # DeepSpeed's other writers want names
-
-            def save(state_dict: Any, path: str) -> None:
-                with writing(Path(path)) as file:
-                    TorchCheckpointEngine.save(writer, state_dict, file)
-
-            writer.save = save
-        with naming(Path(filepath)):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, copy_scripts
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, but no shard may hold more than plain values, and none of their code is run.
@@ -267,6 +296,14 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
                 f"{path}: written by {checkpoint.ranks} ranks, and here are {self.world_size}; ZeRO goes on with as "
                 "many as before: set trainer.devices and trainer.num_nodes so (fsdp2 goes on with any number)"
             )
+
+
+@contextmanager
+def _kept(faults: list[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        faults.append(error)
 
 
 def _is_deepspeeds(hook: Any) -> bool:

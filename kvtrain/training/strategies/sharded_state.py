@@ -37,25 +37,33 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path, first: bool) -> None:
     Raises:
         OSError: A rank could not write; the error names the folder or a file in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {WEIGHTS + name: value for name, value in checkpoint["state_dict"].items()}
     groups = []
     for index, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
         tensors |= {_OPTIMIZER.format(index) + name: value for name, value in optimizer["state"].items()}
         groups.append(optimizer["param_groups"])
-    if first:
-        rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        with writing(folder / REST) as file:
-            torch.save({**rest, "param_groups": groups}, file)
+    rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
     with plain_errors(folder, RuntimeError):
-        save(tensors, storage_writer=_ShardWriter(folder))
+        save(tensors, storage_writer=_ShardWriter(folder, {**rest, "param_groups": groups} if first else None))
 
 
 class _ShardWriter(FileSystemWriter):
-    """Fails with the system's error itself: ranks tell each other of errors, and not of what these came from."""
+    """Fails with the system's error itself: ranks tell each other of errors, and not of what these came from.
+
+    Args:
+        folder: The checkpoint.
+        rest: What is no tensor, on the rank that writes it: here, where the others hear of a failure.
+    """
+
+    def __init__(self, folder: Path, rest: dict[str, Any] | None) -> None:
+        super().__init__(folder)
+        self._folder, self._rest = folder, rest
 
     def write_data(self, *args: Any, **kwargs: Any) -> Future[list[WriteResult]]:
-        """As torch's."""
+        """As torch's, and what is no tensor."""
+        if self._rest is not None:
+            with writing(self._folder / REST) as file:
+                torch.save(self._rest, file)
         with unwrapped():
             return super().write_data(*args, **kwargs)
 
