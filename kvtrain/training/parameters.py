@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvtrain.training.strategies.base import PlainParameters
-from kvtrain.training.strategies.deepspeed import ZeRO2Parameters, ZeRO3Parameters, clear_partitioned_moments
 from kvtrain.training.strategies.fsdp2 import ShardedParameters
+from kvtrain.training.strategies.zero_parameters import ZeRO2Parameters, ZeRO3Parameters, clear_partitioned_moments
 
 _KINDS = (ShardedParameters(), ZeRO3Parameters(), ZeRO2Parameters(), PlainParameters())
 

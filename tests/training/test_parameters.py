@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from kvtrain.training.parameters import clamp_parameter, clear_moments, whole, zero_rows
-from kvtrain.training.strategies.deepspeed import local_part
+from kvtrain.training.strategies.zero_parameters import local_part
 
 ROWS = slice(3, None, 4)
 

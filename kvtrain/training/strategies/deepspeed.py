@@ -9,7 +9,7 @@ import json
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,10 @@ from kvtrain.training.strategies.base import (
     SAME_STRATEGY,
     BuildsModel,
     BuildsTeacher,
-    PlainParameters,
     StrategyTraits,
-    row_mask,
 )
-from kvtrain.training.strategies.partitions import half_precision, partition, reads_partitions, stretch
+from kvtrain.training.strategies.partitions import half_precision, partition, reads_partitions
+from kvtrain.training.strategies.zero_parameters import gathered
 
 DEEPSPEED_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -275,7 +274,7 @@ class DeepSpeedZeRO(StrategyTraits, DeepSpeedStrategy):
         stored = {*checkpoint.names()}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name in stored:
-                with _gathered(tensor):
+                with gathered(tensor):
                     tensor.data.copy_(checkpoint.read(name))
         return {key: value for key, value in checkpoint.model_states[0].items() if key != "module"}
 
@@ -308,16 +307,6 @@ def _kept(faults: list[OSError]) -> Iterator[None]:
 
 def _is_deepspeeds(hook: Any) -> bool:
     return getattr(hook, "__module__", "").partition(".")[0] == "deepspeed"
-
-
-def _gathered(parameter: Any) -> AbstractContextManager[None]:
-    """Where a parameter is whole on every rank, and what the first one writes is written."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-    return context
 
 
 def read_config(config: str | dict[str, Any]) -> dict[str, Any]:
@@ -358,76 +347,3 @@ def _read_json(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object")
     return content
-
-
-class ZeRO2Parameters(PlainParameters):
-    """Under ZeRO-2 every rank has the working copy whole, and a part of the masters."""
-
-    mark = "_hp_mapping"
-
-    def zero_rows(self, parameter: Any, rows: slice) -> None:
-        """See ``PlainParameters``; the masters too."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        super().zero_rows(parameter, rows)
-        master = safe_get_full_fp32_param(parameter)
-        master[rows] = 0
-        safe_set_full_fp32_param(parameter, master)
-
-    def clamp(self, parameter: Any, low: float, high: float) -> None:
-        """See ``PlainParameters``; the masters too."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        super().clamp(parameter, low, high)
-        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
-
-
-class ZeRO3Parameters(PlainParameters):
-    """Under ZeRO-3 every rank has a part of everything."""
-
-    mark = "ds_id"
-
-    def shape(self, parameter: Any) -> torch.Size:
-        """See ``PlainParameters``; while nobody uses it, a parameter is an empty vector."""
-        return torch.Size(parameter.ds_shape)
-
-    def whole(self, parameter: Any) -> Tensor:
-        """See ``PlainParameters``."""
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return super().whole(parameter)
-
-    def zero_rows(self, parameter: Any, rows: slice) -> None:
-        """See ``PlainParameters``; the masters too, part by part: writing them whole fails where parts are uneven."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-
-        with _gathered(parameter):
-            super().zero_rows(parameter.data, rows)
-        if parameter.requires_grad:
-            master = safe_get_local_fp32_param(parameter).clone()
-            mask = local_part(row_mask(master, parameter.ds_shape, rows), master.numel())
-            safe_set_local_fp32_param(parameter, master.masked_fill_(mask, 0))
-
-    def clamp(self, parameter: Any, low: float, high: float) -> None:
-        """See ``PlainParameters``; the masters too."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-
-        with _gathered(parameter):
-            super().clamp(parameter.data, low, high)
-        if parameter.requires_grad:
-            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
-
-
-def local_part(whole: Tensor, size: int) -> Tensor:
-    """This rank's stretch of a flattened tensor, padded at the end as ZeRO-3 pads it."""
-    part = stretch(whole, size)
-    return nn.functional.pad(part, (0, size - part.numel()))
-
-
-def clear_partitioned_moments(optimizer: Any) -> None:
-    """Zero in place: DeepSpeed holds views of these tensors, which ``state.clear()`` would leave stale."""
-    for state in optimizer.optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
