@@ -19,6 +19,7 @@ from kvtrain.training.sharded_estimate import (
     strategy_of,
 )
 from kvtrain.training.strategies.base import totals, traits
+from kvtrain.training.strategies.fsdp2 import require_context_parallel
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,13 @@ def estimate(
         parameter.requires_grad_(module.is_trainable(parameter_name))
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     division = division or Division()
+    shared = division.context_parallel
+    if shared > 1:
+        require_context_parallel(module, sequence_length, shared)
     memory = measure_step_memory(
         module,
         batch_size=batch_size,
-        sequence_length=sequence_length,
+        sequence_length=sequence_length // shared,  # what is whole on each rank, angles and decisions, is left out
         precision=rehearsed_precision(division.strategy, name),
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
@@ -200,7 +204,7 @@ def _division(trainer: dict[str, Any], strategy: str | None, ranks: int | None) 
     if strategy is None:
         return own
     require_strategy(strategy)
-    return Division(strategy, own.ranks, own.zero if own.strategy == strategy else {})
+    return own if own.strategy == strategy else Division(strategy, own.ranks)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.loader import PackedLoader
+from kvtrain.data.module import data_place
 from kvtrain.data.packing import PackedRows
 from kvtrain.data.shards import TokenShards
 from kvtrain.losses.distillation import Distillation
@@ -124,8 +125,8 @@ class SharedRows(RowsData):
     """The same rows a step on any number of processes."""
 
     def loader(self, seed: int | None, **settings: Any) -> PackedLoader:
-        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        return PackedLoader(self.rows, ROWS_A_BATCH // self.trainer.world_size, seed=seed, **place, **settings)
+        place = data_place(self.trainer)
+        return PackedLoader(self.rows, ROWS_A_BATCH // place["world_size"], seed=seed, **place, **settings)
 
 
 class Notes(pl.Callback):
@@ -148,10 +149,11 @@ class Notes(pl.Callback):
 
 
 def strategy_of(name: str) -> Any:
-    """By its word; small parameters are partitioned under ZeRO-3, too, and HSDP keeps two copies."""
+    """By its word; small parameters are partitioned under ZeRO-3, too, HSDP keeps two copies, and two share rows."""
     if name == "zero3":
         return DeepSpeedZeRO(zero_config(3, keep_whole=1))
-    return FSDP2(data_parallel_replicate_size=2) if name == "hsdp" else name
+    ours = {"hsdp": {"data_parallel_replicate_size": 2}, "context": {"context_parallel": 2}}
+    return FSDP2(**ours[name]) if name in ours else name
 
 
 def train(
