@@ -269,7 +269,7 @@ def test_the_floor_of_importances_is_one_number(dtype):
     """P10: 1/128 in every dtype."""
     module = kvtrain.retrofit(make_host(dtype=dtype, layers=1), kvtrain.DMC()).model.layers[0].self_attn
     query, key = torch.full((1, 4, 3, 8), -1e4, dtype=dtype), torch.zeros(1, 2, 3, 8, dtype=dtype)
-    _, importance = module._borrow(query, key, None, None)
+    _, importance = module._borrow(query, key, ForwardContext(torch.arange(3)[None]), None)
     assert importance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert importance.flatten().tolist() == [0.0078125] * 6
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kvtrain.errors import UsageError, require_at_least
-from kvtrain.kernels.context_parallel import WHOLE_ROWS
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
 from kvtrain.kernels.ulysses import Ulysses
 from kvtrain.models.sharded import is_sharded
 from kvtrain.training.strategies.base import (
@@ -58,6 +58,9 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
             tokens for heads around attention (DeepSpeed-Ulysses, arXiv 2309.14509): for rows too long for one device.
             It divides the tokens of a row, the key-value heads and the ranks of a copy.
 
+    Attributes:
+        parallel: How this rank shares rows, once the ranks are known.
+
     Raises:
         ValueError: No copy or no rank, or, once the run is known, a number that does not divide what it must.
     """
@@ -68,7 +71,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         super().__init__()
         self.data_parallel_replicate_size = data_parallel_replicate_size
         self.context_parallel = context_parallel
-        self._parallel = WHOLE_ROWS
+        self.parallel: ContextParallel = WHOLE_ROWS
 
     @property
     def precision_plugin(self) -> Precision:
@@ -115,7 +118,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         data = getattr(self._module.trainer, "datamodule", None)
         require_context_parallel(self._module, getattr(data, "length_multiple", None), ranks)
         group, _ = torch.distributed.new_subgroups(ranks, timeout=self._timeout)
-        self._parallel = Ulysses(group)
+        self.parallel = Ulysses(group)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -145,7 +148,7 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         return teacher.eval()
 
     def _shard(self, model: Any) -> None:
-        model.context_parallel = self._parallel
+        model.context_parallel = self.parallel
         shard_layers(model, self.device_mesh, _POLICIES[self.precision_plugin.precision])
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -225,8 +228,8 @@ def require_layout(copies: int, shared: int, ranks: int) -> None:
     if ranks % copies:
         raise UsageError(f"data_parallel_replicate_size is {copies}, which does not divide {ranks} ranks")
     if ranks // copies % shared:
-        of_copy = "" if copies == 1 else " of a copy"
-        raise UsageError(f"context_parallel is {shared}, which does not divide the {ranks // copies} ranks{of_copy}")
+        of = f"{ranks} ranks" if copies == 1 else f"the {ranks // copies} ranks of a copy"
+        raise UsageError(f"context_parallel is {shared}, which does not divide {of}; lower it, or start more ranks")
 
 
 def require_context_parallel(module: Any, tokens: int | None, ranks: int) -> None:
