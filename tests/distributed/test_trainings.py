@@ -69,7 +69,9 @@ def gating(place):
     for ours, theirs in (("fsdp2", SHARING), (SHARING, "fsdp2")):
         going_on = jobs[f"dmc {ours} resumed"]
         jobs[f"dmc {ours} then {theirs}"] = {**going_on, "strategy": theirs, "run": f"{ours} then {theirs}"}
-    return work(place, jobs | {f"duo {SHARING}": {"name": "duo", "strategy": SHARING, "steps": STEPS}})
+    shared = {"strategy": SHARING, "steps": STEPS}
+    jobs["merging"] = {"name": "dmc, merging", "run": "merging", **shared}
+    return work(place, jobs | {f"duo {SHARING}": {"name": "duo", **shared}})
 
 
 @pytest.mark.roads
@@ -93,9 +95,10 @@ def test_a_run_goes_on_on_rows_shared_otherwise(gating, run, whole):
 
 @pytest.mark.roads
 def test_heads_are_counted_once_on_shared_rows(place, gating):
-    ours, theirs = (table(place / f"dmc {strategy}" / "head_compression.csv") for strategy in (SHARING, "fsdp2"))
-    assert len(ours) == len(theirs) > 0
-    assert sum(row["merged_fraction"] for row in theirs) > 0
+    assert_same(gating["merging"], train("dmc, merging", place, steps=STEPS, run="alone"))
+    ours, theirs = (table(place / run / "head_compression.csv") for run in ("merging", "alone"))
+    assert {row["head"] for row in theirs} == {0, 1}
+    assert all(0.2 < row["merged_fraction"] < 0.8 for row in theirs)
     for row, expected in zip(ours, theirs, strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
 

@@ -94,6 +94,11 @@ TRAININGS: dict[str, Training] = {
             base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, activation_checkpointing=True
         )
     ),
+    "dmc, merging": Training(
+        lambda base: DMCModule(
+            base, DMC(compression=4.0, window=4, init_bias=0.0), phases=[Phase("finetune", 20, 5e-4)]
+        )
+    ),
     "converted": Training(
         lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1),
         needs_whole_rows="context_parallel is 2, and the model has 1 key-value heads",
@@ -229,10 +234,8 @@ def train(
 
 def waits(strategy: Any) -> list[float]:
     """Minutes that the groups of a strategy's ranks wait for each other."""
-    groups = [
-        *strategy.device_mesh.get_all_groups(),
-        *([strategy.parallel.group] if strategy.parallel.size > 1 else []),
-    ]
+    groups = strategy.device_mesh.get_all_groups()
+    groups += [strategy.parallel.group] if strategy.parallel.size > 1 else []
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
 
 
