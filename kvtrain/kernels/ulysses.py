@@ -1,9 +1,10 @@
 """DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509, section 3): an all-to-all before attention, one after it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+from torch.distributed import ProcessGroup, all_to_all_single
 
 from kvtrain.kernels.context_parallel import ContextParallel
 
@@ -52,6 +53,28 @@ class Ulysses(ContextParallel):
 
     def _exchange(self, by_rank: Tensor) -> Tensor:
         """Send ``by_rank[r]`` to rank r; what comes from it stands there, ``(N, ...)``."""
-        received = all_to_all_single_autograd(by_rank.contiguous(), None, None, self.group)
-        here: Tensor = wait_tensor(received)
-        return here
+        received: Tensor = _AllToAll.apply(by_rank.contiguous(), self.group)  # type: ignore[no-untyped-call]
+        return received
+
+
+class _AllToAll(torch.autograd.Function):
+    """Gradients go the way back, which is the same: what came from rank r goes to rank r.
+
+    torch's own differentiable form hands out a tensor that waits when it is used, which kernels that look at memory by
+    themselves do not do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, by_rank: Tensor, group: ProcessGroup) -> Tensor:
+        """Exchange."""
+        ctx.group, received = group, torch.empty_like(by_rank)
+        all_to_all_single(received, by_rank, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Exchange."""
+        given = gradient.contiguous()
+        returned = torch.empty_like(given)
+        all_to_all_single(returned, given, group=ctx.group)
+        return returned, None
