@@ -208,7 +208,7 @@ def _division(trainer: dict[str, Any], strategy: str | None, ranks: int | None) 
     if strategy is None:
         return own
     require_strategy(strategy)
-    return own if own.strategy == strategy else Division(strategy, own.ranks)
+    return Division(strategy, own.ranks, own.zero if own.strategy == strategy else {})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

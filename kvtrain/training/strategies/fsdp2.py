@@ -91,11 +91,13 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         Raises:
             UsageError: Copies do not divide the ranks, or ranks cannot share rows.
         """
+        copies = self.data_parallel_replicate_size
+        self._check_layout()
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        copies = self.data_parallel_replicate_size
-        require_layout(copies, self.context_parallel, self.world_size)
-        self._share_rows()
+        if self.context_parallel > 1:
+            group, _ = torch.distributed.new_subgroups(self.context_parallel, timeout=self._timeout)
+            self.parallel = Ulysses(group)
         device = self.root_device.type
         if copies == 1:
             self._device_mesh = init_device_mesh(device, (self.world_size,), mesh_dim_names=("shard",))
@@ -106,19 +108,13 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
             for group in self._device_mesh.get_all_groups():  # made with torch's own timeout
                 _set_pg_timeout(self._timeout, group)
 
-    def _share_rows(self) -> None:
-        """Make groups of neighbours, where rows are to be shared.
-
-        Raises:
-            UsageError: The model or the rows do not allow it.
-        """
-        ranks = self.context_parallel
-        if ranks == 1:
-            return
-        data = getattr(self._module.trainer, "datamodule", None)
-        require_context_parallel(self._module, getattr(data, "length_multiple", None), ranks)
-        group, _ = torch.distributed.new_subgroups(ranks, timeout=self._timeout)
-        self.parallel = Ulysses(group)
+    def _check_layout(self) -> None:
+        """Refuse numbers that do not divide what they must, before ranks meet."""
+        shared = self.context_parallel
+        require_layout(self.data_parallel_replicate_size, shared, self.num_nodes * self.num_processes)
+        if shared > 1:
+            data = getattr(self._module.trainer, "datamodule", None)
+            require_context_parallel(self._module, getattr(data, "length_multiple", None), shared)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
