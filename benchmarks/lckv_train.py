@@ -19,6 +19,7 @@ from torch import Tensor
 from turns import machine, median_seconds
 
 import kvtrain
+from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum
 from kvtrain.kernels.rope import apply_rotary
 
@@ -58,7 +59,7 @@ def plain_loss(model: Any, ids: Tensor) -> Tensor:
             given = key, attention.split_heads(attention.v_proj(normed))
         key, value = (state.repeat_interleave(attention.num_groups, 1) for state in given)
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        hidden = hidden + attention.project_out(output)
+        hidden = hidden + attention.project_out(output, WHOLE_ROWS)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), given
 
     first = next(index for index, source in enumerate(sources) if source > index)

@@ -241,6 +241,11 @@ class ListOpsDataModule(DataModule):
         self.sequence_length, self.batch_size = longest, batch_size
         self.validation_rows, self.seed, self.strict_resume = validation_rows, seed, strict_resume
 
+    @property
+    def length_multiple(self) -> int:
+        """See ``DataModule``; batches are as long as their longest row."""
+        return _MULTIPLE
+
     def highest_id(self) -> int | None:
         """See ``DataModule``."""
         return len(VOCABULARY) - 1

@@ -34,6 +34,11 @@ class DataModule(pl.LightningDataModule):
     tokenizer_name: str | None
     strict_resume: bool
 
+    @property
+    def length_multiple(self) -> int:
+        """A number that divides every row's tokens: all of them, unless rows differ."""
+        return self.sequence_length
+
     def highest_id(self) -> int | None:
         """The highest token id that rows may hold, as far as can be said without reading them; None: not at all."""
         return None
@@ -69,9 +74,15 @@ class DataModule(pl.LightningDataModule):
     @property
     def validation_shard(self) -> dict[str, Any]:
         """What a loader of held-out rows must know; without a trainer there is one rank."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return {"rank": rank, "world_size": world_size}
+        return data_place(self.trainer)
+
+
+def data_place(trainer: pl.Trainer | None) -> dict[str, Any]:
+    """Whose rows a rank reads, as ``rank`` among ``world_size``: strategies say which ranks read the same."""
+    if trainer is None:
+        return {"rank": 0, "world_size": 1}
+    place = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+    return {"rank": place["rank"], "world_size": place["num_replicas"]}
 
 
 def _as_list(name: str, corpora: str | list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Batches of tasks that need a long memory: passkeys in a haystack, and runs to be copied."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ class RecallDataModule(PackedDataModule):
             raise ValueError(f"copy_share is a share, from 0 to 1, not {copy_share}")
         if growth_batches < 0:
             raise ValueError(f"growth_batches must not be negative, not {growth_batches}")
+
+    @property
+    def length_multiple(self) -> int:
+        """See ``DataModule``; training rows are of all lengths."""
+        return math.gcd(_MULTIPLE, self.sequence_length)
 
     def train_dataloader(self) -> "RecallLoader":  # type: ignore[override]
         """Batches without end, with ``num_items``."""

@@ -23,8 +23,10 @@ def _shift_right(state: Tensor, bits: int) -> Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def keyed_uniform(row_ids: Tensor, seed: int, step: int, layer: int, shape: tuple[int, int]) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), float32 ``(B, *shape)``.
+def keyed_uniform(
+    row_ids: Tensor, seed: int, step: int, layer: int, shape: tuple[int, int], heads: slice = slice(None)
+) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float32 ``(B, *shape)``, or those of some heads alone.
 
     Args:
         row_ids: ``(B,)`` identity of each row in the data.
@@ -32,16 +34,19 @@ def keyed_uniform(row_ids: Tensor, seed: int, step: int, layer: int, shape: tupl
         step: Optimizer step.
         layer: Layer index.
         shape: Heads and tokens.
+        heads: Those that are wanted.
     """
     state = row_ids.long()
     for word in torch.tensor([seed, step, layer], device=row_ids.device):
         state = _mix(state + (word + 1) * _GOLDEN)
-    counters = torch.arange(shape[0] * shape[1], device=row_ids.device).view(shape)
+    counters = torch.arange(shape[0] * shape[1], device=row_ids.device).view(shape)[heads]
     bits = _mix(state[:, None, None] + (counters + 1) * _GOLDEN)
     # 23 bits and half a step: every value is exact in float32 and neither 0 nor 1.
     return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 
 
-def keyed_logistic(row_ids: Tensor, seed: int, step: int, layer: int, shape: tuple[int, int]) -> Tensor:
+def keyed_logistic(
+    row_ids: Tensor, seed: int, step: int, layer: int, shape: tuple[int, int], heads: slice = slice(None)
+) -> Tensor:
     """Logistic noise, the difference of two Gumbel variables; arguments as in ``keyed_uniform``."""
-    return torch.logit(keyed_uniform(row_ids, seed, step, layer, shape))
+    return torch.logit(keyed_uniform(row_ids, seed, step, layer, shape, heads))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kvtrain.cache.paged import PagedStore
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.context_parallel import ContextParallel
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
@@ -19,7 +20,9 @@ class HostAttention(nn.Module):
 
     ``forward(hidden_states, position_embeddings, context, **_)`` gets ``(B, T, hidden)``, the angles ``(B, T, D)`` and
     the pass' ``ForwardContext``, attends within the input, and over the cache where there is one, and returns
-    ``(B, T, hidden)`` and None.
+    ``(B, T, hidden)`` and None. Where ranks share rows, between ``project`` and ``project_out`` lie whole rows of the
+    heads in ``context.parallel.own_heads(num_heads)``: take from there what belongs to a head, and ask
+    ``context.parallel.all_heads`` for what looks at all of them.
 
     Args:
         host_attention: The module to replace.
@@ -72,18 +75,24 @@ class HostAttention(nn.Module):
         normed = norm(heads.transpose(1, 2).flatten(2))
         return self.split_heads(normed)
 
-    def project(self, hidden_states: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden_states: Tensor, angles: Angles, parallel: ContextParallel
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``, and values, as the host makes them.
 
+        Where ranks share rows these are whole rows, of the rank's own heads.
+
         Args:
-            hidden_states: ``(B, T, hidden)``.
-            angles: Cosines and sines ``(B, T, D)``.
+            hidden_states: ``(B, T, hidden)``, of own tokens.
+            angles: Cosines and sines ``(B, T, D)``, of all tokens.
+            parallel: Ranks that share the rows.
         """
         query, key = self.normalize(
             self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
         )
+        query, key, value = parallel.to_heads(query, key, self.split_heads(self.v_proj(hidden_states)))
         query, key = (apply_rotary(heads, *angles, halves_repeat=True) for heads in (query, key))
-        return query, key, self.split_heads(self.v_proj(hidden_states))
+        return query, key, value
 
     def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """Every token over all before it in its document, without a cache, ``(B, H, T, D)``."""
@@ -128,7 +137,7 @@ class HostAttention(nn.Module):
             parts.append(self.attend_pages(query, pages, heads=heads))
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
-    def project_out(self, output: Tensor) -> Tensor:
-        """``(B, H, T, D)`` to ``(B, T, hidden)``."""
-        merged: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
+    def project_out(self, output: Tensor, parallel: ContextParallel) -> Tensor:
+        """``(B, H, T, D)`` to ``(B, T, hidden)``; where ranks share rows, from own heads to own tokens."""
+        merged: Tensor = self.o_proj(parallel.to_tokens(output).transpose(1, 2).flatten(2))
         return merged

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.errors import unknown
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.memo import Memo
 from kvtrain.models.compat import CACHE, NEWEST_TESTED, OLDEST_TESTED, rename_cache
@@ -65,6 +66,8 @@ class LayerOutputs(UserDict[int, Any]):
 class ForwardContext(Memo):
     """What one forward pass is about; hosts hand it to every layer as the keyword ``context``.
 
+    Where ranks share rows, all of it is about whole rows; hidden states alone are parts.
+
     Attributes:
         positions: ``(B or 1, T)`` of each token within its document.
         documents: Of a pass without a cache, ``(B, T)``, 0 for padding; None: every row is one document, and all of it
@@ -77,6 +80,7 @@ class ForwardContext(Memo):
         step: What training says to the method's attention in this step, such as a ``DMCStep``.
         outputs: Receives what layers hand out beside hidden states, by the layer's number; what that is, a method says.
         recorded: Receives what enters layers, for stacks that record hidden states by themselves.
+        parallel: Ranks that share the rows.
     """
 
     positions: Tensor
@@ -89,6 +93,7 @@ class ForwardContext(Memo):
     step: Any = None
     outputs: MutableMapping[int, Any] | None = None
     recorded: RecordedStates | None = None
+    parallel: ContextParallel = WHOLE_ROWS
     _visited: set[int] = field(default_factory=set, init=False)
 
     def cache_layer(self, layer_idx: int) -> KVCacheLayer:
@@ -203,16 +208,18 @@ def _document_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
     return (position_ids == 0) & real & (real.cumsum(-1) > 1)
 
 
-def check_cache(cache: Any, training: bool) -> None:
+def check_cache(cache: Any, training: bool, parallel: ContextParallel) -> None:
     """Refuse caches that cannot be honoured.
 
     Raises:
-        ValueError: A foreign cache, or a cache together with training.
+        ValueError: A foreign cache, or a cache together with training or with rows that ranks share.
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"{type(cache).__name__} does not fit this model; use model.make_cache(), or none")
     if training:
         raise ValueError("training has no cache; call model.eval() or pass use_cache=False")
+    if parallel.size > 1:
+        raise ValueError("a cache holds whole rows, and ranks share this model's; pass use_cache=False")
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -223,12 +230,15 @@ def document_positions(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-def parallel_context(kwargs: Mapping[str, Any], packed: Tensor | None) -> ForwardContext:
+def parallel_context(
+    kwargs: Mapping[str, Any], packed: Tensor | None, parallel: ContextParallel = WHOLE_ROWS
+) -> ForwardContext:
     """What a forward pass without a cache is about.
 
     Args:
         kwargs: The decoder's arguments.
         packed: What ``packed_documents`` found among them.
+        parallel: Ranks that share the rows, all of which the arguments are about.
 
     Raises:
         ValueError: ``attention_mask`` is no padding mask.
@@ -245,7 +255,8 @@ def parallel_context(kwargs: Mapping[str, Any], packed: Tensor | None) -> Forwar
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     elif positions is None:
         positions = torch.arange(_tokens(kwargs).shape[1], device=_tokens(kwargs).device)[None]
-    return ForwardContext(positions, Documents.of(documents), counted=counted, **_handed_on(kwargs))
+    found = Documents.of(documents)
+    return ForwardContext(positions, found, counted=counted, parallel=parallel, **_handed_on(kwargs))
 
 
 def _unless_alone(documents: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from kvtrain.cache.base import KVCache, KVCacheLayer
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.rows import Placement
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
@@ -47,9 +48,12 @@ class CachedLanguageModel(_Decoder):
 
     Attributes:
         extra_losses: Join the loss of the tokens while the model trains; evaluation measures the tokens alone.
+        context_parallel: Ranks that share rows. Each is given whole rows, and has the hidden states, the logits and
+            the summed loss of its own tokens.
     """
 
     extra_losses: Sequence[ExtraLoss] = ()
+    context_parallel = WHOLE_ROWS
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """An empty cache layer for every layer.
@@ -169,7 +173,7 @@ class CachedLanguageModel(_Decoder):
             ValueError: A foreign cache, one of other rows, or one beside training or packed rows; an unknown argument.
             CacheFullError: The new tokens may not fit into the cache's budget; nothing has changed.
         """
-        targets = _targets(labels, shift_labels)
+        targets = _targets(labels, shift_labels, self.context_parallel)
         listens = self.training and targets is not None and bool(self.extra_losses)
         with collect_notes() if listens else contextlib.nullcontext() as notes:
             decoded = self.model(
@@ -229,20 +233,19 @@ class CachedLanguageModel(_Decoder):
         cache, asked = kwargs.get(CACHE), kwargs.get("use_cache")
         documents = packed_documents(kwargs) if cache is None else None
         if asked is None:
-            serves = self.servable and not self.training and documents is None
+            serves = self.servable and not self.training and documents is None and self.context_parallel.size == 1
             asked = serves and self.config.use_cache
         if asked and cache is None:
             cache = self.make_cache()
         if cache is not None:
-            check_cache(cache, self.training)
+            check_cache(cache, self.training, self.context_parallel)
             context = cache_context(kwargs, cache)
         else:
-            context = parallel_context(kwargs, documents)
+            context = parallel_context(kwargs, documents, self.context_parallel)
         if self.extra_losses:
             note_real_tokens(context.real)
         return (), {
-            "input_ids": kwargs.get("input_ids"),
-            "inputs_embeds": kwargs.get("inputs_embeds"),
+            **{name: self._own_tokens(kwargs.get(name)) for name in ("input_ids", "inputs_embeds")},
             "attention_mask": None,
             "position_ids": context.positions,
             CACHE: cache,
@@ -251,6 +254,9 @@ class CachedLanguageModel(_Decoder):
             "return_dict": kwargs.get("return_dict"),
             "context": context,
         }
+
+    def _own_tokens(self, tokens: Tensor | None) -> Tensor | None:
+        return None if tokens is None else self.context_parallel.own_tokens(tokens)
 
     def _recorded(self, kwargs: dict[str, Any]) -> RecordedStates | None:
         """Hidden states to be recorded, where the stack does so by itself.
@@ -332,11 +338,16 @@ class _Sought(NamedTuple):
     notes: LayerNotes | None
 
 
-def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-    """Next tokens ``(B, T - 1)``, or ``(B, T)`` where the caller has shifted them; None where there are none."""
-    if shift_labels is not None:
-        return shift_labels
-    return None if labels is None else labels[:, 1:]
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, parallel: ContextParallel) -> Tensor | None:
+    """Next tokens ``(B, T - 1)``, or ``(B, T)`` where the caller has shifted them; None where there are none.
+
+    Ranks that share rows have those of their own tokens, the last of which is asked for the next rank's first one.
+    """
+    if shift_labels is None and labels is not None:
+        shift_labels = labels[:, 1:]
+        if parallel.size > 1:
+            shift_labels = nn.functional.pad(shift_labels, (0, 1), value=IGNORE_INDEX)
+    return None if shift_labels is None else parallel.own_tokens(shift_labels)
 
 
 def check_attention(requested: Any, own: str | None) -> None:

@@ -31,6 +31,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    # Whether attention takes what belongs to heads from those that a rank attends (``HostAttention``).
+    supports_context_parallel: ClassVar[bool] = False
 
     @property
     def is_host(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
-from kvtrain.errors import require_seed
+from kvtrain.errors import UsageError, require_seed
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.models.config import CHECKPOINT_KEY
 from kvtrain.models.method import Repeat
@@ -124,6 +124,14 @@ class TrainingModule(pl.LightningModule, ABC):
     def cost(self, sequence_length: int) -> Cost:
         """What training and serving rows of so many tokens cost."""
 
+    def require_context_parallel(self, ranks: int) -> None:
+        """Make sure, before there is a model, that so many ranks can share its rows.
+
+        Raises:
+            UsageError: They cannot.
+        """
+        raise UsageError(f"{type(self).__name__} trains on whole rows alone; set context_parallel to 1")
+
     def repeats(self) -> list[Repeat]:
         """Which groups of layers cost the same, for estimates, which then rehearse a few of each."""
         return []
@@ -231,7 +239,8 @@ class TrainingModule(pl.LightningModule, ABC):
         output = self.model(**_summed(batch), skip_logits=True, **arguments)
         self.observe_validation(batch, arguments, output)
         self._validation_loss += output.loss.double()
-        self._validation_targets += self.num_targets(batch)
+        # Ranks that share rows each see all labels of theirs, and have the loss of a part.
+        self._validation_targets += self.num_targets(batch).double() / traits(self._trainer).context_parallel
 
     def num_targets(self, batch: Batch) -> Tensor:
         """How many labels of a batch count."""

@@ -21,6 +21,7 @@ from kvtrain.models.duo.gates import HEAD_GATES, choose_full_heads, open_probabi
 from kvtrain.training.callbacks.head_table import ByLayer, HeadTable
 from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
+from kvtrain.training.strategies.base import traits
 from kvtrain.training.teachers import teach
 
 Weights = Literal["float32", "bfloat16"]
@@ -145,7 +146,7 @@ class DuoModule(RetrofitModule):
         teacher = teach(self.model, batch, step=DuoStep(full_attention=True), outputs=seen)
         kwargs: dict[str, Any] = {}
         if seen is not None:
-            columns = receptive_field(batch, self.method, len(seen))
+            columns = self._columns(batch, len(seen))
             batch = {name: value[:, columns] if value.dim() == 2 else value for name, value in batch.items()}
             teacher = teacher._replace(hidden=teacher.hidden[:, columns])
             kwargs["step"] = self._step(teacher={layer: heads[:, :, columns] for layer, heads in seen.items()})
@@ -153,6 +154,11 @@ class DuoModule(RetrofitModule):
             kwargs["teacher"] = teacher
             kwargs["distillation"] = self.distillation
         return batch, kwargs
+
+    def _columns(self, batch: Batch, layers: int) -> Tensor | slice:
+        """What a student reads; all of it where ranks share rows, whose parts would be others than the teacher's."""
+        shared = traits(self._trainer).context_parallel > 1
+        return slice(None) if shared else receptive_field(batch, self.method, layers)
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """What pulls gates down."""

@@ -19,6 +19,7 @@ from kvtrain.training.sharded_estimate import (
     strategy_of,
 )
 from kvtrain.training.strategies.base import totals, traits
+from kvtrain.training.strategies.fsdp2 import require_context_parallel
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Estimate:
         strategy: How ranks divide the work; empty for one device. The bytes above are those of one rank.
         ranks: How many.
         offloaded_bytes: What of them lies in main memory.
+        context_parallel: Ranks that share rows; each holds its part of the tokens. What all of them hold whole,
+            rotary angles and the decisions of heads, is left out.
     """
 
     model: str
@@ -71,6 +74,7 @@ class Estimate:
     strategy: str = ""
     ranks: int = 1
     offloaded_bytes: int = 0
+    context_parallel: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -106,10 +110,13 @@ def estimate(
         parameter.requires_grad_(module.is_trainable(parameter_name))
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     division = division or Division()
+    shared = division.context_parallel
+    if shared > 1:
+        require_context_parallel(module, sequence_length, shared)
     memory = measure_step_memory(
         module,
         batch_size=batch_size,
-        sequence_length=sequence_length,
+        sequence_length=sequence_length // shared,
         precision=rehearsed_precision(division.strategy, name),
         accumulates=accumulate > 1,
         on_cpu=on_cpu,
@@ -164,6 +171,7 @@ def _of_rank(whole: Estimate, rank: RankMemory, division: Division) -> Estimate:
         strategy=division.strategy,
         ranks=division.ranks,
         offloaded_bytes=rank.offloaded,
+        context_parallel=division.context_parallel,
     )
 
 
@@ -211,7 +219,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def table_rows(figures: Estimate) -> list[tuple[str, str]]:
     """The lines that ``kvtrain estimate`` prints."""
     checkpointed = ", checkpointed" if figures.activation_checkpointing else ""
-    shape = f"{figures.batch_size} x {figures.sequence_length:,} tokens{checkpointed}"
+    shared = figures.context_parallel
+    part = "" if shared == 1 else f"1/{shared} of "
+    shape = f"{part}{figures.batch_size} x {figures.sequence_length:,} tokens{checkpointed}"
     teacher = [("teacher", readable(figures.teacher_bytes))] if figures.teacher_bytes else []
     cost = [("layers run in a step", f"{figures.training_cost:.2f}x")] if figures.training_cost != 1 else []
     return [

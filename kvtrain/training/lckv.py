@@ -14,6 +14,7 @@ from kvtrain.training.csv_logger import write_rows
 from kvtrain.training.method_module import MethodModule
 from kvtrain.training.pretrain import PretrainModule
 from kvtrain.training.retrofit import RetrofitModule
+from kvtrain.training.strategies.base import traits
 
 
 class _SharingModule(MethodModule):
@@ -58,7 +59,12 @@ class _SharingModule(MethodModule):
             raise ValueError("with backward_passes=1 some projections get no gradient here; set backward_passes to 2")
 
     def _compares_forms(self) -> bool:
-        """Whether serving differs from training, and ranks that share weights would run the same layers."""
+        """Whether serving differs from training, and ranks that share weights would run the same layers.
+
+        Where ranks share rows nothing is served.
+        """
+        if traits(self._trainer).context_parallel > 1:
+            return False
         same_layers = self.method.prefill_tolerance is None or self.trainer.world_size == 1
         return same_layers and not self.method.runs_layers_once(self.host_config())
 

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
-from kvtrain.errors import first_line
+from kvtrain.errors import UsageError, first_line
 from kvtrain.models.host import retrofit, retrofitted_class
-from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.hosts import host_adapter, key_value_shapes
 from kvtrain.models.method import Method, Repeat
 from kvtrain.models.registry import builder
 from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
@@ -55,6 +55,20 @@ class MethodModule(TrainingModule):
         config = self.host_config()
         retrofitted_class(config)
         self.method.validate(config)
+
+    def require_context_parallel(self, ranks: int) -> None:
+        """See ``TrainingModule``; the method must be able to, and heads must divide."""
+        config, method = self.host_config(), type(self.method).__name__
+        if not self.method.supports_context_parallel:
+            raise UsageError(f"{method} needs whole rows and all heads in one place; set context_parallel to 1")
+        if any(loss.weight for loss in host_adapter(config).extra_losses(config)):
+            raise UsageError("this host's own losses are means over whole batches; set context_parallel to 1")
+        for heads, _ in key_value_shapes(config):
+            if heads % ranks:
+                raise UsageError(
+                    f"context_parallel is {ranks}, and the model has {heads} key-value heads; take a number that "
+                    "divides them"
+                )
 
     def vocab_size(self) -> int | None:
         """See ``TrainingModule``."""

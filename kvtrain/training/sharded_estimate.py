@@ -16,7 +16,7 @@ from kvtrain.errors import UsageError, unknown
 from kvtrain.training.base import split_parameters
 from kvtrain.training.memory import TrainingMemory
 from kvtrain.training.strategies import FSDP2, WORDS, DeepSpeedZeRO, read_config
-from kvtrain.training.strategies.fsdp2 import require_copies
+from kvtrain.training.strategies.fsdp2 import require_layout
 
 STRATEGIES = ("ddp", *WORDS)
 _MASTER = 4  # bytes of a float32 number: masters, each moment, summed gradients
@@ -32,12 +32,14 @@ class Division(NamedTuple):
         ranks: How many.
         zero: DeepSpeed's ``zero_optimization``; empty takes that of ``configs/deepspeed``.
         copies: Of the model under FSDP2, each divided by its part of the ranks.
+        context_parallel: Ranks that share rows under FSDP2.
     """
 
     strategy: str = ""
     ranks: int = 1
     zero: Mapping[str, Any] = {}
     copies: int = 1
+    context_parallel: int = 1
 
 
 class Sizes(NamedTuple):
@@ -106,7 +108,12 @@ def strategy_of(trainer: Mapping[str, Any], ranks: int) -> Division:
         if name == DeepSpeedZeRO.__name__:
             return _of_zero(read_config(settings["config"])["zero_optimization"], ranks)
         if name == FSDP2.__name__:
-            return Division("fsdp2", ranks, copies=settings.get("data_parallel_replicate_size", 1))
+            return Division(
+                "fsdp2",
+                ranks,
+                copies=settings.get("data_parallel_replicate_size", 1),
+                context_parallel=settings.get("context_parallel", 1),
+            )
     if (word := str(asked).lower()) in STRATEGIES:  # as Lightning reads words
         return Division(word, ranks)
     return Division("ddp" if ranks > 1 else "", ranks)
@@ -153,14 +160,14 @@ def rank_memory(
         saved: Bytes of the weights that a module has saved; DeepSpeed saves them all.
 
     Raises:
-        UsageError: Copies do not divide the ranks.
+        UsageError: Copies, or ranks that share rows, do not divide the ranks.
     """
-    strategy, ranks, zero, copies = division
+    strategy, ranks, zero, copies, _ = division
     if strategy.startswith("zero"):
         zero = zero or read_config(f"configs/deepspeed/{strategy}.json")["zero_optimization"]
         return _deepspeed(memory, sizes, strategy, ranks, on_cpu, zero)
     if strategy == "fsdp2":
-        require_copies(copies, ranks)
+        require_layout(copies, division.context_parallel, ranks)
         return _fsdp2(memory, sizes, ranks // copies, mixed, on_cpu, saved)
     peak = memory.peak + memory.gradients  # buckets hold a second copy
     return RankMemory(

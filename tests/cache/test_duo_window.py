@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import kvtrain
 from kvtrain.cache.rows import Placement
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.duo.cache import DuoCacheLayer
@@ -106,7 +107,7 @@ def test_keys_keep_the_rotation_of_their_true_positions(sink, chunk):
             places = list(range(len(kept))) if by_cache else kept
             one = rotated(query[:, :, at : at + 1], places[-1:])
             steps.append(attention(one, rotated(key[:, :, kept], places), value[:, :, kept], causal=False)[0])
-        return module.project_out(torch.cat(steps, 2))
+        return module.project_out(torch.cat(steps, 2), WHOLE_ROWS)
 
     close(output, streamed(by_cache=False))
     if sink:

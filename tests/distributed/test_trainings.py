@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import kvtrain
 from kvtrain.export.hf import export_run
 from kvtrain.training.strategies import DEEPSPEED_INSTALLED
+from tests.training.tiny_runs import table
 
 from .launch import launch
 from .trainings import BOUNDARY, TRAININGS, assert_equal, assert_same, train, write_place
@@ -19,8 +20,9 @@ from .trainings import BOUNDARY, TRAININGS, assert_equal, assert_same, train, wr
 STEPS = 8  # in the gating tier: over the first boundary, with held-out looks before and after it
 ZERO = ("zero2", "zero3")
 GATING = ("ddp", "fsdp2", *(ZERO if DEEPSPEED_INSTALLED else ()))
-EVERY = (*GATING, "hsdp")
-SHARDED = tuple(strategy for strategy in EVERY if strategy != "ddp")
+SHARING = "context"  # ranks share rows
+EVERY = (*GATING, "hsdp", SHARING)
+SHARDED = tuple(strategy for strategy in EVERY if strategy not in ("ddp", SHARING))
 
 pytestmark = [pytest.mark.timeout(1500)]
 
@@ -58,20 +60,47 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gating(place):
-    """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts."""
+    """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts; Duo on shared rows.
+
+    A run goes on where ranks share rows, and another where they no longer do.
+    """
     jobs = {f"dmc {strategy}": {"name": "dmc", "strategy": strategy, "steps": STEPS} for strategy in GATING}
-    return work(place, jobs | whole_and_in_two("dmc", "fsdp2"))
+    jobs |= whole_and_in_two("dmc", "fsdp2") | whole_and_in_two("dmc", SHARING)
+    for ours, theirs in (("fsdp2", SHARING), (SHARING, "fsdp2")):
+        going_on = jobs[f"dmc {ours} resumed"]
+        jobs[f"dmc {ours} then {theirs}"] = {**going_on, "strategy": theirs, "run": f"{ours} then {theirs}"}
+    shared = {"strategy": SHARING, "steps": STEPS}
+    jobs["merging"] = {"name": "dmc, merging", "run": "merging", **shared}
+    return work(place, jobs | {f"duo {SHARING}": {"name": "duo", **shared}})
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("strategy", GATING)
-def test_two_processes_end_as_one(place, gating, strategy):
-    assert_same(gating[f"dmc {strategy}"], train("dmc", place, steps=STEPS))
+@pytest.mark.parametrize("run", [*(f"dmc {strategy}" for strategy in (*GATING, SHARING)), f"duo {SHARING}"])
+def test_two_processes_end_as_one(place, gating, run):
+    assert_same(gating[run], train(run.split()[0], place, steps=STEPS))
 
 
 @pytest.mark.roads
-def test_a_sharded_run_goes_on_bit_for_bit_at_a_boundary(gating):
-    assert_equal(gating["dmc fsdp2 resumed"]["weights"], gating["dmc fsdp2"]["weights"])
+@pytest.mark.parametrize("strategy", ["fsdp2", SHARING])
+def test_a_sharded_run_goes_on_bit_for_bit_at_a_boundary(gating, strategy):
+    assert_equal(gating[f"dmc {strategy} resumed"]["weights"], gating[f"dmc {strategy}"]["weights"])
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize(("run", "whole"), [("fsdp2 then context", "fsdp2"), ("context then fsdp2", SHARING)])
+def test_a_run_goes_on_on_rows_shared_otherwise(gating, run, whole):
+    told = {"losses": [], "norms": [], "held_out": []}
+    assert_same({**gating[f"dmc {run}"], **told}, {**gating[f"dmc {whole}"], **told}, tolerance=1e-6)
+
+
+@pytest.mark.roads
+def test_heads_are_counted_once_on_shared_rows(place, gating):
+    assert_same(gating["merging"], train("dmc, merging", place, steps=STEPS, run="alone"))
+    ours, theirs = (table(place / run / "head_compression.csv") for run in ("merging", "alone"))
+    assert {row["head"] for row in theirs} == {0, 1}
+    assert all(0.2 < row["merged_fraction"] < 0.8 for row in theirs)
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.roads
@@ -84,15 +113,19 @@ def test_a_sharded_run_is_exported(place, gating):
 def test_every_training_ends_as_in_one_process(place, name):
     jobs = {strategy: {"name": name, "strategy": strategy, "window": 4} for strategy in EVERY}
     found, expected = work(place, jobs), train(name, place, window=4)
-    for strategy in EVERY:
+    if words := TRAININGS[name].needs_whole_rows:
+        assert words in found.pop(SHARING)
+    for strategy in found:
         assert_same(found[strategy], expected)
 
 
 @pytest.mark.slow
-def test_two_copies_of_two_shards(place):
-    found = work(place, {"hsdp": {"name": "dmc", "strategy": "hsdp", "timeout_minutes": 7}}, world_size=4)
-    assert found["hsdp"]["waits"] == [7, 7]
-    assert_same(found["hsdp"], train("dmc", place))
+@pytest.mark.parametrize(("strategy", "groups"), [("hsdp", 2), (SHARING, 2), ("hsdp, context", 3)])
+def test_four_processes_in_groups(place, strategy, groups):
+    """Two copies of two shards; four shards of which two share rows; two copies whose two shards share rows."""
+    found = work(place, {"run": {"name": "dmc", "strategy": strategy, "timeout_minutes": 7}}, world_size=4)["run"]
+    assert found["waits"] == [7] * groups
+    assert_same(found, train("dmc", place))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.loader import PackedLoader
+from kvtrain.data.module import data_place
 from kvtrain.data.packing import PackedRows
 from kvtrain.data.shards import TokenShards
 from kvtrain.losses.distillation import Distillation
@@ -37,6 +38,11 @@ from tests.distributed.runs import SHARING, zero_config
 from tests.hosts import VOCAB, make_host
 from tests.training.tiny_runs import LENGTH, RowsData, make_rows
 
+FSDP2_SETTINGS = {
+    "hsdp": {"data_parallel_replicate_size": 2},
+    "context": {"context_parallel": 2},
+    "hsdp, context": {"data_parallel_replicate_size": 2, "context_parallel": 2},
+}
 ROWS_A_BATCH = 4  # over all processes
 WINDOW = 2
 VALIDATED_EVERY = 3  # steps; the others between have no held-out figures
@@ -71,10 +77,12 @@ class Training:
     Attributes:
         make: The module, of the folder of its base.
         host: How the base is made.
+        needs_whole_rows: The words by which it refuses to let ranks share rows.
     """
 
     make: Callable[[str], Any]
     host: dict[str, Any] = field(default_factory=dict)
+    needs_whole_rows: str = ""
 
 
 QWEN = {"family": "qwen3"}
@@ -86,11 +94,21 @@ TRAININGS: dict[str, Training] = {
             base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, activation_checkpointing=True
         )
     ),
+    "dmc, merging": Training(
+        lambda base: DMCModule(
+            base, DMC(compression=4.0, window=4, init_bias=0.0), phases=[Phase("finetune", 20, 5e-4)]
+        )
+    ),
     "converted": Training(
-        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1)
+        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1),
+        needs_whole_rows="context_parallel is 2, and the model has 1 key-value heads",
     ),
     "duo": Training(
         lambda base: DuoModule(base, Duo(sink=1, recent=3), phases=[Phase("gates", 20, 0.5)], regularization=0.2),
+        {**QWEN, "layers": 3},
+    ),
+    "duo, teacher's attention": Training(
+        lambda base: DuoModule(base, Duo(sink=1, recent=3, mixing="teacher"), phases=[Phase("gates", 20, 0.5)]),
         {**QWEN, "layers": 3},
     ),
     "duo, hard-concrete": Training(
@@ -107,8 +125,14 @@ TRAININGS: dict[str, Training] = {
     "lckv from nothing": Training(
         lambda base: LCKVPretrainModule(f"{base}/config.json", SHARING, phases=ONE), {**QWEN, "layers": 5}
     ),
-    "transnormer": Training(lambda _: TransNormerModule({**STATE, "block_size": 5}, phases=ONE)),
-    "masked transnormer": Training(lambda _: TransNormerMaskedModule({**STATE, "causal": False}, phases=ONE)),
+    "transnormer": Training(
+        lambda _: TransNormerModule({**STATE, "block_size": 5}, phases=ONE),
+        needs_whole_rows="TransNormerModule trains on whole rows alone",
+    ),
+    "masked transnormer": Training(
+        lambda _: TransNormerMaskedModule({**STATE, "causal": False}, phases=ONE),
+        needs_whole_rows="TransNormerMaskedModule trains on whole rows alone",
+    ),
 }
 
 
@@ -124,8 +148,8 @@ class SharedRows(RowsData):
     """The same rows a step on any number of processes."""
 
     def loader(self, seed: int | None, **settings: Any) -> PackedLoader:
-        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        return PackedLoader(self.rows, ROWS_A_BATCH // self.trainer.world_size, seed=seed, **place, **settings)
+        place = data_place(self.trainer)
+        return PackedLoader(self.rows, ROWS_A_BATCH // place["world_size"], seed=seed, **place, **settings)
 
 
 class Notes(pl.Callback):
@@ -148,10 +172,10 @@ class Notes(pl.Callback):
 
 
 def strategy_of(name: str) -> Any:
-    """By its word; small parameters are partitioned under ZeRO-3, too, and HSDP keeps two copies."""
+    """By its word; small parameters are partitioned under ZeRO-3, too, HSDP keeps two copies, and two share rows."""
     if name == "zero3":
         return DeepSpeedZeRO(zero_config(3, keep_whole=1))
-    return FSDP2(data_parallel_replicate_size=2) if name == "hsdp" else name
+    return FSDP2(**FSDP2_SETTINGS[name]) if name in FSDP2_SETTINGS else name
 
 
 def train(
@@ -205,12 +229,13 @@ def train(
     )
     weights = {parameter: whole(tensor) for parameter, tensor in module.named_parameters()}
     found = {"weights": weights, "losses": notes.losses, "norms": notes.norms, "held_out": notes.held_out}
-    return found | {"waits": waits(trainer.strategy)} if strategy == "hsdp" else found
+    return found | {"waits": waits(trainer.strategy)} if strategy in FSDP2_SETTINGS else found
 
 
 def waits(strategy: Any) -> list[float]:
     """Minutes that the groups of a strategy's ranks wait for each other."""
     groups = strategy.device_mesh.get_all_groups()
+    groups += [strategy.parallel.group] if strategy.parallel.size > 1 else []
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
 
 

@@ -245,7 +245,7 @@ def test_zero_out_shrinks_activations_and_not_weights():
     context = ForwardContext(torch.arange(cos.shape[-2])[None], step=DMCStep(channel_scale=0.25))
     for _ in range(2):
         output, _ = module(hidden, (cos.squeeze(1), sin.squeeze(1)), context)
-        torch.testing.assert_close(output, module.project_out(expected), atol=1e-12, rtol=0)
+        torch.testing.assert_close(output, module.project_out(expected, context.parallel), atol=1e-12, rtol=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -269,7 +269,7 @@ def test_the_floor_of_importances_is_one_number(dtype):
     """P10: 1/128 in every dtype."""
     module = kvtrain.retrofit(make_host(dtype=dtype, layers=1), kvtrain.DMC()).model.layers[0].self_attn
     query, key = torch.full((1, 4, 3, 8), -1e4, dtype=dtype), torch.zeros(1, 2, 3, 8, dtype=dtype)
-    _, importance = module._borrow(query, key, None, None)
+    _, importance = module._borrow(query, key, ForwardContext(torch.arange(3)[None]), None)
     assert importance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert importance.flatten().tolist() == [0.0078125] * 6
 

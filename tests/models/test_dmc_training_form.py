@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.pooling import pool_segments_reference
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
@@ -40,7 +41,7 @@ def formula(attention, hidden, angles):
                 scores.append(score)
             weights = torch.softmax(torch.stack(scores, -1), -1)
             output[:, head, i] = (weights.unsqueeze(-1) * pooled[:, group, : i + 1, dim:]).sum(1)
-    return attention.project_out(output)
+    return attention.project_out(output, WHOLE_ROWS)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -37,7 +37,7 @@ def watched(model, run):
     heads, outputs = [], []
 
     def before(module, _, told):
-        heads.append(module.project(told["hidden_states"], told["position_embeddings"]))
+        heads.append(module.project(told["hidden_states"], told["position_embeddings"], told["context"].parallel))
 
     hooks = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
     hooks += [

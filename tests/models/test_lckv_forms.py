@@ -279,11 +279,11 @@ def test_the_plan_spares_what_changes_no_bit(kv_map, passes, monkeypatch):
     with torch.no_grad():
         spared = run(make(kv_map, (passes - 1, 1)), ids)
 
-        def everything(stack, stage, hidden, shared, kwargs, documents):
+        def everything(stack, stage, hidden, shared, kwargs, context):
             for owner in stack.targets(stage):
                 shared[owner] = (torch.zeros(2, 2, 7, 8).double(), torch.zeros(2, 2, 7, 8).double())
             for _ in range(passes):
-                output = stack.run_stage(stage, hidden, shared, kwargs, documents=documents)
+                output = stack.run_stage(stage, hidden, shared, kwargs, documents=context.documents)
             return output
 
         monkeypatch.setattr(LayerSchedule, "_iterate", everything)

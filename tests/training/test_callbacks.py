@@ -171,6 +171,7 @@ def test_ranks_are_summed_and_their_extremes_named():
     logged = {}
     module = SimpleNamespace(
         device=torch.device("cpu"),
+        trainer=None,
         all_gather=lambda own: ranks.clone(),
         log=lambda name, value, **_: logged.update({name: float(value)}),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.loader import PackedLoader
+from kvtrain.data.module import data_place
 from kvtrain.data.packing import Batch, PackedRows
 from kvtrain.data.shards import ShardWriter, TokenShards
 from kvtrain.models.dmc import DMC
@@ -50,9 +51,7 @@ class RowsData(pl.LightningDataModule):
         self.rows, self.tokenizer_name = rows, None
 
     def loader(self, seed: int | None, **settings: Any) -> PackedLoader:
-        trainer = self.trainer
-        place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return PackedLoader(self.rows, BATCH, seed=seed, **place, **settings)
+        return PackedLoader(self.rows, BATCH, seed=seed, **data_place(self.trainer), **settings)
 
     def train_dataloader(self) -> PackedLoader:
         return self.loader(0, window=self.trainer.accumulate_grad_batches)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.context_parallel import ContextParallel
 from kvtrain.kernels.dispatch import at_least_float32
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.noise import keyed_logistic
@@ -70,27 +71,28 @@ class DMCAttention(HostAttention):
         """See ``HostAttention``.
 
         ``context.step`` is a ``DMCStep``; without one decisions are soft and noiseless in training mode, hard in
-        evaluation mode. ``context.outputs`` receives the decisions ``(B, H_kv, T)``, straight-through.
+        evaluation mode. ``context.outputs`` receives the decisions ``(B, H_kv, T)``, straight-through, whole even
+        where ranks share rows.
         """
         step: DMCStep | None = context.step
         if self.training and step is None:
             _say_untargeted()
         scale = None if step is None else step.channel_scale
-        query, key, value = self._project(hidden_states, scale)
+        query, key, value = self._project(hidden_states, scale, context.parallel)
         if scale is not None:
             query = self._scale_channel(apply_rotary(query, *position_embeddings), scale)
             key = self._scale_channel(apply_rotary(key, *position_embeddings), scale)
-            return self.project_out(self.attend_documents(query, key, value, context)), None
+            return self.project_out(self.attend_documents(query, key, value, context), context.parallel), None
         angles = context.keep("angles without the borrowed channel", lambda: _without_channel(position_embeddings))
         if context.cache is None:
             output, decisions = self._parallel(query, key, value, angles, context)
             if context.outputs is not None:
-                context.outputs[self.layer_idx] = decisions.straight_through()
+                context.outputs[self.layer_idx] = context.parallel.all_heads(decisions.straight_through())
         else:
             output = self._serve(query, key, value, angles, context)
-        return self.project_out(output), None
+        return self.project_out(output, context.parallel), None
 
-    def _project(self, hidden: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, scale: float | None, parallel: ContextParallel) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values; in the zero-out phase the borrowed channel shrinks before any norm.
 
         Shrinking it *before* a query or key norm lets the norm adapt, so that zeroing the projection's
@@ -100,14 +102,17 @@ class DMCAttention(HostAttention):
         if scale is not None:
             query, key = self._scale_channel(query, scale), self._scale_channel(key, scale)
         query, key = self.normalize(query, key)
-        return query, key, self.split_heads(self.v_proj(hidden))
+        query, key, value = parallel.to_heads(query, key, self.split_heads(self.v_proj(hidden)))
+        return query, key, value
 
     def _scale_channel(self, heads: Tensor, scale: float) -> Tensor:
         factors = torch.ones(self.head_dim, dtype=heads.dtype, device=heads.device)
         factors[-1] = scale
         return heads * factors
 
-    def _borrow(self, query: Tensor, key: Tensor, positions: Tensor, step: DMCStep | None) -> tuple[Tensor, Tensor]:
+    def _borrow(
+        self, query: Tensor, key: Tensor, context: ForwardContext, step: DMCStep | None
+    ) -> tuple[Tensor, Tensor]:
         """Read the borrowed channel: decision logits, noise included, and importances ``(B, H_kv, T)``."""
         bias = self.settings.init_bias
         logits = self.settings.decision_scale * at_least_float32(key[..., -1]) - bias
@@ -115,28 +120,30 @@ class DMCAttention(HostAttention):
             rate = self.settings.compression if step is None or step.compression is None else step.compression
             logits = torch.full_like(logits, math.log(max(rate - 1.0, 1e-9)))
         if self.settings.shared_decisions:
-            logits = logits.mean(1, keepdim=True).expand_as(logits)
-        wish = at_least_float32(query[..., -1]).unflatten(1, (self.num_key_value_heads, -1)).mean(2)
-        noise = self._noise(logits.shape, positions, step)
+            logits = context.parallel.all_heads(logits).mean(1, keepdim=True).expand_as(logits)
+        wish = at_least_float32(query[..., -1]).unflatten(1, (key.shape[1], -1)).mean(2)
+        noise = self._noise(logits.shape, context, step)
         return logits if noise is None else logits + noise, torch.sigmoid(wish + bias) + IMPORTANCE_FLOOR
 
-    def _noise(self, shape: torch.Size, positions: Tensor, step: DMCStep | None) -> Tensor | None:
+    def _noise(self, shape: torch.Size, context: ForwardContext, step: DMCStep | None) -> Tensor | None:
         """Logistic noise ``(B, H_kv or 1, T)`` of a training step; that of random decisions otherwise."""
-        heads = 1 if self.settings.shared_decisions else shape[1]
+        heads = 1 if self.settings.shared_decisions else self.num_key_value_heads
+        own = slice(None) if heads == 1 else context.parallel.own_heads(heads)
         if self.training:
             if step is None or step.row_ids is None:
                 return None
-            return keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, (heads, shape[2]))
+            return keyed_logistic(step.row_ids, step.seed, step.step, self.layer_idx, (heads, shape[2]), own)
         if self.settings.decisions == "learned":
             return None
-        by_token = keyed_logistic(positions.expand(shape[0], -1).flatten(), 0, 0, self.layer_idx, (heads, 1))
-        return by_token.view(shape[0], shape[2], heads).transpose(1, 2)
+        places = context.positions.expand(shape[0], -1).flatten()
+        by_token = keyed_logistic(places, 0, 0, self.layer_idx, (heads, 1), own)
+        return by_token.view(shape[0], shape[2], -1).transpose(1, 2)
 
     def _parallel(
         self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext
     ) -> tuple[Tensor, Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
-        logits, importance = self._borrow(query, key, context.positions, context.step)
+        logits, importance = self._borrow(query, key, context, context.step)
         never = context.keep("bound to append", lambda: _bound_to_append(context.documents, logits))
         decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
@@ -161,7 +168,7 @@ class DMCAttention(HostAttention):
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
         layer, valid = context.cache_layer(self.layer_idx), context.valid
         assert isinstance(layer, DMCCacheLayer) and valid is not None
-        logits, importance = self._borrow(query, key, context.positions, None)
+        logits, importance = self._borrow(query, key, context, None)
         first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
         never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
         merge = decide(logits, never=never).values

@@ -33,6 +33,7 @@ class DMC(Method):
     """
 
     name: ClassVar[str] = "dmc"
+    supports_context_parallel: ClassVar[bool] = True
 
     compression: float = 4.0
     window: int = 12

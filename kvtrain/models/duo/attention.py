@@ -75,25 +75,26 @@ class GatedAttention(HostAttention):
 
         ``context.step`` is a ``DuoStep``; without one gates are used as they are. ``context.outputs`` receives this
         layer's gates ``(H_kv,)`` as used and as stored, both with gradient, or in the teacher's pass what heads saw,
-        ``(B, H, T, D)``.
+        ``(B, H, T, D)``, where ranks share rows this rank's.
         """
         step: DuoStep = context.step or DuoStep()
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, context.parallel)
         bits = None if self.training else self.settings.kv_bits
         key, value = read_back(key, bits), read_back(value, bits)
         patterns = AttentionPatterns.of(self.settings, self.scaling, context)
         if step.full_attention:
             output = patterns.full(query, key, value)
             self._hand_out(output, context)
-            return self.project_out(output), None
+            return self.project_out(output, context.parallel), None
         gates = self.gate_values(step) if step.gates is None else step.gates[self.layer_idx]
         # A copy: where parameters are sharded, this one is gone when the loss looks at it.
         self._hand_out((gates, self.gates.clone()), context)
+        gates = gates[context.parallel.own_heads(self.num_key_value_heads)]
         if step.teacher is None:
             output = patterns.mixed(query, key, value, gates)
         else:
             output = mix_heads(patterns.streaming(query, key, value), step.teacher[self.layer_idx], gates)
-        return self.project_out(output), None
+        return self.project_out(output, context.parallel), None
 
     def _hand_out(self, what: Any, context: ForwardContext) -> None:
         if context.outputs is not None:
@@ -118,17 +119,17 @@ class RoundedAttention(HostAttention):
         self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
         """See ``HostAttention``."""
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, context.parallel)
         if context.cache is None:
             patterns = AttentionPatterns.of(self.settings, self.scaling, context)
             bits = None if self.training else self.settings.kv_bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output = self._by_class(patterns.full, patterns.streaming, query, key, value)
+            output = self._by_class(self._own_full(context), patterns.full, patterns.streaming, query, key, value)
         else:
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, DuoCacheLayer)
             output = self._serve(query, key, value, context, layer)
-        return self.project_out(output), None
+        return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(
@@ -158,7 +159,7 @@ class RoundedAttention(HostAttention):
             return local[0] if dropped is None else add_compensation(local, query, dropped, self.scaling)[0]
 
         read = (read_back(states, self.settings.kv_bits) for states in (key, value))
-        output = self._by_class(full, streaming, query, *read)
+        output = self._by_class(self.num_full, full, streaming, query, *read)
         layer.write(key, value, past, valid)
         return output
 
@@ -172,8 +173,14 @@ class RoundedAttention(HostAttention):
         streaming = add_compensation(local, query[:, first:], dropped, self.scaling)[0]
         return torch.cat([output[:, :first], streaming], 1)
 
+    def _own_full(self, context: ForwardContext) -> int:
+        """How many of the heads that this rank attends are full."""
+        own = range(self.num_key_value_heads)[context.parallel.own_heads(self.num_key_value_heads)]
+        return sum(head < self.num_full for head in own)
+
     def _by_class(
         self,
+        num_full: int,
         full: Callable[[Tensor, Tensor, Tensor], Tensor],
         window: Callable[[Tensor, Tensor, Tensor], Tensor],
         query: Tensor,
@@ -181,11 +188,11 @@ class RoundedAttention(HostAttention):
         value: Tensor,
     ) -> Tensor:
         """Full heads by one way and streaming heads by another, where there are such."""
-        counts = (self.num_full * self.num_groups, self.num_full, self.num_full)
+        counts = (num_full * self.num_groups, num_full, num_full)
         heads = (query, key, value)
         parts = []
-        if self.num_full:
+        if num_full:
             parts.append(full(*(tensor[:, :count] for tensor, count in zip(heads, counts, strict=True))))
-        if self.num_full < self.num_key_value_heads:
+        if num_full < key.shape[1]:
             parts.append(window(*(tensor[:, count:] for tensor, count in zip(heads, counts, strict=True))))
         return torch.cat(parts, 1)

@@ -41,6 +41,7 @@ class Duo(Method):
     """
 
     name: ClassVar[str] = "duo"
+    supports_context_parallel: ClassVar[bool] = True
 
     sink: int = 128
     recent: int = 256

@@ -186,7 +186,7 @@ def _observe(
 
     def before(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(module, HostAttention)
-        heads = module.project(kwargs["hidden_states"], kwargs["position_embeddings"])
+        heads = module.project(kwargs["hidden_states"], kwargs["position_embeddings"], kwargs["context"].parallel)
         seen.append(look(module, heads, kwargs["context"]).double().cpu())
 
     attentions = [module for module in model.modules() if isinstance(module, HostAttention)]

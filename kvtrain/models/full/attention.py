@@ -28,7 +28,7 @@ class FullAttention(HostAttention):
         self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any
     ) -> tuple[Tensor, None]:
         """See ``HostAttention``."""
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, context.parallel)
         if context.cache is None:
             if self.bits is not None and not self.training:
                 key, value = read_back(key, self.bits), read_back(value, self.bits)
@@ -37,7 +37,7 @@ class FullAttention(HostAttention):
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, FullCacheLayer)
             output = self._serve(query, key, value, context, layer)
-        return self.project_out(output), None
+        return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(

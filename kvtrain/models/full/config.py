@@ -21,6 +21,7 @@ class Full(Method):
     """
 
     name: ClassVar[str] = "full"
+    supports_context_parallel: ClassVar[bool] = True
 
     kv_bits: Literal[4, 8] | None = None
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.kernels.attention import attention
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles, HostAttention
@@ -42,6 +43,7 @@ class LayerInputs:
         own: Whether an owner sees the keys and values that it makes in this call.
         first: Keys and values of layer 0, for a residual mix.
         documents: Documents, or real tokens, of the input.
+        parallel: Ranks that share the rows: keys and values are of whole rows and own heads.
         key_value_only: Stop once keys and values are made.
         reader: Of the cache, while serving.
     """
@@ -51,6 +53,7 @@ class LayerInputs:
     own: bool = True
     first: KeyValue | None = None
     documents: Documents | None = None
+    parallel: ContextParallel = WHOLE_ROWS
     key_value_only: bool = False
     view: View | None = None
 
@@ -93,14 +96,14 @@ class SharedAttention(HostAttention):
         for name in residual_parts(layer_idx, settings, config.num_hidden_layers):
             self.register_parameter(name, nn.Parameter(no_residual().to(self.q_proj.weight)))
 
-    def key_value(self, hidden: Tensor, angles: Angles, first: KeyValue | None) -> KeyValue:
+    def key_value(self, hidden: Tensor, angles: Angles, first: KeyValue | None, parallel: ContextParallel) -> KeyValue:
         """Keys and values that this layer owns, of ``hidden (B, T, hidden)``; keys are rotated."""
         key = value = None
         if self.owns_key:
-            key = self.norm_heads("k_norm", self.split_heads(self.k_proj(hidden)))
+            (key,) = parallel.to_heads(self.norm_heads("k_norm", self.split_heads(self.k_proj(hidden))))
             key = apply_rotary(key, *angles, halves_repeat=True)
         if self.owns_value:
-            value = self.split_heads(self.v_proj(hidden))
+            (value,) = parallel.to_heads(self.split_heads(self.v_proj(hidden)))
         if first is not None and hasattr(self, "key_mix"):
             key = _mix(self.key_mix, first[0], key)
         if first is not None and hasattr(self, "value_mix"):
@@ -124,14 +127,16 @@ class SharedAttention(HostAttention):
             outputs: Receives what the layer makes; where that is all that is wanted, the output is the input.
         """
         assert inputs is not None and outputs is not None
-        outputs.key_value = own_key, own_value = self.key_value(hidden_states, position_embeddings, inputs.first)
+        parallel = inputs.parallel
+        own_key, own_value = self.key_value(hidden_states, position_embeddings, inputs.first, parallel)
+        outputs.key_value = own_key, own_value
         if inputs.key_value_only:
             return hidden_states, None
         key = own_key if inputs.own and self.key_layer == self.layer_idx else inputs.key
         value = own_value if inputs.own and self.value_layer == self.layer_idx else inputs.value
         if inputs.view is None and (key is None or value is None):
             return self._nothing(hidden_states), None
-        query = self.norm_heads("q_norm", self.split_heads(self.q_proj(hidden_states)))
+        (query,) = parallel.to_heads(self.norm_heads("q_norm", self.split_heads(self.q_proj(hidden_states))))
         query = apply_rotary(query, *position_embeddings, halves_repeat=True)
         if inputs.view is not None:
             output = inputs.view.attend(self, query, key, value, outputs.key_value)
@@ -146,12 +151,13 @@ class SharedAttention(HostAttention):
                 documents=inputs.documents,
                 scale=self.scaling,
             )
-        return self.project_out(output), None
+        return self.project_out(output, parallel), None
 
     def _nothing(self, hidden: Tensor) -> Tensor:
         """Output ``(B, T, hidden)`` of attention to no keys: zeros, projected."""
-        nothing = (len(hidden), self.num_heads, hidden.shape[1], self.head_dim)
-        return torch.zeros_like(hidden) if self.o_proj.bias is None else self.project_out(hidden.new_zeros(nothing))
+        nothing = hidden.new_zeros(*hidden.shape[:2], self.num_heads * self.head_dim)
+        output: Tensor = torch.zeros_like(hidden) if self.o_proj.bias is None else self.o_proj(nothing)
+        return output
 
 
 def absent_parts(layer_idx: int, settings: LCKV, depth: int) -> list[str]:

@@ -45,6 +45,7 @@ class LCKV(Method):
     """
 
     name: ClassVar[str] = "lckv"
+    supports_context_parallel: ClassVar[bool] = True
 
     kv_map: str = "lckv-w2"
     forward_passes: int = 7

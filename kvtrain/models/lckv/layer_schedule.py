@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtrain.kernels.documents import Documents
 from kvtrain.models.compat import CACHE
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.hosts.base import HostAdapter
@@ -99,17 +98,17 @@ class LayerSchedule(nn.ModuleList):
         """All layers over ``(B, T, hidden)``; arguments are those of a host's layer and what serving adds."""
         kwargs.pop(CACHE, None)
         context: ForwardContext = kwargs.pop("context")
-        recorded, documents = context.recorded, context.documents
         if context.cache is not None:
             return self.serve(self, hidden_states, kwargs, context)
+        recorded = context.recorded
         shared: Shared = {}
         for stage in self.plan:
             if stage.cyclic:
                 if recorded is not None:
                     recorded[stage.first] = hidden_states
-                hidden_states = self._iterate(stage, hidden_states, shared, kwargs, documents)
+                hidden_states = self._iterate(stage, hidden_states, shared, kwargs, context)
             else:
-                hidden_states = self.run_stage(stage, hidden_states, shared, kwargs, recorded, documents=documents)
+                hidden_states = self.run_stage(stage, hidden_states, shared, kwargs, recorded, **_given(context))
         return hidden_states
 
     def layer_repeats(self, sequence_length: int) -> Iterator[tuple[nn.Module, int, int]]:
@@ -125,19 +124,19 @@ class LayerSchedule(nn.ModuleList):
                 yield from ((self[layer_idx], again, graded) for layer_idx in range(stage.first, stage.last))
 
     def _iterate(
-        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], documents: Documents | None
+        self, stage: Stage, hidden: Tensor, shared: Shared, kwargs: dict[str, Any], context: ForwardContext
     ) -> Tensor:
         """A cyclic stage from no keys and values: passes without gradient, with, and the last one's output.
 
         A pass makes one more token exact, so passes beyond the length change nothing and are left out.
         """
-        passes = min(self.settings.passes, hidden.shape[1])
+        passes = min(self.settings.passes, context.positions.shape[-1])
         for index in range(passes - 1):
             graded = index >= passes - self.settings.backward_passes
             with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-                self.update_kv(stage, hidden, shared, kwargs, documents=documents)
+                self.update_kv(stage, hidden, shared, kwargs, **_given(context))
         before = dict(shared)
-        hidden = self.run_stage(stage, hidden, shared, kwargs, documents=documents)
+        hidden = self.run_stage(stage, hidden, shared, kwargs, **_given(context))
         if self.settings.stale_target:
             shared.update({owner: before.get(owner, _NOTHING) for owner in self.targets(stage)})
         return hidden
@@ -194,3 +193,8 @@ class LayerSchedule(nn.ModuleList):
 
     def _is_target(self, owner: int) -> bool:
         return min(self.keys.readers(owner)) < owner
+
+
+def _given(context: ForwardContext) -> dict[str, Any]:
+    """What every ``LayerInputs`` of a pass without a cache says."""
+    return {"documents": context.documents, "parallel": context.parallel}

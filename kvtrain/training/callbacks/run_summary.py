@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from kvtrain import run_folder
+from kvtrain.data.module import data_place
 from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.csv_logger import CSVMetrics
@@ -85,5 +86,6 @@ def _tokens_a_step(trainer: pl.Trainer) -> str:
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "batch_size") or not hasattr(data, "sequence_length"):
         return ""
-    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches * trainer.world_size
+    rows = data.batch_size * data_place(trainer)["world_size"]
+    tokens = rows * data.sequence_length * trainer.accumulate_grad_batches
     return f" of {tokens:,} tokens"

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.callbacks.memory import peak_bytes
 from kvtrain.training.flops import TrainingFlops, peak_flops, training_flops
+from kvtrain.training.strategies.base import traits
 
 _WINDOW = 20
 _GIB = 2**30
@@ -82,7 +83,8 @@ class Throughput(pl.Callback):
     def _log(self, module: pl.LightningModule, sequence_length: int) -> None:
         """One small exchange between the ranks."""
         first, last, steps = self._marks[0], self._marks[-1], len(self._marks) - 1
-        seconds, tokens = last.time - first.time, float(last.tokens - first.tokens)
+        shared = traits(module.trainer).context_parallel
+        seconds, tokens = last.time - first.time, float(last.tokens - first.tokens) / shared
         speed = tokens / seconds if seconds > 0 else 0.0
         own = [speed, (last.waited - first.waited) / max(1, steps), peak_bytes(module.device) / _GIB]
         gathered = module.all_gather(torch.tensor(own, device=module.device))

@@ -51,10 +51,12 @@ class StrategyTraits:
         drops_steps: Whether it looks at gradients by itself and drops a step whose gradient is not finite, after which
             ``step_applied`` tells; otherwise gradients can be read before the step.
         scaled_precisions: Under which losses are scaled, so that a gradient may overflow.
+        context_parallel: Ranks that share their rows.
     """
 
     drops_steps = False
     scaled_precisions: tuple[str, ...] = ("16-mixed",)
+    context_parallel = 1
 
     def build_model(self, module: BuildsModel) -> PreTrainedModel:
         """A training module's model; every rank calls it."""

@@ -9,13 +9,15 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kvtrain.errors import UsageError
+from kvtrain.errors import UsageError, require_at_least
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
+from kvtrain.kernels.ulysses import Ulysses
 from kvtrain.models.sharded import is_sharded
 from kvtrain.training.strategies.base import (
     SAME_STRATEGY,
@@ -47,21 +49,29 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
     """Parameters, gradients and optimizer sharded over all ranks by torch's ``fully_shard``, layer by layer.
 
     A pretrained base is read straight into the shards: no rank ever holds it whole. Under ``bf16-mixed`` layers compute
-    in bfloat16, from float32 masters. All ranks read rows of their own; tensors are not split among them.
+    in bfloat16, from float32 masters. All ranks read rows of their own, unless groups of them share rows.
 
     Args:
         data_parallel_replicate_size: Copies of the model, each sharded over its part of the ranks (HSDP): as many as
             nodes, and layers are gathered within a node alone.
+        context_parallel: Neighbouring ranks that read the same rows, each a part of every row's tokens, and trade
+            tokens for heads around attention (DeepSpeed-Ulysses, arXiv 2309.14509): for rows too long for one device.
+            It divides the tokens of a row, the key-value heads and the ranks of a copy.
+
+    Attributes:
+        parallel: How this rank shares rows, once the ranks are known.
 
     Raises:
-        ValueError: No copy, or, once the ranks are known, copies that do not divide them.
+        ValueError: No copy or no rank, or, once the run is known, a number that does not divide what it must.
     """
 
-    def __init__(self, data_parallel_replicate_size: int = 1) -> None:
-        if data_parallel_replicate_size < 1:
-            raise ValueError(f"data_parallel_replicate_size must be at least 1, not {data_parallel_replicate_size}")
+    def __init__(self, data_parallel_replicate_size: int = 1, context_parallel: int = 1) -> None:
+        require_at_least(1, "data_parallel_replicate_size", data_parallel_replicate_size)
+        require_at_least(1, "context_parallel", context_parallel)
         super().__init__()
         self.data_parallel_replicate_size = data_parallel_replicate_size
+        self.context_parallel = context_parallel
+        self.parallel: ContextParallel = WHOLE_ROWS
 
     @property
     def precision_plugin(self) -> Precision:
@@ -79,12 +89,15 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         """Start the processes' connection, and lay the ranks out.
 
         Raises:
-            UsageError: Copies do not divide the ranks.
+            UsageError: Copies do not divide the ranks, or ranks cannot share rows.
         """
+        copies = self.data_parallel_replicate_size
+        self._check_layout()
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        copies = self.data_parallel_replicate_size
-        require_copies(copies, self.world_size)
+        if self.context_parallel > 1:
+            group, _ = torch.distributed.new_subgroups(self.context_parallel, timeout=self._timeout)
+            self.parallel = Ulysses(group)
         device = self.root_device.type
         if copies == 1:
             self._device_mesh = init_device_mesh(device, (self.world_size,), mesh_dim_names=("shard",))
@@ -95,10 +108,19 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
             for group in self._device_mesh.get_all_groups():  # made with torch's own timeout
                 _set_pg_timeout(self._timeout, group)
 
+    def _check_layout(self) -> None:
+        """Refuse numbers that do not divide what they must, before ranks meet."""
+        shared = self.context_parallel
+        require_layout(self.data_parallel_replicate_size, shared, self.num_nodes * self.num_processes)
+        if shared > 1:
+            data = getattr(self._module.trainer, "datamodule", None)
+            require_context_parallel(self._module, getattr(data, "length_multiple", None), shared)
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every rank reads rows of its own."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        """Every rank reads rows of its own, or every group of ranks that share them."""
+        shared = self.context_parallel
+        return {"num_replicas": self.world_size // shared, "rank": self.global_rank // shared}
 
     def build_model(self, module: BuildsModel) -> Any:
         """See ``StrategyTraits``: on the meta device, then sharded, then filled."""
@@ -121,7 +143,8 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         materialize(teacher, module.teacher_weights(), self.root_device)
         return teacher.eval()
 
-    def _shard(self, model: nn.Module) -> None:
+    def _shard(self, model: Any) -> None:
+        model.context_parallel = self.parallel
         shard_layers(model, self.device_mesh, _POLICIES[self.precision_plugin.precision])
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -192,14 +215,36 @@ class FSDP2(StrategyTraits, ModelParallelStrategy):
         return _sharded_norm(gradients(optimizer))
 
 
-def require_copies(copies: int, ranks: int) -> None:
-    """Make sure that each copy of the model has as many ranks.
+def require_layout(copies: int, shared: int, ranks: int) -> None:
+    """Make sure that each copy of the model has as many ranks, and each group of a copy that shares rows.
 
     Raises:
-        UsageError: Copies do not divide the ranks.
+        UsageError: They do not divide the ranks.
     """
     if ranks % copies:
         raise UsageError(f"data_parallel_replicate_size is {copies}, which does not divide {ranks} ranks")
+    if ranks // copies % shared:
+        of = f"{ranks} ranks" if copies == 1 else f"the {ranks // copies} ranks of a copy"
+        raise UsageError(f"context_parallel is {shared}, which does not divide {of}; lower it, or start more ranks")
+
+
+def require_context_parallel(module: Any, tokens: int | None, ranks: int) -> None:
+    """Make sure, before anything heavy, that ranks can share rows and train a module on them.
+
+    Args:
+        module: A ``TrainingModule``.
+        tokens: A number that divides the length of every row; None where nobody knows one.
+        ranks: How many share rows.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    module.require_context_parallel(ranks)
+    if tokens is not None and tokens % ranks:
+        raise UsageError(
+            f"context_parallel is {ranks}, which does not divide rows of {tokens} tokens, or multiples of that; "
+            "set data.sequence_length to a multiple"
+        )
 
 
 class _ShardedPrecision(Precision):

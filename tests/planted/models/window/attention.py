@@ -12,7 +12,7 @@ class WindowAttention(HostAttention):
         self.window = window
 
     def forward(self, hidden_states, position_embeddings, context, **_):
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, context.parallel)
         if context.cache is None:
             seen = {"window": self.window.recent, "sink": self.window.sink}
             output, _lse = attention(query, key, value, documents=context.documents, scale=self.scaling, **seen)
@@ -20,7 +20,7 @@ class WindowAttention(HostAttention):
             ring = context.cache_layer(self.layer_idx).ring
             output = self._serve(query, key, value, context.positions, context.valid, ring)
             ring.write(key, value, context.valid)
-        return self.project_out(output), None
+        return self.project_out(output, context.parallel), None
 
     def _serve(self, query, key, value, positions, valid, ring):
         """Dense and plain: the ring beside the new tokens, and who may see whom by position."""
