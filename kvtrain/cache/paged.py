@@ -6,10 +6,15 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from kvtrain.cache.page_table import PageTable
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
+from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
+
+_NEVER = 1 << 40  # tokens that no head comes to
 
 
 class PagedStore(RowStore):
@@ -49,27 +54,49 @@ class PagedStore(RowStore):
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
             self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
-        self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
-        self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
+        self.rows = PageTable(num_heads, page_size, device)
+        self._ahead = False  # whether a head may own a page ahead of its slots
 
     @property
     def num_rows(self) -> int:
         """See ``RowStore``."""
         return self.lengths.shape[0]
 
+    @property
+    def lengths(self) -> Tensor:
+        """``(B, H)`` slots that each head keeps."""
+        return self.rows.lengths
+
+    @property
+    def table(self) -> Tensor:
+        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none."""
+        return self.rows.pages
+
+    def layout(self) -> PageLayout:
+        """Whose the pages are, for attention over all heads."""
+        return self.rows.layout(self.pool.num_pages, copies=self.bits is not None)
+
     @bookkeeping
-    def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor, packed: bool = False) -> None:
+    def write(
+        self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor | None = None, packed: bool = False
+    ) -> None:
         """Put entries into slots, taking pages as they are needed.
 
         Args:
             entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
-            keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ.
+            keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ. None: all are, each of
+                them the only one of its head, and ``take_ahead`` has taken the pages that they lie on.
             packed: Entries are what pages hold of them already.
 
         Raises:
             CacheFullError: The byte budget does not allow the pages; nothing was written.
         """
+        if keep is None:
+            page, place = self.rows.places(slots)
+            for name, states in entries.items():
+                self.pool.slots[name][page, place] = self.pack(states.detach())
+            return
         if not keep.numel():
             return
         self._reserve(torch.maximum(self.lengths, torch.where(keep, slots + 1, 0).amax(-1)))
@@ -80,12 +107,37 @@ class PagedStore(RowStore):
             kept = states.detach()[row, head, entry]
             self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
+    def ask_ahead(self) -> Tensor | None:
+        """See ``RowStore``: pages that heads lack for one more slot, and tokens that there is room for with them."""
+        if self.rows.room > 0:
+            self.rows.room -= 1
+            return None
+        owned = self.rows.owned()
+        after = torch.maximum(owned, self.rows.needed(self._longest(1, 0)))
+        ends = self._longest(_NEVER, 0)  # some heads stop growing
+        room = (after * self.page_size - self.lengths).masked_fill(after * self.page_size >= ends, _NEVER)
+        return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
+
+    def bytes_ahead(self, answer: list[int]) -> int:
+        """See ``RowStore``."""
+        return self._bytes_of(answer[0], self.rows.columns + 1, self.num_rows) if answer[0] else 0
+
+    def take_ahead(self, answer: list[int]) -> None:
+        """See ``RowStore``."""
+        lacking, room = answer
+        if lacking:
+            spare = self._spare(self.lengths, int(self.rows.owned().sum()) + lacking)
+            self._take(self.rows.needed(self._longest(1, 0)), lacking, spare)
+            self._ahead = True
+        self.rows.room = room - 1
+
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
-        beyond = torch.arange(self.table.shape[2], device=lengths.device) >= _pages(lengths, self.page_size)[..., None]
+        """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
+        beyond = self.rows.columns_from(self.rows.needed(lengths))
         self.pool.release(self.table[beyond & (self.table >= 0)])
-        self.table, self.lengths = self.table.masked_fill(beyond, -1), lengths
+        self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
+        self._ahead = self._ahead and self.rows.aside is not None  # others may still have some
         self._trim()
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
@@ -120,8 +172,7 @@ class PagedStore(RowStore):
 
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
-        self.lengths = torch.nn.functional.pad(self.lengths, (0, 0, 0, count))
-        self.table = torch.nn.functional.pad(self.table, (0, 0, 0, 0, 0, count), value=-1)
+        self.rows.add_rows(count)
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
@@ -130,7 +181,7 @@ class PagedStore(RowStore):
         absent[indices] = False
         dropped, table = self.table[absent], self.table[indices]
         copies = (table >= 0) & _seen_before(indices)[:, None, None]
-        self.lengths, self.table = self.lengths[indices], table
+        self.rows.lengths, self.rows.pages = self.lengths[indices], table
         self.pool.release(dropped[dropped >= 0])
         self._move_in(copies, self.pool.slots, table[copies])
         self._trim()
@@ -143,18 +194,19 @@ class PagedStore(RowStore):
         """
         self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
-        before, pages = self.num_rows, other.table[other.table >= 0]
-        self.admit(other.num_rows)
-        self._widen(other.table.shape[2])
-        self.lengths[before:] = other.lengths.to(self.lengths.device)
-        owned = torch.nn.functional.pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
+        other._drop_ahead()
+        before, owned = self.num_rows, other.table >= 0
+        pages = other.table[owned]
+        self.rows.add_rows(other.num_rows)
+        self.rows.widen_to(other.rows.columns)
+        self.rows.lengths[before:] = other.lengths.to(self.lengths.device)
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
-        arriving[before:] = owned.to(self.table.device)
+        arriving[before:] = pad(owned, (0, self.rows.columns - other.rows.columns)).to(self.table.device)
         self._move_in(arriving, other.pool.slots, pages)
 
     def snapshot_row(self, row: int) -> RowSnapshot:
         """See ``RowStore``."""
-        owned = self.table[row] >= 0
+        owned = ~self.rows.columns_from(self.rows.needed(self.lengths))[row]
         pages = self.table[row][owned]
         copies = {name: slots[pages] for name, slots in self.pool.slots.items()}
         return {**copies, "lengths": self.lengths[row].clone(), "owned": owned}
@@ -168,32 +220,58 @@ class PagedStore(RowStore):
         self._check_form(snapshot)
         self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(self.table[row][self.table[row] >= 0])
-        self.table[row] = -1
-        self.lengths[row] = snapshot["lengths"]
-        self._widen(snapshot["owned"].shape[-1])
+        index, lengths = torch.tensor([row], device=self.table.device), snapshot["lengths"][None]
+        self.rows.pages = self.table.index_fill(0, index, -1)
+        self.rows.lengths = self.lengths.index_copy(0, index, lengths.to(self.lengths.device))
+        owned = snapshot["owned"]
+        self.rows.widen_to(owned.shape[-1])
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
-        arriving[row, :, : snapshot["owned"].shape[-1]] = snapshot["owned"]
-        pages = torch.arange(int(snapshot["owned"].sum()), device=self.table.device)
-        self._move_in(arriving, snapshot, pages)
+        arriving[row, :, : owned.shape[-1]] = owned
+        self._move_in(arriving, snapshot, torch.arange(int(owned.sum()), device=self.table.device))
         self._trim()
+
+    def clear_rows(self, rows: Tensor) -> None:
+        """See ``RowStore``."""
+        self.truncate(self.lengths.index_fill(0, rows, 0))
+
+    def row_bytes(self) -> Tensor:
+        """See ``RowStore``."""
+        return self.rows.owned().sum(1) * self.pool.page_bytes + self.rows.bytes_of(1, self.rows.columns)
+
+    def narrow(self, rows: Tensor) -> None:
+        """See ``RowStore``."""
+        self.rows.narrow(rows)
+
+    def widen(self) -> None:
+        """See ``RowStore``."""
+        self.rows.join_aside()
 
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``."""
-        return [self.lengths, self.table, *self.pool.tensors()]
+        return [*self.rows.tensors(), *self.pool.tensors()]
+
+    def num_bytes(self) -> int:
+        """See ``RowStore``; pages that are reserved count from when they are taken."""
+        return self.rows.num_bytes() + self.pool.num_bytes()
 
     def free_bytes(self) -> int:
         """Bytes of pages that no row owns at present."""
         return self.pool.page_bytes * len(self.pool.free)
 
+    def reserved_bytes(self) -> int:
+        """See ``RowStore``."""
+        return self.pool.reserved_bytes()
+
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        lengths = self._longest(tokens, rows)
-        grows = int(_pages(lengths, self.page_size).sum()) > self.pool.num_pages
-        return self._bytes_to_hold(lengths) + (self.pool.spare_bytes() if grows else 0)
+        needed = self.rows.needed(self._longest(tokens, rows))
+        lacking = int((needed - pad(self.rows.owned(), (0, 0, 0, rows))).clamp(min=0).sum())
+        spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
+        return self._bytes_of(lacking, _most(needed), len(needed)) + spare
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
         """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
-        return torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens
+        return pad(self.lengths, (0, 0, 0, rows)) + tokens
 
     def bytes_to_select(self, indices: Tensor) -> int:
         """See ``RowStore``."""
@@ -210,30 +288,43 @@ class PagedStore(RowStore):
         return self._bytes_to_hold(lengths)
 
     def _bytes_to_hold(self, lengths: Tensor) -> int:
-        """Bytes of pages and table for ``lengths (B, H)`` slots besides those that are here; 0 where they shrink."""
-        needed = _pages(lengths, self.page_size)
-        columns = int(needed.max()) if needed.numel() else 0
-        table = lengths.numel() * (columns * self.table.element_size() + lengths.element_size())
-        more_pages = max(0, int(needed.sum()) - self.pool.num_pages)
-        return more_pages * self.pool.page_bytes + max(0, table - self.table.nbytes - self.lengths.nbytes)
+        """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
+        self._drop_ahead()
+        needed = self.rows.needed(lengths)
+        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), _most(needed), len(needed))
+
+    def _drop_ahead(self) -> None:
+        """Give back what was taken ahead, before rows change places."""
+        if self._ahead:
+            self.truncate(self.lengths)
+
+    def _bytes_of(self, lacking: int, columns: int, rows: int) -> int:
+        """Bytes of so many pages more, free ones used up first, and of a table with so many columns and rows."""
+        table = self.rows.bytes_of(rows, columns) - self.rows.num_bytes()
+        more_pages = max(0, lacking - len(self.pool.free))
+        if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
+            assert self.placement.budget is not None
+            return self.placement.budget.limit + 1  # which is never allowed
+        return more_pages * self.pool.page_bytes + max(0, table)
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
-        needed = _pages(lengths, self.page_size)
-        owned = _pages(self.lengths, self.page_size)
-        count = int((needed - owned).sum())
+        needed = self.rows.needed(lengths)
+        count = int((needed - self.rows.owned()).clamp(min=0).sum())
         if count:
-            self._require(self._bytes_to_hold(lengths))
-            self._widen(int(needed.max()))
-            pages = self.pool.take(count, self._spare(lengths, int(needed.sum())))
-            column = torch.arange(self.table.shape[2], device=lengths.device)
-            missing = (column < needed.unsqueeze(-1)) & (self.table < 0)
-            self.table[missing] = pages
-        self.lengths = lengths
+            self._require(self._bytes_of(count, _most(needed), len(needed)))
+            self._take(needed, count, self._spare(lengths, int(needed.sum())))
+        self.rows.lengths, self.rows.room = lengths, 0
+
+    def _take(self, needed: Tensor, count: int, spare: int) -> None:
+        """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
+        self.rows.widen_to(_most(needed))
+        missing = ~self.rows.columns_from(needed) & (self.table < 0)
+        self.rows.put(missing, self.pool.take(count, spare))
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
         """Free pages that the bound on memory leaves room for, lengths and table counted."""
-        tables = self.lengths.nbytes + self.table.nbytes
+        tables = self.rows.num_bytes()
         spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
         return max(0, spare - -(-tables // self.pool.page_bytes))
 
@@ -254,25 +345,20 @@ class PagedStore(RowStore):
         fresh = self.pool.take(pages.numel(), spare=0)  # a later layer may need what the budget has left
         for name, slots in self.pool.slots.items():
             slots[fresh] = source[name][pages].to(slots)
-        self.table[places] = fresh
+        self.rows.put(places, fresh)
 
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
-        needed = _pages(self.lengths, self.page_size)
-        columns = int(needed.max()) if needed.numel() else 0
-        if columns < self.table.shape[2]:
-            self.table = self.table[..., :columns].clone()
+        needed = self.rows.needed(self.lengths)
+        self.rows.cut_to(_most(needed))
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
         if numbers is not None:
-            self.table = torch.where(self.table >= 0, numbers[self.table], self.table)
-
-    def _widen(self, columns: int) -> None:
-        if (more := columns - self.table.shape[2]) > 0:
-            self.table = torch.nn.functional.pad(self.table, (0, more), value=-1)
+            self.rows.renumber(numbers)
 
 
-def _pages(lengths: Tensor, page_size: int) -> Tensor:
-    return -(-lengths // page_size)
+def _most(needed: Tensor) -> int:
+    """Of pages ``(B, H)``, those of the head that needs most."""
+    return int(needed.max()) if needed.numel() else 0
 
 
 def _seen_before(indices: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -27,11 +27,41 @@ class Placement:
         dtype: Of keys and values.
         device: Of everything.
         budget: Limit on bytes, or None.
+        reserve: Bytes that each store's pages may come to, taken once; None: as many as they need at a time.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     budget: ByteBudget | None = None
+    reserve: int | None = None
+
+    def shared_by(self, layers: int) -> "Placement":
+        """That of a store which keeps what so many layers would keep apart."""
+        if self.reserve is None or self.budget is None:
+            return self
+        return replace(self, reserve=min(self.budget.limit, layers * self.reserve))
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """One row of a cache, as ``snapshot_row`` saw it.
+
+    Attributes:
+        stores: State of every store.
+        seen: Logical length of the cache at that time.
+    """
+
+    stores: list[RowSnapshot]
+    seen: int
+
+    def num_bytes(self) -> int:
+        """Bytes that it holds; no budget counts them."""
+        return sum(tensor.nbytes for store in self.stores for tensor in store.values())
+
+    def to(self, device: torch.device | str) -> "CacheSnapshot":
+        """The same on another device, such as the CPU for a row that is swapped out."""
+        moved = [{name: tensor.to(device) for name, tensor in store.items()} for store in self.stores]
+        return CacheSnapshot(moved, self.seen)
 
 
 class RowStore(ABC):
@@ -84,12 +114,46 @@ class RowStore(ABC):
         """Put a row back to what ``snapshot_row`` of this or of a like store saw."""
 
     @abstractmethod
+    def clear_rows(self, rows: Tensor) -> None:
+        """Forget what the rows ``(R,)`` hold; they stay, empty."""
+
+    @abstractmethod
+    def row_bytes(self) -> Tensor:
+        """Bytes that each row holds, ``(B,)``."""
+
+    @abstractmethod
+    def narrow(self, rows: Tensor) -> None:
+        """Let the rows ``(R,)``, all different, be the only ones, in this order, until ``widen``.
+
+        Meanwhile tokens may come and go, and rows may not; ``bytes_for`` is of the tokens of these rows, and counts
+        what all of them hold.
+        """
+
+    @abstractmethod
+    def widen(self) -> None:
+        """Let all rows be there again, those that ``narrow`` had chosen as they are now."""
+
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """Every tensor that the store holds."""
 
     @abstractmethod
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, with ``rows`` more rows."""
+
+    def ask_ahead(self) -> Tensor | None:
+        """What must be known of the device before every row gets one more token; None where nothing has to be taken.
+
+        Asked of all stores at once, and then given to ``take_ahead``, so that a step asks the device once at most.
+        """
+        return None
+
+    def bytes_ahead(self, answer: list[int]) -> int:
+        """Bytes that ``take_ahead`` will take."""
+        return 0
+
+    def take_ahead(self, answer: list[int]) -> None:
+        """Take what one more token of every row may need, as ``ask_ahead`` has found."""
 
     @abstractmethod
     def bytes_to_select(self, indices: Tensor) -> int:
@@ -114,6 +178,10 @@ class RowStore(ABC):
 
     def free_bytes(self) -> int:
         """Allocated bytes that hold nothing at present."""
+        return 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes that are reserved for pages, whoever owns them; ``num_bytes`` counts those that are taken."""
         return 0
 
     def num_bytes(self) -> int:

@@ -177,8 +177,8 @@ def test_bytes(bits, tokens):
     _, cache = read(model, random_ids(3, tokens), tokens)
     pages = -(-tokens // 32)
     vector = {8: DIM, 4: DIM // 2}[bits] + 4
-    heads = 3 * LAYERS * HEADS
-    assert cache.kv_bytes() == heads * (pages * 32 * 2 * vector + pages * 4 + 8) + 3 * 8
+    heads = 3 * HEADS  # of which all layers have one table
+    assert cache.kv_bytes() == heads * (LAYERS * pages * 32 * 2 * vector + pages * 4 + 8) + 3 * 8
     assert model.make_cache().bytes_for(tokens, rows=3) == cache.kv_bytes()
     assert cache.kv_tokens().eq(tokens).all() and cache.free_bytes() == 0
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models import build
 from kvtrain.models.attention import HostAttention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore
@@ -87,12 +87,19 @@ class _Evicted(StateStore):
 
     def put(self, left: Entries, positions: Tensor, leaves: Tensor, ends: Tensor) -> None:
         """Take up tokens at ``positions (B, n)``, those that ``leaves (B, n)`` marks, before ``ends (B,)``."""
+        self["end"] = torch.maximum(self["end"], ends)
+        if leaves.shape[1] == 1:
+            row = torch.arange(len(ends), device=ends.device)
+            slot = positions.squeeze(1) % self.slack
+            for name, states in left.items():
+                new = states.detach()[:, :, 0].to(self[name].dtype)
+                self[name][row, :, slot] = torch.where(leaves[:, :, None], new, self[name][row, :, slot])
+            return
         kept = leaves & (positions >= (ends - self.slack)[:, None])  # the others would be overwritten at once
         row, entry = kept.nonzero(as_tuple=True)
         slot = positions[row, entry] % self.slack
         for name, states in left.items():
             self[name][row, :, slot] = states.detach()[row, :, entry].to(self[name].dtype)
-        self["end"] = torch.maximum(self["end"], ends)
 
     def take(self, positions: Tensor, real: Tensor) -> Entries:
         """Copies of the tokens at ``positions (B, n)``, zeros where they are not ``real (B, n)``."""
@@ -163,15 +170,18 @@ class DuoCacheLayer(KVCacheLayer):
             return None
         return Dropped(**self.sums.add(self._opened(left)), number=(positions - self.sink + 1).clamp(min=0))
 
-    def write(self, keys: Tensor, values: Tensor, past: Tensor, valid: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, past: Tensor, valid: Tensor | None) -> None:
         """Keep new tokens, and let go what no later token will see.
 
         Args:
             keys: ``(B, H_kv, n, D)``.
             values: ``(B, H_kv, n, D)``.
             past: ``(B,)`` tokens of each row before them.
-            valid: ``(B, n)`` real tokens.
+            valid: ``(B, n)`` real tokens; None: one in every row.
         """
+        if valid is None:
+            self.pages.write({"keys": keys, "values": values}, self._slots_by_head(past[:, None]))
+            return
         positions = past[:, None] + valid.cumsum(-1) - 1  # (B, n)
         latest = positions >= (past + valid.sum(-1))[:, None] - self.recent
         # Of several new tokens for one slot only the last may be written: the order of writes is not defined.
@@ -246,7 +256,8 @@ class DuoCacheLayer(KVCacheLayer):
 
         They are new ones themselves, ``recent`` places before, or those ``held (B, n)`` in the ring.
         """
-        columns = held.any(0).nonzero().squeeze(1)
+        one = held.shape[1] == 1  # whose ring is read without asking whether it must be
+        columns = torch.zeros(1, dtype=torch.long, device=held.device) if one else held.any(0).nonzero().squeeze(1)
         held_here = held[:, None, columns, None]
         slots = self._slot(positions[:, columns]).masked_fill(~held[:, columns], 0)
         left = {}
@@ -260,12 +271,15 @@ class DuoCacheLayer(KVCacheLayer):
 
     def _by_head(self, positions: Tensor, full: Tensor, streaming: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of ``positions (B, n)``, and whether each kind of head keeps them, both ``(B, H_kv, n)``."""
+        return self._slots_by_head(positions), self._stack(full, streaming)
 
-        def stack(one: Tensor, other: Tensor) -> Tensor:
-            heads = (one[:, None].expand(-1, self.num_full, -1), other[:, None].expand(-1, self.num_streaming, -1))
-            return torch.cat(heads, 1)
+    def _slots_by_head(self, positions: Tensor) -> Tensor:
+        return self._stack(positions, self._slot(positions))
 
-        return stack(positions, self._slot(positions)), stack(full, streaming)
+    def _stack(self, full: Tensor, streaming: Tensor) -> Tensor:
+        """What is true of full heads and of streaming ones, both ``(B, n)``, for all of them."""
+        heads = (full[:, None].expand(-1, self.num_full, -1), streaming[:, None].expand(-1, self.num_streaming, -1))
+        return torch.cat(heads, 1)
 
     def _first_recent(self, tokens: Tensor) -> Tensor:
         """First position behind the sinks that a window shows in rows of ``tokens (B,)``."""

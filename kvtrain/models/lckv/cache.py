@@ -5,13 +5,13 @@ keys and one of values an owner. Owners with a window have a ring each. Cyclic s
 that a prompt was cut in, until the next tokens come.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement, RowStore
@@ -30,12 +30,16 @@ class PendingInputs(PagedStore):
     """
 
     def __init__(self, hidden_size: int, block: int, placement: Placement) -> None:
-        super().__init__(1, {"inputs": hidden_size}, block, placement)
+        super().__init__(1, {"inputs": hidden_size}, block, replace(placement, reserve=None))  # a page a row at most
 
     @property
     def counts(self) -> Tensor:
         """Tokens that each row remembers, ``(B,)``."""
         return self.lengths[:, 0]
+
+    def any_held(self) -> bool:
+        """Whether a row remembers anything, as far as is known without asking the device."""
+        return self.pool.num_pages > len(self.pool.free)
 
     def inputs(self) -> Tensor:
         """``(B, n, hidden)`` of the longest row's n; a row's entries stand at the end."""
@@ -45,6 +49,9 @@ class PendingInputs(PagedStore):
         if not longest:
             return held.new_zeros(self.num_rows, 0, held.shape[2])
         return held[self.table[:, 0, :1].clamp(min=0), slots.clamp(min=0)]
+
+    def ask_ahead(self) -> None:
+        """See ``RowStore``: only prompts write here, and take their pages themselves."""
 
     def replace(self, inputs: Tensor, counts: Tensor, rows: Tensor) -> None:
         """Keep the last ``counts (B,)`` of ``inputs (B, n, hidden)`` in the rows ``(B,)`` marked, and nothing older."""
@@ -151,7 +158,8 @@ def build_layers(
         for owner in kv_map.owners
         if endless is None and not kv_map.sliding[owner]
     }
-    pages = PagedStore(heads, paged, settings.page_size, placements[0]) if paged else None
+    together = placements[0].shared_by(len(placements))
+    pages = PagedStore(heads, paged, settings.page_size, together) if paged else None
     pending = _pending(settings, host_config, placements[0])
     rings = {
         owner: RingStore(heads, head_dim, *_ring_slots(settings, keys, owner, endless), placement=placements[0])
