@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from kvtrain.kernels.page_layout import PageLayout
 
 
-class _Aside(NamedTuple):
+class _Others(NamedTuple):
     """What the rows that are not chosen have, while others are.
 
     Attributes:
@@ -36,14 +36,14 @@ class PageTable:
     Attributes:
         lengths: ``(B, H)`` slots in use.
         room: Tokens that every row can get before a head may need another page, as far as is known on the host.
-        aside: What other rows have, while a pass is over some.
+        others: What other rows have, while a pass is over some.
     """
 
     def __init__(self, num_heads: int, page_size: int, device: torch.device | str) -> None:
         self.num_heads, self.page_size = num_heads, page_size
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)
         self.pages = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
-        self.aside: _Aside | None = None
+        self.others: _Others | None = None
 
     @property
     def pages(self) -> Tensor:
@@ -115,38 +115,38 @@ class PageTable:
     def renumber(self, numbers: Tensor) -> None:
         """Give every page ``p`` the number ``numbers[p]``."""
         self.pages = _renumbered(self.pages, numbers)
-        if self.aside is not None:
-            self.aside = self.aside._replace(pages=_renumbered(self.aside.pages, numbers))
+        if self.others is not None:
+            self.others = self.others._replace(pages=_renumbered(self.others.pages, numbers))
 
     def narrow(self, rows: Tensor) -> None:
-        """Have the rows ``(R,)`` alone until ``join_aside``."""
+        """Have the rows ``(R,)`` alone until ``widen``."""
         lengths, pages, room = self.lengths, self.pages, self.room
         self.lengths, self.pages = lengths[rows], pages[rows]
-        self.aside = _Aside(rows, lengths.index_fill(0, rows, 0), pages.index_fill(0, rows, -1), room)
+        self.others = _Others(rows, lengths.index_fill(0, rows, 0), pages.index_fill(0, rows, -1), room)
         self.room = room  # of all rows, and therefore of these
 
-    def join_aside(self) -> None:
+    def widen(self) -> None:
         """Have all rows again."""
-        assert self.aside is not None
-        aside, room = self.aside, min(self.room, self.aside.room)
-        columns = max(self.columns, aside.pages.shape[2])
-        chosen, others = (pad(pages, (0, columns - pages.shape[2]), value=-1) for pages in (self.pages, aside.pages))
-        self.pages = others.index_copy(0, aside.rows, chosen)
-        self.lengths = aside.lengths.index_copy(0, aside.rows, self.lengths)
-        self.aside, self.room = None, room
+        assert self.others is not None
+        kept, room = self.others, min(self.room, self.others.room)
+        columns = max(self.columns, kept.pages.shape[2])
+        chosen, others = (pad(pages, (0, columns - pages.shape[2]), value=-1) for pages in (self.pages, kept.pages))
+        self.pages = others.index_copy(0, kept.rows, chosen)
+        self.lengths = kept.lengths.index_copy(0, kept.rows, self.lengths)
+        self.others, self.room = None, room
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, of every row."""
-        aside = [] if self.aside is None else [self.aside.lengths, self.aside.pages]
-        return [self.lengths, self.pages, *aside]
+        others = [] if self.others is None else [self.others.lengths, self.others.pages]
+        return [self.lengths, self.pages, *others]
 
     def num_bytes(self) -> int:
         """Bytes of these."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """``num_bytes`` of a table with so many rows and columns, those aside besides, which become as wide."""
-        others = 0 if self.aside is None else self.aside.lengths.shape[0]
+        """``num_bytes`` of a table with so many rows and columns, those of other rows besides, which become as wide."""
+        others = 0 if self.others is None else self.others.lengths.shape[0]
         slot = columns * self.pages.element_size() + self.lengths.element_size()
         return (rows + others) * self.num_heads * slot
 

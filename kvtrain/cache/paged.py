@@ -137,7 +137,7 @@ class PagedStore(RowStore):
         beyond = self.rows.columns_from(self.rows.needed(lengths))
         self.pool.release(self.table[beyond & (self.table >= 0)])
         self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
-        self._ahead = self._ahead and self.rows.aside is not None  # others may still have some
+        self._ahead = self._ahead and self.rows.others is not None  # others may still have some
         self._trim()
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
@@ -244,7 +244,7 @@ class PagedStore(RowStore):
 
     def widen(self) -> None:
         """See ``RowStore``."""
-        self.rows.join_aside()
+        self.rows.widen()
 
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``."""

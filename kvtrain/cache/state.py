@@ -25,7 +25,7 @@ class StateStore(RowStore):
         self.shapes = dict(shapes)
         self._state = {name: self._empty(name, 0) for name in self.shapes}
         self._rows = 0
-        self._aside: tuple[Tensor, dict[str, Tensor]] | None = None  # chosen rows, and the state of all
+        self._narrowed: tuple[Tensor, dict[str, Tensor]] | None = None  # chosen rows, and the state of all
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
@@ -83,22 +83,22 @@ class StateStore(RowStore):
 
     def narrow(self, rows: Tensor) -> None:
         """See ``RowStore``."""
-        self._aside = rows, self._state
+        self._narrowed = rows, self._state
         self._state = {name: tensor[rows] for name, tensor in self._state.items()}
         self._rows = rows.numel()
 
     def widen(self) -> None:
         """See ``RowStore``."""
-        assert self._aside is not None
-        rows, state = self._aside
+        assert self._narrowed is not None
+        rows, state = self._narrowed
         for name, tensor in state.items():
             tensor[rows] = self._state[name]
-        self._state, self._aside = state, None
+        self._state, self._narrowed = state, None
         self._rows = next(iter(state.values())).shape[0]
 
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``; while rows are chosen, those of all of them."""
-        return list((self._state if self._aside is None else self._aside[1]).values())
+        return list((self._state if self._narrowed is None else self._narrowed[1]).values())
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``; tokens cost nothing."""

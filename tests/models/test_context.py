@@ -72,9 +72,15 @@ def test_what_follows_from_a_pass_is_found_once(monkeypatch):
 def test_prefill_is_said_for_each_row():
     """A single token is part of a prompt in one row and a step of decoding in the other."""
     valid = torch.tensor([[True], [True], [False]])
-    assert contexts._prefill(torch.tensor([True, False, True]), valid).tolist() == [True, False, False]
-    assert contexts._prefill(True, valid).tolist() == [True, True, False]
-    assert contexts._prefill(None, valid.expand(-1, 2)).tolist() == [True, True, False]
+    for said, real, rows, some in (
+        (torch.tensor([True, False, True]), valid, [True, False, False], True),
+        (torch.tensor([False, False, True]), valid, [False, False, False], False),
+        (True, valid, [True, True, False], True),
+        (None, valid, [False, False, False], False),
+        (None, valid.expand(-1, 2), [True, True, False], True),
+    ):
+        reads, may = contexts._prefill(said, real)
+        assert reads.tolist() == rows and may is some
 
 
 def test_rows_of_an_iterated_stack_read_and_decode_side_by_side():

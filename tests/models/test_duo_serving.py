@@ -92,12 +92,13 @@ def test_no_slot_is_written_twice_at_once(monkeypatch):
     """Of several new tokens for one slot the order of writes would decide, and that is not defined."""
     write, written = PagedStore.write, []
 
-    def check(store, entries, slots, keep):
+    def check(store, entries, slots, keep=None):
+        keep = torch.ones_like(slots, dtype=torch.bool) if keep is None else keep
         for head_slots, head_keep in zip(slots.flatten(0, 1), keep.flatten(0, 1), strict=True):
             kept = head_slots[head_keep].tolist()
             assert len(set(kept)) == len(kept)
             written.append(len(kept))
-        write(store, entries, slots, keep)
+        write(store, entries, slots, None if slots.shape[2] == 1 else keep)
 
     monkeypatch.setattr(PagedStore, "write", check)
     for window in WINDOWS:

@@ -48,7 +48,7 @@ def serve(
     endless, tokens, new = layers[0].endless, context.cache.tokens, valid.sum(1)
     reads, recorded = context.prefill, context.recorded
     if context.decodes:
-        return _decode(schedule, hidden, arguments, layers, tokens, context)
+        return _decode(schedule, hidden, arguments, layers, tokens, valid, recorded, context.single)
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
         return _serve_chunk(schedule, hidden, arguments, layers, tokens, valid, reads, recorded)
     if recorded is not None:
@@ -60,9 +60,7 @@ def serve(
     over = valid & ~fits
     for index in over.any(0).nonzero().flatten().tolist():  # every token drops another one
         now = slice(index, index + 1)
-        output = _serve_chunk(
-            schedule, hidden[:, now], arguments, layers, tokens, over[:, now], torch.zeros_like(reads)
-        )
+        output = _decode(schedule, hidden[:, now], arguments, layers, tokens, over[:, now])
         outputs[:, now] = torch.where(over[:, now, None], output, outputs[:, now])
         tokens = tokens + over[:, index]
     return outputs
@@ -74,24 +72,24 @@ def _decode(
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
     tokens: Tensor,
-    context: ForwardContext,
+    valid: Tensor,
+    recorded: RecordedStates | None = None,
+    single: bool = False,
 ) -> Tensor:
-    """As ``serve``, one token a row and none of a prompt: every stage in one pass."""
-    valid = context.valid
-    assert valid is not None
+    """As ``serve``, one token a row at most and none of a prompt that goes on: every stage in one pass."""
     positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
     angles = arguments["position_embeddings"]
-    view = CacheView(layers, tokens, valid, valid, angles, slot_angles, single=context.single)
+    view = CacheView(layers, tokens, valid, valid, angles, slot_angles, single=single)
     shared: Shared = {}
     for stage in schedule.plan:
-        if stage.cyclic and context.recorded is not None:
-            context.recorded[stage.first] = hidden
+        if stage.cyclic and recorded is not None:
+            recorded[stage.first] = hidden
         pending = layers[stage.first].pending
         if stage.cyclic and pending is not None and pending.any_held():
             pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
-        recorded = None if stage.cyclic else context.recorded
-        hidden = schedule.run_stage(stage, hidden, shared, arguments, recorded, view=view)
+        noted = None if stage.cyclic else recorded
+        hidden = schedule.run_stage(stage, hidden, shared, arguments, noted, view=view)
     return hidden
 
 
