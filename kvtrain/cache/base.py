@@ -1,89 +1,19 @@
 """What every cache here is: transformers' ``Cache`` of layers that know their bytes and their rows."""
 
-from abc import abstractmethod
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import RowSnapshot, RowStore, bookkeeping
 from kvtrain.cache.state import StateStore
-
-
-class KVCacheLayer(CacheLayerMixin):
-    """One layer's state, all of it in row stores and nothing on modules. Methods add how they write to it.
-
-    Args:
-        stores: Everything that the layer keeps.
-    """
-
-    def __init__(self, *stores: RowStore) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.stores = stores
-        self.is_initialized = True
-
-    @abstractmethod
-    def kv_tokens(self) -> Tensor:
-        """Entries kept, ``(B, H_kv)``."""
-
-    def kv_bytes(self) -> int:
-        """Bytes allocated, free pages included."""
-        return sum(store.num_bytes() for store in self.stores)
-
-    def check_rollback(self, tokens: Tensor, past: Tensor) -> None:
-        """Say whether ``rollback`` with the same arguments can be done; layers that never can leave it as it is.
-
-        Raises:
-            ValueError: It cannot; the reason, and what to do.
-        """
-        _refuse(
-            "this cache cannot be rolled back or cropped (assisted decoding does that): what it merged or dropped "
-            "cannot come back; use snapshot_row and restore_row"
-        )
-
-    def rollback(self, tokens: Tensor, past: Tensor) -> None:
-        """Forget the latest tokens of every row, as if they had never come; ``check_rollback`` has allowed it.
-
-        Args:
-            tokens: ``(B,)`` how many.
-            past: ``(B,)`` tokens that each row has seen, these included.
-        """
-        self.check_rollback(tokens, past)
-
-    def reset(self) -> None:
-        """Forget everything and give the memory back."""
-        for store in self.stores:
-            store.reset()
-
-    def get_seq_length(self) -> int:
-        """Refused: rows differ, and the cache as a whole counts."""
-        _refuse("a layer has no length of its own; ask the cache")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Refused, as ``get_seq_length``."""
-        _refuse("a layer has no length of its own; ask the cache")
-
-    def get_max_length(self) -> int:
-        """Refused, as ``get_seq_length``."""
-        _refuse("a layer has no length of its own; ask the cache")
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: stores know their shapes from the start."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: kvtrain's attention writes through the layer's own methods."""
-        _refuse("this cache serves kvtrain models alone; give other models their own cache")
-
-    def offload(self) -> None:
-        """Refused: pages are attended where they lie."""
-        _refuse("this cache cannot be offloaded; compress more, or set a byte budget and serve fewer rows at a time")
-
-    prefetch = offload
 
 
 @dataclass(frozen=True)
@@ -97,6 +27,15 @@ class CacheSnapshot:
 
     stores: list[RowSnapshot]
     seen: int
+
+    def num_bytes(self) -> int:
+        """Bytes that it holds; no budget counts them."""
+        return sum(tensor.nbytes for store in self.stores for tensor in store.values())
+
+    def to(self, device: torch.device | str) -> "CacheSnapshot":
+        """The same on another device, such as the CPU for a row that is swapped out."""
+        moved = [{name: tensor.to(device) for name, tensor in store.items()} for store in self.stores]
+        return CacheSnapshot(moved, self.seen)
 
 
 class KVCache(Cache):
@@ -118,6 +57,7 @@ class KVCache(Cache):
         super().__init__(layers=list(layers))
         self.budget = budget
         self.seen = 0
+        self._chosen = False  # whether a pass is over some rows alone
         stores = [store for layer in layers for store in layer.stores]
         self._rows = StateStore({"tokens": ((), torch.long)}, stores[0].placement)
         self._stores = [*stores, self._rows]
@@ -133,12 +73,24 @@ class KVCache(Cache):
         return self._rows["tokens"]
 
     def kv_bytes(self) -> int:
-        """Bytes really allocated, over all layers."""
+        """Bytes really allocated, over all layers; pages that are reserved count from when they are taken."""
         return sum(store.num_bytes() for store in self._stores)
 
     def free_bytes(self) -> int:
         """Those of ``kv_bytes`` that hold nothing at present (spare pages)."""
         return sum(store.free_bytes() for store in self._stores)
+
+    def held_bytes(self) -> int:
+        """Those of ``kv_bytes`` that hold something."""
+        return self.kv_bytes() - self.free_bytes()
+
+    def reserved_bytes(self) -> int:
+        """Bytes that a cache with ``preallocate`` has reserved for pages, whoever owns them."""
+        return sum(store.reserved_bytes() for store in self._stores)
+
+    def row_bytes(self) -> Tensor:
+        """Those of ``held_bytes`` that each row holds, ``(B,)`` on the CPU."""
+        return torch.stack([store.row_bytes().cpu() for store in self._stores]).sum(0)
 
     def kv_tokens(self) -> Tensor:
         """Entries kept, ``(layers, B, H_kv)``; 0 where a layer has fewer heads than another."""
@@ -153,11 +105,43 @@ class KVCache(Cache):
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, spare pages used up first.
 
+        Where a pass is over some rows, of these alone.
+
         Args:
             tokens: New tokens a row.
             rows: New rows besides those that are here.
         """
         return sum(store.bytes_for(tokens, rows) for store in self._stores)
+
+    @contextlib.contextmanager
+    def rows(self, rows: Sequence[int]) -> Iterator[None]:
+        """Let forward passes within this context be over some rows, where they lie; all others stay as they are.
+
+        Inside, the cache has these rows alone, in this order: the input's rows are theirs, ``bytes_for`` is of their
+        tokens, and ``rollback`` goes. Rows may neither come, leave nor change places there.
+
+        Args:
+            rows: Their numbers.
+
+        Raises:
+            ValueError: There is no such row, none at all, one twice, or some are chosen already.
+        """
+        self._check_rows(rows)
+        if not rows or len(set(rows)) < len(rows):
+            raise ValueError(f"a pass over some rows needs at least one, and each once, not {list(rows)}")
+        if list(rows) == list(range(self.num_rows)):
+            yield
+            return
+        index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
+        for store in self._stores:
+            store.narrow(index.to(store.placement.device))
+        self._chosen = True
+        try:
+            yield
+        finally:
+            self._chosen = False
+            for store in self._stores:
+                store.widen()
 
     @bookkeeping
     def prepare(self, batch: int, tokens: int) -> None:
@@ -200,6 +184,7 @@ class KVCache(Cache):
         """
         if count < 0:
             raise ValueError(f"cannot admit {count} rows; free_rows and select_rows drop some")
+        self._check_whole()
         first = self.num_rows
         self._require(self.bytes_for(0, count), f"{count} new rows")
         for store in self._stores:
@@ -231,8 +216,33 @@ class KVCache(Cache):
         kept = [row for row in range(self.num_rows) if row not in set(rows)]
         self.select_rows(torch.tensor(kept, dtype=torch.long, device=self.tokens.device))
 
-    def join(self, other: Self) -> None:
+    def clear_rows(self, rows: Sequence[int]) -> None:
+        """Forget what some rows hold and give its memory back; they stay, empty, and no other row gets a new number.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        self._check_rows(rows)
+        if rows:
+            index = torch.tensor(sorted(set(rows)), dtype=torch.long, device=self.tokens.device)
+            for store in self._stores:
+                store.clear_rows(index.to(store.placement.device))
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Let one row hold what another one does, as it stands; what it held before is forgotten.
+
+        Raises:
+            ValueError: There is no such row.
+            CacheFullError: The budget does not allow it; nothing has changed.
+        """
+        self.restore_row(target, self.snapshot_row(source))
+
+    def join(self, other: Self, *, move: bool = False) -> None:
         """Copy the rows of another cache of the same model to the end, as they stand.
+
+        Args:
+            other: The other cache.
+            move: Empty it, store by store, so that no row is held twice as a whole.
 
         Raises:
             ValueError: The other cache is this one, or was made with other options; nothing has changed.
@@ -241,12 +251,20 @@ class KVCache(Cache):
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
         if [_form(store) for store in self._stores] != [_form(store) for store in other._stores]:
-            _refuse("these caches keep different things; make both with the same model and options of make_cache")
+            raise ValueError(
+                "these caches keep different things; make both with the same model and options of make_cache"
+            )
         pairs = list(zip(self._stores, other._stores, strict=True))
-        self._require(sum(mine.bytes_to_join(theirs) for mine, theirs in pairs), f"{other.num_rows} joining rows")
+        growth = [mine.bytes_to_join(theirs) for mine, theirs in pairs]
+        shared = move and other.budget is self.budget
+        self._require(_peak(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
         for mine, theirs in pairs:
             mine.join(theirs)
+            if move:
+                theirs.reset()
         self.seen = max(self.seen, other.seen)
+        if move:
+            other.seen = 0
 
     def snapshot_row(self, row: int) -> CacheSnapshot:
         """A copy of one row, to go back to.
@@ -277,6 +295,7 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
+        self._check_whole()
         for store in self._stores:
             store.reset()
         self.seen = 0
@@ -318,11 +337,13 @@ class KVCache(Cache):
         """
         past, wanted = self.tokens, torch.as_tensor(tokens, device=self.tokens.device)
         if wanted.is_floating_point() or wanted.shape not in ((), past.shape):
-            _refuse(f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}")
+            raise ValueError(
+                f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}"
+            )
         largest = int(wanted.max()) if wanted.numel() else 0
         wanted = wanted.expand_as(past)
         if bool(((wanted < 0) | (wanted > past)).any()) or (largest and not self.num_rows):
-            _refuse(f"rows that have seen {past.tolist()} tokens cannot be rolled back or cropped by {tokens}")
+            raise ValueError(f"rows that have seen {past.tolist()} tokens cannot be rolled back or cropped by {tokens}")
         for layer in self.layers:
             layer.check_rollback(wanted, past)
         for layer in self.layers:
@@ -344,8 +365,13 @@ class KVCache(Cache):
             self.rollback(tokens)
 
     def _check_rows(self, rows: Sequence[int]) -> None:
+        self._check_whole()
         if absent := [row for row in rows if not 0 <= row < self.num_rows]:
             raise ValueError(f"there is no row {absent[0]}; this cache has {self.num_rows}, counted from 0")
+
+    def _check_whole(self) -> None:
+        if self._chosen:
+            raise ValueError("rows stay where they are while a pass is over some of them; leave cache.rows(...) first")
 
     def _require(self, num_bytes: int, purpose: str) -> None:
         """Ask the budget before any store changes, so that no layer is ahead of another.
@@ -357,10 +383,15 @@ class KVCache(Cache):
             self.budget.require(num_bytes, purpose)
 
 
+def _peak(growth: Sequence[int], pairs: Sequence[tuple[RowStore, RowStore]]) -> int:
+    """The most bytes by which two caches grow together while one store after the other moves, if each grows so much."""
+    most, now = 0, 0
+    for bytes_more, (_, theirs) in zip(growth, pairs, strict=True):
+        most = max(most, now + bytes_more)
+        now += bytes_more - theirs.num_bytes()
+    return most
+
+
 def _form(store: RowStore) -> tuple[type, Any]:
     """What must be equal where rows go from one store to another."""
     return type(store), store.shapes if isinstance(store, StateStore) else None
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise ValueError(reason)

@@ -51,6 +51,7 @@ class PagedStore(RowStore):
             self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
         self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
+        self._aside: tuple[Tensor, Tensor, Tensor] | None = None  # chosen rows, lengths and table of all
 
     @property
     def num_rows(self) -> int:
@@ -177,18 +178,54 @@ class PagedStore(RowStore):
         self._move_in(arriving, snapshot, pages)
         self._trim()
 
+    def clear_rows(self, rows: Tensor) -> None:
+        """See ``RowStore``."""
+        self.truncate(self.lengths.index_fill(0, rows, 0))
+
+    def row_bytes(self) -> Tensor:
+        """See ``RowStore``."""
+        beside = self.num_heads * (self.lengths.element_size() + self.table.shape[2] * self.table.element_size())
+        return _pages(self.lengths, self.page_size).sum(1) * self.pool.page_bytes + beside
+
+    def narrow(self, rows: Tensor) -> None:
+        """See ``RowStore``."""
+        lengths, table = self.lengths, self.table
+        self.lengths, self.table = lengths[rows], table[rows]
+        # Of the chosen rows nothing stays aside that could grow old.
+        self._aside = rows, lengths.index_fill(0, rows, 0), table.index_fill(0, rows, -1)
+
+    def widen(self) -> None:
+        """See ``RowStore``."""
+        assert self._aside is not None
+        (rows, lengths, table), self._aside = self._aside, None
+        narrow, self.table = self.table, table
+        self._widen(narrow.shape[2])
+        self.table[rows, :, : narrow.shape[2]] = narrow
+        lengths[rows] = self.lengths
+        self.lengths = lengths
+
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``."""
-        return [self.lengths, self.table, *self.pool.tensors()]
+        aside = [] if self._aside is None else list(self._aside[1:])
+        return [self.lengths, self.table, *aside, *self.pool.tensors()]
+
+    def num_bytes(self) -> int:
+        """See ``RowStore``; pages that are reserved count from when they are taken."""
+        tables = sum(tensor.nbytes for tensor in self.tensors()[: -len(self.pool.slots)])
+        return tables + self.pool.num_bytes()
 
     def free_bytes(self) -> int:
         """Bytes of pages that no row owns at present."""
         return self.pool.page_bytes * len(self.pool.free)
 
+    def reserved_bytes(self) -> int:
+        """See ``RowStore``."""
+        return self.pool.reserved_bytes()
+
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
         lengths = self._longest(tokens, rows)
-        grows = int(_pages(lengths, self.page_size).sum()) > self.pool.num_pages
+        grows = self._more_pages(_pages(lengths, self.page_size)) > 0
         return self._bytes_to_hold(lengths) + (self.pool.spare_bytes() if grows else 0)
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
@@ -213,9 +250,22 @@ class PagedStore(RowStore):
         """Bytes of pages and table for ``lengths (B, H)`` slots besides those that are here; 0 where they shrink."""
         needed = _pages(lengths, self.page_size)
         columns = int(needed.max()) if needed.numel() else 0
-        table = lengths.numel() * (columns * self.table.element_size() + lengths.element_size())
-        more_pages = max(0, int(needed.sum()) - self.pool.num_pages)
-        return more_pages * self.pool.page_bytes + max(0, table - self.table.nbytes - self.lengths.nbytes)
+        if self._aside is None:
+            heads, held = lengths.numel(), self.table.nbytes + self.lengths.nbytes
+        else:  # the table of all rows becomes as wide, and is there beside that of these
+            heads = self._aside[1].numel() + lengths.numel()
+            held = sum(tensor.nbytes for tensor in (self.table, self.lengths, *self._aside[1:]))
+        table = heads * (columns * self.table.element_size() + lengths.element_size())
+        more_pages = max(0, self._more_pages(needed))
+        if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
+            assert self.placement.budget is not None
+            return self.placement.budget.limit + 1  # which is never allowed
+        return more_pages * self.pool.page_bytes + max(0, table - held)
+
+    def _more_pages(self, needed: Tensor) -> int:
+        """Pages that a pool lacks for ``needed (B, H)``; what rows that are not chosen own is not among them."""
+        owned = int(_pages(self.lengths, self.page_size).sum())
+        return int(needed.sum()) - owned - len(self.pool.free)
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
@@ -265,6 +315,9 @@ class PagedStore(RowStore):
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
         if numbers is not None:
             self.table = torch.where(self.table >= 0, numbers[self.table], self.table)
+            if self._aside is not None:
+                rows, lengths, table = self._aside
+                self._aside = rows, lengths, torch.where(table >= 0, numbers[table], table)
 
     def _widen(self, columns: int) -> None:
         if (more := columns - self.table.shape[2]) > 0:

@@ -11,7 +11,10 @@ _GROWTH = 16  # a pool that must grow asks for one spare page for every 16 it ho
 
 
 class PagePool:
-    """Equal pages, and a list of those that nobody owns.
+    """Equal pages, and the numbers of those that nobody owns.
+
+    A pool grows and shrinks by copying what it holds, so that it never has much more than that; one whose placement
+    reserves memory takes it once, unused as long as no page is, and grows and shrinks by moving its end.
 
     Args:
         page_size: Slots in a page.
@@ -20,17 +23,23 @@ class PagePool:
 
     Attributes:
         slots: ``(pages, page_size, channels)`` by name; a page has the same number in all of them.
+        free: Numbers of the free pages, int32; the first one goes first.
+        num_pages: Owned or free.
+        capacity: Pages that are reserved; None where none are.
     """
 
     def __init__(self, page_size: int, dims: Mapping[str, int], placement: Placement) -> None:
         self.budget, self.page_size, self.device = placement.budget, page_size, placement.device
-        self.slots = {
-            name: torch.zeros(0, page_size, dim, dtype=placement.dtype, device=placement.device)
+        self.page_bytes = page_size * sum(dims.values()) * placement.dtype.itemsize
+        self.capacity = None if placement.reserve is None else placement.reserve // self.page_bytes
+        make = torch.zeros if self.capacity is None else torch.empty  # which takes no memory until it is written
+        self._memory = {
+            name: make(self.capacity or 0, page_size, dim, dtype=placement.dtype, device=placement.device)
             for name, dim in dims.items()
         }
-        self.page_bytes = page_size * sum(dims.values()) * placement.dtype.itemsize
-        self.free: list[int] = []  # the first one goes first
-        self.num_pages = 0  # owned or free
+        self.slots = {name: memory[:0] for name, memory in self._memory.items()}
+        self.free = torch.zeros(0, dtype=torch.int, device=placement.device)
+        self.num_pages = 0
 
     def take(self, count: int, spare: int) -> Tensor:
         """Numbers of ``count`` free pages, int32; the caller has made sure that the budget allows them.
@@ -43,50 +52,65 @@ class PagePool:
         if missing > 0:
             self._grow(missing, spare)
         pages, self.free = self.free[:count], self.free[count:]
-        return torch.tensor(pages, dtype=torch.int, device=self.device)
+        return pages
 
     def spare_bytes(self) -> int:
         """Bytes of spare pages that it may take besides, when it grows."""
-        return self.num_pages // _GROWTH * self.page_bytes
+        return 0 if self.capacity is not None else self.num_pages // _GROWTH * self.page_bytes
 
     def release(self, pages: Tensor) -> None:
         """Take pages back."""
-        self.free += pages.tolist()
+        self.free = torch.cat([self.free, pages])
 
     def shrink(self, spare: int) -> Tensor | None:
-        """Give memory back until at most ``spare`` pages are free.
+        """Give memory back until at most ``spare`` pages are free; of a reserved pool, none is: those at its end move.
 
         Returns:
             The new number of every page, ``(num_pages,)``, or None where nothing changed.
         """
-        surplus = len(self.free) - spare
+        surplus = len(self.free) - (0 if self.capacity is not None else spare)
         if surplus <= 0:
             return None
         size = self.num_pages - surplus
         is_free = torch.zeros(self.num_pages, dtype=torch.bool, device=self.device)
-        is_free[self.free] = True
+        is_free[self.free.long()] = True
         numbers = torch.arange(self.num_pages, dtype=torch.int, device=self.device)
         moving, holes = numbers[size:][~is_free[size:]], numbers[:size][is_free[:size]]
         target = holes[: moving.numel()]
         numbers[moving] = target
         for name, slots in self.slots.items():
             slots[target] = slots[moving]
-            self.slots[name] = slots[:size].clone()
+            self.slots[name] = slots[:size].clone() if self.capacity is None else slots[:size]
         self.num_pages = size
-        self.free = holes[moving.numel() :].tolist()
+        self.free = holes[moving.numel() :]
         return numbers
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the pool holds."""
         return list(self.slots.values())
 
+    def num_bytes(self) -> int:
+        """Bytes of its pages, owned or free."""
+        return self.num_pages * self.page_bytes
+
+    def reserved_bytes(self) -> int:
+        """Bytes that it has reserved, and of which its pages take a part; 0 where it reserves none."""
+        return (self.capacity or 0) * self.page_bytes
+
     def _grow(self, count: int, spare: int) -> None:
-        spare = min(spare, self.spare_bytes() // self.page_bytes)
-        if self.budget is not None:
-            spare = min(spare, self.budget.left // self.page_bytes - count)
-        size, count = self.num_pages, count + max(0, spare)
+        size = self.num_pages
+        if self.capacity is None:
+            spare = min(spare, self.spare_bytes() // self.page_bytes)
+            if self.budget is not None:
+                spare = min(spare, self.budget.left // self.page_bytes - count)
+            count += max(0, spare)
         # Zeros, not whatever memory held: an unused slot gets weight 0, and 0 * NaN is NaN.
         for name, slots in self.slots.items():
-            self.slots[name] = torch.cat([slots, slots.new_zeros(count, *slots.shape[1:])])
+            if self.capacity is None:
+                self.slots[name] = torch.cat([slots, slots.new_zeros(count, *slots.shape[1:])])
+            else:
+                assert size + count <= self.capacity, "the store asks for room before it takes pages"
+                self._memory[name][size : size + count] = 0
+                self.slots[name] = self._memory[name][: size + count]
         self.num_pages += count
-        self.free += range(size, size + count)
+        self.free = torch.cat([self.free, torch.arange(size, size + count, dtype=torch.int, device=self.device)])

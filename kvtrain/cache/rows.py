@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -27,11 +27,19 @@ class Placement:
         dtype: Of keys and values.
         device: Of everything.
         budget: Limit on bytes, or None.
+        reserve: Bytes that each store's pages may come to, taken once; None: as many as they need at a time.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     budget: ByteBudget | None = None
+    reserve: int | None = None
+
+    def shared_by(self, layers: int) -> "Placement":
+        """That of a store which keeps what so many layers would keep apart."""
+        if self.reserve is None or self.budget is None:
+            return self
+        return replace(self, reserve=min(self.budget.limit, layers * self.reserve))
 
 
 class RowStore(ABC):
@@ -84,6 +92,26 @@ class RowStore(ABC):
         """Put a row back to what ``snapshot_row`` of this or of a like store saw."""
 
     @abstractmethod
+    def clear_rows(self, rows: Tensor) -> None:
+        """Forget what the rows ``(R,)`` hold; they stay, empty."""
+
+    @abstractmethod
+    def row_bytes(self) -> Tensor:
+        """Bytes that each row holds, ``(B,)``."""
+
+    @abstractmethod
+    def narrow(self, rows: Tensor) -> None:
+        """Let the rows ``(R,)``, all different, be the only ones, in this order, until ``widen``.
+
+        Meanwhile tokens may come and go, and rows may not; ``bytes_for`` is of the tokens of these rows, and counts
+        what all of them hold.
+        """
+
+    @abstractmethod
+    def widen(self) -> None:
+        """Let all rows be there again, those that ``narrow`` had chosen as they are now."""
+
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """Every tensor that the store holds."""
 
@@ -114,6 +142,10 @@ class RowStore(ABC):
 
     def free_bytes(self) -> int:
         """Allocated bytes that hold nothing at present."""
+        return 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes that are reserved for pages, whoever owns them; ``num_bytes`` counts those that are taken."""
         return 0
 
     def num_bytes(self) -> int:

@@ -25,6 +25,7 @@ class StateStore(RowStore):
         self.shapes = dict(shapes)
         self._state = {name: self._empty(name, 0) for name in self.shapes}
         self._rows = 0
+        self._aside: tuple[Tensor, dict[str, Tensor]] | None = None  # chosen rows, and the state of all
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
@@ -71,9 +72,33 @@ class StateStore(RowStore):
         for name, tensor in self._state.items():
             tensor[row] = snapshot[name]
 
-    def tensors(self) -> list[Tensor]:
+    def clear_rows(self, rows: Tensor) -> None:
         """See ``RowStore``."""
-        return list(self._state.values())
+        for tensor in self._state.values():
+            tensor[rows] = 0
+
+    def row_bytes(self) -> Tensor:
+        """See ``RowStore``."""
+        return torch.full((self._rows,), self.bytes_for(0, 1), device=self.placement.device)
+
+    def narrow(self, rows: Tensor) -> None:
+        """See ``RowStore``."""
+        self._aside = rows, self._state
+        self._state = {name: tensor[rows] for name, tensor in self._state.items()}
+        self._rows = rows.numel()
+
+    def widen(self) -> None:
+        """See ``RowStore``."""
+        assert self._aside is not None
+        rows, state = self._aside
+        for name, tensor in state.items():
+            tensor[rows] = self._state[name]
+        self._state, self._aside = state, None
+        self._rows = next(iter(state.values())).shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """See ``RowStore``; while rows are chosen, those of all of them."""
+        return list((self._state if self._aside is None else self._aside[1]).values())
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``; tokens cost nothing."""

@@ -8,7 +8,7 @@ Three ways, because each is wrong where another is right:
 
 * *in place*, for a few queries: one call over all pages of the pool as its batch. Gathering the keys first, dense, cost
   more than the attention, which at one query a head does no more than read them. Results are ``(pages, Q, D)``, so the
-  merge grows with the queries;
+  merge grows with the queries. Where other rows own most of the pool, the pages of these rows alone are copied;
 * *by runs*, for more queries than a page has slots: a copy is cheap beside products of so many, and long runs keep the
   merge small. Heads too short for a run take no part in it;
 * *dequantized*, for quantized pages: something must be copied anyway, into a scratch that stays in a cache.
@@ -123,6 +123,10 @@ def _attend_in_place(
     num_pages, page_size = keys.shape[:2]
     if not num_pages:
         return query.new_zeros(*query.shape[:2], values.shape[2]), _nothing(query)
+    if 2 * table.numel() <= num_pages:
+        own = table.clamp(min=0).flatten()
+        keys, values, num_pages = keys[own], values[own], own.numel()
+        table = torch.arange(num_pages, dtype=table.dtype, device=table.device).view_as(table)
     start = torch.arange(table.shape[1], device=table.device) * page_size
     visible = (lengths[:, None] - start).clamp(0, page_size)  # (R, P)
     # The table says which pages a head has; the kernel's batch are pages, so this turns it around: whose each page is,

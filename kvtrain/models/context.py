@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvtrain.cache.base import KVCache, KVCacheLayer
+from kvtrain.cache.base import KVCache
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.errors import unknown
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.memo import Memo

@@ -5,13 +5,15 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Unpack
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
-from kvtrain.cache.base import KVCache, KVCacheLayer
+from kvtrain.cache.base import KVCache
 from kvtrain.cache.budget import ByteBudget
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
@@ -86,20 +88,30 @@ class CachedLanguageModel(_Decoder):
         self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.model.register_forward_hook(self._leave, with_kwargs=True)
 
-    def make_cache(self, budget: ByteBudget | int | None = None, **options: Any) -> KVCache:
+    def make_cache(
+        self, budget: ByteBudget | int | None = None, *, preallocate: bool = False, **options: Any
+    ) -> KVCache:
         """An empty cache of the kind that this model's attention reads.
 
         Args:
             budget: Bytes that it may take, or a ``ByteBudget`` that several caches share. What may not fit is
                 refused before a forward pass begins.
+            preallocate: Reserve the budget's pages once, so that rows join and leave at the cost of what they hold;
+                without it memory is never much more than what is held. On a CPU, whose memory is there when it is
+                first written, every layer may come to the whole budget, elsewhere to an equal part of it.
             **options: The model's own, such as the ``sink`` and ``recent`` of LCKV's cache for endless generation.
 
         Raises:
-            ValueError: The model's cache has no such option.
+            ValueError: The model's cache has no such option, or there is no budget to reserve.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
+        if preallocate and budget is None:
+            raise ValueError("preallocate reserves a budget's pages: give make_cache a budget, in bytes")
         devices = [execution_device(layer) for layer in self.model.layers]
-        placements = [Placement(self.dtype, device, budget) for device in devices]
+        placements = [
+            Placement(self.dtype, device, budget, _reserve(budget, device, devices) if preallocate else None)
+            for device in devices
+        ]
         return KVCache(self.cache_layers(placements, **options), budget)
 
     def gradient_checkpointing_enable(
@@ -320,6 +332,12 @@ class CachedLanguageModel(_Decoder):
             raise ValueError("assisted decoding must take tokens back, which this cache cannot; use plain decoding")
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = self.make_cache(**options)
+
+
+def _reserve(budget: ByteBudget | None, device: torch.device, devices: Sequence[torch.device]) -> int:
+    """Bytes that the pages of one of so many layers may come to."""
+    assert budget is not None
+    return budget.limit if device.type == "cpu" else budget.limit // len(devices)
 
 
 class _Sought(NamedTuple):

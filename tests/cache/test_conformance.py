@@ -67,9 +67,9 @@ def reachable_bytes(thing, seen):
         for item in thing:
             reachable_bytes(item, seen)
     elif isinstance(thing, dict):
-        reachable_bytes(list(thing.values()), seen)
+        reachable_bytes([value for name, value in thing.items() if name != "free"], seen)  # numbers of pages
     elif hasattr(thing, "__dict__"):
-        reachable_bytes(list(vars(thing).values()), seen)
+        reachable_bytes(vars(thing), seen)
     return sum(seen.values())
 
 
@@ -84,12 +84,15 @@ def test_every_method_is_here():
 class RowsMachine(RuleBasedStateMachine):
     """Rows come, go, wait, change places and go back, and each is at every step what it would be alone."""
 
-    method = ""
+    method, options = "", {}
 
     @initialize()
     def start(self):
         self.model, (self.ids, self.expected) = model_of(self.method), streams(self.method)
-        self.cache, self.rows, self.snapshots = self.model.make_cache(), [], []
+        self.cache, self.rows, self.snapshots = self.make_cache(), [], []
+
+    def make_cache(self):
+        return self.model.make_cache(**self.options)
 
     @rule(count=st.integers(1, 2), data=st.data())
     def admit(self, count, data):
@@ -100,7 +103,9 @@ class RowsMachine(RuleBasedStateMachine):
     def join(self, data):
         """A prompt is read in a cache of its own, which then joins."""
         row = (data.draw(st.integers(0, STREAMS - 1)), data.draw(st.integers(1, 20)))
-        self.cache.join(filled(self.model, self.ids[row[0]][None, : row[1]]))
+        alone, move = filled(self.model, self.ids[row[0]][None, : row[1]]), data.draw(st.booleans())
+        self.cache.join(alone, move=move)
+        assert alone.num_rows == (0 if move else 1)
         self.rows.append(row)
 
     @precondition(lambda self: self.rows)
@@ -118,15 +123,31 @@ class RowsMachine(RuleBasedStateMachine):
         for _ in range(ticks):
             self._forward([[0] if seen < LENGTH and data.draw(st.booleans()) else [] for _, seen in self.rows], 1)
 
-    def _forward(self, places, width):
-        mask, ids = torch.zeros(2, len(self.rows), width, dtype=torch.long)
-        for row, (stream, seen) in enumerate(self.rows):
-            mask[row, places[row]] = 1
-            ids[row, places[row]] = self.ids[stream, seen : seen + len(places[row])]
-        logits = self.model(ids, attention_mask=mask, past_key_values=self.cache).logits
-        for row, (stream, seen) in enumerate(self.rows):
-            end = seen + len(places[row])
-            close(logits[row, places[row]], self.expected[stream, seen:end])
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def read_some(self, data):
+        """Passes over some rows, in any order, where they lie; all the others do not notice."""
+        chosen = data.draw(
+            st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=len(self.rows), unique=True)
+        )
+        with self.cache.rows(chosen):
+            for count in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)):
+                counts = [min(count, LENGTH - self.rows[row][1]) for row in chosen]
+                self._forward([list(range(count)) for count in counts], count, chosen)
+
+    def _forward(self, places, width, chosen=None):
+        chosen = range(len(self.rows)) if chosen is None else chosen
+        mask, ids = torch.zeros(2, len(places), width, dtype=torch.long)
+        for index, row in enumerate(chosen):
+            stream, seen = self.rows[row]
+            mask[index, places[index]] = 1
+            ids[index, places[index]] = self.ids[stream, seen : seen + len(places[index])]
+        full = {} if bool(mask.all()) else {"attention_mask": mask}
+        logits = self.model(ids, past_key_values=self.cache, **full).logits
+        for index, row in enumerate(chosen):
+            stream, seen = self.rows[row]
+            end = seen + len(places[index])
+            close(logits[index, places[index]], self.expected[stream, seen:end])
             self.rows[row] = (stream, end)
 
     @precondition(lambda self: self.rows)
@@ -142,6 +163,22 @@ class RowsMachine(RuleBasedStateMachine):
         leaving = data.draw(st.sets(st.integers(0, len(self.rows) - 1)))
         self.cache.free_rows(sorted(leaving))
         self.rows = [row for index, row in enumerate(self.rows) if index not in leaving]
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def clear(self, data):
+        """Rows forget what they hold, and stay."""
+        cleared = data.draw(st.sets(st.integers(0, len(self.rows) - 1)))
+        self.cache.clear_rows(sorted(cleared))
+        for row in cleared:
+            self.rows[row] = (data.draw(st.integers(0, STREAMS - 1)), 0)
+
+    @precondition(lambda self: len(self.rows) > 1)
+    @rule(data=st.data())
+    def copy(self, data):
+        source, target = (data.draw(st.integers(0, len(self.rows) - 1)) for _ in range(2))
+        self.cache.copy_row(source, target)
+        self.rows[target] = self.rows[source]
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -166,12 +203,17 @@ class RowsMachine(RuleBasedStateMachine):
     def counts(self):
         assert self.cache.num_rows == len(self.rows)
         assert self.cache.tokens.tolist() == [seen for _, seen in self.rows]
-        assert self.cache.kv_bytes() == reachable_bytes(self.cache, {})
-        assert self.cache.free_bytes() <= self.cache.kv_bytes()
+        if self.options:
+            assert self.cache.free_bytes() == 0 and self.cache.kv_bytes() <= self.options["budget"]
+        else:
+            assert self.cache.kv_bytes() == reachable_bytes(self.cache, {})
+            assert self.cache.free_bytes() <= self.cache.kv_bytes()
+        unowned = self.cache.held_bytes() - int(self.cache.row_bytes().sum())
+        assert unowned == 0
 
 
-def _machine(name, examples=40):
-    machine = type(f"RowsMachine_{name}", (RowsMachine,), {"method": name})
+def _machine(name, examples=40, **options):
+    machine = type(f"RowsMachine_{name}", (RowsMachine,), {"method": name, "options": options})
     machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=20)
     return machine.TestCase
 
@@ -180,6 +222,11 @@ TestRowsOfFull, TestRowsOfDMC = _machine("full"), _machine("dmc")
 TestRowsOfLCKV, TestRowsOfSlidingLCKV = _machine("lckv", 15), _machine("lckv_sliding", 15)  # whose steps take longest
 TestRowsOfCompensatedDuo = _machine("duo_compensated")
 TestRowsOfT1, TestRowsOfT2 = _machine("transnormer_t1"), _machine("transnormer_t2")
+# With pages that are reserved once.
+TestReservedRowsOfFull, TestReservedRowsOfDMC = (
+    _machine(name, budget=2**20, preallocate=True) for name in ("full", "dmc")
+)
+TestReservedRowsOfLCKV = _machine("lckv", 8, budget=2**20, preallocate=True)
 
 
 @pytest.mark.parametrize(("method", "family"), thinned(PAIRS, SOME_PAIRS))

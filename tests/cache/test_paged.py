@@ -74,7 +74,7 @@ def check_pages(store):
     """Every page has one owner or is free, nobody owns more than it needs, and there are no more than promised."""
     pool, owned, needed = store.pool, store.table >= 0, -(-store.lengths // store.page_size)
     pages = store.table[owned].tolist()
-    assert sorted(pages + pool.free) == list(range(pool.num_pages))
+    assert sorted(pages + pool.free.tolist()) == list(range(pool.num_pages))
     assert torch.equal(owned, torch.arange(store.table.shape[2]) < needed.unsqueeze(-1))
     assert store.table.shape[2] == (int(needed.max()) if needed.numel() else 0)
     assert pool.num_pages <= int(store.lengths.sum()) // store.page_size + store.num_rows * HEADS

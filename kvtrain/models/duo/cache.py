@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore

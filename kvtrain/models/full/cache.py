@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models import build
 from kvtrain.models.hosts import host_adapter

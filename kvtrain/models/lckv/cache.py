@@ -5,13 +5,13 @@ keys and one of values an owner. Owners with a window have a ring each. Cyclic s
 that a prompt was cut in, until the next tokens come.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement, RowStore
@@ -30,7 +30,7 @@ class PendingInputs(PagedStore):
     """
 
     def __init__(self, hidden_size: int, block: int, placement: Placement) -> None:
-        super().__init__(1, {"inputs": hidden_size}, block, placement)
+        super().__init__(1, {"inputs": hidden_size}, block, replace(placement, reserve=None))  # a page a row at most
 
     @property
     def counts(self) -> Tensor:
@@ -151,7 +151,8 @@ def build_layers(
         for owner in kv_map.owners
         if endless is None and not kv_map.sliding[owner]
     }
-    pages = PagedStore(heads, paged, settings.page_size, placements[0]) if paged else None
+    together = placements[0].shared_by(len(placements))
+    pages = PagedStore(heads, paged, settings.page_size, together) if paged else None
     pending = _pending(settings, host_config, placements[0])
     rings = {
         owner: RingStore(heads, head_dim, *_ring_slots(settings, keys, owner, endless), placement=placements[0])

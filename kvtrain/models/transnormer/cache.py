@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.ring import RingStore
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore

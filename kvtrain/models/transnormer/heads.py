@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.kernels.dispatch import at_least_float32

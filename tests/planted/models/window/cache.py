@@ -1,6 +1,6 @@
 """The first and the latest tokens of each row, in constant memory."""
 
-from kvtrain.cache.base import KVCacheLayer
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.ring import RingStore
 
 
