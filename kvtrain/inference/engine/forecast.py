@@ -23,31 +23,24 @@ class Growth:
 
 
 class Forecast:
-    """Learns a line, bytes over tokens, by least squares that forget; and which share of its tokens an answer takes.
+    """Learns bytes a token, as what was seen last has them in the mean, and which share of its tokens an answer takes.
 
     Args:
-        fixed: Bytes of a row before its first token, to begin with.
+        fixed: Bytes of a row before its first token.
         slope: Bytes a token, to begin with.
     """
 
     def __init__(self, fixed: float, slope: float) -> None:
-        self._fixed, self._slope = fixed, slope
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weights, tokens, bytes, tokens squared, tokens times bytes
+        self._fixed, self._slope, self._least = fixed, slope, slope
+        self._tokens = self._bytes = 0.0
         self._share = 1.0
-        self._least = slope
         self.caution = _BOLDEST
 
     def observe(self, tokens: int, num_bytes: int) -> None:
-        """See what a row of so many tokens holds."""
-        weight, x, y, xx, xy = (_MEMORY * total for total in self._sums)
-        self._sums = (weight + 1, x + tokens, y + num_bytes, xx + tokens**2, xy + tokens * num_bytes)
-        weight, x, y, xx, xy = self._sums
-        spread = weight * xx - x * x
-        if spread > 1e-6 * weight * xx:
-            self._slope = max(0.0, (weight * xy - x * y) / spread)
-        else:  # all of one length: what comes is as what was
-            self._slope = min(self._slope, y / x) if x else self._slope
-        self._fixed = max(0.0, (y - self._slope * x) / weight)
+        """See what a row of so many tokens holds; longer rows count more."""
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._bytes = _MEMORY * self._bytes + max(0.0, num_bytes - self._fixed)
+        self._slope = self._bytes / self._tokens
         self._least = min(self._least, self._slope)
 
     def ended(self, new_tokens: int, max_new_tokens: int) -> None:
@@ -65,7 +58,7 @@ class Forecast:
 
     def least_bytes(self, tokens: int) -> int:
         """Bytes of a row with so many tokens that shrink as well as any that was seen."""
-        return int(self._least * tokens)
+        return int(self._fixed + self._least * tokens)
 
     def tokens_to_come(self, new_tokens: int, max_new_tokens: int) -> float:
         """Tokens expected of an answer that has so many already; one that outlives the others is half-way on."""

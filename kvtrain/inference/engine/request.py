@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from kvtrain.errors import UsageError, require_at_least, require_seed
 
@@ -85,7 +85,7 @@ class Request:
         prompt: Token ids, special ones included.
         max_new_tokens: Upper bound of each answer.
         sampling: How tokens are chosen.
-        n: Answers; the prompt is read once, and each has a generator of its own.
+        n: Answers, each with a generator of its own.
         stop: Strings that end an answer, which does not show them.
         eos_token_ids: Tokens that end an answer; None for the model's.
         ignore_eos: Go on behind such tokens.
@@ -173,13 +173,13 @@ class Usage:
     """
 
     prompt_tokens: int
-    cached_prompt_tokens: int
-    new_tokens: int
-    seen_tokens: int
-    kept_tokens: float
-    held_bytes: int
-    plain_bytes: int
-    preemptions: int
+    cached_prompt_tokens: int = 0
+    new_tokens: int = 0
+    seen_tokens: int = 0
+    kept_tokens: float = 0.0
+    held_bytes: int = 0
+    plain_bytes: int = 0
+    preemptions: int = 0
 
     @property
     def compression(self) -> float:
@@ -241,3 +241,13 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish: Finish
+
+    @classmethod
+    def of(cls, parts: Sequence[Delta], finish: Finish) -> Self:
+        """An answer of its pieces and its end."""
+        return cls(
+            text="".join(part.text for part in parts),
+            token_ids=tuple(token for part in parts for token in part.token_ids),
+            logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+            finish=finish,
+        )
