@@ -71,8 +71,10 @@ class FakePool:
         return FakeSnapshot(tuple(row.tokens), row.kept)
 
     def restore(self, snapshot):
-        self._require(PAGE * -(-snapshot.kept // PAGE) + (0 if self.empty else self.state))
         row = self.take()
+        if self.held_bytes() + PAGE * -(-snapshot.kept // PAGE) > self.budget:
+            self.empty.append(row)
+            raise CacheFullError("full")
         row.tokens, row.kept = list(snapshot.tokens), snapshot.kept
         return row
 

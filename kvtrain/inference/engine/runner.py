@@ -102,7 +102,8 @@ class CacheRows:
 
     def fits(self, rows: Sequence[CacheRow], tokens: int) -> bool:
         """Whether the budget holds the next tokens of each of some rows, at most."""
-        return self.bytes_for(rows, tokens) <= self._bytes.left
+        with self.cache.rows([row.number for row in rows]):
+            return self.cache.bytes_for(tokens) <= self._bytes.left
 
     def bytes_for(self, rows: Sequence[CacheRow], tokens: int) -> int:
         """Bytes that the next tokens of each of some rows take at most."""

@@ -240,11 +240,13 @@ class Scheduler:
 
     def _with_room(self, action: Callable[[], Any], spared: Match | None = None) -> Any:
         """What an action gives, for which kept rows go as long as it finds no room; None if it never does."""
+        trimmed = False
         while True:
             try:
                 return action()
-            except CacheFullError:
-                if not self._make_room(spared):
+            except CacheFullError:  # which may itself have left a row empty
+                trimmed, before = self.pool.trim() or trimmed, trimmed
+                if trimmed == before and not self._evict(spared):
                     return None
 
     def _make_room(self, spared: Match | None = None) -> bool:
