@@ -11,7 +11,7 @@ Three ways, because each is wrong where another is right:
   merge grows with the queries. Where other rows own most of the pool, the pages of these rows alone are copied;
 * *by runs*, for more queries than a page has slots: a copy is cheap beside products of so many, and long runs keep the
   merge small. Heads too short for a run take no part in it;
-* *dequantized*, for quantized pages: something must be copied anyway, into a scratch that stays in a cache.
+* *dequantized*, for quantized pages: they must be copied anyway, into a scratch that stays in a processor's cache.
 
 No gradient flows into pages: a cache holds constants.
 """
@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.attention_mask import finite, log_sum_exp
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
+from kvtrain.kernels.page_layout import Hidden, PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_channels
 
 _RUN_SLOTS = 1024  # slots of one head that are copied at a time
@@ -41,6 +41,7 @@ def paged_attention(
     scale: float,
     *,
     bits: int | None = None,
+    layout: PageLayout | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Let every query see the first ``lengths`` slots of its row and head.
@@ -53,6 +54,7 @@ def paged_attention(
         lengths: ``(B, H_kv)`` visible slots.
         scale: Factor on the scores.
         bits: 8 or 4, of quantized keys and values.
+        layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
         backend: ``"auto"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
 
     Returns:
@@ -72,10 +74,10 @@ def paged_attention(
     pages, owned = _Pages(keys, values, bits), (table.flatten(0, 1), lengths.flatten())
     if grouped.shape[1] > pages.size:
         output, lse = _attend_runs(grouped, pages, *owned, scale, backend)
-    elif bits is None:
-        output, lse = _attend_in_place(grouped, keys, values, *owned, scale, backend)
     else:
-        output, lse = _attend_dequantized(grouped, pages, *owned, scale, backend)
+        layout = layout or PageLayout(owned[0], pages.count, pages.size, copies=bits is not None)
+        attend = _attend_in_place if bits is None else _attend_dequantized
+        output, lse = attend(grouped, pages, layout, owned[1], scale, backend)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
@@ -91,6 +93,11 @@ class _Pages(NamedTuple):
     keys: Tensor
     values: Tensor
     bits: int | None
+
+    @property
+    def count(self) -> int:
+        """Pages of the pool."""
+        return self.keys.shape[0]
 
     @property
     def size(self) -> int:
@@ -117,63 +124,47 @@ class _Pages(NamedTuple):
 
 
 def _attend_in_place(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, backend: str
+    query: Tensor, pages: _Pages, layout: PageLayout, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """All pages at once: ``query (R, Q, D)``, ``table (R, P)``, ``lengths (R,)``."""
-    num_pages, page_size = keys.shape[:2]
-    if not num_pages:
-        return query.new_zeros(*query.shape[:2], values.shape[2]), _nothing(query)
-    if 2 * table.numel() <= num_pages:
-        own = table.clamp(min=0).flatten()
-        keys, values, num_pages = keys[own], values[own], own.numel()
-        table = torch.arange(num_pages, dtype=table.dtype, device=table.device).view_as(table)
-    start = torch.arange(table.shape[1], device=table.device) * page_size
-    visible = (lengths[:, None] - start).clamp(0, page_size)  # (R, P)
-    # The table says which pages a head has; the kernel's batch are pages, so this turns it around: whose each page is,
-    # and how much of it counts. One entry more than there are pages: that is where the table's -1 points to. Pages that
-    # nobody owns are attended by head 0 with nothing visible, and nobody merges the result.
-    owner, filled = table.new_zeros(2, num_pages + 1)
-    owner[table] = torch.arange(table.shape[0], dtype=table.dtype, device=table.device)[:, None]
-    filled[table] = visible.to(table.dtype)
-    output, lse = _attend_blocks(query[owner[:-1]], keys, values, filled[:-1], scale, backend)
-    return _merge(output, lse, table.clamp(min=0), visible)
+    """All pages at once: ``query (R, Q, D)``, ``lengths (R,)``."""
+    keys, values, shown = pages.keys, pages.values, layout.shown(lengths)
+    if layout.pages is not None:
+        keys, values = keys[layout.pages], values[layout.pages]
+    if not len(keys):
+        return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
+    output, lse = _attend_blocks(query[layout.owner], keys, values, shown.hidden, scale, backend)
+    return _merge(output, lse, layout.order, shown.empty)
 
 
 def _attend_dequantized(
-    query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
+    query: Tensor, pages: _Pages, layout: PageLayout, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """All runs of quantized pages, so many at a time as the scratch holds; arguments as above."""
-    columns = max(1, min(_RUN_SLOTS // pages.size, table.shape[1]))
-    slots = columns * pages.size
-    runs = pad(table.clamp(min=0), (0, -table.shape[1] % columns)).unflatten(1, (-1, columns))  # (R, P, columns)
-    start = torch.arange(runs.shape[1], device=table.device) * slots
-    visible = (lengths[:, None] - start).clamp(0, slots)  # (R, P)
-    owner, number = visible.nonzero(as_tuple=True)  # only runs that hold something: lengths may differ much
-    if not owner.numel():
+    """So many quantized pages at a time as the scratch holds; arguments as above."""
+    assert layout.pages is not None
+    if not len(layout.pages):
         return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    count = max(1, _SCRATCH_BYTES // (slots * (query.shape[2] + pages.value_dim) * wide.itemsize))
-    work = (tensor.split(count) for tensor in (query[owner], runs[owner, number], visible[owner, number]))
+    wide, shown = torch.promote_types(query.dtype, torch.float32), layout.shown(lengths)
+    count = max(1, _SCRATCH_BYTES // (pages.size * (query.shape[2] + pages.value_dim) * wide.itemsize))
+    work = (tensor.split(count) for tensor in (query[layout.owner], layout.pages, shown.hidden.slots))
     parts = [
-        _attend_blocks(some, *pages.copy_runs(run, some), filled, scale, backend)
-        for some, run, filled in zip(*work, strict=True)
+        _attend_blocks(some, *pages.copy_runs(number[:, None], some), Hidden(hidden), scale, backend)
+        for some, number, hidden in zip(*work, strict=True)
     ]
-    order = torch.zeros_like(visible)
-    order[owner, number] = torch.arange(owner.numel(), device=order.device)
-    return _merge(torch.cat([output for output, _ in parts]), torch.cat([lse for _, lse in parts]), order, visible)
+    output, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _merge(output, lse, layout.order, shown.empty)
 
 
-def _merge(output: Tensor, lse: Tensor, order: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Join parts ``output (N, Q, D_v)`` and ``lse (N, Q)``: those of head ``r`` are ``order[r]``, where ``visible``.
+def _merge(output: Tensor, lse: Tensor, order: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Join parts ``output (N, Q, D_v)`` and ``lse (N, Q)``: those of head ``r`` are ``order[r]``, unless ``empty``.
 
     Args:
         output: Of every part.
         lse: Of every part.
         order: ``(R, P)`` parts of each head.
-        visible: ``(R, P)`` slots that a part shows; what shows none does not count.
+        empty: ``(R, P, 1)`` parts that show nothing, and do not count.
     """
-    lse = lse[order].masked_fill((visible == 0).unsqueeze(-1), float("-inf"))  # (R, P, Q)
-    total = log_sum_exp(lse, 1)
+    lse = lse[order].masked_fill(empty, float("-inf"))  # (R, P, Q)
+    total = log_sum_exp(lse, 1) if lse.requires_grad else torch.logsumexp(lse, 1)
     weights = torch.exp(lse - finite(total).unsqueeze(1)).unsqueeze(-1)
     return (weights * at_least_float32(output)[order]).sum(1).to(output.dtype), total
 
@@ -189,7 +180,7 @@ def _attend_runs(
         left = lengths - begin * pages.size
         rows = (left > 0).nonzero().squeeze(1)  # lengths may differ much, by head and by row
         block = pages.copy_runs(table[rows, begin : begin + columns].clamp(min=0), query)
-        part = _attend_blocks(query[rows], *block, left[rows].clamp(max=block[0].shape[1]), scale, backend)
+        part = _attend_blocks(query[rows], *block, Hidden.behind(left[rows], block[0]), scale, backend)
         # Merged at once: outputs of all runs would outgrow the keys where queries are more than a run has slots.
         merged = merge_attention([(output[rows, None], lse[rows, None]), (part[0][:, None], part[1][:, None])])
         output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)
@@ -197,22 +188,19 @@ def _attend_runs(
 
 
 def _attend_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, filled: Tensor, scale: float, backend: str
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Independent attentions: ``query (N, Q, D)`` over the first ``filled (N,)`` of ``keys (N, S, D)``."""
+    """Independent attentions: ``query (N, Q, D)`` over those of ``keys (N, S, D)`` that are not hidden."""
     plain = query.device.type == "cpu" and query.dtype != torch.float16 and keys.shape == values.shape
     # torch's kernel has no gradient of its log-sum-exp, by which parts are merged.
     fast = ["flash_cpu"] if plain and not (torch.is_grad_enabled() and query.requires_grad) else []
     chosen = choose_backend("paged attention", backend, (*fast, "chunked"))
-    hidden = torch.arange(keys.shape[1], device=keys.device) >= filled[:, None]  # (N, S)
     query, keys, values = query.unsqueeze(1), keys.unsqueeze(1).to(query.dtype), values.unsqueeze(1).to(query.dtype)
     if chosen == "flash_cpu":
-        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
-        mask = mask[:, None, None].expand(-1, -1, query.shape[2], -1)
+        mask = hidden.bias(query.dtype)[:, None, None].expand(-1, -1, query.shape[2], -1)
         output, lse = flash(query, keys, values, causal=False, mask=mask, scale=scale)
     else:
-        bias = torch.zeros(hidden.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-        bias = bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+        bias = hidden.bias(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
         output, lse = attention(query, keys, values, key_bias=bias, causal=False, scale=scale, backend="chunked")
     return output.squeeze(1), lse.squeeze(1)
 

@@ -110,6 +110,8 @@ def read_back(states: Tensor, bits: int | None) -> Tensor:
     """
     if bits is None:
         return states
+    if not (torch.is_grad_enabled() and states.requires_grad):
+        return dequantize(quantize(states, bits), bits, states.shape[-1], states.dtype)
     result: Tensor = _ReadBack.apply(states, bits)  # type: ignore[no-untyped-call]
     return result
 

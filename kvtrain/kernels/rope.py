@@ -46,7 +46,8 @@ def apply_rotary(
     if asked and liger.takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
         rotated: Tensor = liger.LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
-    if cos.requires_grad or sin.requires_grad:
+    served = heads.shape[2] == 1 and not (torch.is_grad_enabled() and heads.requires_grad)
+    if served or cos.requires_grad or sin.requires_grad:
         wide = at_least_float32(heads)
         return (wide * cos.unsqueeze(1) + _turn(wide) * sin.unsqueeze(1)).to(heads.dtype)
     result: Tensor = _Rotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
