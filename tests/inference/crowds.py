@@ -56,9 +56,11 @@ class Outcome:
     loop: EngineLoop | None = None
 
 
-def serve(model, requests, budget=1 << 26, cancelled=(), per_step=3, **limits):
+def serve(model, requests, budget=1 << 26, cancelled=(), per_step=3, loop=None, hopeful=False, **limits):
     """Run an engine's loop over requests, some of which arrive at every step and some of which leave half-way."""
-    loop = EngineLoop(model, None, budget, Limits(**{"max_requests": 16, "step_tokens": 48, **limits}))
+    loop = loop or EngineLoop(model, None, budget, Limits(**{"max_requests": 16, "step_tokens": 48, **limits}))
+    for _ in range(100 * hopeful):  # as after many requests that ended early
+        loop.forecast.ended(1, 100)
     outcome = Outcome([[] for _ in requests], [None for _ in requests], loop=loop)
     tickets, waiting = {}, list(enumerate(requests))
 

@@ -272,7 +272,7 @@ def test_a_forecast_is_the_line_that_it_has_seen():
     for tokens in (32, 64, 96, 128) * 30:
         forecast.observe(tokens, 500 + 10 * tokens)
     assert forecast.row_bytes(1000) == pytest.approx(10_500)
-    assert forecast.least_bytes(1000) == pytest.approx(10_500)
+    assert forecast.least_bytes(1000) == 10_500
     assert Forecast(fixed=0, slope=7).row_bytes(10) == 70
 
 

@@ -45,8 +45,9 @@ class Ticket:
         """Hand an event over; whoever fails to take one gets no more."""
         try:
             self.deliver(event)
-        except Exception:  # an event loop that is closed, say; other requests go on
-            logger.exception("an answer could not be delivered; its request is cancelled")
+        except Exception as error:  # an event loop that is closed, say; other requests go on
+            if not self.cancelled:
+                logger.warning("an answer could not be delivered, and its request is cancelled: %r", error)
             self.cancelled = True
 
     def ended(self, now: float) -> FinishReason | None:

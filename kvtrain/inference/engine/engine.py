@@ -202,13 +202,10 @@ class EventStream:
     """Events of a request, on the event loop that asks for them; see ``Engine.stream``."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
-        loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._open = request.n  # answers that have not ended
-        self._ticket = engine.submit(request, lambda event: self._deliver(loop, event))
-
-    def _deliver(self, loop: asyncio.AbstractEventLoop, event: Event) -> None:
-        loop.call_soon_threadsafe(self._events.put_nowait, event)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._events, self._open = events, request.n  # answers that have not ended
+        # No word of this object: when nobody holds it any more, it cancels.
+        self._ticket = engine.submit(request, lambda event: _hand_over(loop, events, event))
 
     def __aiter__(self) -> Self:
         return self
@@ -236,3 +233,7 @@ class EventStream:
     def __del__(self) -> None:
         if hasattr(self, "_ticket"):
             self.cancel()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    loop.call_soon_threadsafe(events.put_nowait, event)

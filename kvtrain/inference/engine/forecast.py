@@ -58,7 +58,7 @@ class Forecast:
 
     def least_bytes(self, tokens: int) -> int:
         """Bytes of a row with so many tokens that shrink as well as any that was seen."""
-        return int(self._fixed + self._least * tokens)
+        return round(self._fixed + self._least * tokens)
 
     def tokens_to_come(self, new_tokens: int, max_new_tokens: int) -> float:
         """Tokens expected of an answer that has so many already; one that outlives the others is half-way on."""
