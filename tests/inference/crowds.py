@@ -11,6 +11,7 @@ from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Delta, Request
 
 TIE = 1e-3
+EOS = 2  # of the tests' hosts
 
 
 def mix(count, vocabulary, seed=0, longest=40, most_new=14):
@@ -32,7 +33,7 @@ def greedy(model, requests):
     ids = torch.tensor([[0] * (longest - len(r.prompt)) + list(r.prompt) for r in requests])
     mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
     output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0,
+        ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=None,
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     best = torch.stack(output.logits, 1).topk(2).values
@@ -40,7 +41,8 @@ def greedy(model, requests):
     expected = []
     for request, row, ties in zip(requests, output.sequences[:, longest:].tolist(), tied, strict=True):
         tokens = row[: request.max_new_tokens]
-        tokens = tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+        if EOS in tokens and not request.ignore_eos:
+            tokens = tokens[: tokens.index(EOS) + 1]
         first = next((at for at, tie in enumerate(ties[: len(tokens)]) if tie), None)
         expected.append((tokens[:first], first is not None))
     return expected

@@ -10,9 +10,9 @@ from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
 from tests.caches import CACHES, MAIN
 from tests.hosts import VOCAB, make_host
-from tests.inference.crowds import greedy, mix, serve
+from tests.inference.crowds import TIE, greedy, mix, serve
 
-CANCELLED = (3, 7, 13)
+CANCELLED = (3, 7)
 
 
 @remember
@@ -23,7 +23,7 @@ def model_of(method):
 
 @remember
 def expected(method):
-    requests = mix(24, VOCAB)
+    requests = mix(14, VOCAB, longest=30, most_new=10)
     return requests, greedy(model_of(method), requests)
 
 
@@ -46,7 +46,7 @@ def check(outcome, wanted):
 def test_a_crowd_gets_the_tokens_of_generate(method):
     """With room for all, and with half as much as they would take; most steps of most answers count."""
     model, (requests, wanted) = model_of(method), expected(method)
-    assert sum(len(tokens) for tokens, _ in wanted) > 0.8 * sum(r.max_new_tokens for r in requests) - 40
+    assert sum(len(tokens) for tokens, _ in wanted) > 0.6 * sum(r.max_new_tokens for r in requests)
     free = serve(model, requests, cancelled=CANCELLED)
     check(free, wanted)
     assert free.loop.scheduler.preemptions == 0 and free.loop.meter.cached_prompt_tokens >= 20
@@ -58,45 +58,47 @@ def test_a_crowd_gets_the_tokens_of_generate(method):
         assert cache.held_bytes() == 0 == outcome.loop.scheduler.swapped_bytes and cache.num_rows == 0
 
 
-@pytest.mark.parametrize("swap_bytes", [None, 0])
+@pytest.mark.parametrize(("method", "swap_bytes"), [*((method, None) for method in MAIN), ("full", 0), ("dmc", 0)])
 def test_rows_that_make_room_come_back_as_they_were(method, swap_bytes):
     """Admission that believes in short answers lets too many in."""
-    model, (requests, wanted) = model_of(method), expected(method)
-    peak = serve(model, requests, kept_prefixes=0).peak
-    loop_limits = {"kept_prefixes": 0, "swap_bytes": swap_bytes}
-    outcome = serve(model, requests, budget=int(0.4 * peak), hopeful=True, **loop_limits)
+    model = model_of(method)
+    requests = [Request(range(3 + own, 11 + own), max_new_tokens=20, ignore_eos=True) for own in range(5)]
+    wanted = greedy(model, requests)
+    peak = serve(model, requests, per_step=5, kept_prefixes=0).peak
+    limits = {"kept_prefixes": 0, "swap_bytes": swap_bytes}
+    outcome = serve(model, requests, budget=int(0.6 * peak), per_step=5, hopeful=True, **limits)
     check(outcome, wanted)
-    grows = outcome.loop.forecast.row_bytes(1000) > 1.5 * outcome.loop.forecast.row_bytes(0)
-    assert outcome.loop.scheduler.preemptions > 0 or not grows
+    forecast = outcome.loop.forecast
+    grows = forecast.row_bytes(1000) > 2 * forecast.row_bytes(0)
+    assert (outcome.loop.scheduler.preemptions > 0) == grows
     assert outcome.loop.runner.rows.cache.held_bytes() == 0
 
 
-def test_several_turns_read_no_token_twice(method):
-    """And each turn's answer is the answer to the whole conversation."""
-    model, prompt, reads = model_of(method), list(range(3, 25)), 0
-    loop = None
-    for turn in range(4):
-        request = Request(prompt, max_new_tokens=6, ignore_eos=True)
-        outcome = serve(model, [request], loop=loop)
-        loop = outcome.loop
-        new = outcome.tokens[0]
-        ((tokens, _),) = greedy(model, [request])
-        assert new[: len(tokens)] == tokens or 2 in tokens
-        usage = outcome.finishes[0].usage
-        reads += len(prompt) if turn == 0 else 1 + 3
-        assert loop.scheduler.read_tokens == reads
-        assert usage.cached_prompt_tokens == (len(prompt) - 4 if turn else 0)
-        assert usage.seen_tokens == len(prompt) + 5
-        prompt = [*prompt, *new, 30 + turn, 31, 32]
+@torch.no_grad()
+def test_ten_turns_read_no_token_twice(method):
+    """And every answer is what one pass over the whole conversation says."""
+    model, prompt, loop, answered = model_of(method), list(range(3, 25)), None, []
+    for turn in range(10):
+        outcome = serve(model, [Request(prompt, max_new_tokens=4, ignore_eos=True)], loop=loop)
+        loop, usage = outcome.loop, outcome.finishes[0].usage
+        assert usage.cached_prompt_tokens == (len(prompt) - 3 if turn else 0)
+        assert loop.scheduler.read_tokens == 22 + 3 * turn  # an answer's last token was chosen and not yet fed
+        assert usage.seen_tokens == len(prompt) + 3
+        answered += range(len(prompt), len(prompt) + 4)
+        prompt = [*prompt, *outcome.tokens[0], 30 + turn, 31]
+    logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
+    best = logits.topk(2)
+    clear = [at for at in answered if best.values[at - 1, 0] - best.values[at - 1, 1] > TIE]
+    assert [prompt[at] for at in clear] == [best.indices[at - 1, 0].item() for at in clear] and len(clear) > 30
 
 
 def test_a_common_prompt_is_read_once_and_gives_the_same_tokens(method):
     """Also where a prompt is cut in the middle of a block, or its last token is read alone."""
     model, common = model_of(method), list(range(3, 40))
-    requests = [Request([*common, own, own + 1], max_new_tokens=4) for own in range(40, 46)]
+    requests = [Request([*common, own, own + 1], max_new_tokens=4) for own in range(40, 44)]
     wanted = greedy(model, requests)
-    for kept_prefixes, read in ((64, 37 + 6 * 2), (0, 6 * 39)):
-        outcome = serve(model, requests, per_step=6, kept_prefixes=kept_prefixes)
+    for kept_prefixes, read in ((64, 37 + 4 * 2), (0, 4 * 39)):
+        outcome = serve(model, requests, per_step=4, kept_prefixes=kept_prefixes)
         check(outcome, wanted)
         assert outcome.loop.scheduler.read_tokens == read
 
@@ -104,11 +106,11 @@ def test_a_common_prompt_is_read_once_and_gives_the_same_tokens(method):
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(method):
     model, (requests, _) = model_of(method), expected(method)
     sampling = Sampling(temperature=1.0, top_p=0.9, top_k=40, presence_penalty=0.5, repetition_penalty=1.1, seed=5)
-    request = Request(requests[3].prompt, max_new_tokens=12, sampling=sampling, ignore_eos=True)
+    request = Request(requests[3].prompt, max_new_tokens=8, sampling=sampling, ignore_eos=True)
     alone = serve(model, [request]).tokens[0]
-    crowd = serve(model, [*requests[:8], request, *requests[8:]]).tokens[8]
-    other = Request(request.prompt, max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True)
-    assert alone == crowd and len(alone) == 12
+    crowd = serve(model, [*requests[:4], request, *requests[4:6]]).tokens[4]
+    other = Request(request.prompt, max_new_tokens=8, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True)
+    assert alone == crowd and len(alone) == 8
     assert serve(model, [other]).tokens[0] != alone
 
 
