@@ -161,10 +161,23 @@ class KVCache(Cache):
                 f"the input has {batch} rows and the cache {self.num_rows}; use admit, select_rows or join, "
                 "or start with model.make_cache()"
             )
-        if self.budget is not None:
+        if self.budget is not None and (fresh or tokens != 1):
             self._require(self.bytes_for(tokens, batch if fresh else 0), f"{tokens} tokens in {batch} rows")
         if fresh:
             self.admit(batch)
+        if tokens == 1:
+            self._take_ahead(f"1 token in {batch} rows")
+
+    def _take_ahead(self, purpose: str) -> None:
+        """Let every store take what one more token of every row may need, after a single question to the device."""
+        asked = [(store, question) for store in self._stores if (question := store.ask_ahead()) is not None]
+        if asked:
+            device = asked[0][1].device
+            answers = torch.stack([question.to(device) for _, question in asked]).tolist()
+            pairs = [(store, answer) for (store, _), answer in zip(asked, answers, strict=True)]
+            self._require(sum(store.bytes_ahead(answer) for store, answer in pairs), purpose)
+            for store, answer in pairs:
+                store.take_ahead(answer)
 
     @bookkeeping
     def advance(self, valid: Tensor) -> None:

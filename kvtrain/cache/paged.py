@@ -6,10 +6,14 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
+from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
+
+_NEVER = 1 << 40  # tokens that no head comes to
 
 
 class PagedStore(RowStore):
@@ -50,27 +54,54 @@ class PagedStore(RowStore):
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
             self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
-        self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)  # (B, H, P), -1: no page
+        self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
+        self._ahead = False  # whether a head may own a page ahead of its slots
         self._aside: tuple[Tensor, Tensor, Tensor] | None = None  # chosen rows, lengths and table of all
+        self._aside_room = 0
 
     @property
     def num_rows(self) -> int:
         """See ``RowStore``."""
         return self.lengths.shape[0]
 
+    @property
+    def table(self) -> Tensor:
+        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none; never written in place."""
+        return self._table
+
+    @table.setter
+    def table(self, table: Tensor) -> None:
+        self._table = table
+        self._layout: PageLayout | None = None
+        self._places: tuple[Tensor, Tensor, Tensor] | None = None  # slots, their pages, and where in them
+        self._room = 0  # tokens that every row can get, as is known, before a head needs another page
+
+    def layout(self) -> PageLayout:
+        """Whose the pages are, for attention over all heads."""
+        if self._layout is None:
+            table, copies = self.table.flatten(0, 1), self.bits is not None
+            self._layout = PageLayout(table, self.pool.num_pages, self.page_size, copies)
+        return self._layout
+
     @bookkeeping
-    def write(self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor, packed: bool = False) -> None:
+    def write(
+        self, entries: Mapping[str, Tensor], slots: Tensor, keep: Tensor | None = None, packed: bool = False
+    ) -> None:
         """Put entries into slots, taking pages as they are needed.
 
         Args:
             entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
-            keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ.
+            keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ. None: all are, each of
+                them the only one of its head, and ``take_ahead`` has taken the pages that they lie on.
             packed: Entries are what pages hold of them already.
 
         Raises:
             CacheFullError: The byte budget does not allow the pages; nothing was written.
         """
+        if keep is None:
+            self._write_one(entries, slots)
+            return
         if not keep.numel():
             return
         self._reserve(torch.maximum(self.lengths, torch.where(keep, slots + 1, 0).amax(-1)))
@@ -81,12 +112,52 @@ class PagedStore(RowStore):
             kept = states.detach()[row, head, entry]
             self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
+    def _write_one(self, entries: Mapping[str, Tensor], slots: Tensor) -> None:
+        """One entry a head ``(B, H, 1, channels)``, into ``slots (B, H, 1)``: nothing is taken, and nobody is asked."""
+        if self._places is None or self._places[0] is not slots:  # layers that share the store ask with the same slots
+            page = self.table.gather(2, slots // self.page_size).long()
+            self._places = slots, page, slots % self.page_size
+            self.lengths = torch.maximum(self.lengths, slots.squeeze(2) + 1)
+        _, page, place = self._places
+        for name, states in entries.items():
+            self.pool.slots[name][page, place] = self.pack(states.detach())
+
+    def ask_ahead(self) -> Tensor | None:
+        """See ``RowStore``: pages that heads lack for one more slot, and tokens that there is room for with them."""
+        if self._room > 0:
+            self._room -= 1
+            return None
+        owned = self._owned()
+        after = torch.maximum(owned, _pages(self._longest(1, 0), self.page_size))
+        room = after * self.page_size - self.lengths
+        room = room.masked_fill(after * self.page_size >= self._longest(_NEVER, 0), _NEVER)  # those that stop growing
+        return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
+
+    def bytes_ahead(self, answer: list[int]) -> int:
+        """See ``RowStore``."""
+        lacking = answer[0]
+        return self._bytes_of(lacking, self.table.shape[2] + 1, self.num_rows) if lacking else 0
+
+    def take_ahead(self, answer: list[int]) -> None:
+        """See ``RowStore``."""
+        lacking, room = answer
+        if lacking:
+            needed = _pages(self._longest(1, 0), self.page_size)
+            self._take(needed, lacking, self._spare(self.lengths, int(self._owned().sum()) + lacking))
+            self._ahead = True
+        self._room = room - 1
+
+    def _owned(self) -> Tensor:
+        """Pages that each head owns, ``(B, H)``: those of its slots, and perhaps one ahead."""
+        return (self.table >= 0).sum(2)
+
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the slots from ``lengths (B, H)`` on; no head gets longer."""
+        """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
         beyond = torch.arange(self.table.shape[2], device=lengths.device) >= _pages(lengths, self.page_size)[..., None]
         self.pool.release(self.table[beyond & (self.table >= 0)])
         self.table, self.lengths = self.table.masked_fill(beyond, -1), lengths
+        self._ahead = self._ahead and self._aside is not None  # others may still have some
         self._trim()
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
@@ -119,13 +190,19 @@ class PagedStore(RowStore):
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
         return {name: self.unpack(name, slots) for name, slots in copies.items()}
 
+    def _drop_ahead(self) -> None:
+        """Give back pages that were taken ahead of slots, before rows change places."""
+        if self._ahead:
+            self.truncate(self.lengths)
+
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
-        self.lengths = torch.nn.functional.pad(self.lengths, (0, 0, 0, count))
-        self.table = torch.nn.functional.pad(self.table, (0, 0, 0, 0, 0, count), value=-1)
+        self.lengths = pad(self.lengths, (0, 0, 0, count))
+        self.table = pad(self.table, (0, 0, 0, 0, 0, count), value=-1)
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
+        self._drop_ahead()
         self._require(self.bytes_to_select(indices))
         absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
         absent[indices] = False
@@ -144,18 +221,20 @@ class PagedStore(RowStore):
         """
         self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
+        other._drop_ahead()
         before, pages = self.num_rows, other.table[other.table >= 0]
         self.admit(other.num_rows)
         self._widen(other.table.shape[2])
         self.lengths[before:] = other.lengths.to(self.lengths.device)
-        owned = torch.nn.functional.pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
+        owned = pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
         arriving[before:] = owned.to(self.table.device)
         self._move_in(arriving, other.pool.slots, pages)
 
     def snapshot_row(self, row: int) -> RowSnapshot:
         """See ``RowStore``."""
-        owned = self.table[row] >= 0
+        column = torch.arange(self.table.shape[2], device=self.table.device)
+        owned = column < _pages(self.lengths[row], self.page_size)[:, None]
         pages = self.table[row][owned]
         copies = {name: slots[pages] for name, slots in self.pool.slots.items()}
         return {**copies, "lengths": self.lengths[row].clone(), "owned": owned}
@@ -167,10 +246,12 @@ class PagedStore(RowStore):
             ValueError: The snapshot's pages are of another form.
         """
         self._check_form(snapshot)
+        self._drop_ahead()
         self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(self.table[row][self.table[row] >= 0])
-        self.table[row] = -1
-        self.lengths[row] = snapshot["lengths"]
+        index = torch.tensor([row], device=self.table.device)
+        self.table = self.table.index_fill(0, index, -1)
+        self.lengths = self.lengths.index_copy(0, index, snapshot["lengths"][None].to(self.lengths.device))
         self._widen(snapshot["owned"].shape[-1])
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
         arriving[row, :, : snapshot["owned"].shape[-1]] = snapshot["owned"]
@@ -185,24 +266,25 @@ class PagedStore(RowStore):
     def row_bytes(self) -> Tensor:
         """See ``RowStore``."""
         beside = self.num_heads * (self.lengths.element_size() + self.table.shape[2] * self.table.element_size())
-        return _pages(self.lengths, self.page_size).sum(1) * self.pool.page_bytes + beside
+        return self._owned().sum(1) * self.pool.page_bytes + beside
 
     def narrow(self, rows: Tensor) -> None:
         """See ``RowStore``."""
-        lengths, table = self.lengths, self.table
+        lengths, table, room = self.lengths, self.table, self._room
         self.lengths, self.table = lengths[rows], table[rows]
         # Of the chosen rows nothing stays aside that could grow old.
         self._aside = rows, lengths.index_fill(0, rows, 0), table.index_fill(0, rows, -1)
+        self._room = self._aside_room = room  # of all rows, and therefore of these
 
     def widen(self) -> None:
         """See ``RowStore``."""
         assert self._aside is not None
         (rows, lengths, table), self._aside = self._aside, None
-        narrow, self.table = self.table, table
+        narrow, room, self.table = self.table, self._room, table
         self._widen(narrow.shape[2])
-        self.table[rows, :, : narrow.shape[2]] = narrow
-        lengths[rows] = self.lengths
-        self.lengths = lengths
+        self.table = self.table.index_copy(0, rows, pad(narrow, (0, self.table.shape[2] - narrow.shape[2]), value=-1))
+        self.lengths = lengths.index_copy(0, rows, self.lengths)
+        self._room = min(room, self._aside_room)
 
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``."""
@@ -224,13 +306,14 @@ class PagedStore(RowStore):
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        lengths = self._longest(tokens, rows)
-        grows = self._more_pages(_pages(lengths, self.page_size)) > 0
-        return self._bytes_to_hold(lengths) + (self.pool.spare_bytes() if grows else 0)
+        needed = _pages(self._longest(tokens, rows), self.page_size)
+        lacking = int((needed - pad(self._owned(), (0, 0, 0, rows))).clamp(min=0).sum())
+        spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
+        return self._bytes_of(lacking, _longest(needed), len(needed)) + spare
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
         """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
-        return torch.nn.functional.pad(self.lengths, (0, 0, 0, rows)) + tokens
+        return pad(self.lengths, (0, 0, 0, rows)) + tokens
 
     def bytes_to_select(self, indices: Tensor) -> int:
         """See ``RowStore``."""
@@ -247,39 +330,40 @@ class PagedStore(RowStore):
         return self._bytes_to_hold(lengths)
 
     def _bytes_to_hold(self, lengths: Tensor) -> int:
-        """Bytes of pages and table for ``lengths (B, H)`` slots besides those that are here; 0 where they shrink."""
+        """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
+        self._drop_ahead()
         needed = _pages(lengths, self.page_size)
-        columns = int(needed.max()) if needed.numel() else 0
+        return self._bytes_of(int(needed.sum() - self._owned().sum()), _longest(needed), len(needed))
+
+    def _bytes_of(self, lacking: int, columns: int, rows: int) -> int:
+        """Bytes of so many pages more, free ones used up first, and of tables with so many columns and rows."""
         if self._aside is None:
-            heads, held = lengths.numel(), self.table.nbytes + self.lengths.nbytes
+            heads, held = rows * self.num_heads, self.table.nbytes + self.lengths.nbytes
         else:  # the table of all rows becomes as wide, and is there beside that of these
-            heads = self._aside[1].numel() + lengths.numel()
+            heads = self._aside[1].numel() + rows * self.num_heads
             held = sum(tensor.nbytes for tensor in (self.table, self.lengths, *self._aside[1:]))
-        table = heads * (columns * self.table.element_size() + lengths.element_size())
-        more_pages = max(0, self._more_pages(needed))
+        table = heads * (columns * self.table.element_size() + self.lengths.element_size())
+        more_pages = max(0, lacking - len(self.pool.free))
         if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
             assert self.placement.budget is not None
             return self.placement.budget.limit + 1  # which is never allowed
         return more_pages * self.pool.page_bytes + max(0, table - held)
 
-    def _more_pages(self, needed: Tensor) -> int:
-        """Pages that a pool lacks for ``needed (B, H)``; what rows that are not chosen own is not among them."""
-        owned = int(_pages(self.lengths, self.page_size).sum())
-        return int(needed.sum()) - owned - len(self.pool.free)
-
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
         needed = _pages(lengths, self.page_size)
-        owned = _pages(self.lengths, self.page_size)
-        count = int((needed - owned).sum())
+        count = int((needed - self._owned()).clamp(min=0).sum())
         if count:
-            self._require(self._bytes_to_hold(lengths))
-            self._widen(int(needed.max()))
-            pages = self.pool.take(count, self._spare(lengths, int(needed.sum())))
-            column = torch.arange(self.table.shape[2], device=lengths.device)
-            missing = (column < needed.unsqueeze(-1)) & (self.table < 0)
-            self.table[missing] = pages
-        self.lengths = lengths
+            self._require(self._bytes_of(count, _longest(needed), len(needed)))
+            self._take(needed, count, self._spare(lengths, int(needed.sum())))
+        self.lengths, self._room = lengths, 0
+
+    def _take(self, needed: Tensor, count: int, spare: int) -> None:
+        """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
+        self._widen(_longest(needed))
+        pages, table = self.pool.take(count, spare), self.table.clone()
+        table[(torch.arange(table.shape[2], device=table.device) < needed.unsqueeze(-1)) & (table < 0)] = pages
+        self.table = table
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
         """Free pages that the bound on memory leaves room for, lengths and table counted."""
@@ -304,12 +388,14 @@ class PagedStore(RowStore):
         fresh = self.pool.take(pages.numel(), spare=0)  # a later layer may need what the budget has left
         for name, slots in self.pool.slots.items():
             slots[fresh] = source[name][pages].to(slots)
-        self.table[places] = fresh
+        table = self.table.clone()
+        table[places] = fresh
+        self.table = table
 
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
         needed = _pages(self.lengths, self.page_size)
-        columns = int(needed.max()) if needed.numel() else 0
+        columns = _longest(needed)
         if columns < self.table.shape[2]:
             self.table = self.table[..., :columns].clone()
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
@@ -321,11 +407,15 @@ class PagedStore(RowStore):
 
     def _widen(self, columns: int) -> None:
         if (more := columns - self.table.shape[2]) > 0:
-            self.table = torch.nn.functional.pad(self.table, (0, more), value=-1)
+            self.table = pad(self.table, (0, more), value=-1)
 
 
 def _pages(lengths: Tensor, page_size: int) -> Tensor:
     return -(-lengths // page_size)
+
+
+def _longest(needed: Tensor) -> int:
+    return int(needed.max()) if needed.numel() else 0
 
 
 def _seen_before(indices: Tensor) -> Tensor:

@@ -44,25 +44,36 @@ class RingStore(StateStore):
         super().__init__({"keys": keys, "values": values, "tokens": ((), torch.long)}, placement)
 
     @bookkeeping
-    def write(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Append the real tokens of every row.
 
         Args:
             keys: ``(B, H, n, D)``.
             values: ``(B, H, n, D_v)``.
-            valid: ``(B, n)`` real tokens.
+            valid: ``(B, n)`` real tokens; None: one in every row.
         """
         tokens = self["tokens"]
+        if valid is None:
+            row, slot = torch.arange(len(tokens), device=tokens.device), self._slot(tokens)
+            for name, new in (("keys", keys), ("values", values)):
+                self[name][row, :, slot] = new.detach()[:, :, 0].to(self[name].dtype)
+            self["tokens"] = tokens + 1
+            return
         positions = tokens[:, None] + valid.cumsum(-1) - 1  # (B, n)
         total = tokens + valid.sum(-1)
         # Of several new tokens for one slot only the last may be written: the order of writes is not defined.
         kept = valid & ((positions < self.sink) | (positions >= total[:, None] - self.recent))
         row, entry = kept.nonzero(as_tuple=True)
         position = positions[row, entry]
-        slot = torch.where(position < self.sink, position, self.sink + (position - self.sink) % self.recent)
+        slot = self._slot(position)
         for name, new in (("keys", keys), ("values", values)):
             self[name][row, :, slot] = new.detach()[row, :, entry].to(self[name].dtype)
         self["tokens"] = total
+
+    def _slot(self, position: Tensor) -> Tensor:
+        if not self.sink:
+            return position % self.recent
+        return torch.where(position < self.sink, position, self.sink + (position - self.sink) % self.recent)
 
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys ``(B, H, S, D)``, values, and the position ``(B, S)`` of the token in each slot, -1 where none is."""

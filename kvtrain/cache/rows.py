@@ -119,6 +119,20 @@ class RowStore(ABC):
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, with ``rows`` more rows."""
 
+    def ask_ahead(self) -> Tensor | None:
+        """What must be known of the device before every row gets one more token; None where nothing has to be taken.
+
+        Asked of all stores at once, and then given to ``take_ahead``, so that a step asks the device once at most.
+        """
+        return None
+
+    def bytes_ahead(self, answer: list[int]) -> int:
+        """Bytes that ``take_ahead`` will take."""
+        return 0
+
+    def take_ahead(self, answer: list[int]) -> None:
+        """Take what one more token of every row may need, as ``ask_ahead`` has found."""
+
     @abstractmethod
     def bytes_to_select(self, indices: Tensor) -> int:
         """Bytes by which ``select_rows(indices)`` grows the store; 0 where it shrinks."""

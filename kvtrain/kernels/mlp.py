@@ -28,6 +28,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     if (liger.on_gpu(gate) or backend != "auto") and liger.takes_liger("gate", backend, gate, up, fits=fits):
         gated: Tensor = liger.LigerSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return gated
+    learns = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if not learns and gate.dtype == up.dtype == wide_dtype(gate.dtype):  # no wide copies, so no slices either
+        return torch.nn.functional.silu(gate) * up
     result: Tensor = _SwiGLU.apply(*torch.broadcast_tensors(gate, up))  # type: ignore[no-untyped-call]
     return result
 

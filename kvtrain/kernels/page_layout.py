@@ -40,7 +40,7 @@ class Shown:
 
     Args:
         layout: Of the pages.
-        lengths: ``(R,)`` visible slots of each head.
+        lengths: Visible slots of each head, ``(R,)`` or ``(B, H_kv)``.
 
     Attributes:
         empty: ``(R, P, 1)`` pages of a head that show nothing.
@@ -48,12 +48,13 @@ class Shown:
 
     def __init__(self, layout: "PageLayout", lengths: Tensor) -> None:
         self.lengths, self._layout = lengths, layout
-        self.empty = (lengths[:, None] <= layout.starts).unsqueeze(-1)
+        self._by_head = lengths.flatten()
+        self.empty = (self._by_head[:, None] <= layout.starts).unsqueeze(-1)
 
     @functools.cached_property
     def hidden(self) -> Hidden:
         """Slots ``(N, S)`` of the pages that are not visible."""
-        filled = self.lengths[self._layout.owner] - self._layout.begin
+        filled = self._by_head[self._layout.owner] - self._layout.begin
         return Hidden(torch.arange(self._layout.page_size, device=filled.device) >= filled[:, None])
 
 
@@ -84,7 +85,7 @@ class PageLayout:
         self._latest: Shown | None = None
         head, column = (table >= 0).nonzero(as_tuple=True)
         if copies or 2 * head.numel() <= num_pages:
-            self.pages, self.owner, self.begin = table[head, column], head, self.starts[column]
+            self.pages, self.owner, self.begin = table[head, column].long(), head, self.starts[column]
             self.order = torch.zeros(table.shape, dtype=torch.long, device=device)
             self.order[head, column] = torch.arange(head.numel(), device=device)
         else:
@@ -94,7 +95,7 @@ class PageLayout:
             self.owner[pages], self.begin[pages] = head, self.starts[column]
 
     def shown(self, lengths: Tensor) -> Shown:
-        """How much of each page heads of these lengths ``(R,)`` see; layers that ask with the same tensor share it."""
+        """How much of each page heads of these lengths see; layers that ask with the same tensor share it."""
         if self._latest is None or self._latest.lengths is not lengths:
             self._latest = Shown(self, lengths)
         return self._latest

@@ -71,13 +71,13 @@ def paged_attention(
         keys, values = keys.clone(), values.clone()  # the pages are written again before a backward pass comes
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
-    pages, owned = _Pages(keys, values, bits), (table.flatten(0, 1), lengths.flatten())
+    pages = _Pages(keys, values, bits)
     if grouped.shape[1] > pages.size:
-        output, lse = _attend_runs(grouped, pages, *owned, scale, backend)
+        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, backend)
     else:
-        layout = layout or PageLayout(owned[0], pages.count, pages.size, copies=bits is not None)
+        layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=bits is not None)
         attend = _attend_in_place if bits is None else _attend_dequantized
-        output, lse = attend(grouped, pages, layout, owned[1], scale, backend)
+        output, lse = attend(grouped, pages, layout, lengths, scale, backend)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
@@ -95,7 +95,7 @@ class _Pages(NamedTuple):
     bits: int | None
 
     @property
-    def count(self) -> int:
+    def num_pages(self) -> int:
         """Pages of the pool."""
         return self.keys.shape[0]
 
@@ -126,7 +126,7 @@ class _Pages(NamedTuple):
 def _attend_in_place(
     query: Tensor, pages: _Pages, layout: PageLayout, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """All pages at once: ``query (R, Q, D)``, ``lengths (R,)``."""
+    """All pages at once: ``query (R, Q, D)``, ``lengths (B, H_kv)``."""
     keys, values, shown = pages.keys, pages.values, layout.shown(lengths)
     if layout.pages is not None:
         keys, values = keys[layout.pages], values[layout.pages]

@@ -53,8 +53,7 @@ class HostAttention(nn.Module):
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
-        heads: Tensor = projected.unflatten(-1, (-1, self.head_dim))
-        return heads.transpose(1, 2)
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the host's norms, where it has them, to queries ``(B, H, T, D)`` and keys ``(B, H_kv, T, D)``."""
@@ -90,7 +89,12 @@ class HostAttention(nn.Module):
         return attention(query, key, value, documents=context.documents, scale=self.scaling)[0]
 
     def attend_pages(
-        self, query: Tensor, pages: PagedStore, lengths: Tensor | None = None, heads: slice = slice(None)
+        self,
+        query: Tensor,
+        pages: PagedStore,
+        lengths: Tensor | None = None,
+        heads: slice | None = None,
+        names: tuple[str, str] = ("keys", "values"),
     ) -> tuple[Tensor, Tensor]:
         """Let every query ``(B, H, n, D)`` see the first ``lengths (B, H_kv)`` slots of its head, all by default.
 
@@ -98,11 +102,17 @@ class HostAttention(nn.Module):
             query: Of the key-value heads in ``heads``.
             pages: The store.
             lengths: Visible slots of all its heads.
-            heads: Those that are attended.
+            heads: Those that are attended; None: all.
+            names: Of keys and values in the store.
         """
-        lengths, slots = pages.lengths if lengths is None else lengths, pages.pool.slots
-        keys, values, table = slots["keys"], slots["values"], pages.table[:, heads]
-        return paged_attention(query, keys, values, table, lengths[:, heads], self.scaling, bits=pages.bits)
+        lengths = pages.lengths if lengths is None else lengths
+        table, layout = pages.table, None
+        if heads is not None:
+            table, lengths = table[:, heads], lengths[:, heads]
+        elif query.shape[2] == 1:
+            layout = pages.layout()
+        keys, values = (pages.pool.slots[name] for name in names)
+        return paged_attention(query, keys, values, table, lengths, self.scaling, bits=pages.bits, layout=layout)
 
     def attend_pages_and_new(
         self,
@@ -111,7 +121,9 @@ class HostAttention(nn.Module):
         value: Tensor,
         context: ForwardContext,
         pages: PagedStore,
-        heads: slice = slice(None),
+        lengths: Tensor | None = None,
+        heads: slice | None = None,
+        names: tuple[str, str] = ("keys", "values"),
     ) -> Tensor:
         """Several new tokens over themselves and over all that some heads, all by default, hold before them.
 
@@ -121,11 +133,13 @@ class HostAttention(nn.Module):
             value: ``(B, H_kv, n, D)``, likewise.
             context: Of the pass.
             pages: The store.
-            heads: Its heads.
+            lengths: Slots before the new tokens ``(B, H_kv)`` of all its heads; all that it holds by default.
+            heads: Those that are attended; None: all.
+            names: Of keys and values in the store.
         """
         parts = [attention(query, key, value, documents=context.entering(), scale=self.scaling)]
         if pages.table.shape[2]:
-            parts.append(self.attend_pages(query, pages, heads=heads))
+            parts.append(self.attend_pages(query, pages, lengths, heads, names))
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
     def project_out(self, output: Tensor) -> Tensor:

@@ -58,10 +58,18 @@ class Builder(ABC, Generic[Settings]):
         Raises:
             ValueError: An option that the method does not have.
         """
+        self.refuse_options(options)
+        return [self.cache_layer(index, placement) for index, placement in enumerate(placements)]
+
+    def refuse_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options of ``make_cache`` that are left when a method has taken its own.
+
+        Raises:
+            ValueError: There is one.
+        """
         if options:
             name = self.settings.name
             raise ValueError(f"caches of method {name!r} have no option {next(iter(options))!r}; leave it out")
-        return [self.cache_layer(index, placement) for index, placement in enumerate(placements)]
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A host's weights by name as the retrofitted model wants them; most methods keep all.

@@ -75,6 +75,8 @@ class ForwardContext(Memo):
         valid: ``(B, n)`` real tokens, with a cache; in every row the padding stands before them.
         order: ``(B, n)`` in which the caller sent them, with a cache, or None where that is this one.
         prefill: ``(B,)`` rows whose tokens are part of a prompt, with a cache; a single token may be its last chunk.
+        decodes: Whether every row goes on by a single token, with a cache, and none of them reads a prompt.
+        single: Whether every row has exactly one token, a real one, with a cache; as far as is known.
         step: What training says to the method's attention in this step, such as a ``DMCStep``.
         outputs: Receives what layers hand out beside hidden states, by the layer's number; what that is, a method says.
         recorded: Receives what enters layers, for stacks that record hidden states by themselves.
@@ -87,6 +89,8 @@ class ForwardContext(Memo):
     valid: Tensor | None = None
     order: Tensor | None = None
     prefill: Tensor | None = None
+    decodes: bool = False
+    single: bool = False
     step: Any = None
     outputs: MutableMapping[int, Any] | None = None
     recorded: RecordedStates | None = None
@@ -269,7 +273,9 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
     """
     tokens = _tokens(kwargs)
     batch, length = tokens.shape[:2]
-    valid = _valid_tokens(kwargs.get("attention_mask"), batch, length, tokens.device)
+    mask = kwargs.get("attention_mask")
+    valid = _valid_tokens(mask, batch, length, tokens.device)
+    whole = mask is None or (length == 1 and bool(valid.all()))
     positions, packed = kwargs.get("position_ids"), kwargs.get("document_ids") is not None
     if packed or (length > 1 and positions is not None and bool(_document_starts(positions, valid).any())):
         raise ValueError(
@@ -277,18 +283,29 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
             "pass one document a row, or use_cache=False"
         )
     cache.prepare(batch, length)
-    if positions is None:
+    if positions is None and whole:
+        positions = cache.tokens[:, None] + torch.arange(length, device=tokens.device)
+    elif positions is None:
         positions = (cache.tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     restore = None
-    if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+    if not whole and length > 1 and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
         order = padding_first(valid)
         valid, restore = valid.gather(1, order), order.argsort(1)
         positions = positions.expand(valid.shape).gather(1, order)
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = take_tokens(kwargs[name], order)
-    prefill = _prefill(kwargs.get("prefill"), valid)
-    return ForwardContext(positions, cache=cache, valid=valid, order=restore, prefill=prefill, **_handed_on(kwargs))
+    prefill, reads = _prefill(kwargs.get("prefill"), valid)
+    return ForwardContext(
+        positions,
+        cache=cache,
+        valid=valid,
+        order=restore,
+        prefill=prefill,
+        decodes=length == 1 and not reads,
+        single=length == 1 and whole,
+        **_handed_on(kwargs),
+    )
 
 
 def _handed_on(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,12 +313,20 @@ def _handed_on(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs.get(name) for name in ("step", "outputs", "recorded")}
 
 
-def _prefill(said: bool | Tensor | None, valid: Tensor) -> Tensor:
-    """Rows ``(B,)`` that read a prompt: those that send several tokens, and those of which the caller says so."""
-    new = valid.sum(1)
+def _prefill(said: bool | Tensor | None, valid: Tensor) -> tuple[Tensor, bool]:
+    """Rows ``(B,)`` that read a prompt, and whether any may.
+
+    They are those that send several tokens, and those of which the caller says so.
+    """
+    several = valid.shape[1] > 1
     if isinstance(said, Tensor):
-        return (new > 1) | (said.to(new.device) & (new > 0))
-    return new > 0 if said else new > 1
+        new = valid.sum(1)
+        reads = (new > 1) | (said.to(new.device) & (new > 0))
+        return reads, several or bool(reads.any())
+    if not several:
+        return valid[:, 0] & bool(said), bool(said)
+    new = valid.sum(1)
+    return new > 0 if said else new > 1, True
 
 
 def _reorder(output: Any, order: Tensor) -> Any:

@@ -62,10 +62,15 @@ def decide(logits: Tensor, *, never: Tensor, temperature: float | None = None) -
         temperature: Of the relaxation; None decides hard.
     """
     if temperature is None:
-        hard = (logits > 0) & ~never
-        return Decisions(torch.where(hard, float("inf"), NEVER).to(logits.dtype), hard.to(logits.dtype))
+        hard = decide_hard(logits, never)
+        return Decisions(torch.where(hard > 0, float("inf"), NEVER).to(logits.dtype), hard)
     relaxed = (logits / temperature).masked_fill(never, NEVER)
     return Decisions(relaxed, torch.sigmoid(relaxed))
+
+
+def decide_hard(logits: Tensor, never: Tensor) -> Tensor:
+    """Hard decisions alone, 0 or 1 in the dtype of the logits; arguments as in ``decide``."""
+    return ((logits > 0) & ~never).to(logits.dtype)
 
 
 def has_choice(document_ids: Tensor) -> Tensor:

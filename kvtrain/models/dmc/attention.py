@@ -25,7 +25,7 @@ from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.cache import DMCCacheLayer
 from kvtrain.models.dmc.config import DMC
-from kvtrain.models.gating import Decisions, DecisionStep, decide, has_choice, next_token
+from kvtrain.models.gating import Decisions, DecisionStep, decide, decide_hard, has_choice, next_token
 
 # Keeps importances away from 0. One constant for every dtype, so that a model trained in bfloat16 serves
 # the same in float32; it is bfloat16's own epsilon, which the released checkpoints used.
@@ -162,14 +162,17 @@ class DMCAttention(HostAttention):
         layer, valid = context.cache_layer(self.layer_idx), context.valid
         assert isinstance(layer, DMCCacheLayer) and valid is not None
         logits, importance = self._borrow(query, key, context.positions, None)
-        first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
-        never = (~valid)[:, None] | (first[:, None] & ~layer.is_open()[..., None])
-        merge = decide(logits, never=never).values
-        pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance, valid)
+        closed, known = ~layer.is_open()[..., None], None if context.single else valid
+        if known is None:
+            merge = decide_hard(logits, closed)
+        else:
+            first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
+            merge = decide_hard(logits, (~valid)[:, None] | (first[:, None] & closed))
+        pooled = layer.extend_segment(torch.cat([key, value], -1), merge, importance, known)
         keys, values = pooled.split(self.head_dim, -1)
         query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:
-            layer.write(keys, values, merge, valid)
+            layer.write(keys, values, merge, known)
             return self.attend_pages(query, layer.pages)[0]
         bias = torch.zeros_like(merge).masked_fill(next_token(merge) > 0, float("-inf"))
         parts = [

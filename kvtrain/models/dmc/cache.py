@@ -46,28 +46,32 @@ class DMCCacheLayer(KVCacheLayer):
             return self.pages.lengths > 0
         return self.segment["importance"][..., -1] > 0
 
-    def extend_segment(self, inputs: Tensor, merge: Tensor, importance: Tensor, valid: Tensor) -> Tensor:
+    def extend_segment(self, inputs: Tensor, merge: Tensor, importance: Tensor, valid: Tensor | None) -> Tensor:
         """Pool new tokens with the open segments, and keep what later tokens will need.
 
         Args:
             inputs: ``(B, H, n, 2 D)`` unrotated keys and values.
             merge: ``(B, H, n)`` hard decisions, 0 for padding.
             importance: ``(B, H, n)``.
-            valid: ``(B, n)`` real tokens; padding stands before them and changes nothing.
+            valid: ``(B, n)`` real tokens; padding stands before them and changes nothing. None: one in every row.
 
         Returns:
             Means ``(B, H, n, 2 D)``, computed in at least float32.
         """
-        kept, importance = self.window - 1, importance * valid[:, None]
+        kept = self.window - 1
+        importance = importance if valid is None else importance * valid[:, None]
         tokens, weights = self.segment["tokens"].to(inputs.dtype), self.segment["importance"]
         if merge.shape[2] == 1:
-            waiting = ~valid[:, None]  # of a row that waits, the segment stays as it is
             inputs = torch.cat([tokens, inputs], 2)
             importance = torch.cat([weights * merge, importance], 2)
             pooled = _mean(inputs, importance)
-            tokens = torch.where(waiting.unsqueeze(-1), tokens, inputs[:, :, 1:])
-            weights = torch.where(waiting, weights, importance[..., 1:])
+            if valid is None:
+                tokens, weights = inputs[:, :, 1:], importance[..., 1:]
+            else:  # of a row that waits, the segment stays as it is
+                tokens = torch.where(valid[:, None, :, None], inputs[:, :, 1:], tokens)
+                weights = torch.where(valid[:, None], importance[..., 1:], weights)
         else:
+            assert valid is not None
             inputs, importance = torch.cat([tokens, inputs], 2), torch.cat([weights, importance], 2)
             merge = torch.nn.functional.pad(merge, (kept, 0), value=1.0)
             order = _padding_first(kept, valid)
@@ -83,15 +87,19 @@ class DMCCacheLayer(KVCacheLayer):
         self.segment["tokens"], self.segment["importance"] = tokens, weights
         return pooled
 
-    def write(self, keys: Tensor, values: Tensor, merge: Tensor, valid: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, merge: Tensor, valid: Tensor | None) -> None:
         """Put the states of new tokens into their slots; those that a successor has absorbed are skipped.
 
         Args:
             keys: ``(B, H, n, D)`` pooled and rotated.
             values: ``(B, H, n, D)`` pooled.
             merge: ``(B, H, n)`` hard decisions.
-            valid: ``(B, n)`` real tokens.
+            valid: ``(B, n)`` real tokens; None: one in every row.
         """
+        if valid is None:
+            slots = self.pages.lengths.unsqueeze(-1) - merge.long()
+            self.pages.write({"keys": keys, "values": values}, slots)
+            return
         real = valid[:, None].expand(merge.shape)
         slots = self.pages.lengths.unsqueeze(-1) - 1 + (real & (merge == 0)).cumsum(-1)
         absorbed = torch.nn.functional.pad(merge[..., 1:], (0, 1)) > 0

@@ -141,11 +141,11 @@ class RoundedAttention(HostAttention):
         past, valid = context.cache.tokens, context.valid
         dropped = layer.drop(key, value, past, valid)
         if query.shape[2] == 1:
-            layer.write(key, value, past, valid)
+            layer.write(key, value, past, None if context.single else valid)
             return self._decode(query, layer, dropped)
 
         def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_pages_and_new(query, key, value, context, layer.pages, slice(self.num_full))
+            return self.attend_pages_and_new(query, key, value, context, layer.pages, heads=slice(self.num_full))
 
         def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             local = attend_cache_and_window(

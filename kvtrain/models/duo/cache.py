@@ -163,15 +163,18 @@ class DuoCacheLayer(KVCacheLayer):
             return None
         return Dropped(**self.sums.add(self._opened(left)), number=(positions - self.sink + 1).clamp(min=0))
 
-    def write(self, keys: Tensor, values: Tensor, past: Tensor, valid: Tensor) -> None:
+    def write(self, keys: Tensor, values: Tensor, past: Tensor, valid: Tensor | None) -> None:
         """Keep new tokens, and let go what no later token will see.
 
         Args:
             keys: ``(B, H_kv, n, D)``.
             values: ``(B, H_kv, n, D)``.
             past: ``(B,)`` tokens of each row before them.
-            valid: ``(B, n)`` real tokens.
+            valid: ``(B, n)`` real tokens; None: one in every row.
         """
+        if valid is None:
+            self.pages.write({"keys": keys, "values": values}, self._slots_by_head(past[:, None]))
+            return
         positions = past[:, None] + valid.cumsum(-1) - 1  # (B, n)
         latest = positions >= (past + valid.sum(-1))[:, None] - self.recent
         # Of several new tokens for one slot only the last may be written: the order of writes is not defined.
@@ -260,12 +263,15 @@ class DuoCacheLayer(KVCacheLayer):
 
     def _by_head(self, positions: Tensor, full: Tensor, streaming: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of ``positions (B, n)``, and whether each kind of head keeps them, both ``(B, H_kv, n)``."""
+        return self._slots_by_head(positions), self._stack(full, streaming)
 
-        def stack(one: Tensor, other: Tensor) -> Tensor:
-            heads = (one[:, None].expand(-1, self.num_full, -1), other[:, None].expand(-1, self.num_streaming, -1))
-            return torch.cat(heads, 1)
+    def _slots_by_head(self, positions: Tensor) -> Tensor:
+        return self._stack(positions, self._slot(positions))
 
-        return stack(positions, self._slot(positions)), stack(full, streaming)
+    def _stack(self, full: Tensor, streaming: Tensor) -> Tensor:
+        """What is true of full heads and of streaming ones, both ``(B, n)``, for all of them."""
+        heads = (full[:, None].expand(-1, self.num_full, -1), streaming[:, None].expand(-1, self.num_streaming, -1))
+        return torch.cat(heads, 1)
 
     def _first_recent(self, tokens: Tensor) -> Tensor:
         """First position behind the sinks that a window shows in rows of ``tokens (B,)``."""

@@ -44,12 +44,20 @@ class FullAttention(HostAttention):
         self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: FullCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
-        valid = context.valid
-        assert valid is not None
+        assert context.cache is not None and context.valid is not None
+        past, valid, heads = context.cache.tokens.to(query.device), context.valid, key.shape[1]
+        positions = context.keep("slots", lambda: _by_head(past[:, None] + valid.cumsum(-1) - 1, heads))
         if query.shape[2] == 1:
-            layer.append(key, value, valid)
-            return self.attend_pages(query, layer.pages)[0]
+            layer.write(key, value, positions, None if context.single else _by_head(valid, heads))
+            return self.attend_pages(query, layer.pages, names=layer.names)[0]
         read = read_back(key, self.bits), read_back(value, self.bits)
-        output = self.attend_pages_and_new(query, *read, context, layer.pages)
-        layer.append(key, value, valid)
+        # Layers above have written the new tokens already where they share a store: what was held is said.
+        held = context.keep("held", lambda: _by_head(past, heads))
+        output = self.attend_pages_and_new(query, *read, context, layer.pages, held, names=layer.names)
+        layer.write(key, value, positions, _by_head(valid, heads))
         return output
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:
+    """``(B, ...)``, the same for every head: ``(B, H_kv, ...)``."""
+    return tensor.unsqueeze(1).expand(-1, heads, *tensor.shape[1:])

@@ -1,13 +1,16 @@
 """Modules and caches of the identity method."""
 
+from typing import Any
+
 from torch import nn
 
+from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models import build
 from kvtrain.models.full.attention import FullAttention
-from kvtrain.models.full.cache import FullCacheLayer
+from kvtrain.models.full.cache import build_layers
 from kvtrain.models.full.config import Full
-from kvtrain.models.hosts import key_value_shape
+from kvtrain.models.hosts import key_value_shapes
 
 
 class Builder(build.Builder[Full]):
@@ -17,6 +20,7 @@ class Builder(build.Builder[Full]):
         """See ``build.Builder``."""
         return FullAttention(host_attention, layer_idx, self.settings.kv_bits)
 
-    def cache_layer(self, layer_idx: int, placement: Placement) -> FullCacheLayer:
+    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``build.Builder``."""
-        return FullCacheLayer(*key_value_shape(self.host_config, layer_idx), placement, bits=self.settings.kv_bits)
+        self.refuse_options(options)
+        return build_layers(key_value_shapes(self.host_config), placements, bits=self.settings.kv_bits)

@@ -37,6 +37,10 @@ class PendingInputs(PagedStore):
         """Tokens that each row remembers, ``(B,)``."""
         return self.lengths[:, 0]
 
+    def any_held(self) -> bool:
+        """Whether a row remembers anything, as far as is known without asking the device."""
+        return self.pool.num_pages > len(self.pool.free)
+
     def inputs(self) -> Tensor:
         """``(B, n, hidden)`` of the longest row's n; a row's entries stand at the end."""
         longest = int(self.counts.max()) if self.num_rows else 0
@@ -45,6 +49,9 @@ class PendingInputs(PagedStore):
         if not longest:
             return held.new_zeros(self.num_rows, 0, held.shape[2])
         return held[self.table[:, 0, :1].clamp(min=0), slots.clamp(min=0)]
+
+    def ask_ahead(self) -> None:
+        """See ``RowStore``: only prompts write here, and take their pages themselves."""
 
     def replace(self, inputs: Tensor, counts: Tensor, rows: Tensor) -> None:
         """Keep the last ``counts (B,)`` of ``inputs (B, n, hidden)`` in the rows ``(B,)`` marked, and nothing older."""

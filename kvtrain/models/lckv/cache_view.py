@@ -33,6 +33,7 @@ class CacheView:
         angles: Cosines and sines ``(B, n, D)`` of the new tokens.
         slot_angles: Those of an endless cache's slots ``(1, capacity, D)``.
         rings: Content of the rings before this forward pass, by owner, where new tokens may have overwritten some.
+        single: Whether every row has one token, a real one, for which the cache has taken what it needs.
     """
 
     layers: list[LCKVCacheLayer]
@@ -42,11 +43,25 @@ class CacheView:
     angles: Angles
     slot_angles: Angles | None = None
     rings: dict[int, RingContent] | None = None
+    single: bool = False
 
     @functools.cached_property
     def _documents(self) -> Documents:
         """Real tokens see real ones among the new tokens; one object for all layers and passes over them."""
         return Documents(self.valid.long())
+
+    @functools.cached_property
+    def _slots(self) -> Tensor:
+        """Of the new tokens in the paged store, ``(B, H_kv, n)``: one tensor, by which it knows that it was asked."""
+        slots = self.past[:, None] + self.valid.cumsum(-1) - 1
+        return slots[:, None].expand(-1, self.layers[0].num_heads, -1)
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """Slots ``(B, H_kv)`` before the new tokens, and with a last one."""
+        heads = self.layers[0].num_heads
+        before, with_it = (seen[:, None].expand(-1, heads) for seen in (self.past, self.past + self.valid[:, -1]))
+        return before, with_it
 
     def attend(
         self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, key_value: KeyValue
@@ -72,7 +87,7 @@ class CacheView:
         itself = one and new is not None and not module.strict
         seen = self.past + (self.valid[:, -1] if itself else 0)
         if layer.pages is not None:
-            return self._attend_pages(module, query, None if one else new, seen)
+            return self._attend_pages(module, query, None if one else new, self._lengths[itself])
         if layer.endless is not None:
             return self._attend_endless(module, query, None if one else new, seen, layer.endless)
         if one:
@@ -88,18 +103,19 @@ class CacheView:
             # A layer that owns one of the two still has a ring of both.
             key = torch.zeros_like(some) if key is None else key
             value = torch.zeros_like(some) if value is None else value
-            layer.ring.write(_turn_back(key, self.angles) if layer.endless is not None else key, value, write)
+            turned = _turn_back(key, self.angles) if layer.endless is not None else key
+            layer.ring.write(turned, value, None if self.single else write)
         elif layer.pages is not None:
-            states = {f"keys.{owner}": key, f"values.{owner}": value}
-            keep = write[:, None].expand(-1, layer.num_heads, -1)
-            positions = self.past[:, None] + self.valid.cumsum(-1) - 1
-            slots = positions[:, None].expand(keep.shape)
-            layer.pages.write({name: state for name, state in states.items() if state is not None}, slots, keep)
+            named = {f"keys.{owner}": key, f"values.{owner}": value}
+            states = {name: state for name, state in named.items() if state is not None}
+            if states:
+                keep = None if self.single else write[:, None].expand(-1, layer.num_heads, -1)
+                layer.pages.write(states, self._slots, keep)
 
     def _attend_pages(
-        self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor] | None, seen: Tensor
+        self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor] | None, lengths: Tensor
     ) -> Tensor:
-        """The first ``seen (B,)`` slots, and the new tokens beside them where they are given."""
+        """The first ``lengths (B, H_kv)`` slots, and the new tokens beside them where they are given."""
         pages = self.layers[module.key_layer].pages
         assert pages is not None
         parts = []
@@ -108,8 +124,8 @@ class CacheView:
         if pages.table.shape[2]:
             keys = pages.pool.slots[f"keys.{module.key_layer}"]
             values = pages.pool.slots[f"values.{module.value_layer}"]
-            lengths = seen[:, None].expand(-1, pages.num_heads)
-            parts.append(paged_attention(query, keys, values, pages.table, lengths, module.scaling))
+            layout = pages.layout() if query.shape[2] == 1 else None
+            parts.append(paged_attention(query, keys, values, pages.table, lengths, module.scaling, layout=layout))
         return _merge(parts, query)
 
     def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

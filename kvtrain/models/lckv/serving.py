@@ -47,6 +47,8 @@ def serve(
     assert context.cache is not None and context.prefill is not None and valid is not None
     endless, tokens, new = layers[0].endless, context.cache.tokens, valid.sum(1)
     reads, recorded = context.prefill, context.recorded
+    if context.decodes:
+        return _decode(schedule, hidden, arguments, layers, tokens, context)
     if endless is None or not bool(reads.any()) or int((tokens + new).max()) <= endless.capacity:
         return _serve_chunk(schedule, hidden, arguments, layers, tokens, valid, reads, recorded)
     if recorded is not None:
@@ -66,6 +68,33 @@ def serve(
     return outputs
 
 
+def _decode(
+    schedule: LayerSchedule,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    layers: list[LCKVCacheLayer],
+    tokens: Tensor,
+    context: ForwardContext,
+) -> Tensor:
+    """As ``serve``, one token a row and none of a prompt: every stage in one pass."""
+    valid = context.valid
+    assert valid is not None
+    positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+    arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
+    angles = arguments["position_embeddings"]
+    view = CacheView(layers, tokens, valid, valid, angles, slot_angles, single=context.single)
+    shared: Shared = {}
+    for stage in schedule.plan:
+        if stage.cyclic and context.recorded is not None:
+            context.recorded[stage.first] = hidden
+        pending = layers[stage.first].pending
+        if stage.cyclic and pending is not None and pending.any_held():
+            pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
+        recorded = None if stage.cyclic else context.recorded
+        hidden = schedule.run_stage(stage, hidden, shared, arguments, recorded, view=view)
+    return hidden
+
+
 def _serve_chunk(
     schedule: LayerSchedule,
     hidden: Tensor,
@@ -79,21 +108,17 @@ def _serve_chunk(
     """As ``serve``; ``reads (B,)`` are the rows whose new tokens are part of a prompt."""
     positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
-    decodes = hidden.shape[1] == 1 and not bool(reads.any())
     rings = None if hidden.shape[1] == 1 else _ring_contents(layers)
     view = CacheView(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
     shared: Shared = {}
     for stage in schedule.plan:
-        if stage.cyclic and recorded is not None:
-            recorded[stage.first] = hidden
-        if stage.cyclic and not decodes:
-            prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, reads)
-            hidden = _read_prompt(schedule, stage, prompt, shared, arguments, view)
+        if not stage.cyclic:
+            hidden = schedule.run_stage(stage, hidden, shared, arguments, recorded, view=view)
             continue
-        pending = layers[stage.first].pending
-        if stage.cyclic and pending is not None and bool((pending.counts > 0).any()):
-            pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
-        hidden = schedule.run_stage(stage, hidden, shared, arguments, None if stage.cyclic else recorded, view=view)
+        if recorded is not None:
+            recorded[stage.first] = hidden
+        prompt = _Prompt.of(layers[stage.first], hidden, tokens, valid, reads)
+        hidden = _read_prompt(schedule, stage, prompt, shared, arguments, view)
     return hidden
 
 

@@ -48,6 +48,8 @@ class TokenLayout:
     def _find(cls, context: ForwardContext, rows: int) -> Self:
         positions, aligned = context.positions, context.counted
         documents = None if context.documents is None else context.documents.queries
+        if context.single:  # which may begin a block: a ring without tokens shows nothing
+            return cls(positions.expand(rows, -1), None, aligned=False)
         if context.valid is not None:
             whole = bool(context.valid.all())
             documents = None if whole else context.valid.long()
@@ -157,7 +159,7 @@ class DiagAttention(TransNormerAttention):
         output = block_attention(query, key, value, block_ids=block_ids, **settings)
         if layer is not None:
             assert isinstance(layer, DiagCacheLayer) and context.valid is not None
-            layer.append(key, value, context.valid)
+            layer.append(key, value, None if context.single else context.valid)
         merged = self.merge(output)
         projected: Tensor = self.o_proj(self.norm(merged, layout.real) if self.t1 else merged)
         return projected
@@ -195,7 +197,8 @@ class NormAttention(TransNormerAttention):
         else:
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, NormCacheLayer) and context.valid is not None
-            output = self._serve(query, key, value, slopes, _documents(layout, context), context.valid, layer)
+            known = None if context.single else context.valid
+            output = self._serve(query, key, value, slopes, _documents(layout, context), known, layer)
         projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected
 
@@ -212,7 +215,7 @@ class NormAttention(TransNormerAttention):
         value: Tensor,
         slopes: Tensor | None,
         documents: dict[str, Any],
-        valid: Tensor,
+        valid: Tensor | None,
         layer: NormCacheLayer,
     ) -> Tensor:
         """One token by the recurrence, many by chunks."""

@@ -63,8 +63,8 @@ class DiagCacheLayer(KVCacheLayer):
         keys, values, positions = self.ring.gather()
         return Past(keys, values, torch.where(positions < 0, -1, positions // self.block_size))
 
-    def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
-        """Keep keys and values ``(B, H, n, D)`` of real tokens, ``valid (B, n)``."""
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Keep keys and values ``(B, H, n, D)`` of real tokens, ``valid (B, n)``; None: one in every row."""
         self.ring.write(keys, values, valid)
 
     def kv_tokens(self) -> Tensor:
