@@ -188,6 +188,11 @@ def test_what_can_never_be_served_is_refused_at_once(engine, request_, error, re
         engine.submit(request_, print)
 
 
+def test_a_model_without_a_cache_is_refused():
+    with pytest.raises(ValueError, match="a LlamaForCausalLM has no cache to serve it with; open it with open_model"):
+        Engine(make_host(), None, BUDGET)
+
+
 def test_lengths_have_limits_of_their_own():
     with Engine(dmc(), None, BUDGET, Limits(max_prompt_tokens=4, max_new_tokens=6)) as engine:
         with pytest.raises(TooLargeError, match="prompt comes to 5 tokens, above the 4 that are served here"):
@@ -256,8 +261,8 @@ def test_figures_of_a_moment(engine, slow):
     before = engine.stats()
     assert (before.running, before.held_bytes, before.budget_bytes) == (0, 0, BUDGET) and before.compression == 1.0
     ticket = engine.submit(endless(tokens=400), lambda event: None)
-    until(lambda: engine.stats().seen_tokens > 30)
-    stats = engine.stats()
+    until(lambda: engine.stats().seen_tokens > 30 and ticket.usage and ticket.usage[0].seen_tokens > 30)
+    stats, usage = engine.stats(), ticket.usage[0]
     ticket.cancel()
     assert stats.running == 1 and 0 < stats.held_bytes < BUDGET and stats.free_bytes == BUDGET - stats.held_bytes
     assert len(stats.kept_share) == 2 and {len(layer) for layer in stats.kept_share} == {2}
@@ -265,6 +270,7 @@ def test_figures_of_a_moment(engine, slow):
     assert ((shares > 0) & (shares <= 1)).all()
     assert stats.compression == pytest.approx(1 / shares.mean().item())
     assert stats.plain_bytes == stats.seen_tokens * 2 * 2 * 2 * 8 * 8
+    assert usage.compression == pytest.approx(stats.compression, rel=0.5) and 0 < usage.held_bytes <= BUDGET
     assert stats.tokens_per_second > 0 and stats.new_tokens > 20
     until(lambda: engine.stats().running == 0)
 

@@ -213,6 +213,18 @@ def test_kept_rows_go_before_anyone_waits_or_is_preempted():
     assert served.scheduler.preemptions == 0 and set(served.done.values()) == {"length"}
 
 
+def test_a_row_that_cannot_be_copied_is_taken_over():
+    """Not even when the copy has got as far as an empty row."""
+    served = Served(FakePool(34, state=1))
+    row = served.pool.take()
+    served.pool.feed(row, [9] * 20)
+    served.scheduler.kept.add((9,) * 20, row, branch=True)
+    sequence = served.add([9] * 20 + [1, 2])
+    served.drain(most=10)
+    assert served.done[sequence] == "length" and sequence.cached == 20
+    assert served.scheduler.read_tokens == 2 and len(served.scheduler.kept) == 1
+
+
 @pytest.mark.parametrize("swap", [None, 0])
 def test_the_youngest_makes_room_by_swap_or_reads_again(swap):
     """Two that seem to be short and are not: the older one never stops."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
-from kvtrain.inference.engine.request import Delta, Event, FinishReason, Request, TokenLogprob
+from kvtrain.inference.engine.request import Delta, Event, FinishReason, Request, TokenLogprob, Usage
 from kvtrain.inference.engine.sampling import Sampler
 from kvtrain.inference.engine.sequence import ServedSequence
 from kvtrain.inference.engine.text import TextStream
@@ -25,12 +25,14 @@ class Ticket:
 
     Attributes:
         cancelled: Nobody wants the rest.
+        usage: What running answers took some moments ago, by their index; for whoever watches.
         deadline: Time of the monotonic clock at which it ends as it is.
     """
 
     request: Request
     deliver: Callable[[Event], None]
     cancelled: bool = False
+    usage: dict[int, Usage] = field(default_factory=dict, init=False)
     deadline: float | None = field(init=False)
 
     def __post_init__(self) -> None:

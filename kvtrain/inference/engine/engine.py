@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from kvtrain.errors import first_line
 from kvtrain.inference.engine.answers import Ticket
 from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
-from kvtrain.inference.engine.request import Completion, Delta, EngineClosedError, Event, QueueFullError, Request
+from kvtrain.inference.engine.request import Completion, Delta, EngineClosedError, Event, QueueFullError, Request, Usage
 from kvtrain.inference.engine.stats import EngineStats, Health
 
 logger = logging.getLogger("kvtrain")
@@ -29,8 +29,8 @@ class Engine:
     or make room follows from the bytes that rows are seen to take.
 
     Args:
-        model: With a cache of its own kind, in evaluation mode: from ``open_model`` or ``retrofit``. It belongs to the
-            engine's thread from now on.
+        model: With a cache of its own kind: from ``open_model`` or ``retrofit``. It belongs to the engine's thread from
+            now on, in evaluation mode.
         tokenizer: Makes text of tokens; without one, events have none.
         budget: Bytes of the cache; kept prefixes count, and go when they are in the way.
         limits: How much it takes on.
@@ -220,6 +220,11 @@ class EventStream:
             raise
         self._open -= not isinstance(event, Delta)
         return event
+
+    @property
+    def usage(self) -> Mapping[int, Usage]:
+        """What running answers took some moments ago, by their index."""
+        return self._ticket.usage
 
     def cancel(self) -> None:
         """Ask for no more; answers that are not whole end with reason ``cancelled``."""

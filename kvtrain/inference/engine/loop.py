@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvtrain.inference.engine.runner import Runner
 from kvtrain.inference.engine.sampling import sample
 from kvtrain.inference.engine.scheduler import Chunk, Scheduler
 from kvtrain.inference.engine.sequence import ServedSequence
+from kvtrain.models.language_model import CachedLanguageModel
 
 _PROBE = 256  # tokens that tell at the start what a token takes
 
@@ -27,7 +29,7 @@ class EngineLoop:
     """The state of an engine, and its steps.
 
     Args:
-        model: In evaluation mode, with a cache of its own kind.
+        model: With a cache of its own kind; it is put into evaluation mode.
         tokenizer: Makes text of tokens; None for events without.
         budget: Bytes of the cache.
         limits: Of the engine.
@@ -36,12 +38,13 @@ class EngineLoop:
         meter: Counts.
 
     Raises:
-        ValueError: The budget does not hold a single token.
+        ValueError: The model has no cache, or the budget does not hold a single token.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer | None, budget: int, limits: Limits) -> None:
+        _require_servable(model)
         self.limits, self._tokenizer = limits, tokenizer
-        self.runner = Runner(model, budget)
+        self.runner = Runner(model.eval(), budget)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._eos_token_ids = _eos_token_ids(model)
         self.forecast = self._probe()
@@ -129,16 +132,17 @@ class EngineLoop:
         self._run(self.scheduler.decode_pass(), prefill=False)
         self._run(self.scheduler.prompt_pass(), prefill=True)
         for refusal in self.scheduler.refused:
-            self._end(self._answers[refusal.sequence], "error", self._usage(refusal.sequence), refusal.reason)
+            self._end(self._answers[refusal.sequence], "error", _counts(refusal.sequence), refusal.reason)
         self.scheduler.refused.clear()
         if not self.scheduler.running:
             self.runner.rows.trim()
-        self.meter.step(now)
+        if self.meter.step(now):
+            self._report()
 
     def fail(self, reason: str) -> None:
         """End every request with an error; the model is not asked for anything."""
         for answer in list(self._answers.values()):
-            self._end(answer, "error", Usage(len(answer.sequence.prompt), 0, len(answer.sequence.output)), reason)
+            self._end(answer, "error", _counts(answer.sequence), reason)
 
     def drop_kept_prefixes(self) -> None:
         """Give back what is kept for prompts to come."""
@@ -167,7 +171,7 @@ class EngineLoop:
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         sequence, whole = answer.sequence, reason in ("stop", "length")
-        usage = self._usage(sequence)
+        usage = _counts(sequence) if sequence.row is None else self._usages([sequence])[0]
         self.scheduler.remove(sequence, keep=whole)
         if whole:
             self.forecast.ended(len(sequence.output), sequence.max_new_tokens)
@@ -179,22 +183,47 @@ class EngineLoop:
         self.meter.cached_prompt_tokens += usage.cached_prompt_tokens
         answer.ticket.send(Finish(answer.index, reason, usage, answer.stop, error))
 
-    def _usage(self, sequence: ServedSequence) -> Usage:
-        kept, held = 0.0, 0
-        if sequence.row is not None:
-            entries = self.runner.kept_tokens([sequence.row])
-            kept = entries[entries >= 0].double().mean().item()
-            held = self.runner.rows.row_bytes([sequence.row])[0]
-        return Usage(
-            prompt_tokens=len(sequence.prompt),
-            cached_prompt_tokens=sequence.cached,
-            new_tokens=len(sequence.output),
-            seen_tokens=sequence.seen,
-            kept_tokens=kept,
-            held_bytes=held,
-            plain_bytes=sequence.seen * self.runner.plain_token_bytes,
-            preemptions=sequence.preemptions,
-        )
+    def _report(self) -> None:
+        """Say to every running request what it takes at present."""
+        running = self.scheduler.running
+        for sequence, usage in zip(running, self._usages(running), strict=True):
+            answer = self._answers[sequence]
+            answer.ticket.usage[answer.index] = usage
+
+    def _usages(self, sequences: Sequence[ServedSequence]) -> list[Usage]:
+        """What sequences take that hold rows."""
+        if not sequences:
+            return []
+        rows = [sequence.row for sequence in sequences]
+        entries = self.runner.kept_tokens(rows)  # (layers, rows, H_kv)
+        there = entries >= 0
+        kept = (entries.where(there, 0).sum((0, 2)) / there.sum((0, 2))).tolist()
+        held = self.runner.rows.row_bytes(rows)
+        return [
+            replace(
+                _counts(sequence),
+                kept_tokens=kept[place],
+                held_bytes=held[place],
+                plain_bytes=sequence.seen * self.runner.plain_token_bytes,
+            )
+            for place, sequence in enumerate(sequences)
+        ]
+
+
+def _require_servable(model: Any) -> None:
+    if not isinstance(model, CachedLanguageModel) or not model.servable:
+        raise UsageError(f"a {type(model).__name__} has no cache to serve it with; open it with open_model")
+
+
+def _counts(sequence: ServedSequence) -> Usage:
+    """Usage of a sequence, without what a row takes."""
+    return Usage(
+        prompt_tokens=len(sequence.prompt),
+        cached_prompt_tokens=sequence.cached,
+        new_tokens=len(sequence.output),
+        seen_tokens=sequence.seen,
+        preemptions=sequence.preemptions,
+    )
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

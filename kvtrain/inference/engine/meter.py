@@ -35,11 +35,13 @@ class Meter:
         self.stats = EngineStats()
         self.look(time.monotonic())
 
-    def step(self, now: float) -> None:
-        """Count a step; look at it if the last look is some time ago, or nothing is left to do."""
+    def step(self, now: float) -> bool:
+        """Count a step; look if the last look is some time ago, or nothing is left to do, and say whether."""
         self._steps += 1
-        if now - self._looked >= _LOOK or not self._scheduler.busy:
+        due = now - self._looked >= _LOOK or not self._scheduler.busy
+        if due:
             self.look(now)
+        return due
 
     def look(self, now: float) -> None:
         """Replace ``stats``."""
