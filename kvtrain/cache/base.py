@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,30 +11,8 @@ from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.layer import KVCacheLayer
-from kvtrain.cache.rows import RowSnapshot, RowStore, bookkeeping
+from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping
 from kvtrain.cache.state import StateStore
-
-
-@dataclass(frozen=True)
-class CacheSnapshot:
-    """One row of a cache, as ``snapshot_row`` saw it.
-
-    Attributes:
-        stores: State of every store.
-        seen: Logical length of the cache at that time.
-    """
-
-    stores: list[RowSnapshot]
-    seen: int
-
-    def num_bytes(self) -> int:
-        """Bytes that it holds; no budget counts them."""
-        return sum(tensor.nbytes for store in self.stores for tensor in store.values())
-
-    def to(self, device: torch.device | str) -> "CacheSnapshot":
-        """The same on another device, such as the CPU for a row that is swapped out."""
-        moved = [{name: tensor.to(device) for name, tensor in store.items()} for store in self.stores]
-        return CacheSnapshot(moved, self.seen)
 
 
 class KVCache(Cache):
@@ -261,6 +238,7 @@ class KVCache(Cache):
             ValueError: The other cache is this one, or was made with other options; nothing has changed.
             CacheFullError: The budget does not allow them; nothing has changed.
         """
+        self._check_whole()
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
         if [_form(store) for store in self._stores] != [_form(store) for store in other._stores]:

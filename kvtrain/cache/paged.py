@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvtrain.cache.page_table import PageTable
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
 from kvtrain.kernels.page_layout import PageLayout
@@ -53,11 +54,8 @@ class PagedStore(RowStore):
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
             self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
-        self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)  # (B, H)
-        self.table = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
+        self.rows = PageTable(num_heads, page_size, device)
         self._ahead = False  # whether a head may own a page ahead of its slots
-        self._aside: tuple[Tensor, Tensor, Tensor] | None = None  # chosen rows, lengths and table of all
-        self._aside_room = 0
 
     @property
     def num_rows(self) -> int:
@@ -65,23 +63,18 @@ class PagedStore(RowStore):
         return self.lengths.shape[0]
 
     @property
-    def table(self) -> Tensor:
-        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none; never written in place."""
-        return self._table
+    def lengths(self) -> Tensor:
+        """``(B, H)`` slots that each head keeps."""
+        return self.rows.lengths
 
-    @table.setter
-    def table(self, table: Tensor) -> None:
-        self._table = table
-        self._layout: PageLayout | None = None
-        self._places: tuple[Tensor, Tensor, Tensor] | None = None  # slots, their pages, and where in them
-        self._room = 0  # tokens that every row can get, as is known, before a head needs another page
+    @property
+    def table(self) -> Tensor:
+        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none."""
+        return self.rows.pages
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
-        if self._layout is None:
-            table, copies = self.table.flatten(0, 1), self.bits is not None
-            self._layout = PageLayout(table, self.pool.num_pages, self.page_size, copies)
-        return self._layout
+        return self.rows.layout(self.pool.num_pages, copies=self.bits is not None)
 
     @bookkeeping
     def write(
@@ -100,7 +93,9 @@ class PagedStore(RowStore):
             CacheFullError: The byte budget does not allow the pages; nothing was written.
         """
         if keep is None:
-            self._write_one(entries, slots)
+            page, place = self.rows.places(slots)
+            for name, states in entries.items():
+                self.pool.slots[name][page, place] = self.pack(states.detach())
             return
         if not keep.numel():
             return
@@ -112,52 +107,37 @@ class PagedStore(RowStore):
             kept = states.detach()[row, head, entry]
             self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
-    def _write_one(self, entries: Mapping[str, Tensor], slots: Tensor) -> None:
-        """One entry a head ``(B, H, 1, channels)``, into ``slots (B, H, 1)``: nothing is taken, and nobody is asked."""
-        if self._places is None or self._places[0] is not slots:  # layers that share the store ask with the same slots
-            page = self.table.gather(2, slots // self.page_size).long()
-            self._places = slots, page, slots % self.page_size
-            self.lengths = torch.maximum(self.lengths, slots.squeeze(2) + 1)
-        _, page, place = self._places
-        for name, states in entries.items():
-            self.pool.slots[name][page, place] = self.pack(states.detach())
-
     def ask_ahead(self) -> Tensor | None:
         """See ``RowStore``: pages that heads lack for one more slot, and tokens that there is room for with them."""
-        if self._room > 0:
-            self._room -= 1
+        if self.rows.room > 0:
+            self.rows.room -= 1
             return None
-        owned = self._owned()
-        after = torch.maximum(owned, _pages(self._longest(1, 0), self.page_size))
-        room = after * self.page_size - self.lengths
-        room = room.masked_fill(after * self.page_size >= self._longest(_NEVER, 0), _NEVER)  # those that stop growing
+        owned = self.rows.owned()
+        after = torch.maximum(owned, self.rows.needed(self._longest(1, 0)))
+        ends = self._longest(_NEVER, 0)  # some heads stop growing
+        room = (after * self.page_size - self.lengths).masked_fill(after * self.page_size >= ends, _NEVER)
         return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
 
     def bytes_ahead(self, answer: list[int]) -> int:
         """See ``RowStore``."""
-        lacking = answer[0]
-        return self._bytes_of(lacking, self.table.shape[2] + 1, self.num_rows) if lacking else 0
+        return self._bytes_of(answer[0], self.rows.columns + 1, self.num_rows) if answer[0] else 0
 
     def take_ahead(self, answer: list[int]) -> None:
         """See ``RowStore``."""
         lacking, room = answer
         if lacking:
-            needed = _pages(self._longest(1, 0), self.page_size)
-            self._take(needed, lacking, self._spare(self.lengths, int(self._owned().sum()) + lacking))
+            spare = self._spare(self.lengths, int(self.rows.owned().sum()) + lacking)
+            self._take(self.rows.needed(self._longest(1, 0)), lacking, spare)
             self._ahead = True
-        self._room = room - 1
-
-    def _owned(self) -> Tensor:
-        """Pages that each head owns, ``(B, H)``: those of its slots, and perhaps one ahead."""
-        return (self.table >= 0).sum(2)
+        self.rows.room = room - 1
 
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:
         """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
-        beyond = torch.arange(self.table.shape[2], device=lengths.device) >= _pages(lengths, self.page_size)[..., None]
+        beyond = self.rows.columns_from(self.rows.needed(lengths))
         self.pool.release(self.table[beyond & (self.table >= 0)])
-        self.table, self.lengths = self.table.masked_fill(beyond, -1), lengths
-        self._ahead = self._ahead and self._aside is not None  # others may still have some
+        self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
+        self._ahead = self._ahead and self.rows.aside is not None  # others may still have some
         self._trim()
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
@@ -190,25 +170,18 @@ class PagedStore(RowStore):
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
         return {name: self.unpack(name, slots) for name, slots in copies.items()}
 
-    def _drop_ahead(self) -> None:
-        """Give back pages that were taken ahead of slots, before rows change places."""
-        if self._ahead:
-            self.truncate(self.lengths)
-
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
-        self.lengths = pad(self.lengths, (0, 0, 0, count))
-        self.table = pad(self.table, (0, 0, 0, 0, 0, count), value=-1)
+        self.rows.add_rows(count)
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
-        self._drop_ahead()
         self._require(self.bytes_to_select(indices))
         absent = torch.ones(self.num_rows, dtype=torch.bool, device=indices.device)
         absent[indices] = False
         dropped, table = self.table[absent], self.table[indices]
         copies = (table >= 0) & _seen_before(indices)[:, None, None]
-        self.lengths, self.table = self.lengths[indices], table
+        self.rows.lengths, self.rows.pages = self.lengths[indices], table
         self.pool.release(dropped[dropped >= 0])
         self._move_in(copies, self.pool.slots, table[copies])
         self._trim()
@@ -222,19 +195,18 @@ class PagedStore(RowStore):
         self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
         other._drop_ahead()
-        before, pages = self.num_rows, other.table[other.table >= 0]
-        self.admit(other.num_rows)
-        self._widen(other.table.shape[2])
-        self.lengths[before:] = other.lengths.to(self.lengths.device)
-        owned = pad(other.table >= 0, (0, self.table.shape[2] - other.table.shape[2]))
+        before, owned = self.num_rows, other.table >= 0
+        pages = other.table[owned]
+        self.rows.add_rows(other.num_rows)
+        self.rows.widen_to(other.rows.columns)
+        self.rows.lengths[before:] = other.lengths.to(self.lengths.device)
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
-        arriving[before:] = owned.to(self.table.device)
+        arriving[before:] = pad(owned, (0, self.rows.columns - other.rows.columns)).to(self.table.device)
         self._move_in(arriving, other.pool.slots, pages)
 
     def snapshot_row(self, row: int) -> RowSnapshot:
         """See ``RowStore``."""
-        column = torch.arange(self.table.shape[2], device=self.table.device)
-        owned = column < _pages(self.lengths[row], self.page_size)[:, None]
+        owned = ~self.rows.columns_from(self.rows.needed(self.lengths))[row]
         pages = self.table[row][owned]
         copies = {name: slots[pages] for name, slots in self.pool.slots.items()}
         return {**copies, "lengths": self.lengths[row].clone(), "owned": owned}
@@ -246,17 +218,16 @@ class PagedStore(RowStore):
             ValueError: The snapshot's pages are of another form.
         """
         self._check_form(snapshot)
-        self._drop_ahead()
         self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(self.table[row][self.table[row] >= 0])
-        index = torch.tensor([row], device=self.table.device)
-        self.table = self.table.index_fill(0, index, -1)
-        self.lengths = self.lengths.index_copy(0, index, snapshot["lengths"][None].to(self.lengths.device))
-        self._widen(snapshot["owned"].shape[-1])
+        index, lengths = torch.tensor([row], device=self.table.device), snapshot["lengths"][None]
+        self.rows.pages = self.table.index_fill(0, index, -1)
+        self.rows.lengths = self.lengths.index_copy(0, index, lengths.to(self.lengths.device))
+        owned = snapshot["owned"]
+        self.rows.widen_to(owned.shape[-1])
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
-        arriving[row, :, : snapshot["owned"].shape[-1]] = snapshot["owned"]
-        pages = torch.arange(int(snapshot["owned"].sum()), device=self.table.device)
-        self._move_in(arriving, snapshot, pages)
+        arriving[row, :, : owned.shape[-1]] = owned
+        self._move_in(arriving, snapshot, torch.arange(int(owned.sum()), device=self.table.device))
         self._trim()
 
     def clear_rows(self, rows: Tensor) -> None:
@@ -265,36 +236,23 @@ class PagedStore(RowStore):
 
     def row_bytes(self) -> Tensor:
         """See ``RowStore``."""
-        beside = self.num_heads * (self.lengths.element_size() + self.table.shape[2] * self.table.element_size())
-        return self._owned().sum(1) * self.pool.page_bytes + beside
+        return self.rows.owned().sum(1) * self.pool.page_bytes + self.rows.bytes_of(1, self.rows.columns)
 
     def narrow(self, rows: Tensor) -> None:
         """See ``RowStore``."""
-        lengths, table, room = self.lengths, self.table, self._room
-        self.lengths, self.table = lengths[rows], table[rows]
-        # Of the chosen rows nothing stays aside that could grow old.
-        self._aside = rows, lengths.index_fill(0, rows, 0), table.index_fill(0, rows, -1)
-        self._room = self._aside_room = room  # of all rows, and therefore of these
+        self.rows.narrow(rows)
 
     def widen(self) -> None:
         """See ``RowStore``."""
-        assert self._aside is not None
-        (rows, lengths, table), self._aside = self._aside, None
-        narrow, room, self.table = self.table, self._room, table
-        self._widen(narrow.shape[2])
-        self.table = self.table.index_copy(0, rows, pad(narrow, (0, self.table.shape[2] - narrow.shape[2]), value=-1))
-        self.lengths = lengths.index_copy(0, rows, self.lengths)
-        self._room = min(room, self._aside_room)
+        self.rows.join_aside()
 
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``."""
-        aside = [] if self._aside is None else list(self._aside[1:])
-        return [self.lengths, self.table, *aside, *self.pool.tensors()]
+        return [*self.rows.tensors(), *self.pool.tensors()]
 
     def num_bytes(self) -> int:
         """See ``RowStore``; pages that are reserved count from when they are taken."""
-        tables = sum(tensor.nbytes for tensor in self.tensors()[: -len(self.pool.slots)])
-        return tables + self.pool.num_bytes()
+        return self.rows.num_bytes() + self.pool.num_bytes()
 
     def free_bytes(self) -> int:
         """Bytes of pages that no row owns at present."""
@@ -306,10 +264,10 @@ class PagedStore(RowStore):
 
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        needed = _pages(self._longest(tokens, rows), self.page_size)
-        lacking = int((needed - pad(self._owned(), (0, 0, 0, rows))).clamp(min=0).sum())
+        needed = self.rows.needed(self._longest(tokens, rows))
+        lacking = int((needed - pad(self.rows.owned(), (0, 0, 0, rows))).clamp(min=0).sum())
         spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
-        return self._bytes_of(lacking, _longest(needed), len(needed)) + spare
+        return self._bytes_of(lacking, _most(needed), len(needed)) + spare
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
         """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
@@ -332,42 +290,41 @@ class PagedStore(RowStore):
     def _bytes_to_hold(self, lengths: Tensor) -> int:
         """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
         self._drop_ahead()
-        needed = _pages(lengths, self.page_size)
-        return self._bytes_of(int(needed.sum() - self._owned().sum()), _longest(needed), len(needed))
+        needed = self.rows.needed(lengths)
+        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), _most(needed), len(needed))
+
+    def _drop_ahead(self) -> None:
+        """Give back what was taken ahead, before rows change places."""
+        if self._ahead:
+            self.truncate(self.lengths)
 
     def _bytes_of(self, lacking: int, columns: int, rows: int) -> int:
-        """Bytes of so many pages more, free ones used up first, and of tables with so many columns and rows."""
-        if self._aside is None:
-            heads, held = rows * self.num_heads, self.table.nbytes + self.lengths.nbytes
-        else:  # the table of all rows becomes as wide, and is there beside that of these
-            heads = self._aside[1].numel() + rows * self.num_heads
-            held = sum(tensor.nbytes for tensor in (self.table, self.lengths, *self._aside[1:]))
-        table = heads * (columns * self.table.element_size() + self.lengths.element_size())
+        """Bytes of so many pages more, free ones used up first, and of a table with so many columns and rows."""
+        table = self.rows.bytes_of(rows, columns) - self.rows.num_bytes()
         more_pages = max(0, lacking - len(self.pool.free))
         if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
             assert self.placement.budget is not None
             return self.placement.budget.limit + 1  # which is never allowed
-        return more_pages * self.pool.page_bytes + max(0, table - held)
+        return more_pages * self.pool.page_bytes + max(0, table)
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
-        needed = _pages(lengths, self.page_size)
-        count = int((needed - self._owned()).clamp(min=0).sum())
+        needed = self.rows.needed(lengths)
+        count = int((needed - self.rows.owned()).clamp(min=0).sum())
         if count:
-            self._require(self._bytes_of(count, _longest(needed), len(needed)))
+            self._require(self._bytes_of(count, _most(needed), len(needed)))
             self._take(needed, count, self._spare(lengths, int(needed.sum())))
-        self.lengths, self._room = lengths, 0
+        self.rows.lengths, self.rows.room = lengths, 0
 
     def _take(self, needed: Tensor, count: int, spare: int) -> None:
         """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
-        self._widen(_longest(needed))
-        pages, table = self.pool.take(count, spare), self.table.clone()
-        table[(torch.arange(table.shape[2], device=table.device) < needed.unsqueeze(-1)) & (table < 0)] = pages
-        self.table = table
+        self.rows.widen_to(_most(needed))
+        missing = ~self.rows.columns_from(needed) & (self.table < 0)
+        self.rows.put(missing, self.pool.take(count, spare))
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
         """Free pages that the bound on memory leaves room for, lengths and table counted."""
-        tables = self.lengths.nbytes + self.table.nbytes
+        tables = self.rows.num_bytes()
         spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
         return max(0, spare - -(-tables // self.pool.page_bytes))
 
@@ -388,33 +345,19 @@ class PagedStore(RowStore):
         fresh = self.pool.take(pages.numel(), spare=0)  # a later layer may need what the budget has left
         for name, slots in self.pool.slots.items():
             slots[fresh] = source[name][pages].to(slots)
-        table = self.table.clone()
-        table[places] = fresh
-        self.table = table
+        self.rows.put(places, fresh)
 
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
-        needed = _pages(self.lengths, self.page_size)
-        columns = _longest(needed)
-        if columns < self.table.shape[2]:
-            self.table = self.table[..., :columns].clone()
+        needed = self.rows.needed(self.lengths)
+        self.rows.cut_to(_most(needed))
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
         if numbers is not None:
-            self.table = torch.where(self.table >= 0, numbers[self.table], self.table)
-            if self._aside is not None:
-                rows, lengths, table = self._aside
-                self._aside = rows, lengths, torch.where(table >= 0, numbers[table], table)
-
-    def _widen(self, columns: int) -> None:
-        if (more := columns - self.table.shape[2]) > 0:
-            self.table = pad(self.table, (0, more), value=-1)
+            self.rows.renumber(numbers)
 
 
-def _pages(lengths: Tensor, page_size: int) -> Tensor:
-    return -(-lengths // page_size)
-
-
-def _longest(needed: Tensor) -> int:
+def _most(needed: Tensor) -> int:
+    """Of pages ``(B, H)``, those of the head that needs most."""
     return int(needed.max()) if needed.numel() else 0
 
 

@@ -42,6 +42,28 @@ class Placement:
         return replace(self, reserve=min(self.budget.limit, layers * self.reserve))
 
 
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """One row of a cache, as ``snapshot_row`` saw it.
+
+    Attributes:
+        stores: State of every store.
+        seen: Logical length of the cache at that time.
+    """
+
+    stores: list[RowSnapshot]
+    seen: int
+
+    def num_bytes(self) -> int:
+        """Bytes that it holds; no budget counts them."""
+        return sum(tensor.nbytes for store in self.stores for tensor in store.values())
+
+    def to(self, device: torch.device | str) -> "CacheSnapshot":
+        """The same on another device, such as the CPU for a row that is swapped out."""
+        moved = [{name: tensor.to(device) for name, tensor in store.items()} for store in self.stores]
+        return CacheSnapshot(moved, self.seen)
+
+
 class RowStore(ABC):
     """Per-row state of one layer: rows are admitted, reordered, joined, freed; nothing outlives its row.
 

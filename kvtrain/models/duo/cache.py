@@ -87,12 +87,19 @@ class _Evicted(StateStore):
 
     def put(self, left: Entries, positions: Tensor, leaves: Tensor, ends: Tensor) -> None:
         """Take up tokens at ``positions (B, n)``, those that ``leaves (B, n)`` marks, before ``ends (B,)``."""
+        self["end"] = torch.maximum(self["end"], ends)
+        if leaves.shape[1] == 1:
+            row = torch.arange(len(ends), device=ends.device)
+            slot = positions.squeeze(1) % self.slack
+            for name, states in left.items():
+                new = states.detach()[:, :, 0].to(self[name].dtype)
+                self[name][row, :, slot] = torch.where(leaves[:, :, None], new, self[name][row, :, slot])
+            return
         kept = leaves & (positions >= (ends - self.slack)[:, None])  # the others would be overwritten at once
         row, entry = kept.nonzero(as_tuple=True)
         slot = positions[row, entry] % self.slack
         for name, states in left.items():
             self[name][row, :, slot] = states.detach()[row, :, entry].to(self[name].dtype)
-        self["end"] = torch.maximum(self["end"], ends)
 
     def take(self, positions: Tensor, real: Tensor) -> Entries:
         """Copies of the tokens at ``positions (B, n)``, zeros where they are not ``real (B, n)``."""
@@ -249,7 +256,8 @@ class DuoCacheLayer(KVCacheLayer):
 
         They are new ones themselves, ``recent`` places before, or those ``held (B, n)`` in the ring.
         """
-        columns = held.any(0).nonzero().squeeze(1)
+        one = held.shape[1] == 1  # whose ring is read without asking whether it must be
+        columns = torch.zeros(1, dtype=torch.long, device=held.device) if one else held.any(0).nonzero().squeeze(1)
         held_here = held[:, None, columns, None]
         slots = self._slot(positions[:, columns]).masked_fill(~held[:, columns], 0)
         left = {}
