@@ -84,9 +84,6 @@ class FakePool:
     def bytes_for(self, rows, tokens):
         return sum(PAGE * (row.pages(tokens) - row.pages()) for row in rows)
 
-    def fits(self, rows, tokens):
-        return self.held_bytes() + self.bytes_for(rows, tokens) <= self.budget
-
     def feed(self, row, tokens):
         """A forward pass: checked beforehand, as the cache's is."""
         row.tokens += tokens

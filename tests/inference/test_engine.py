@@ -58,6 +58,21 @@ def test_a_crowd_gets_the_tokens_of_generate(method):
         assert cache.held_bytes() == 0 == outcome.loop.scheduler.swapped_bytes and cache.num_rows == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CACHES)
+@pytest.mark.parametrize("kept_prefixes", [64, 0])
+def test_a_larger_crowd_under_every_cache(method, kept_prefixes):
+    model, requests = model_of(method), mix(64, VOCAB, seed=1, longest=60, most_new=30)
+    wanted, cancelled = greedy(model, requests), range(0, 64, 9)
+    free = serve(model, requests, cancelled=cancelled, kept_prefixes=0)
+    tight = serve(model, requests, int(0.45 * free.peak), cancelled, kept_prefixes=kept_prefixes)
+    for outcome in (free, tight):
+        check(outcome, wanted)
+        outcome.loop.drop_kept_prefixes()
+        assert outcome.loop.runner.rows.cache.held_bytes() == 0
+    assert tight.loop.scheduler.preemptions <= 0.1 * len(requests)
+
+
 @pytest.mark.parametrize(("method", "swap_bytes"), [*((method, None) for method in MAIN), ("full", 0), ("dmc", 0)])
 def test_rows_that_make_room_come_back_as_they_were(method, swap_bytes):
     """Admission that believes in short answers lets too many in."""

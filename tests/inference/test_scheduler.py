@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvtrain.inference.engine as package
+from kvtrain.cache.budget import CacheFullError
 from kvtrain.inference.engine.forecast import Forecast, Growth
 from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.prefixes import KeptRows, common_length, parting
@@ -38,24 +39,28 @@ class Served:
         self.scheduler.admit()
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         before = oldest and (oldest.seen, len(oldest.output))
-        for batch in (self.scheduler.decode_pass, self.scheduler.prompt_pass):
-            self._run(batch())
+        for run in (self.scheduler.decode_pass, self.scheduler.prompt_pass):
+            self._commit(run(self._feed))
         if oldest in self.scheduler.running:
             assert (oldest.seen, len(oldest.output)) > before, "the oldest that runs makes room for nobody"
         for refusal in self.scheduler.refused:
             self.done[refusal.sequence] = refusal.reason
         self.scheduler.refused.clear()
 
-    def _run(self, batch):
-        if not batch:
-            return
+    def _feed(self, batch):
         width = max(chunk.tokens for chunk in batch)
         assert len(batch) * width <= self.limits.step_tokens
-        assert self.pool.fits([chunk.sequence.row for chunk in batch], width)
+        if self.pool.held_bytes() + self.pool.bytes_for([s.row for s, _ in batch], width) > self.pool.budget:
+            raise CacheFullError("full")
         for sequence, count in batch:
             assert sequence.row.tokens == list(sequence.tokens(0, sequence.seen)), "a row holds its own tokens"
             self.pool.feed(sequence.row, sequence.tokens(sequence.seen, sequence.seen + count))
             assert self.pool.held_bytes() <= self.pool.budget
+
+    def _commit(self, fed):
+        if fed is None:
+            return
+        batch, _ = fed
         for chunk in batch:
             self.reads += [] if chunk.sequence.decoding else [(chunk.sequence, chunk.tokens)]
             self.scheduler.advance(chunk)
@@ -80,10 +85,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         budget=st.integers(30, 90), merge=st.sampled_from([0, 2, 3]), state=st.sampled_from([0, 1, 9]),
-        rollback=st.booleans(), kept=st.sampled_from([0, 1, 3]), swap=st.sampled_from([0, 20, None]),
+        rollback=st.booleans(), kept=st.sampled_from([0, 1, 3]), swap=st.sampled_from([0, 20, None]), hopeful=st.booleans(),
     )  # fmt: skip
-    def start(self, budget, merge, state, rollback, kept, swap):
+    def start(self, budget, merge, state, rollback, kept, swap, hopeful):
         self.served = Served(FakePool(budget, merge, state), rollback, kept_prefixes=kept, swap_bytes=swap)
+        for _ in range(100 * hopeful):  # lets too many in
+            self.served.scheduler.forecast.ended(1, 100)
         self.alive = []
 
     @rule(
@@ -241,6 +248,18 @@ def test_the_youngest_makes_room_by_swap_or_reads_again(swap):
     served.drain()
     assert served.done[younger] == "length" and len(younger.output) == 16
     assert served.scheduler.read_tokens == 8 + 8 + again
+
+
+def test_the_youngest_goes_first_and_stands_before_those_that_came_later():
+    served = Served(FakePool(48, state=0), max_requests=3, kept_prefixes=0)
+    for _ in range(100):
+        served.scheduler.forecast.ended(1, 100)
+    old, middle, young, last = (served.add([own] * 4, 16) for own in range(4))
+    while not young.preemptions:
+        served.step()
+    assert served.scheduler.queue == [young, last] and (old.preemptions, middle.preemptions) == (0, 0)
+    served.drain()
+    assert list(served.done) == [old, middle, young, last]
 
 
 def test_what_does_not_fit_alone_is_given_up_with_both_figures():

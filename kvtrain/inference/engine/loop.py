@@ -72,7 +72,8 @@ class EngineLoop:
             raise UsageError(f"a budget of {rows.budget:,} bytes is below one token, which takes {least:,}; raise it")
         sequence = ServedSequence(prompt, 1, -1, row=rows.take())
         sizes = [rows.row_bytes([sequence.row])[0]]
-        half = next(size for size in (_PROBE // 2, 32, 8, 1, 0) if rows.fits([sequence.row], 2 * size))
+        left = (rows.budget - sizes[0]) * 3 // 4  # passes take some pages ahead
+        half = next((size for size in (_PROBE // 2, 32, 8, 1) if rows.bytes_for([sequence.row], 2 * size) <= left), 0)
         for _ in range(2 if half else 0):
             self.runner.run([Chunk(sequence, half)], prefill=True)
             sequence.seen += half
@@ -129,8 +130,8 @@ class EngineLoop:
             if reason is not None:
                 self._finish(answer, reason)
         self.scheduler.admit()
-        self._run(self.scheduler.decode_pass(), prefill=False)
-        self._run(self.scheduler.prompt_pass(), prefill=True)
+        self._commit(self.scheduler.decode_pass(lambda batch: self.runner.run(batch, prefill=False)))
+        self._commit(self.scheduler.prompt_pass(lambda batch: self.runner.run(batch, prefill=True)))
         for refusal in self.scheduler.refused:
             self._end(self._answers[refusal.sequence], "error", _counts(refusal.sequence), refusal.reason)
         self.scheduler.refused.clear()
@@ -149,10 +150,11 @@ class EngineLoop:
         self.scheduler.drop_kept()
         self.meter.look(time.monotonic())
 
-    def _run(self, batch: Sequence[Chunk], prefill: bool) -> None:
-        if not batch:
+    def _commit(self, fed: tuple[list[Chunk], Tensor] | None) -> None:
+        """Count what a pass has fed, and choose next tokens by its logits ``(B, V)``."""
+        if fed is None:
             return
-        logits = self.runner.run(batch, prefill)
+        batch, logits = fed
         for chunk in batch:
             self.scheduler.advance(chunk)
         whole = [number for number, (sequence, _) in enumerate(batch) if sequence.seen == sequence.length]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtrain.cache.base import CacheSnapshot, KVCache
+from kvtrain.cache.base import KVCache
+from kvtrain.cache.rows import CacheSnapshot
 from kvtrain.inference.engine.scheduler import Chunk
 from kvtrain.models.hosts import key_value_shapes
 
@@ -100,11 +101,6 @@ class CacheRows:
         held = self.cache.row_bytes().tolist()
         return [held[row.number] for row in rows]
 
-    def fits(self, rows: Sequence[CacheRow], tokens: int) -> bool:
-        """Whether the budget holds the next tokens of each of some rows, at most."""
-        with self.cache.rows([row.number for row in rows]):
-            return self.cache.bytes_for(tokens) <= self._bytes.left
-
     def bytes_for(self, rows: Sequence[CacheRow], tokens: int) -> int:
         """Bytes that the next tokens of each of some rows take at most."""
         with self.cache.rows([row.number for row in rows]):
@@ -131,6 +127,9 @@ class Runner:
         Args:
             batch: Tokens a row; shorter ones are padded at the left.
             prefill: Whether they are parts of prompts, even where they are single tokens.
+
+        Raises:
+            CacheFullError: They may not fit into the budget; nothing has changed.
         """
         width = max(count for _, count in batch)
         ids = [[0] * (width - count) + list(s.tokens(s.seen, s.seen + count)) for s, count in batch]

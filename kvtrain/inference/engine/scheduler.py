@@ -4,7 +4,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvtrain.cache.budget import CacheFullError
 from kvtrain.inference.engine.forecast import Forecast, Growth
@@ -16,11 +16,17 @@ _RECENT = 32  # prompts that came lately, and how many waiting ones are compared
 _SIGHT = 32  # tokens between two looks at what a row holds
 
 
+Fed = TypeVar("Fed")
+
+
 class Chunk(NamedTuple):
     """Tokens of a sequence for the next pass: those from ``seen`` on."""
 
     sequence: ServedSequence
     tokens: int
+
+
+Feed = Callable[[list[Chunk]], Fed]
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Refusal:
 class Scheduler:
     """Decides, step by step, which sequences hold a row and which tokens a pass feeds.
 
-    A step is: ``admit``, then for each of ``decode_pass`` and ``prompt_pass`` the pass itself and ``advance`` of what
-    it fed. Older sequences go first everywhere, and the oldest that runs makes room for nobody: so all come through.
+    A step is: ``admit``, then ``decode_pass`` and ``prompt_pass``, each with ``advance`` of what it fed. Older sequences
+    go first everywhere, and the oldest that runs makes room for nobody: so all come through.
 
     Args:
         pool: The cache's rows.
@@ -185,27 +191,36 @@ class Scheduler:
 
     # Passes
 
-    def decode_pass(self) -> list[Chunk]:
-        """Sequences whose latest token is fed next, one a row; makes room for them."""
-        while batch := [sequence for sequence in self.running if sequence.decoding]:
-            if self.pool.fits([sequence.row for sequence in batch], 1):
-                return [Chunk(sequence, 1) for sequence in batch]
-            self._relieve(batch[0])
-        return []
+    def decode_pass(self, feed: Feed[Fed]) -> tuple[list[Chunk], Fed] | None:
+        """Feed the latest token of every sequence that has one; room is made for as long as there is too little.
 
-    def prompt_pass(self) -> list[Chunk]:
-        """Parts of prompts to read next; makes room for them."""
+        Args:
+            feed: The pass itself; it raises ``CacheFullError`` before anything changes.
+
+        Returns:
+            What was fed and what ``feed`` gave for it; None where nothing was to be fed.
+        """
+        while batch := [Chunk(sequence, 1) for sequence in self.running if sequence.decoding]:
+            try:
+                return batch, feed(batch)
+            except CacheFullError:
+                self._relieve(batch[0].sequence)
+        return None
+
+    def prompt_pass(self, feed: Feed[Fed]) -> tuple[list[Chunk], Fed] | None:
+        """Feed parts of prompts; as ``decode_pass``."""
         left = self.limits.step_tokens - sum(sequence.decoding for sequence in self.running)
         while batch := self._next_chunks(left):
-            width = max(chunk.tokens for chunk in batch)
-            if self.pool.fits([chunk.sequence.row for chunk in batch], width):
-                return batch
-            if not self._make_room():
-                if width > 1:  # what a shorter part may take at most is nearer to what it takes
-                    left = max(1, len(batch) * width // 2)
-                else:
-                    self._relieve(batch[0].sequence)
-        return []
+            try:
+                return batch, feed(batch)
+            except CacheFullError:
+                tokens = len(batch) * max(chunk.tokens for chunk in batch)
+                if not self._make_room():
+                    if tokens > 1:  # what a shorter part may take at most is nearer to what it takes
+                        left = tokens // 2
+                    else:
+                        self._relieve(batch[0].sequence)
+        return None
 
     def _next_chunks(self, left: int) -> list[Chunk]:
         """As many tokens as a step has left, the oldest sequence first; short ones are padded to one length."""

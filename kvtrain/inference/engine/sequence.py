@@ -40,9 +40,6 @@ class RowPool(Protocol):
     def row_bytes(self, rows: Sequence[Any]) -> list[int]:
         """Bytes that each of some rows holds."""
 
-    def fits(self, rows: Sequence[Any], tokens: int) -> bool:
-        """Whether the budget holds the next tokens of each of some rows, at most."""
-
     def bytes_for(self, rows: Sequence[Any], tokens: int) -> int:
         """Bytes that the next tokens of each of some rows take at most."""
 
