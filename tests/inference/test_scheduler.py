@@ -85,7 +85,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         budget=st.integers(30, 90), merge=st.sampled_from([0, 2, 3]), state=st.sampled_from([0, 1, 9]),
-        rollback=st.booleans(), kept=st.sampled_from([0, 1, 3]), swap=st.sampled_from([0, 20, None]), hopeful=st.booleans(),
+        rollback=st.booleans(), kept=st.sampled_from([0, 1, 3]), swap=st.sampled_from([0, 20, None]),
+        hopeful=st.booleans(),
     )  # fmt: skip
     def start(self, budget, merge, state, rollback, kept, swap, hopeful):
         self.served = Served(FakePool(budget, merge, state), rollback, kept_prefixes=kept, swap_bytes=swap)

@@ -40,8 +40,8 @@ class Refusal:
 class Scheduler:
     """Decides, step by step, which sequences hold a row and which tokens a pass feeds.
 
-    A step is: ``admit``, then ``decode_pass`` and ``prompt_pass``, each with ``advance`` of what it fed. Older sequences
-    go first everywhere, and the oldest that runs makes room for nobody: so all come through.
+    A step is: ``admit``, then ``decode_pass`` and ``prompt_pass``, each with ``advance`` of what it fed. Older
+    sequences go first everywhere, and the oldest that runs makes room for nobody: so all come through.
 
     Args:
         pool: The cache's rows.
