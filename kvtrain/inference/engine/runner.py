@@ -131,6 +131,8 @@ class Runner:
         Raises:
             CacheFullError: They may not fit into the budget; nothing has changed.
         """
+        order = sorted(range(len(batch)), key=lambda place: batch[place].sequence.row.number)
+        batch = [batch[place] for place in order]  # where all rows go on they are not even narrowed
         width = max(count for _, count in batch)
         ids = [[0] * (width - count) + list(s.tokens(s.seen, s.seen + count)) for s, count in batch]
         mask = None
@@ -141,11 +143,11 @@ class Runner:
                 torch.tensor(ids, device=self.model.device),
                 attention_mask=mask,
                 past_key_values=self.rows.cache,
-                prefill=torch.full((len(batch),), prefill, device=self.model.device),
+                prefill=prefill,
                 logits_to_keep=1,
             )
         logits: Tensor = output.logits[:, -1]
-        return logits
+        return logits[torch.tensor(order, device=logits.device).argsort()]
 
     def kept_tokens(self, rows: Sequence[CacheRow]) -> Tensor:
         """Entries kept of some rows, ``(layers, rows, H_kv)``, with -1 for heads that a layer does not have."""
