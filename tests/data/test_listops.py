@@ -295,7 +295,9 @@ def test_the_data_module_asks_its_trainer():
     data = ListOpsDataModule(5, 5, 10, 60, batch_size=3, validation_rows=5, seed=7)
     assert (data.tokenizer_name, data.sequence_length, data.num_classes) == (None, 60, 10)
     assert data.vocabulary == VOCABULARY and data.val_dataloader().world_size == 1
-    data.trainer = SimpleNamespace(accumulate_grad_batches=4, global_rank=1, world_size=2)
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=4, global_rank=1, world_size=2, distributed_sampler_kwargs=None
+    )
     train, val = data.train_dataloader(), data.val_dataloader()
     place = {"rank": 1, "world_size": 2}
     assert all(map(same, take(train, 3), take(loader_of(seed=7, window=4, **place), 3)))

@@ -249,7 +249,9 @@ def test_the_data_module_asks_its_tokenizer_and_its_trainer(folder, rows):
     assert data.masking == Masking(1, frozenset({0, 1}), 4096, 0.3, 0.5, 0.25)
     held_out = loader_of(rows, 4, data.masking, seed=None, limit=5)
     assert all(map(same, data.val_dataloader(), held_out)) and len(data.val_dataloader()) == 2
-    data.trainer = SimpleNamespace(accumulate_grad_batches=3, global_rank=1, world_size=2)
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=3, global_rank=1, world_size=2, distributed_sampler_kwargs=None
+    )
     place = {"rank": 1, "world_size": 2}
     train, expected = data.train_dataloader(), loader_of(rows, 4, data.masking, seed=4, window=3, **place)
     assert all(map(same, train, expected)) and len(train) == len(expected) > 10

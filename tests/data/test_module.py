@@ -41,7 +41,9 @@ def module(text: Path, corpus: Any = None, **options: Any) -> PackedDataModule:
     options = {"sequence_length": 16, "batch_size": 2, "cache_dir": str(text / "cache"), **options}
     validation = options.pop("validation_corpus", str(text / "heldout.txt"))
     data = PackedDataModule(corpus=corpus or str(text / "train.jsonl"), validation_corpus=validation, **options)
-    data.trainer = SimpleNamespace(accumulate_grad_batches=2, global_rank=1, world_size=2)
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=2, global_rank=1, world_size=2, distributed_sampler_kwargs=None
+    )
     return data
 
 

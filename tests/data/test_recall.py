@@ -285,7 +285,9 @@ def test_the_data_module_asks_its_trainer(make):
     data = make(batch_size=3, validation_rows=5)
     data.prepare_data()
     assert data.val_dataloader().validation_rows == 5 and data.val_dataloader().world_size == 1
-    data.trainer = SimpleNamespace(accumulate_grad_batches=4, global_rank=1, world_size=2)
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=4, global_rank=1, world_size=2, distributed_sampler_kwargs=None
+    )
     train, val = data.train_dataloader(), data.val_dataloader()
     assert (train.window, train.rank, train.world_size, train.validation_rows) == (4, 1, 2, None)
     assert (val.rank, val.world_size, val.validation_rows) == (1, 2, 5)

@@ -129,7 +129,8 @@ def test_converted_heads_count_after_and_not_before(host):
     module = RetrofitModule(host, num_key_value_heads=1, distill=True, phases=PHASES)
     figures = estimate(module, batch_size=1, sequence_length=32, precision=None)
     assert figures.kv_bytes_before == 32 * 192
-    assert figures.kv_bytes_after == 3 * (32 * 2 * 8 * 2 + 4 + 8) + 8  # a page, its number, a length; a row's position
+    # A page; its number and a length, of which all layers have one; a row's position.
+    assert figures.kv_bytes_after == 3 * 32 * 2 * 8 * 2 + 4 + 8 + 8
     assert hand_count(tied=False) - figures.parameters == 3 * 2 * 16 * 8
 
 
