@@ -4,15 +4,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvtrain.errors import UsageError, in_one_line, is_mistake, require_at_least, require_file_place, unknown
 from kvtrain.launcher import adopt_local_rank
 from kvtrain.parser import Parser, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
+from kvtrain.tables import cell, print_table
 
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE = 2
@@ -95,10 +95,10 @@ def _recipes(arguments: list[str]) -> None:
         copy_files(launchers_folder() if asked.launchers else recipes_folder(), Path(asked.copy))
     if asked.launchers:
         starts = [(shown(launcher.path), launcher.purpose, launcher.needs) for launcher in list_launchers()]
-        _print_table(("launcher", "purpose", "needs"), starts)
+        print_table(("launcher", "purpose", "needs"), starts)
     else:
         rows = [(shown(recipe.path), recipe.purpose, recipe.scale, recipe.hardware) for recipe in list_recipes()]
-        _print_table(("recipe", "purpose", "scale", "hardware"), rows)
+        print_table(("recipe", "purpose", "scale", "hardware"), rows)
 
 
 def _config_argument(parser: Parser) -> None:
@@ -136,7 +136,7 @@ def _estimate(arguments: list[str]) -> None:
     if asked.json:
         print(json.dumps(figures.to_dict(), indent=1))
     else:
-        _print_table(("", "one rank" if figures.strategy else "one device, unsharded"), table_rows(figures))
+        print_table(("", "one rank" if figures.strategy else "one device, unsharded"), table_rows(figures))
 
 
 def _check_arguments(parser: Parser) -> None:
@@ -163,7 +163,7 @@ def _check(arguments: list[str]) -> None:
             print(json.dumps([finding._asdict() for finding in outcome.findings], indent=1), flush=True)
         elif outcome.rank == 0:
             rows = [(finding.subject, finding.found, finding.remedy or "ok") for finding in outcome.findings]
-            _print_table(("", "found", "verdict"), rows)
+            print_table(("", "found", "verdict"), rows)
     if outcome.failed:
         raise SystemExit(_USAGE_EXIT_CODE)
 
@@ -258,6 +258,19 @@ def _generate(arguments: list[str]) -> None:
     print(generation.facts(), file=sys.stderr)
 
 
+def _serve_arguments(parser: Parser) -> None:
+    from kvtrain.inference.server.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _serve(arguments: list[str]) -> None:
+    asked = build_parser("serve").parse_args(arguments)
+    from kvtrain.inference.server.command import run
+
+    run(asked)
+
+
 def _eval_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="perplexity or passkey, or both with a comma")
@@ -292,7 +305,7 @@ def _eval(arguments: list[str]) -> None:
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
-    _print_table(columns, [[_cell(row.get(column)) for column in columns] for row in rows])
+    print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 
 def _report_arguments(parser: Parser) -> None:
@@ -318,28 +331,10 @@ COMMANDS = {
     "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
     "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),
     "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),
+    "serve": Command("Serve a model to many at once, in OpenAI's form, with a page", _serve, _serve_arguments),
     "eval": Command("Measure a model: a table, and JSON", _eval, _eval_arguments),
     "report": Command("Draw a run: loss, compression, layers and heads", _report, _report_arguments),
 }
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    table.columns[0].no_wrap, table.columns[0].overflow = True, "fold"  # names and paths are there to be copied
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False, markup=False).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,10 @@ from typing import NoReturn
 
 from kvtrain.errors import UsageError, unknown
 
+_SIZE = "a size such as 512MiB or 4GiB"
+_UNITS = {"": 1, **{f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
@@ -41,7 +45,7 @@ class Parser(argparse.ArgumentParser):
                 return unknown("option", word, options, f"See {self.prog} --help")
             return f"unexpected word '{word}'. See {self.prog} --help"
         if match := re.search(r"argument (\S+): invalid (\w+) value: (.*)", message):
-            kind = {"int": "an integer", "finite": "a number"}.get(match[2], match[2])
+            kind = {"int": "an integer", "finite": "a number", "num_bytes": _SIZE}.get(match[2], match[2])
             return f"{match[1]}: expected {kind}, got {match[3]}"
         if match := re.search(r"argument (\S+): expected (?:at least )?one argument", message):
             return f"option '{match[1]}' needs a value"
@@ -60,3 +64,15 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not finite")
     return number
+
+
+def num_bytes(text: str) -> int:
+    """A size on a command line: ``4GiB``, ``500MB``, or bytes.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(\w*)", text.strip(), re.ASCII)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text} is no size")
+    return int(float(match[1]) * _UNITS[match[2]])

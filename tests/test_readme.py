@@ -1,8 +1,14 @@
 """The README's commands and code, run as they stand."""
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +24,7 @@ SHORTENED = {
     "eval": "--limit 4 --sequence-length 128",
     "generate": "--max-new-tokens 4",
 }
+CLIENT = "from openai import"  # begins the program that asks the server of the command before
 
 
 def blocks(language):
@@ -34,14 +41,41 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_python_blocks_run(checkout, capsys):
-    found = blocks("python")
+    found = [source for source in blocks("python") if CLIENT not in source]
     assert found
     for source in found:
         exec(compile(source, "README.md", "exec"), {})
     assert re.match(r"\d+ tensor", capsys.readouterr().out)
 
 
-def test_commands_run(checkout, capsys):
+def serve(arguments, monkeypatch, capsys):
+    """What the README's client prints beside the server, which SIGTERM ends."""
+    monkeypatch.delenv("KVTRAIN_API_KEY", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (client,) = [source for source in blocks("python") if CLIENT in source]
+    visitor = threading.Thread(target=ask, args=(client.replace("8000", port), int(port)))
+    visitor.start()
+    assert main([*arguments, "--port", port]) == 143, capsys.readouterr().err
+    visitor.join()
+    return capsys.readouterr().out
+
+
+def ask(client, port):
+    """Run a client of the server once that is there, and then ask it to end."""
+    end = time.monotonic() + 60
+    try:
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        exec(compile(client, "README.md", "exec"), {})
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_commands_run(checkout, capsys, monkeypatch):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("kvtrain ")]
     assert [command.split()[1] for command in commands] == [
         "recipes",
@@ -51,9 +85,13 @@ def test_commands_run(checkout, capsys):
         "export",
         "eval",
         "generate",
+        "serve",
     ]
     for command in commands:
         arguments = shlex.split(command)[1:]
+        if arguments[0] == "serve":
+            assert "'compression': " in serve(arguments, monkeypatch, capsys)
+            continue
         assert main([*arguments, *SHORTENED.get(arguments[0], "").split()]) == 0, capsys.readouterr().err
     assert (checkout / "exported/dmc-tiny/model.safetensors").is_file()
     assert (checkout / "runs/dmc-tiny/report/report.html").is_file()

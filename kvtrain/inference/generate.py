@@ -8,6 +8,7 @@ import torch
 
 from kvtrain.errors import require_at_least, require_seed
 from kvtrain.inference.load import open_model
+from kvtrain.inference.prompt import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,7 @@ def generate_text(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is not UTF-8 text; convert it first")
     loaded, tokenizer = open_model(model)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise ValueError("the prompt is empty and the tokenizer has no start token; give a prompt")
+    ids = prompt_ids(tokenizer, prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     cache = loaded.make_cache()
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ from kvtrain.inference.engine.request import Request, Sampling, Usage
         ({"top_k": -1}, "top_k must be at least 0, not -1"),
         ({"top_k": 1.5}, "top_k must be a whole number, not 1.5"),
         ({"min_p": 2}, "min_p must lie between 0 and 1, not 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0; 1 is none"),
+        ({"repetition_penalty": 0}, "repetition_penalty must lie between 0.01 and 10, not 0"),
         ({"presence_penalty": 3}, "presence_penalty must lie between -2 and 2, not 3"),
         ({"frequency_penalty": math.inf}, "frequency_penalty must lie between -2 and 2, not inf"),
         ({"logit_bias": {5: 101}}, "logit_bias of token 5 must lie between -100 and 100, not 101"),

@@ -118,3 +118,19 @@ def test_logprobs_are_of_the_model_before_settings():
     assert [token for token, _ in first.alternatives] == best.indices.tolist()
     assert [value for _, value in first.alternatives] == pytest.approx(best.values.tolist())
     assert second.alternatives == () and second.logprob == pytest.approx(wanted[1].max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_settings_at_their_ends_give_tokens(dtype):
+    """Scores that overflow would give numbers that are no tokens."""
+    scores = 60 * torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for temperature in (5e-324, 1e-300, 0.0099):
+        assert sample(scores, [sampler(temperature=temperature, seed=1)] * 2)[0] == scores.argmax(-1).tolist()
+    for settings in (
+        {"temperature": 0.01},
+        {"temperature": 1, "repetition_penalty": 0.01},
+        {"temperature": 2, "top_p": 5e-324},
+    ):
+        for bias in ({}, {3: 100.0}, {3: -100.0}):
+            tokens, _ = sample(scores, [sampler(**settings, logit_bias=bias, frequency_penalty=-2, seed=1)] * 2)
+            assert all(0 <= token < VOCAB for token in tokens)

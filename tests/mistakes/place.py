@@ -54,6 +54,7 @@ CORPORA: dict[str, str | bytes] = {
     "bad.parquet": b"PAR1",
     "note.docx": b"PK",
     "noextension": "text",
+    "bad.jinja": "{% for message in %}",
     "tiny.jsonl": '{"text": "a few words"}\n',
     "hay.jsonl": '{"text": "some words to hide a passkey in, and some more of them"}\n',
 }
@@ -149,9 +150,18 @@ def _write_models(folder: Path) -> None:
         if content is not None:
             _write(folder / name / "model.safetensors", content)
     _write(folder / "file", "no folder")
+    _write_masked(folder / "masked")
     shutil.copytree(ASSETS / "copy", folder / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
     _write(folder / "host.json", json.dumps({**HOST, "num_attention_heads": 3}))
     _write(folder / "bad.json", "{")
+
+
+def _write_masked(folder: Path) -> None:
+    """A model that fills gaps."""
+    from kvtrain import TransNormerConfig, TransNormerForMaskedLM
+
+    sizes: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 1024}
+    TransNormerForMaskedLM(TransNormerConfig(causal=False, **sizes)).save_pretrained(folder)
 
 
 def _write_tokenizers(folder: Path) -> None:

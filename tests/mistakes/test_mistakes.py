@@ -19,7 +19,7 @@ _ZERO = (
     f"{_GOOD} --trainer.strategy "
     "'{{class_path: kvtrain.training.strategies.DeepSpeedZeRO, init_args: {{config: {}}}}}'"
 )
-_COMMANDS = ("OUTER", "VALIDATE", "ESTIMATE", "PREPARE", "EXPORT", "GENERATE", "EVAL", "REPORT")
+_COMMANDS = ("OUTER", "VALIDATE", "ESTIMATE", "PREPARE", "EXPORT", "GENERATE", "SERVE", "EVAL", "REPORT")
 CASES = [
     *recipe_table.FILES,
     *((f"{_GOOD} {options}", words) for options, words in recipe_table.WORDS),
@@ -30,7 +30,7 @@ CASES = [
     *(case for name in _COMMANDS for case in getattr(command_table, name)),
 ]
 # What would tell Lightning of other nodes, or the Hub of a user.
-_SURROUNDINGS = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "HF_TOKEN", "KVTRAIN_DEBUG")
+_SURROUNDINGS = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "HF_TOKEN", "KVTRAIN_DEBUG", "KVTRAIN_API_KEY")
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ class Engine:
         budget: Bytes of the cache; kept prefixes count, and go when they are in the way.
         limits: How much it takes on.
 
+    Attributes:
+        tokenizer: As given.
+
     Raises:
         ValueError: The model has no cache, or the budget does not hold a token.
     """
@@ -42,7 +45,7 @@ class Engine:
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerFast | None, budget: int, limits: Limits | None = None
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits, self.tokenizer = limits or Limits(), tokenizer
         backend = None if tokenizer is None else tokenizer.backend_tokenizer
         self._loop = EngineLoop(model, backend, budget, self.limits)
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()

@@ -11,6 +11,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "er
 
 # OpenAI's own bounds; vLLM and transformers take them, too.
 _MOST_TEMPERATURE = 2.0
+_LEAST_TEMPERATURE = 0.01  # above 0; as in vLLM
 _MOST_PENALTY = 2.0
 _MOST_BIAS = 100.0
 
@@ -32,7 +33,7 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: 0 takes the best token.
+        temperature: 0 takes the best token, and so does less than 0.01: scores divided by so little overflow.
         top_p: Smallest nucleus of at least this probability.
         top_k: So many best tokens; 0 for all.
         min_p: Tokens of at least this share of the best one's probability.
@@ -64,9 +65,7 @@ class Sampling:
         _require_whole("top_k", self.top_k)
         require_at_least(0, "top_k", self.top_k)
         _require_within("min_p", self.min_p, 0, 1)
-        _require_within("repetition_penalty", self.repetition_penalty, 0, 10)
-        if not self.repetition_penalty:
-            raise UsageError("repetition_penalty must be above 0; 1 is none")
+        _require_within("repetition_penalty", self.repetition_penalty, 0.01, 10)
         _require_within("presence_penalty", self.presence_penalty, -_MOST_PENALTY, _MOST_PENALTY)
         _require_within("frequency_penalty", self.frequency_penalty, -_MOST_PENALTY, _MOST_PENALTY)
         for token, bias in self.logit_bias.items():
@@ -75,6 +74,11 @@ class Sampling:
         if self.seed is not None:
             _require_whole("seed", self.seed)
             require_seed("seed", self.seed)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature < _LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

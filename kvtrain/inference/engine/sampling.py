@@ -69,7 +69,7 @@ def _groups(samplers: Sequence[Sampler]) -> dict[Sampling, list[int]]:
     """Rows by their settings, seeds apart, without those that take the best token as it is."""
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
-        if sampler.settings.temperature or _changes_scores(sampler.settings):
+        if not sampler.settings.greedy or _changes_scores(sampler.settings):
             groups.setdefault(sampler.group, []).append(row)
     return groups
 
@@ -91,7 +91,7 @@ def _sample_group(scores: Tensor, settings: Sampling, samplers: Sequence[Sampler
     if settings.presence_penalty or settings.frequency_penalty:
         counts = _counts([s.output for s in samplers], scores)
         scores = scores - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
-    if not settings.temperature:
+    if settings.greedy:
         return scores.argmax(-1)
     return _draw(warpers(ids, scores), [s.generator.random() for s in samplers])
 
@@ -105,7 +105,7 @@ def _processors(settings: Sampling) -> tuple[Any, Any]:
         processors.append(SequenceBiasLogitsProcessor(biases))  # type: ignore[arg-type]
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)))
-    if settings.temperature not in (0, 1):
+    if settings.temperature != 1 and not settings.greedy:
         warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_k:
         warpers.append(TopKLogitsWarper(settings.top_k))

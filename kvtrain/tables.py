@@ -1,0 +1,26 @@
+"""Tables on a terminal."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print rows below their headings; as wide as the terminal, or 160 characters where there is none."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    table.columns[0].no_wrap, table.columns[0].overflow = True, "fold"  # names and paths are there to be copied
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False, markup=False).print(table)
