@@ -156,6 +156,21 @@ class KVCache(Cache):
             for store, answer in pairs:
                 store.take_ahead(answer)
 
+    @contextlib.contextmanager
+    def fixed(self) -> Iterator[tuple[tuple[int, ...], ...]]:
+        """Let one token of every row meet tensors of shapes that seldom change; ``prepare`` comes before it.
+
+        Inside, a layer may write a token a row, a real one, and attend it, and nothing else may happen.
+
+        Returns:
+            Numbers that say all of these shapes.
+
+        Raises:
+            ValueError: The cache's pages are not reserved.
+        """
+        with contextlib.ExitStack() as stack:
+            yield tuple(stack.enter_context(store.fixed()) for store in self._stores)
+
     @bookkeeping
     def advance(self, valid: Tensor) -> None:
         """Called after a forward pass: counts its tokens, ``valid (B, n)`` bool."""

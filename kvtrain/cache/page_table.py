@@ -1,5 +1,7 @@
 """Which pages every head of every row owns, and how many of their slots are in use."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ class PageTable:
         lengths: ``(B, H)`` slots in use.
         room: Tokens that every row can get before a head may need another page, as far as is known on the host.
         others: What other rows have, while a pass is over some.
+        padded: Whose the pages are, while shapes are fixed.
     """
 
     def __init__(self, num_heads: int, page_size: int, device: torch.device | str) -> None:
@@ -44,6 +47,7 @@ class PageTable:
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)
         self.pages = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
         self.others: _Others | None = None
+        self.padded: PageLayout | None = None
 
     @property
     def pages(self) -> Tensor:
@@ -54,6 +58,7 @@ class PageTable:
     def pages(self, pages: Tensor) -> None:
         self._pages = pages
         self._layout: PageLayout | None = None
+        self._fixed: tuple[Tensor, PageLayout] | None = None
         self._places: tuple[Tensor, Tensor, Tensor] | None = None
         self.room = 0
 
@@ -67,6 +72,21 @@ class PageTable:
         if self._layout is None:
             self._layout = PageLayout(self.pages.flatten(0, 1), num_pages, self.page_size, copies)
         return self._layout
+
+    @contextlib.contextmanager
+    def fixed(self) -> Iterator[tuple[int, int]]:
+        """Have a power of two of columns, and list so many pages; says both. Meanwhile the table may not change."""
+        if self._fixed is None:
+            columns = 1 << max(0, self.columns - 1).bit_length()
+            wide = pad(self.pages, (0, columns - self.columns), value=-1)
+            self._fixed = wide, PageLayout.padded(wide.flatten(0, 1), self.page_size)
+        pages, self._pages = self._pages, self._fixed[0]
+        self.padded, self._places = self._fixed[1], None
+        try:
+            yield self.columns, self.padded.num_listed
+        finally:
+            self.padded.forget()
+            self._pages, self.padded, self._places = pages, None, None
 
     def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Pages of ``slots (B, H, 1)`` that heads own, and where in them; the slots are in use from then on.

@@ -1,7 +1,10 @@
 """What every store of a cache can do with its rows; nothing here knows attention."""
 
+import contextlib
+import functools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
@@ -14,9 +17,36 @@ RowSnapshot = dict[str, Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class _Step:
+    """Whether a step is run whose shapes are fixed.
+
+    A compiler looks at this before every call of what it has made, so that steps take turns.
+    """
+
+    fixed = False
+    turn = threading.RLock()
+
+
+@contextlib.contextmanager
+def fixed_step() -> Iterator[None]:
+    """Let ``torch.compile`` into ``bookkeeping``: what runs here takes nothing and asks nothing, see ``KVCache.fixed``."""
+    with _Step.turn:
+        before, _Step.fixed = _Step.fixed, True
+        try:
+            yield
+        finally:
+            _Step.fixed = before
+
+
 def bookkeeping(function: Function) -> Function:
     """Keep ``torch.compile`` out of a function: how much it takes and where it writes depends on what tensors hold."""
-    return cast("Function", torch.compiler.disable(function))
+    apart = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if _Step.fixed else apart(*args, **kwargs)
+
+    return cast("Function", chosen)
 
 
 @dataclass(frozen=True)
@@ -154,6 +184,17 @@ class RowStore(ABC):
 
     def take_ahead(self, answer: list[int]) -> None:
         """Take what one more token of every row may need, as ``ask_ahead`` has found."""
+
+    @contextlib.contextmanager
+    def fixed(self) -> Iterator[tuple[int, ...]]:
+        """Let all tensors that one token of every row meets have shapes that seldom change, and say them by numbers.
+
+        What they need must have been taken ahead.
+
+        Raises:
+            ValueError: Shapes change as pages are taken, none of which is reserved.
+        """
+        yield (self.num_rows,)
 
     @abstractmethod
     def bytes_to_select(self, indices: Tensor) -> int:

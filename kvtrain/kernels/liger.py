@@ -8,7 +8,6 @@ tensors of their own, and refuse the gradient of a gradient.
 
 import functools
 import importlib.util
-import operator
 from typing import Any
 
 import torch
@@ -50,8 +49,9 @@ def _runs_on(tensor: Tensor) -> bool:
     return on_gpu(tensor) and tensor.dtype in _DTYPES and tensor.numel() > 0 and tensor.shape[-1] <= _MAX_CHANNELS
 
 
-on_gpu = operator.attrgetter("is_cuda")
-"""Whether a tensor lies where Liger's kernels run: asked before anything else, at every call."""
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor lies where Liger's kernels run: asked before anything else, at every call."""
+    return tensor.is_cuda
 
 
 class LigerRMSNorm(torch.autograd.Function):

@@ -1,9 +1,8 @@
 """Which heads own the pages that one call attends: the same for every call as long as the table is."""
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtrain.kernels.memo import Memo
 
@@ -44,18 +43,14 @@ class Shown:
 
     Attributes:
         empty: ``(R, P, 1)`` pages of a head that show nothing.
+        hidden: Slots ``(N, S)`` of the pages that are not visible.
     """
 
     def __init__(self, layout: "PageLayout", lengths: Tensor) -> None:
-        self.lengths, self._layout = lengths, layout
-        self._by_head = lengths.flatten()
-        self.empty = (self._by_head[:, None] <= layout.starts).unsqueeze(-1)
-
-    @functools.cached_property
-    def hidden(self) -> Hidden:
-        """Slots ``(N, S)`` of the pages that are not visible."""
-        filled = self._by_head[self._layout.owner] - self._layout.begin
-        return Hidden(torch.arange(self._layout.page_size, device=filled.device) >= filled[:, None])
+        self.lengths, by_head = lengths, lengths.flatten()
+        self.empty = (by_head[:, None] <= layout.starts).unsqueeze(-1)
+        filled = by_head[layout.owner] - layout.begin
+        self.hidden = Hidden(torch.arange(layout.page_size, device=filled.device) >= filled[:, None])
 
 
 class PageLayout:
@@ -93,6 +88,25 @@ class PageLayout:
             self.owner = torch.zeros(num_pages, dtype=torch.long, device=device)
             self.begin = torch.full((num_pages,), _NOWHERE, device=device)
             self.owner[pages], self.begin[pages] = head, self.starts[column]
+
+    @classmethod
+    def padded(cls, table: Tensor, page_size: int) -> "PageLayout":
+        """One whose pages are copied, and are a power of two: further ones, which nobody asks for, show nothing."""
+        layout = cls(table, 0, page_size, copies=True)
+        assert layout.pages is not None
+        more = (1 << max(0, len(layout.pages) - 1).bit_length()) - len(layout.pages)
+        layout.pages, layout.owner = pad(layout.pages, (0, more)), pad(layout.owner, (0, more))
+        layout.begin = pad(layout.begin, (0, more), value=_NOWHERE)
+        return layout
+
+    @property
+    def num_listed(self) -> int:
+        """Pages that it lists."""
+        return len(self.owner)
+
+    def forget(self) -> None:
+        """Let go of what was shown last."""
+        self._latest = None
 
     def shown(self, lengths: Tensor) -> Shown:
         """How much of each page heads of these lengths see; layers that ask with the same tensor share it."""
