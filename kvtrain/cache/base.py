@@ -157,19 +157,23 @@ class KVCache(Cache):
                 store.take_ahead(answer)
 
     @contextlib.contextmanager
-    def fixed(self) -> Iterator[tuple[tuple[int, ...], ...]]:
+    def fixed(self) -> Iterator[tuple[int, int]]:
         """Let one token of every row meet tensors of shapes that seldom change; ``prepare`` comes before it.
 
         Inside, a layer may write a token a row, a real one, and attend it, and nothing else may happen.
 
         Returns:
-            Numbers that say all of these shapes.
+            What all of these shapes follow from: the number of rows, and the power of two to which every store's list
+            of pages is filled up.
 
         Raises:
             ValueError: The cache's pages are not reserved.
         """
+        pages = max(store.pages_to_list() for store in self._stores)
         with contextlib.ExitStack() as stack:
-            yield tuple(stack.enter_context(store.fixed()) for store in self._stores)
+            for store in self._stores:
+                stack.enter_context(store.fixed(pages))
+            yield self.num_rows, pages
 
     @bookkeeping
     def advance(self, valid: Tensor) -> None:

@@ -134,13 +134,17 @@ class PagedStore(RowStore):
             self._ahead = True
         self.rows.room = room - 1
 
-    @contextlib.contextmanager
-    def fixed(self) -> Iterator[tuple[int, ...]]:
+    def pages_to_list(self) -> int:
         """See ``RowStore``."""
         if self.pool.capacity is None:
             raise ValueError("shapes change as pages are taken: reserve them by make_cache(budget, preallocate=True)")
-        with self.rows.fixed() as shape, self.pool.whole():
-            yield (self.num_rows, *shape)
+        return self.rows.pages_to_list()
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """See ``RowStore``."""
+        with self.rows.fixed(pages), self.pool.whole():
+            yield
 
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:

@@ -185,16 +185,22 @@ class RowStore(ABC):
     def take_ahead(self, answer: list[int]) -> None:
         """Take what one more token of every row may need, as ``ask_ahead`` has found."""
 
-    @contextlib.contextmanager
-    def fixed(self) -> Iterator[tuple[int, ...]]:
-        """Let all tensors that one token of every row meets have shapes that seldom change, and say them by numbers.
-
-        What they need must have been taken ahead.
+    def pages_to_list(self) -> int:
+        """The power of two to which the list of pages that rows own must be filled up; 0 where there is none.
 
         Raises:
-            ValueError: Shapes change as pages are taken, none of which is reserved.
+            ValueError: Pages are not reserved, so that shapes change as they are taken.
         """
-        yield (self.num_rows,)
+        return 0
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """Let the shapes of all tensors that one token of every row meets follow from two numbers.
+
+        They are the number of rows, and that of ``pages``, not less than ``pages_to_list()``. What the tokens need must
+        have been taken ahead.
+        """
+        yield
 
     @abstractmethod
     def bytes_to_select(self, indices: Tensor) -> int:

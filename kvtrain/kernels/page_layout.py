@@ -90,11 +90,11 @@ class PageLayout:
             self.owner[pages], self.begin[pages] = head, self.starts[column]
 
     @classmethod
-    def padded(cls, table: Tensor, page_size: int) -> "PageLayout":
-        """One whose pages are copied, and are a power of two: further ones, which nobody asks for, show nothing."""
+    def padded(cls, table: Tensor, page_size: int, num_listed: int) -> "PageLayout":
+        """One that copies so many pages; those beyond what heads own show nothing, and nobody asks for them."""
         layout = cls(table, 0, page_size, copies=True)
         assert layout.pages is not None
-        more = (1 << max(0, len(layout.pages) - 1).bit_length()) - len(layout.pages)
+        more = num_listed - len(layout.pages)
         layout.pages, layout.owner = pad(layout.pages, (0, more)), pad(layout.owner, (0, more))
         layout.begin = pad(layout.begin, (0, more), value=_NOWHERE)
         return layout

@@ -45,7 +45,7 @@ class CompiledStep:
         self.model, self.cache = model, cache
         self.compilations = 0
         self._backend: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
-        self._steps: dict[tuple[tuple[int, ...], ...], _Step] = {}
+        self._steps: dict[tuple[int, int], _Step] = {}
         self._eager = False
 
     @torch.no_grad()

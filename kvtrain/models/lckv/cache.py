@@ -56,14 +56,18 @@ class PendingInputs(PagedStore):
     def ask_ahead(self) -> None:
         """See ``RowStore``: only prompts write here, and take their pages themselves."""
 
+    def pages_to_list(self) -> int:
+        """See ``RowStore``: none, for nothing is attended here."""
+        return 0
+
     @contextlib.contextmanager
-    def fixed(self) -> Iterator[tuple[int, ...]]:
+    def fixed(self, pages: int) -> Iterator[None]:
         """See ``RowStore``: rows that go on by a token of their own remember nothing."""
         if self.any_held():
             self.truncate(torch.zeros_like(self.lengths))
         self._idle = True
         try:
-            yield (self.num_rows,)
+            yield
         finally:
             self._idle = False
 
