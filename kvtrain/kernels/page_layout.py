@@ -71,7 +71,10 @@ class PageLayout:
         begin: ``(N,)`` slot of that head at which the page begins.
         order: ``(R, P)`` where among them the pages of a head are.
         starts: ``(P,)`` slot at which a head's pages begin.
+        fixed: Whether the shapes of all these seldom change, as the tables do.
     """
+
+    fixed = False
 
     def __init__(self, table: Tensor, num_pages: int, page_size: int, copies: bool = False) -> None:
         device, self.page_size = table.device, page_size
@@ -93,6 +96,7 @@ class PageLayout:
     def padded(cls, table: Tensor, page_size: int, num_listed: int) -> "PageLayout":
         """One that copies so many pages; those beyond what heads own show nothing, and nobody asks for them."""
         layout = cls(table, 0, page_size, copies=True)
+        layout.fixed = True
         assert layout.pages is not None
         more = num_listed - len(layout.pages)
         layout.pages, layout.owner = pad(layout.pages, (0, more)), pad(layout.owner, (0, more))
