@@ -1,4 +1,4 @@
-"""Decode steps as one graph against the same steps without, and against transformers' DynamicCache, on the packaged model.
+"""Decode steps as one graph, against the same steps without and transformers' DynamicCache, on the packaged model.
 
 512 tokens a row, float32, one thread. DMC merges by a threshold that is moved until about 4 tokens share a slot. The
 contenders take turns step by step, so that a busy machine slows them alike; the figures are medians.

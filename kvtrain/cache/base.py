@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.layer import KVCacheLayer
-from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping
+from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping, peak_growth
 from kvtrain.cache.state import StateStore
 
 
@@ -267,7 +267,7 @@ class KVCache(Cache):
         pairs = list(zip(self._stores, other._stores, strict=True))
         growth = [mine.bytes_to_join(theirs) for mine, theirs in pairs]
         shared = move and other.budget is self.budget
-        self._require(_peak(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
+        self._require(peak_growth(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
         for mine, theirs in pairs:
             mine.join(theirs)
             if move:
@@ -391,15 +391,6 @@ class KVCache(Cache):
         """
         if self.budget is not None and num_bytes > 0:
             self.budget.require(num_bytes, purpose)
-
-
-def _peak(growth: Sequence[int], pairs: Sequence[tuple[RowStore, RowStore]]) -> int:
-    """The most bytes by which two caches grow together while one store after the other moves, if each grows so much."""
-    most, now = 0, 0
-    for bytes_more, (_, theirs) in zip(growth, pairs, strict=True):
-        most = max(most, now + bytes_more)
-        now += bytes_more - theirs.num_bytes()
-    return most
 
 
 def _form(store: RowStore) -> tuple[type, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
@@ -29,7 +29,7 @@ class _Step:
 
 @contextlib.contextmanager
 def fixed_step() -> Iterator[None]:
-    """Let ``torch.compile`` into ``bookkeeping``: what runs here takes nothing and asks nothing, see ``KVCache.fixed``."""
+    """Let ``torch.compile`` into ``bookkeeping``: what runs here takes nothing and asks nothing (``KVCache.fixed``)."""
     with _Step.turn:
         before, _Step.fixed = _Step.fixed, True
         try:
@@ -239,3 +239,12 @@ class RowStore(ABC):
     def reset(self) -> None:
         """Drop every row and give the memory back."""
         self.select_rows(torch.zeros(0, dtype=torch.long, device=self.placement.device))
+
+
+def peak_growth(growth: Sequence[int], pairs: Sequence[tuple[RowStore, RowStore]]) -> int:
+    """The most bytes by which two caches grow together while one store after the other moves, if each grows so much."""
+    most, now = 0, 0
+    for bytes_more, (_, theirs) in zip(growth, pairs, strict=True):
+        most = max(most, now + bytes_more)
+        now += bytes_more - theirs.num_bytes()
+    return most

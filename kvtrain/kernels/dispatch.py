@@ -41,7 +41,7 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_backend(operation: str, requested: str, available: tuple[str, ...]) -> str:
     """Resolve ``"auto"`` to the first available backend; refuse an explicit one that is not there.
 

@@ -37,7 +37,8 @@ def takes_liger(operation: str, requested: str, *tensors: Tensor, fits: bool = T
             f"{operation}: backend 'liger' needs liger-kernel; use 'auto', or pip install 'kvtrain[liger]'"
         )
     can_run = fits and all(map(_runs_on, tensors)) and _is_installed()
-    return choose_backend(operation, requested, ("liger", "torch") if can_run else ("torch",)) == "liger"
+    chosen: str = choose_backend(operation, requested, ("liger", "torch") if can_run else ("torch",))
+    return chosen == "liger"
 
 
 @functools.cache

@@ -114,9 +114,7 @@ def test_rows_that_are_chosen_and_others_that_wait():
         goes_on_alike(model, cache, other, step, ids[:2, :1], 4)
     assert torch.equal(other.kv_tokens(), cache.kv_tokens())
     more = random_ids(3, 4, seed=2)
-    torch.testing.assert_close(
-        model(more, past_key_values=other).logits, model(more, past_key_values=cache).logits
-    )
+    torch.testing.assert_close(model(more, past_key_values=other).logits, model(more, past_key_values=cache).logits)
 
 
 def test_pages_must_be_reserved():

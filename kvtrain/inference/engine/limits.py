@@ -22,8 +22,8 @@ class Limits:
         kept_prefixes: Rows kept after their use, for prompts that begin alike; 0 keeps none.
         shared_tokens: A beginning that prompts have in common is read once from this length on.
         swap_bytes: Host memory for preempted rows; those that find none read their tokens again. None is the budget.
-        compiled_rows: Decoding passes over so many rows at most are compiled as a whole. Each number of rows is compiled
-            again about as often as what they hold doubles, and then takes a minute or so; 0 compiles nothing.
+        compiled_rows: Decoding passes over so many rows at most are compiled as a whole, for each number of rows again,
+            and as often as what they hold doubles; such a pass may take a minute. 0 compiles nothing.
 
     Raises:
         ValueError: A limit is too small.
