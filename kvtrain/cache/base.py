@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.layer import KVCacheLayer
-from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping
+from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping, peak_growth
 from kvtrain.cache.state import StateStore
 
 
@@ -156,6 +156,25 @@ class KVCache(Cache):
             for store, answer in pairs:
                 store.take_ahead(answer)
 
+    @contextlib.contextmanager
+    def fixed(self) -> Iterator[tuple[int, int]]:
+        """Let one token of every row meet tensors of shapes that seldom change; ``prepare`` comes before it.
+
+        Inside, a layer may write a token a row, a real one, and attend it, and nothing else may happen.
+
+        Returns:
+            What all of these shapes follow from: the number of rows, and the power of two to which every store's list
+            of pages is filled up.
+
+        Raises:
+            ValueError: The cache's pages are not reserved.
+        """
+        pages = max(store.pages_to_list() for store in self._stores)
+        with contextlib.ExitStack() as stack:
+            for store in self._stores:
+                stack.enter_context(store.fixed(pages))
+            yield self.num_rows, pages
+
     @bookkeeping
     def advance(self, valid: Tensor) -> None:
         """Called after a forward pass: counts its tokens, ``valid (B, n)`` bool."""
@@ -248,7 +267,7 @@ class KVCache(Cache):
         pairs = list(zip(self._stores, other._stores, strict=True))
         growth = [mine.bytes_to_join(theirs) for mine, theirs in pairs]
         shared = move and other.budget is self.budget
-        self._require(_peak(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
+        self._require(peak_growth(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
         for mine, theirs in pairs:
             mine.join(theirs)
             if move:
@@ -372,15 +391,6 @@ class KVCache(Cache):
         """
         if self.budget is not None and num_bytes > 0:
             self.budget.require(num_bytes, purpose)
-
-
-def _peak(growth: Sequence[int], pairs: Sequence[tuple[RowStore, RowStore]]) -> int:
-    """The most bytes by which two caches grow together while one store after the other moves, if each grows so much."""
-    most, now = 0, 0
-    for bytes_more, (_, theirs) in zip(growth, pairs, strict=True):
-        most = max(most, now + bytes_more)
-        now += bytes_more - theirs.num_bytes()
-    return most
 
 
 def _form(store: RowStore) -> tuple[type, Any]:

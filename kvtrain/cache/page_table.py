@@ -1,5 +1,7 @@
 """Which pages every head of every row owns, and how many of their slots are in use."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvtrain.kernels.page_layout import PageLayout
+
+_UNEVEN = 4  # a table this much wider than the mean head takes little beside the pages: a page has many slots
 
 
 class _Others(NamedTuple):
@@ -37,6 +41,7 @@ class PageTable:
         lengths: ``(B, H)`` slots in use.
         room: Tokens that every row can get before a head may need another page, as far as is known on the host.
         others: What other rows have, while a pass is over some.
+        padded: Whose the pages are, while shapes are fixed.
     """
 
     def __init__(self, num_heads: int, page_size: int, device: torch.device | str) -> None:
@@ -44,6 +49,7 @@ class PageTable:
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)
         self.pages = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
         self.others: _Others | None = None
+        self.padded: PageLayout | None = None
 
     @property
     def pages(self) -> Tensor:
@@ -54,6 +60,8 @@ class PageTable:
     def pages(self, pages: Tensor) -> None:
         self._pages = pages
         self._layout: PageLayout | None = None
+        self._to_list: int | None = None
+        self._fixed: tuple[Tensor, PageLayout] | None = None
         self._places: tuple[Tensor, Tensor, Tensor] | None = None
         self.room = 0
 
@@ -67,6 +75,37 @@ class PageTable:
         if self._layout is None:
             self._layout = PageLayout(self.pages.flatten(0, 1), num_pages, self.page_size, copies)
         return self._layout
+
+    def pages_to_list(self) -> int:
+        """See ``RowStore``: enough for all that heads own, and for columns of which there are as many as those say."""
+        if self._to_list is None:
+            pages = _power_of_two(int(self.owned().sum()))
+            while self._columns_for(pages) < self.columns:
+                pages *= 2
+            self._to_list = pages
+        return self._to_list
+
+    def _columns_for(self, pages: int) -> int:
+        """Columns of a table for a list of so many pages: one number is to say both.
+
+        The longest head may have ``_UNEVEN`` times the mean; all may be that of a single one.
+        """
+        heads = _power_of_two(self.pages.shape[0] * self.num_heads)
+        return min(pages, max(1, _UNEVEN * pages // heads))
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """Have a list of so many pages, and the columns that follow from them; meanwhile the table may not change."""
+        if self._fixed is None or self._fixed[1].num_listed != pages:
+            wide = pad(self.pages, (0, self._columns_for(pages) - self.columns), value=-1)
+            self._fixed = wide, PageLayout.padded(wide.flatten(0, 1), self.page_size, pages)
+        own, self._pages = self._pages, self._fixed[0]
+        self.padded, self._places = self._fixed[1], None
+        try:
+            yield
+        finally:
+            self.padded.forget()
+            self._pages, self.padded, self._places = own, None, None
 
     def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Pages of ``slots (B, H, 1)`` that heads own, and where in them; the slots are in use from then on.
@@ -149,6 +188,11 @@ class PageTable:
         others = 0 if self.others is None else self.others.lengths.shape[0]
         slot = columns * self.pages.element_size() + self.lengths.element_size()
         return (rows + others) * self.num_heads * slot
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def _renumbered(pages: Tensor, numbers: Tensor) -> Tensor:

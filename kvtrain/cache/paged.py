@@ -1,6 +1,7 @@
 """Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -74,6 +75,8 @@ class PagedStore(RowStore):
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
+        if self.rows.padded is not None:
+            return self.rows.padded
         return self.rows.layout(self.pool.num_pages, copies=self.bits is not None)
 
     @bookkeeping
@@ -130,6 +133,18 @@ class PagedStore(RowStore):
             self._take(self.rows.needed(self._longest(1, 0)), lacking, spare)
             self._ahead = True
         self.rows.room = room - 1
+
+    def pages_to_list(self) -> int:
+        """See ``RowStore``."""
+        if self.pool.capacity is None:
+            raise ValueError("shapes change as pages are taken: reserve them by make_cache(budget, preallocate=True)")
+        return self.rows.pages_to_list()
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """See ``RowStore``."""
+        with self.rows.fixed(pages), self.pool.whole():
+            yield
 
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Pages of keys and values: taken, released, reused, and given back."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -84,6 +85,15 @@ class PagePool:
         self.num_pages = size
         self.free = holes[moving.numel() :]
         return numbers
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let ``slots`` be all that is reserved, so that their shape does not change as pages are taken."""
+        slots, self.slots = self.slots, self._memory
+        try:
+            yield
+        finally:
+            self.slots = slots
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the pool holds."""

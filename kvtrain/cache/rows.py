@@ -1,7 +1,10 @@
 """What every store of a cache can do with its rows; nothing here knows attention."""
 
+import contextlib
+import functools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
@@ -14,9 +17,36 @@ RowSnapshot = dict[str, Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class _Step:
+    """Whether a step is run whose shapes are fixed.
+
+    A compiler looks at this before every call of what it has made, so that steps take turns.
+    """
+
+    fixed = False
+    turn = threading.RLock()
+
+
+@contextlib.contextmanager
+def fixed_step() -> Iterator[None]:
+    """Let ``torch.compile`` into ``bookkeeping``: what runs here takes nothing and asks nothing (``KVCache.fixed``)."""
+    with _Step.turn:
+        before, _Step.fixed = _Step.fixed, True
+        try:
+            yield
+        finally:
+            _Step.fixed = before
+
+
 def bookkeeping(function: Function) -> Function:
     """Keep ``torch.compile`` out of a function: how much it takes and where it writes depends on what tensors hold."""
-    return cast("Function", torch.compiler.disable(function))
+    apart = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if _Step.fixed else apart(*args, **kwargs)
+
+    return cast("Function", chosen)
 
 
 @dataclass(frozen=True)
@@ -155,6 +185,23 @@ class RowStore(ABC):
     def take_ahead(self, answer: list[int]) -> None:
         """Take what one more token of every row may need, as ``ask_ahead`` has found."""
 
+    def pages_to_list(self) -> int:
+        """The power of two to which the list of pages that rows own must be filled up; 0 where there is none.
+
+        Raises:
+            ValueError: Pages are not reserved, so that shapes change as they are taken.
+        """
+        return 0
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """Let the shapes of all tensors that one token of every row meets follow from two numbers.
+
+        They are the number of rows, and that of ``pages``, not less than ``pages_to_list()``. What the tokens need must
+        have been taken ahead.
+        """
+        yield
+
     @abstractmethod
     def bytes_to_select(self, indices: Tensor) -> int:
         """Bytes by which ``select_rows(indices)`` grows the store; 0 where it shrinks."""
@@ -192,3 +239,12 @@ class RowStore(ABC):
     def reset(self) -> None:
         """Drop every row and give the memory back."""
         self.select_rows(torch.zeros(0, dtype=torch.long, device=self.placement.device))
+
+
+def peak_growth(growth: Sequence[int], pairs: Sequence[tuple[RowStore, RowStore]]) -> int:
+    """The most bytes by which two caches grow together while one store after the other moves, if each grows so much."""
+    most, now = 0, 0
+    for bytes_more, (_, theirs) in zip(growth, pairs, strict=True):
+        most = max(most, now + bytes_more)
+        now += bytes_more - theirs.num_bytes()
+    return most

@@ -41,6 +41,9 @@ class StateStore(RowStore):
         if value.shape != (self._rows, *shape):
             raise ValueError(f"state {name!r} is {(self._rows, *shape)}, not {tuple(value.shape)}")
         value = value.detach().to(dtype)
+        if torch.compiler.is_compiling():  # what a graph gives back may be part of something larger
+            self._state[name] = value.clone(memory_format=torch.contiguous_format)
+            return
         whole = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
         self._state[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _NUMBERS = 2**17  # 512 KiB of float32; several tensors of that size fit into the second level of a cache
@@ -24,6 +25,11 @@ def without_values() -> Iterator[None]:
         _WITHOUT_VALUES.reset(token)
 
 
+def _valueless() -> bool:
+    """Whether this is ``without_values``; what is compiled never is, and a compiler cannot ask."""
+    return not torch.compiler.is_compiling() and _WITHOUT_VALUES.get()
+
+
 def tiles_to_run(alike: range, odd: int = 0) -> range:
     """Which of equal parts have to be worked on: all; ``without_values`` the last two.
 
@@ -31,7 +37,7 @@ def tiles_to_run(alike: range, odd: int = 0) -> range:
         alike: Numbers of the parts, in order.
         odd: How many at the end differ from the others; they are kept beside the two.
     """
-    return alike[-2 - odd :] if _WITHOUT_VALUES.get() else alike
+    return alike[-2 - odd :] if _valueless() else alike
 
 
 def spans(length: int, size: int) -> list[slice]:
@@ -39,7 +45,7 @@ def spans(length: int, size: int) -> list[slice]:
 
     The list is shared by all who ask for the same: leave it as it is.
     """
-    return _spans(length, size, _WITHOUT_VALUES.get())
+    return _spans(length, size, _valueless())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -57,7 +63,7 @@ def rows_per_tile(tensor: Tensor) -> int:
 
 def row_tiles(tensor: Tensor) -> list[slice]:
     """Where to cut the first axis so that each part has ``rows_per_tile`` entries, the last perhaps fewer."""
-    return _spans(len(tensor), rows_per_tile(tensor), _WITHOUT_VALUES.get())
+    return _spans(len(tensor), rows_per_tile(tensor), _valueless())
 
 
 def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -68,6 +74,6 @@ def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     rows = rows_per_tile(flat[0])
-    cuts = _spans(len(flat[0]), rows, _WITHOUT_VALUES.get())
+    cuts = _spans(len(flat[0]), rows, _valueless())
     first = cuts[0].start if cuts else 0
     return zip(*[tensor[first:].split(rows) for tensor in flat], strict=True)

@@ -20,7 +20,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-@functools.cache
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for half types, which sums and products are computed in; others stay."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -42,7 +41,7 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-@functools.cache  # asked in every layer of every step
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_backend(operation: str, requested: str, available: tuple[str, ...]) -> str:
     """Resolve ``"auto"`` to the first available backend; refuse an explicit one that is not there.
 
@@ -57,6 +56,11 @@ def choose_backend(operation: str, requested: str, available: tuple[str, ...]) -
     Raises:
         ValueError: The requested backend cannot run this call here.
     """
+    return _chosen(operation, requested, available)
+
+
+@functools.cache  # asked in every layer of every step
+def _chosen(operation: str, requested: str, available: tuple[str, ...]) -> str:
     if requested != "auto" and requested not in available:
         raise ValueError(
             f"{operation}: backend {requested!r} cannot run this call; use 'auto' or one of {', '.join(available)}"

@@ -8,7 +8,6 @@ tensors of their own, and refuse the gradient of a gradient.
 
 import functools
 import importlib.util
-import operator
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ def takes_liger(operation: str, requested: str, *tensors: Tensor, fits: bool = T
             f"{operation}: backend 'liger' needs liger-kernel; use 'auto', or pip install 'kvtrain[liger]'"
         )
     can_run = fits and all(map(_runs_on, tensors)) and _is_installed()
-    return choose_backend(operation, requested, ("liger", "torch") if can_run else ("torch",)) == "liger"
+    chosen: str = choose_backend(operation, requested, ("liger", "torch") if can_run else ("torch",))
+    return chosen == "liger"
 
 
 @functools.cache
@@ -50,8 +50,9 @@ def _runs_on(tensor: Tensor) -> bool:
     return on_gpu(tensor) and tensor.dtype in _DTYPES and tensor.numel() > 0 and tensor.shape[-1] <= _MAX_CHANNELS
 
 
-on_gpu = operator.attrgetter("is_cuda")
-"""Whether a tensor lies where Liger's kernels run: asked before anything else, at every call."""
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor lies where Liger's kernels run: asked before anything else, at every call."""
+    return tensor.is_cuda
 
 
 class LigerRMSNorm(torch.autograd.Function):

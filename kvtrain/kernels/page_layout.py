@@ -1,9 +1,8 @@
 """Which heads own the pages that one call attends: the same for every call as long as the table is."""
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtrain.kernels.memo import Memo
 
@@ -44,18 +43,14 @@ class Shown:
 
     Attributes:
         empty: ``(R, P, 1)`` pages of a head that show nothing.
+        hidden: Slots ``(N, S)`` of the pages that are not visible.
     """
 
     def __init__(self, layout: "PageLayout", lengths: Tensor) -> None:
-        self.lengths, self._layout = lengths, layout
-        self._by_head = lengths.flatten()
-        self.empty = (self._by_head[:, None] <= layout.starts).unsqueeze(-1)
-
-    @functools.cached_property
-    def hidden(self) -> Hidden:
-        """Slots ``(N, S)`` of the pages that are not visible."""
-        filled = self._by_head[self._layout.owner] - self._layout.begin
-        return Hidden(torch.arange(self._layout.page_size, device=filled.device) >= filled[:, None])
+        self.lengths, by_head = lengths, lengths.flatten()
+        self.empty = (by_head[:, None] <= layout.starts).unsqueeze(-1)
+        filled = by_head[layout.owner] - layout.begin
+        self.hidden = Hidden(torch.arange(layout.page_size, device=filled.device) >= filled[:, None])
 
 
 class PageLayout:
@@ -76,7 +71,10 @@ class PageLayout:
         begin: ``(N,)`` slot of that head at which the page begins.
         order: ``(R, P)`` where among them the pages of a head are.
         starts: ``(P,)`` slot at which a head's pages begin.
+        fixed: Whether the shapes of all these seldom change, as the tables do.
     """
+
+    fixed = False
 
     def __init__(self, table: Tensor, num_pages: int, page_size: int, copies: bool = False) -> None:
         device, self.page_size = table.device, page_size
@@ -93,6 +91,26 @@ class PageLayout:
             self.owner = torch.zeros(num_pages, dtype=torch.long, device=device)
             self.begin = torch.full((num_pages,), _NOWHERE, device=device)
             self.owner[pages], self.begin[pages] = head, self.starts[column]
+
+    @classmethod
+    def padded(cls, table: Tensor, page_size: int, num_listed: int) -> "PageLayout":
+        """One that copies so many pages; those beyond what heads own show nothing, and nobody asks for them."""
+        layout = cls(table, 0, page_size, copies=True)
+        layout.fixed = True
+        assert layout.pages is not None
+        more = num_listed - len(layout.pages)
+        layout.pages, layout.owner = pad(layout.pages, (0, more)), pad(layout.owner, (0, more))
+        layout.begin = pad(layout.begin, (0, more), value=_NOWHERE)
+        return layout
+
+    @property
+    def num_listed(self) -> int:
+        """Pages that it lists."""
+        return len(self.owner)
+
+    def forget(self) -> None:
+        """Let go of what was shown last."""
+        self._latest = None
 
     def shown(self, lengths: Tensor) -> Shown:
         """How much of each page heads of these lengths see; layers that ask with the same tensor share it."""

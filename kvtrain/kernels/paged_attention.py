@@ -132,7 +132,8 @@ def _attend_in_place(
         keys, values = keys[layout.pages], values[layout.pages]
     if not len(keys):
         return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
-    output, lse = _attend_blocks(query[layout.owner], keys, values, shown.hidden, scale, backend)
+    attend = _attend_by_formula if layout.fixed and torch.compiler.is_compiling() else _attend_blocks
+    output, lse = attend(query[layout.owner], keys, values, shown.hidden, scale, backend)
     return _merge(output, lse, layout.order, shown.empty)
 
 
@@ -203,6 +204,23 @@ def _attend_blocks(
         bias = hidden.bias(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
         output, lse = attention(query, keys, values, key_bias=bias, causal=False, scale=scale, backend="chunked")
     return output.squeeze(1), lse.squeeze(1)
+
+
+def _attend_by_formula(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float, _: str
+) -> tuple[Tensor, Tensor]:
+    """As ``_attend_blocks``, for a compiler that makes one loop of it and of what copies the keys and values.
+
+    Every product is written out, which is no loss for the few queries of a step: they read each key and value once.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide).unsqueeze(2) * keys.to(wide).unsqueeze(1)).sum(-1) * scale  # (N, Q, S)
+    scores = scores.masked_fill(hidden.slots.unsqueeze(1), torch.finfo(wide).min)
+    highest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
+    output = (weights.unsqueeze(-1) * values.to(wide).unsqueeze(1)).sum(2) / total
+    return output.to(query.dtype), (highest + total.log()).squeeze(-1)
 
 
 def _nothing(query: Tensor) -> Tensor:

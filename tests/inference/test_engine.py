@@ -1,13 +1,16 @@
 """The engine over real caches: every method's tokens, whatever stands beside them, and everything freed at the end."""
 
+import functools
 from functools import cache as remember
 
 import pytest
 import torch
 
+from kvtrain.inference.engine import runner
 from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
+from kvtrain.models.compiled import CompiledStep
 from tests.caches import CACHES, MAIN
 from tests.hosts import VOCAB, make_host
 from tests.inference.crowds import TIE, greedy, mix, serve
@@ -56,6 +59,16 @@ def test_a_crowd_gets_the_tokens_of_generate(method):
         outcome.loop.drop_kept_prefixes()
         cache = outcome.loop.runner.rows.cache
         assert cache.held_bytes() == 0 == outcome.loop.scheduler.swapped_bytes and cache.num_rows == 0
+
+
+@pytest.mark.roads
+def test_compiled_passes_give_the_same_tokens(monkeypatch):
+    """Alone, two at a time, and eagerly beside more."""
+    monkeypatch.setattr(runner, "CompiledStep", functools.partial(CompiledStep, backend="aot_eager"))
+    model, (requests, wanted) = model_of("dmc"), expected("dmc")
+    outcome = serve(model, requests, compiled_rows=2, max_requests=3)
+    check(outcome, wanted)
+    assert outcome.loop.runner._step.compilations > 0
 
 
 @pytest.mark.slow

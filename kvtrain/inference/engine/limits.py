@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 from kvtrain.errors import UsageError, require_at_least
 
+_MAY_BE_ZERO = ("kept_prefixes", "swap_bytes", "max_logprobs", "compiled_rows")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -20,6 +22,8 @@ class Limits:
         kept_prefixes: Rows kept after their use, for prompts that begin alike; 0 keeps none.
         shared_tokens: A beginning that prompts have in common is read once from this length on.
         swap_bytes: Host memory for preempted rows; those that find none read their tokens again. None is the budget.
+        compiled_rows: Decoding passes over so many rows at most are compiled as a whole, for each number of rows again,
+            and as often as what they hold doubles; such a pass may take a minute. 0 compiles nothing.
 
     Raises:
         ValueError: A limit is too small.
@@ -35,10 +39,11 @@ class Limits:
     kept_prefixes: int = 64
     shared_tokens: int = 16
     swap_bytes: int | None = None
+    compiled_rows: int = 0
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            least = 0 if limit.name in ("kept_prefixes", "swap_bytes", "max_logprobs") else 1
+            least = 0 if limit.name in _MAY_BE_ZERO else 1
             require_at_least(least, limit.name, getattr(self, limit.name))
         if self.step_tokens <= self.max_requests:
             raise UsageError(

@@ -1,5 +1,6 @@
 """Forward passes over some rows of the cache where they lie, and the rows themselves."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from torch import Tensor
 from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import CacheSnapshot
 from kvtrain.inference.engine.scheduler import Chunk
+from kvtrain.models.compiled import CompiledStep
 from kvtrain.models.hosts import key_value_shapes
+
+logger = logging.getLogger("kvtrain")
 
 
 @dataclass(eq=False)
@@ -113,11 +117,16 @@ class Runner:
     Args:
         model: In evaluation mode.
         budget: Bytes.
+        compiled_rows: Decoding passes over so many rows at most are compiled.
     """
 
-    def __init__(self, model: Any, budget: int) -> None:
+    def __init__(self, model: Any, budget: int, compiled_rows: int = 0) -> None:
         self.model = model
         self.rows = CacheRows(model.make_cache(budget, preallocate=True))
+        self._compiled_rows, self._step = compiled_rows, None
+        if compiled_rows:
+            self._step = CompiledStep(model, self.rows.cache)
+            logger.info("decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows)
         self.plain_token_bytes = _plain_token_bytes(model)
 
     @torch.no_grad()
@@ -138,9 +147,12 @@ class Runner:
         mask = None
         if any(count < width for _, count in batch):
             mask = torch.tensor([[0] * (width - count) + [1] * count for _, count in batch], device=self.model.device)
+        tokens = torch.tensor(ids, device=self.model.device)
         with self.rows.cache.rows([sequence.row.number for sequence, _ in batch]):
+            if self._step is not None and width == 1 and not prefill and len(batch) <= self._compiled_rows:
+                return self._step(tokens)
             output = self.model(
-                torch.tensor(ids, device=self.model.device),
+                tokens,
                 attention_mask=mask,
                 past_key_values=self.rows.cache,
                 prefill=prefill,

@@ -5,6 +5,8 @@ keys and one of values an owner. Owners with a window have a ring each. Cyclic s
 that a prompt was cut in, until the next tokens come.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +33,7 @@ class PendingInputs(PagedStore):
 
     def __init__(self, hidden_size: int, block: int, placement: Placement) -> None:
         super().__init__(1, {"inputs": hidden_size}, block, replace(placement, reserve=None))  # a page a row at most
+        self._idle = False  # whether nothing is held for sure
 
     @property
     def counts(self) -> Tensor:
@@ -39,7 +42,7 @@ class PendingInputs(PagedStore):
 
     def any_held(self) -> bool:
         """Whether a row remembers anything, as far as is known without asking the device."""
-        return self.pool.num_pages > len(self.pool.free)
+        return not self._idle and self.pool.num_pages > len(self.pool.free)
 
     def inputs(self) -> Tensor:
         """``(B, n, hidden)`` of the longest row's n; a row's entries stand at the end."""
@@ -52,6 +55,21 @@ class PendingInputs(PagedStore):
 
     def ask_ahead(self) -> None:
         """See ``RowStore``: only prompts write here, and take their pages themselves."""
+
+    def pages_to_list(self) -> int:
+        """See ``RowStore``: none, for nothing is attended here."""
+        return 0
+
+    @contextlib.contextmanager
+    def fixed(self, pages: int) -> Iterator[None]:
+        """See ``RowStore``: rows that go on by a token of their own remember nothing."""
+        if self.any_held():
+            self.truncate(torch.zeros_like(self.lengths))
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
 
     def replace(self, inputs: Tensor, counts: Tensor, rows: Tensor) -> None:
         """Keep the last ``counts (B,)`` of ``inputs (B, n, hidden)`` in the rows ``(B,)`` marked, and nothing older."""

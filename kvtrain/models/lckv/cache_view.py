@@ -1,6 +1,5 @@
 """How a layer reads a cache while new tokens go in."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.documents import Documents
+from kvtrain.kernels.memo import Memo
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
@@ -21,8 +21,8 @@ from kvtrain.models.windows import attend_cache_and_window
 RingContent = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class CacheView:
+@dataclass(frozen=True, eq=False)
+class CacheView(Memo):
     """What is stored of the tokens before the new ones, and where the new ones go.
 
     Attributes:
@@ -45,23 +45,28 @@ class CacheView:
     rings: dict[int, RingContent] | None = None
     single: bool = False
 
-    @functools.cached_property
+    @property
     def _documents(self) -> Documents:
         """Real tokens see real ones among the new tokens; one object for all layers and passes over them."""
-        return Documents(self.valid.long())
+        return self.keep("documents", lambda: Documents(self.valid.long()))
 
-    @functools.cached_property
+    @property
     def _slots(self) -> Tensor:
         """Of the new tokens in the paged store, ``(B, H_kv, n)``: one tensor, by which it knows that it was asked."""
-        slots = self.past[:, None] + self.valid.cumsum(-1) - 1
-        return slots[:, None].expand(-1, self.layers[0].num_heads, -1)
+        return self.keep("slots", lambda: self._by_head((self.past[:, None] + self.valid.cumsum(-1) - 1)[:, None]))
 
-    @functools.cached_property
+    @property
     def _lengths(self) -> tuple[Tensor, Tensor]:
         """Slots ``(B, H_kv)`` before the new tokens, and with a last one."""
-        heads = self.layers[0].num_heads
-        before, with_it = (seen[:, None].expand(-1, heads) for seen in (self.past, self.past + self.valid[:, -1]))
-        return before, with_it
+
+        def make() -> tuple[Tensor, Tensor]:
+            return self._by_head(self.past[:, None]), self._by_head((self.past + self.valid[:, -1])[:, None])
+
+        return self.keep("lengths", make)
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """``(B, 1, ...)`` the same for every head, ``(B, H_kv, ...)``."""
+        return tensor.expand(-1, self.layers[0].num_heads, *tensor.shape[2:])
 
     def attend(
         self, module: SharedAttention, query: Tensor, key: Tensor | None, value: Tensor | None, key_value: KeyValue

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
 from kvtrain.models.context import ForwardContext
@@ -89,7 +90,7 @@ def _decode(
         if stage.cyclic and pending is not None and pending.any_held():
             pending.replace(hidden, torch.zeros_like(tokens), valid[:, 0])
         noted = None if stage.cyclic else recorded
-        hidden = schedule.run_stage(stage, hidden, shared, arguments, noted, view=view)
+        hidden = schedule.run_stage(stage, hidden, shared, arguments, noted, view=view, parallel=WHOLE_ROWS)
     return hidden
 
 
