@@ -43,7 +43,7 @@ class Shown:
         lengths: Visible slots of each head, ``(R,)`` or ``(B, H_kv)``.
 
     Attributes:
-        empty: ``(R, P, 1)`` pages of a head that show nothing.
+        empty: ``(R, P', 1)`` pages of a head that show nothing.
     """
 
     def __init__(self, layout: "PageLayout", lengths: Tensor) -> None:
@@ -74,16 +74,18 @@ class PageLayout:
         pages: ``(N,)`` numbers of the pages that are copied; None where all pages of the pool are attended.
         owner: ``(N,)`` head that each page is attended by.
         begin: ``(N,)`` slot of that head at which the page begins.
-        order: ``(R, P)`` where among them the pages of a head are.
-        starts: ``(P,)`` slot at which a head's pages begin.
+        order: ``(R, P')`` where among them the pages of a head are, of which the longest has ``P'``.
+        starts: ``(P',)`` slot at which a head's pages begin.
     """
 
     def __init__(self, table: Tensor, num_pages: int, page_size: int, copies: bool = False) -> None:
         device, self.page_size = table.device, page_size
-        self.starts = torch.arange(table.shape[1], device=device) * page_size
         self.pages: Tensor | None = None
         self._latest: Shown | None = None
         head, column = (table >= 0).nonzero(as_tuple=True)
+        # Some rows of a cache come with a table as wide as the longest of all needs it.
+        table = table[:, : int(column.max()) + 1 if column.numel() else 0]
+        self.starts = torch.arange(table.shape[1], device=device) * page_size
         if copies or 2 * head.numel() <= num_pages:
             self.pages, self.owner, self.begin = table[head, column].long(), head, self.starts[column]
             self.order = torch.zeros(table.shape, dtype=torch.long, device=device)

@@ -34,6 +34,11 @@ _SCRATCH_BYTES = 4 * 2**20  # of widened keys and values at a time, unless a sin
 _FEW = 4  # queries of a key-value head that two batched products serve faster than a fused kernel
 
 
+def goes_by_pages(query: Tensor, table: Tensor, page_size: int) -> bool:
+    """Whether ``paged_attention`` attends every page by itself, and has a use for a layout; arguments as there."""
+    return query.shape[1] * query.shape[2] <= table.shape[1] * page_size
+
+
 def paged_attention(
     query: Tensor,
     keys: Tensor,
@@ -75,11 +80,11 @@ def paged_attention(
     grouped = query.reshape(batch * table.shape[1], -1, dim)
     pages = _Pages(keys, values, bits)
     chosen = choose_backend("paged attention", backend, _backends(grouped, pages))
-    if grouped.shape[1] > pages.size:
-        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, chosen)
-    else:
+    if goes_by_pages(query, table, pages.size):
         layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=bits is not None)
         output, lse = _attend_pages(grouped, pages, layout, lengths, scale, chosen)
+    else:
+        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, chosen)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
