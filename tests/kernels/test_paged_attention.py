@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
@@ -266,6 +267,15 @@ def test_pages_of_half_types_are_widened_in_parts(monkeypatch, scratch: int):
         expected = case.dense()
         torch.testing.assert_close(output, expected[0].bfloat16(), atol=1e-3, rtol=8e-3)
         torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_layout_is_as_wide_as_the_longest_head():
+    """Also where the table has room for longer ones, of other rows; results are the same."""
+    case = make_pages([[9, 0], [4, 13]], page_size=4)
+    wide = replace(case, table=torch.nn.functional.pad(case.table, (0, 60), value=-1))
+    assert PageLayout(wide.table.flatten(0, 1), 20, 4).order.shape == (4, 4)
+    for found, expected in zip(wide.run(), case.run(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_no_queries_no_rows_and_heads_that_do_not_group():
