@@ -42,7 +42,7 @@ class Shown:
         lengths: Visible slots of each head, ``(R,)`` or ``(B, H_kv)``.
 
     Attributes:
-        empty: ``(R, P, 1)`` pages of a head that show nothing.
+        empty: ``(R, P', 1)`` pages of a head that show nothing.
         hidden: Slots ``(N, S)`` of the pages that are not visible.
     """
 
@@ -64,24 +64,29 @@ class PageLayout:
         num_pages: Of the pool.
         page_size: Slots in a page.
         copies: Whether pages must be copied in any case.
+        all_columns: Keep those of the table in which these heads have no page: ``P' = P``.
 
     Attributes:
         pages: ``(N,)`` numbers of the pages that are copied; None where all pages of the pool are attended.
         owner: ``(N,)`` head that each page is attended by.
         begin: ``(N,)`` slot of that head at which the page begins.
-        order: ``(R, P)`` where among them the pages of a head are.
-        starts: ``(P,)`` slot at which a head's pages begin.
+        order: ``(R, P')`` where among them the pages of a head are, of which the longest has ``P'``.
+        starts: ``(P',)`` slot at which a head's pages begin.
         fixed: Whether the shapes of all these seldom change, as the tables do.
     """
 
     fixed = False
 
-    def __init__(self, table: Tensor, num_pages: int, page_size: int, copies: bool = False) -> None:
+    def __init__(
+        self, table: Tensor, num_pages: int, page_size: int, copies: bool = False, all_columns: bool = False
+    ) -> None:
         device, self.page_size = table.device, page_size
-        self.starts = torch.arange(table.shape[1], device=device) * page_size
         self.pages: Tensor | None = None
         self._latest: Shown | None = None
         head, column = (table >= 0).nonzero(as_tuple=True)
+        if not all_columns:  # some rows of a cache come with a table as wide as the longest of all needs it
+            table = table[:, : int(column.max()) + 1 if column.numel() else 0]
+        self.starts = torch.arange(table.shape[1], device=device) * page_size
         if copies or 2 * head.numel() <= num_pages:
             self.pages, self.owner, self.begin = table[head, column].long(), head, self.starts[column]
             self.order = torch.zeros(table.shape, dtype=torch.long, device=device)
@@ -95,7 +100,7 @@ class PageLayout:
     @classmethod
     def padded(cls, table: Tensor, page_size: int, num_listed: int) -> "PageLayout":
         """One that copies so many pages; those beyond what heads own show nothing, and nobody asks for them."""
-        layout = cls(table, 0, page_size, copies=True)
+        layout = cls(table, 0, page_size, copies=True, all_columns=True)
         layout.fixed = True
         assert layout.pages is not None
         more = num_listed - len(layout.pages)

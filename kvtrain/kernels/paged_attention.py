@@ -4,18 +4,19 @@ Every page is attended by itself, where it lies, and the partial results are mer
 queries read each page once (flash decoding with a page as the split), whatever length each head has. Where many
 queries share the pages, runs of pages are copied instead, a bounded number at a time.
 
-Three ways, because each is wrong where another is right:
+Two ways, because each is wrong where the other is right:
 
-* *in place*, for a few queries: one call over all pages of the pool as its batch. Gathering the keys first, dense, cost
+* *by pages*, for a few queries: one call over all pages of the pool as its batch. Gathering the keys first, dense, cost
   more than the attention, which at one query a head does no more than read them. Results are ``(pages, Q, D)``, so the
-  merge grows with the queries. Where other rows own most of the pool, the pages of these rows alone are copied;
+  merge grows with the queries. Where other rows own most of the pool, the pages of these rows alone are copied. Pages
+  that must be widened or dequantized are copied into a scratch that stays in a processor's cache;
 * *by runs*, for more queries than a page has slots: a copy is cheap beside products of so many, and long runs keep the
-  merge small. Heads too short for a run take no part in it;
-* *dequantized*, for quantized pages: they must be copied anyway, into a scratch that stays in a processor's cache.
+  merge small. Heads too short for a run take no part in it.
 
 No gradient flows into pages: a cache holds constants.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,13 @@ from kvtrain.kernels.page_layout import Hidden, PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_channels
 
 _RUN_SLOTS = 1024  # slots of one head that are copied at a time
-_SCRATCH_BYTES = 4 * 2**20  # of dequantized keys and values at a time, unless a single run takes more
+_SCRATCH_BYTES = 4 * 2**20  # of widened keys and values at a time, unless a single page takes more
+_FEW = 4  # queries of a key-value head that two batched products serve faster than a fused kernel
+
+
+def goes_by_pages(query: Tensor, table: Tensor, page_size: int) -> bool:
+    """Whether ``paged_attention`` attends every page by itself, and has a use for a layout; arguments as there."""
+    return query.shape[1] * query.shape[2] <= table.shape[1] * page_size
 
 
 def paged_attention(
@@ -55,7 +62,7 @@ def paged_attention(
         scale: Factor on the scores.
         bits: 8 or 4, of quantized keys and values.
         layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
-        backend: ``"auto"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
+        backend: ``"auto"``, ``"bmm"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
 
     Returns:
         Output ``(B, H, n, D_v)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where nothing is visible.
@@ -72,12 +79,12 @@ def paged_attention(
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
     pages = _Pages(keys, values, bits)
-    if grouped.shape[1] > pages.size:
-        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, backend)
-    else:
+    chosen = choose_backend("paged attention", backend, _backends(grouped, pages))
+    if goes_by_pages(query, table, pages.size):
         layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=bits is not None)
-        attend = _attend_in_place if bits is None else _attend_dequantized
-        output, lse = attend(grouped, pages, layout, lengths, scale, backend)
+        output, lse = _attend_pages(grouped, pages, layout, lengths, scale, chosen)
+    else:
+        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, chosen)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
@@ -110,64 +117,100 @@ class _Pages(NamedTuple):
         width = self.values.shape[2]
         return width if self.bits is None else packed_channels(width, self.bits)
 
-    def copy_runs(self, pages: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``(N, S, D)`` and values of runs of ``pages (N, columns)``, for queries ``(..., D)``."""
+    def read(self, where: Tensor | slice, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``(..., page_size, D)`` and values of the pages ``where (...)``, for queries ``(..., D)``."""
         if self.bits is None:
-            return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
+            return self.keys[where], self.values[where]
+        assert isinstance(where, Tensor), "quantized pages are copied"
         keys, values = (
             # Whole pages at a time: indexing would copy byte by byte.
-            slots.index_select(0, pages.flatten()).unflatten(0, pages.shape).flatten(1, 2)
+            slots.index_select(0, where.flatten()).unflatten(0, where.shape)
             for slots in (self.keys, self.values)
         )
         key = dequantize(keys, self.bits, query.shape[-1], query.dtype)
         return key, dequantize(values, self.bits, self.value_dim, query.dtype)
 
 
-def _attend_in_place(
-    query: Tensor, pages: _Pages, layout: PageLayout, lengths: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """All pages at once: ``query (R, Q, D)``, ``lengths (B, H_kv)``."""
-    keys, values, shown = pages.keys, pages.values, layout.shown(lengths)
-    if layout.pages is not None:
-        keys, values = keys[layout.pages], values[layout.pages]
-    if not len(keys):
-        return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
-    attend = _attend_by_formula if layout.fixed and torch.compiler.is_compiling() else _attend_blocks
-    output, lse = attend(query[layout.owner], keys, values, shown.hidden, scale, backend)
-    return _merge(output, lse, layout.order, shown.empty)
+class _Partial(NamedTuple):
+    """Attentions over parts of the keys, to be merged.
+
+    Attributes:
+        output: ``(N, Q, D_v)``.
+        lse: ``(N, Q)`` by which outputs are weighted: log-sum-exp, or with ``total`` the best score.
+        total: ``(N, Q)`` sums of ``exp(score - lse)``, by which outputs are still to be divided; None for ones.
+    """
+
+    output: Tensor
+    lse: Tensor
+    total: Tensor | None = None
 
 
-def _attend_dequantized(
+def _backends(query: Tensor, pages: _Pages) -> tuple[str, ...]:
+    """Those that can run attentions of queries ``(R, Q, D)``, best first."""
+    # Alone the chunked one has a gradient of its log-sum-exp, by which parts are merged.
+    if query.device.type != "cpu" or query.dtype == torch.float16 or (torch.is_grad_enabled() and query.requires_grad):
+        return ("chunked",)
+    few = ("bmm",) if query.shape[1] <= min(_FEW, pages.size) else ()
+    return (*few, "flash_cpu", "chunked") if query.shape[2] == pages.value_dim else (*few, "chunked")
+
+
+def _attend_pages(
     query: Tensor, pages: _Pages, layout: PageLayout, lengths: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """So many quantized pages at a time as the scratch holds; arguments as above."""
-    assert layout.pages is not None
-    if not len(layout.pages):
+    """Every page by itself: ``query (R, Q, D)``, ``lengths (B, H_kv)``."""
+    if not len(layout.owner):
         return query.new_zeros(*query.shape[:2], pages.value_dim), _nothing(query)
-    wide, shown = torch.promote_types(query.dtype, torch.float32), layout.shown(lengths)
-    count = max(1, _SCRATCH_BYTES // (pages.size * (query.shape[2] + pages.value_dim) * wide.itemsize))
-    work = (tensor.split(count) for tensor in (query[layout.owner], layout.pages, shown.hidden.slots))
+    shown, dtype = layout.shown(lengths), query.dtype
+    query = at_least_float32(query) if backend == "bmm" else query  # scores would be rounded
+    by_formula = layout.fixed and torch.compiler.is_compiling()
     parts = [
-        _attend_blocks(some, *pages.copy_runs(number[:, None], some), Hidden(hidden), scale, backend)
-        for some, number, hidden in zip(*work, strict=True)
+        _attend_by_formula(*block, scale) if by_formula else _attend_blocks(*block, scale, backend)
+        for block in _blocks(query, pages, layout, shown.hidden)
     ]
-    output, lse = (torch.cat(part) for part in zip(*parts, strict=True))
-    return _merge(output, lse, layout.order, shown.empty)
+    output, lse = _merge(parts[0] if len(parts) == 1 else _joined(parts), layout.order, shown.empty)
+    return output.to(dtype), lse
 
 
-def _merge(output: Tensor, lse: Tensor, order: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Join parts ``output (N, Q, D_v)`` and ``lse (N, Q)``: those of head ``r`` are ``order[r]``, unless ``empty``.
+def _blocks(
+    query: Tensor, pages: _Pages, layout: PageLayout, hidden: Hidden
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Hidden]]:
+    """Queries, keys, values and what is hidden: all at once where they lie in the queries' dtype, or scratchfuls."""
+    where = slice(None) if layout.pages is None else layout.pages
+    if pages.bits is None and pages.keys.dtype == query.dtype:
+        yield query[layout.owner], *pages.read(where, query), hidden
+        return
+    wide = torch.promote_types(query.dtype, torch.float32)
+    size = max(1, _SCRATCH_BYTES // (pages.size * (query.shape[2] + pages.value_dim) * wide.itemsize))
+    for begin in range(0, len(layout.owner), size):
+        some = slice(begin, begin + size)
+        keys, values = pages.read(some if layout.pages is None else layout.pages[some], query)
+        yield query[layout.owner[some]], keys, values, Hidden(hidden.slots[some])
+
+
+def _joined(parts: list[_Partial]) -> _Partial:
+    output, lse = torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts])
+    totals = [part.total for part in parts if part.total is not None]
+    return _Partial(output, lse, torch.cat(totals) if totals else None)
+
+
+def _merge(part: _Partial, order: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Output ``(R, Q, D_v)`` and log-sum-exp of all: those of head ``r`` are ``order[r]``, unless ``empty``.
 
     Args:
-        output: Of every part.
-        lse: Of every part.
+        part: Of every page.
         order: ``(R, P)`` parts of each head.
         empty: ``(R, P, 1)`` parts that show nothing, and do not count.
     """
-    lse = lse[order].masked_fill(empty, float("-inf"))  # (R, P, Q)
-    total = log_sum_exp(lse, 1) if lse.requires_grad else torch.logsumexp(lse, 1)
-    weights = torch.exp(lse - finite(total).unsqueeze(1)).unsqueeze(-1)
-    return (weights * at_least_float32(output)[order]).sum(1).to(output.dtype), total
+    lse = part.lse[order].masked_fill(empty, float("-inf"))  # (R, P, Q)
+    if lse.requires_grad:
+        sums = log_sum_exp(lse, 1)
+        weights = torch.exp(lse - finite(sums).unsqueeze(1)).unsqueeze(-1)
+        return (weights * at_least_float32(part.output)[order]).sum(1), sums
+    best = lse.amax(1).clamp_(min=torch.finfo(lse.dtype).min)
+    weights = lse.sub_(best.unsqueeze(1)).exp_()
+    total = (weights if part.total is None else weights * part.total[order]).sum(1)
+    output = (weights.unsqueeze(-1) * at_least_float32(part.output)[order]).sum(1)
+    return output.div_(total.clamp(min=torch.finfo(lse.dtype).tiny).unsqueeze(-1)), best.add_(total.log_())
 
 
 def _attend_runs(
@@ -180,35 +223,33 @@ def _attend_runs(
     for begin in range(0, table.shape[1], columns):
         left = lengths - begin * pages.size
         rows = (left > 0).nonzero().squeeze(1)  # lengths may differ much, by head and by row
-        block = pages.copy_runs(table[rows, begin : begin + columns].clamp(min=0), query)
-        part = _attend_blocks(query[rows], *block, Hidden.behind(left[rows], block[0]), scale, backend)
+        block = [part.flatten(1, 2) for part in pages.read(table[rows, begin : begin + columns].clamp(min=0), query)]
+        part = _attend_blocks(query[rows], block[0], block[1], Hidden.behind(left[rows], block[0]), scale, backend)
         # Merged at once: outputs of all runs would outgrow the keys where queries are more than a run has slots.
-        merged = merge_attention([(output[rows, None], lse[rows, None]), (part[0][:, None], part[1][:, None])])
+        merged = merge_attention([(output[rows, None], lse[rows, None]), (part.output[:, None], part.lse[:, None])])
         output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)
     return output.to(query.dtype), lse
 
 
-def _attend_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _attend_blocks(query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float, backend: str) -> _Partial:
     """Independent attentions: ``query (N, Q, D)`` over those of ``keys (N, S, D)`` that are not hidden."""
-    plain = query.device.type == "cpu" and query.dtype != torch.float16 and keys.shape == values.shape
-    # torch's kernel has no gradient of its log-sum-exp, by which parts are merged.
-    fast = ["flash_cpu"] if plain and not (torch.is_grad_enabled() and query.requires_grad) else []
-    chosen = choose_backend("paged attention", backend, (*fast, "chunked"))
-    query, keys, values = query.unsqueeze(1), keys.unsqueeze(1).to(query.dtype), values.unsqueeze(1).to(query.dtype)
-    if chosen == "flash_cpu":
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
+    if backend == "bmm":
+        scores = torch.baddbmm(hidden.bias(query.dtype).unsqueeze(1), query, keys.transpose(1, 2), alpha=scale)
+        best = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(best).exp_()  # (N, Q, S)
+        return _Partial(torch.bmm(weights, values), best.squeeze(-1), weights.sum(-1))
+    query, keys, values = query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)
+    if backend == "flash_cpu":
         mask = hidden.bias(query.dtype)[:, None, None].expand(-1, -1, query.shape[2], -1)
         output, lse = flash(query, keys, values, causal=False, mask=mask, scale=scale)
     else:
         bias = hidden.bias(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
         output, lse = attention(query, keys, values, key_bias=bias, causal=False, scale=scale, backend="chunked")
-    return output.squeeze(1), lse.squeeze(1)
+    return _Partial(output.squeeze(1), lse.squeeze(1))
 
 
-def _attend_by_formula(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float, _: str
-) -> tuple[Tensor, Tensor]:
+def _attend_by_formula(query: Tensor, keys: Tensor, values: Tensor, hidden: Hidden, scale: float) -> _Partial:
     """As ``_attend_blocks``, for a compiler that makes one loop of it and of what copies the keys and values.
 
     Every product is written out, which is no loss for the few queries of a step: they read each key and value once.
@@ -220,7 +261,7 @@ def _attend_by_formula(
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
     output = (weights.unsqueeze(-1) * values.to(wide).unsqueeze(1)).sum(2) / total
-    return output.to(query.dtype), (highest + total.log()).squeeze(-1)
+    return _Partial(output.to(query.dtype), (highest + total.log()).squeeze(-1))
 
 
 def _nothing(query: Tensor) -> Tensor:

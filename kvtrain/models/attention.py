@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kvtrain.cache.paged import PagedStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.context_parallel import ContextParallel
-from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.paged_attention import goes_by_pages, paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.hosts import host_adapter
@@ -118,7 +118,7 @@ class HostAttention(nn.Module):
         table, layout = pages.table, None
         if heads is not None:
             table, lengths = table[:, heads], lengths[:, heads]
-        elif query.shape[2] == 1:
+        elif goes_by_pages(query, table, pages.page_size):
             layout = pages.layout()
         keys, values = (pages.pool.slots[name] for name in names)
         return paged_attention(query, keys, values, table, lengths, self.scaling, bits=pages.bits, layout=layout)

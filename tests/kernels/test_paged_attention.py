@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
 from .tensor_sizes import TensorSizes
 
 PROPERTY = settings(max_examples=120)
-BACKENDS = ["flash_cpu", "chunked"]
+BACKENDS = ["auto", "flash_cpu", "chunked"]  # auto: products, where queries are few
 GARBAGE = 1e6  # in free pages and unused slots
 
 
@@ -237,8 +238,44 @@ def test_no_dense_copy_is_made(num_queries: int):
 @pytest.mark.parametrize("num_queries", [1, 9])
 def test_unknown_backends_are_refused(backend: str, num_queries: int):
     case = make_pages([[9, 0]], page_size=4, num_queries=num_queries)
-    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call; use 'auto' or one of flash_cpu"):
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call; use 'auto' or one of .*flash_cpu"):
         case.run(backend)
+
+
+@pytest.mark.parametrize(("page_size", "most"), [(2, 2), (4, 4), (8, 4)])
+def test_products_serve_few_queries(page_size: int, most: int):
+    """So many of a key-value head, and no more than a page has slots."""
+    for num_queries in range(1, most + 1):
+        case = make_pages([[9, 0], [4, 30]], page_size=page_size, groups=1, num_queries=num_queries, value_dim=3)
+        assert_close(case.run("bmm"), case.dense(), 1e-12)
+    case = make_pages([[9, 0], [4, 30]], page_size=page_size, groups=1, num_queries=most + 1)
+    with pytest.raises(ValueError, match="'bmm' cannot run this call"):
+        case.run("bmm")
+
+
+@pytest.mark.parametrize("scratch", [1, 5 * 32 * 2 * 16 * 4, 2**22])
+def test_pages_of_half_types_are_widened_in_parts(monkeypatch, scratch: int):
+    """All give the same; more pages of the pool are free or others' than are read."""
+    monkeypatch.setattr("kvtrain.kernels.paged_attention._SCRATCH_BYTES", scratch)
+    for free in (0, 60):
+        case = make_pages([[1000, 40], [3, 0]], page_size=32, dim=16, free=free)
+        case.query, case.key, case.value, case.keys, case.values = (
+            tensor.bfloat16().double() for tensor in (case.query, case.key, case.value, case.keys, case.values)
+        )
+        output, lse = case.run("bmm", torch.bfloat16)
+        assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        expected = case.dense()
+        torch.testing.assert_close(output, expected[0].bfloat16(), atol=1e-3, rtol=8e-3)
+        torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_layout_is_as_wide_as_the_longest_head():
+    """Also where the table has room for longer ones, of other rows; results are the same."""
+    case = make_pages([[9, 0], [4, 13]], page_size=4)
+    wide = replace(case, table=torch.nn.functional.pad(case.table, (0, 60), value=-1))
+    assert PageLayout(wide.table.flatten(0, 1), 20, 4).order.shape == (4, 4)
+    for found, expected in zip(wide.run(), case.run(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_no_queries_no_rows_and_heads_that_do_not_group():

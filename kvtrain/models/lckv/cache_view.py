@@ -9,7 +9,7 @@ from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.memo import Memo
-from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.paged_attention import goes_by_pages, paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
 from kvtrain.models.lckv.attention import KeyValue, SharedAttention
@@ -129,8 +129,9 @@ class CacheView(Memo):
         if pages.table.shape[2]:
             keys = pages.pool.slots[f"keys.{module.key_layer}"]
             values = pages.pool.slots[f"values.{module.value_layer}"]
-            layout = pages.layout() if query.shape[2] == 1 else None
-            parts.append(paged_attention(query, keys, values, pages.table, lengths, module.scaling, layout=layout))
+            table = pages.table
+            layout = pages.layout() if goes_by_pages(query, table, pages.page_size) else None
+            parts.append(paged_attention(query, keys, values, table, lengths, module.scaling, layout=layout))
         return _merge(parts, query)
 
     def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
