@@ -5,5 +5,5 @@ from kvtrain.kernels import dispatch
 
 def forget_backends() -> None:
     """Let operations choose again, and say so again."""
-    dispatch.choose_backend.cache_clear()
+    dispatch._chosen.cache_clear()
     dispatch.log_backend.cache_clear()

@@ -20,6 +20,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+@functools.cache
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for half types, which sums and products are computed in; others stay."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
