@@ -84,5 +84,5 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _turn(heads: Tensor) -> Tensor:
     """A quarter turn of every pair of channels ``d`` and ``d + D / 2``."""
-    half = heads.shape[-1] // 2
-    return torch.cat([-heads[..., half:], heads[..., :half]], -1)
+    first, second = heads.chunk(2, -1)  # slices have gradients whose strides a compiler gets wrong
+    return torch.cat([-second, first], -1)

@@ -150,15 +150,16 @@ class Runner:
         tokens = torch.tensor(ids, device=self.model.device)
         with self.rows.cache.rows([sequence.row.number for sequence, _ in batch]):
             if self._step is not None and width == 1 and not prefill and len(batch) <= self._compiled_rows:
-                return self._step(tokens)
-            output = self.model(
-                tokens,
-                attention_mask=mask,
-                past_key_values=self.rows.cache,
-                prefill=prefill,
-                logits_to_keep=1,
-            )
-        logits: Tensor = output.logits[:, -1]
+                logits: Tensor = self._step(tokens)
+            else:
+                output = self.model(
+                    tokens,
+                    attention_mask=mask,
+                    past_key_values=self.rows.cache,
+                    prefill=prefill,
+                    logits_to_keep=1,
+                )
+                logits = output.logits[:, -1]
         return logits[torch.tensor(order, device=logits.device).argsort()]
 
     def kept_tokens(self, rows: Sequence[CacheRow]) -> Tensor:
