@@ -46,12 +46,24 @@ def apply_rotary(
     if asked and liger.takes_liger("rotary embedding", backend, heads, cos, sin, fits=fits):
         rotated: Tensor = liger.LigerRotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
-    served = heads.shape[2] == 1 and not (torch.is_grad_enabled() and heads.requires_grad)
-    if served or cos.requires_grad or sin.requires_grad:
-        wide = at_least_float32(heads)
-        return (wide * cos.unsqueeze(1) + _turn(wide) * sin.unsqueeze(1)).to(heads.dtype)
+    if cos.requires_grad or sin.requires_grad:
+        learnt: Tensor = _rotate_by_learnt(heads, cos, sin)
+        return learnt
+    if heads.shape[2] == 1 and not (torch.is_grad_enabled() and heads.requires_grad):
+        return _formula(heads, cos, sin)
     result: Tensor = _Rotary.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
     return result
+
+
+def _formula(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = at_least_float32(heads)
+    return (wide * cos.unsqueeze(1) + _turn(wide) * sin.unsqueeze(1)).to(heads.dtype)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _rotate_by_learnt(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The formula, with a gradient for the angles; what a compiler makes of that trips over strides."""
+    return _formula(heads, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
@@ -84,5 +96,5 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _turn(heads: Tensor) -> Tensor:
     """A quarter turn of every pair of channels ``d`` and ``d + D / 2``."""
-    first, second = heads.chunk(2, -1)  # slices have gradients whose strides a compiler gets wrong
-    return torch.cat([-second, first], -1)
+    half = heads.shape[-1] // 2
+    return torch.cat([-heads[..., half:], heads[..., :half]], -1)
