@@ -18,6 +18,7 @@ from tests.caches import CACHES, MAIN, PAIRS, SOME_PAIRS
 from tests.hosts import make_host, random_ids
 from tests.thinning import thinned
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 TOLERANCE = 1e-9  # float64
 NUMBERS = ("free", "_layout", "_places")  # of pages, which nobody counts
 STREAMS, LENGTH = 5, 48
@@ -35,17 +36,6 @@ def streams(method, family="llama"):
     ids = random_ids(STREAMS, LENGTH, seed=3)
     with torch.no_grad():
         return ids, model_of(method, family)(ids, use_cache=False).logits
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=list(CACHES))
-def method(request):
-    return request.param
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvtrain.cache.budget import ByteBudget, CacheFullError
 from kvtrain.kernels.page_layout import PageLayout
 from tests.cache.test_conformance import close, filled, model_of, streams
-from tests.caches import CACHES
 from tests.hosts import random_ids
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 QUESTIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
@@ -23,17 +23,6 @@ class Questions(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in QUESTIONS
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=list(CACHES))
-def method(request):
-    return request.param
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 2**22, "preallocate": True}], ids=["grown", "reserved"])

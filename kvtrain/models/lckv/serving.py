@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.attention import Angles
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.cache_view import CacheView, RingContent
@@ -78,10 +77,7 @@ def _decode(
     single: bool = False,
 ) -> Tensor:
     """As ``serve``, one token a row at most and none of a prompt that goes on: every stage in one pass."""
-    positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
-    arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
-    angles = arguments["position_embeddings"]
-    view = CacheView(layers, tokens, valid, valid, angles, slot_angles, single=single)
+    arguments, view = _placed(schedule, hidden, arguments, layers, tokens, valid, single=single)
     shared: Shared = {}
     for stage in schedule.plan:
         if stage.cyclic and recorded is not None:
@@ -105,10 +101,8 @@ def _serve_chunk(
     recorded: RecordedStates | None = None,
 ) -> Tensor:
     """As ``serve``; ``reads (B,)`` are the rows whose new tokens are part of a prompt."""
-    positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
-    arguments, slot_angles = _placed(schedule, hidden, arguments, layers, positions)
     rings = None if hidden.shape[1] == 1 else _ring_contents(layers)
-    view = CacheView(layers, tokens, valid, valid, arguments["position_embeddings"], slot_angles, rings)
+    arguments, view = _placed(schedule, hidden, arguments, layers, tokens, valid, rings=rings)
     shared: Shared = {}
     for stage in schedule.plan:
         if not stage.cyclic:
@@ -126,19 +120,23 @@ def _placed(
     hidden: Tensor,
     arguments: dict[str, Any],
     layers: list[LCKVCacheLayer],
-    positions: Tensor,
-) -> tuple[dict[str, Any], Angles | None]:
-    """Arguments with the angles of these positions ``(B, n)``; an endless cache's end where its slots do."""
+    tokens: Tensor,
+    valid: Tensor,
+    **given: Any,
+) -> tuple[dict[str, Any], CacheView]:
+    """Arguments with the new tokens' angles, at an endless cache's end where its slots do, and a view of the cache.
+
+    ``given`` is what the ``CacheView`` says besides.
+    """
+    positions = (tokens[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
     endless, slot_angles = layers[0].endless, None
     if endless is not None:
         positions = positions.clamp(max=endless.capacity - 1)
         slots = torch.arange(endless.capacity, device=hidden.device)[None]
         slot_angles = schedule.angles(hidden, slots)
-    return {
-        **arguments,
-        "position_ids": positions,
-        "position_embeddings": schedule.angles(hidden, positions),
-    }, slot_angles
+    angles = schedule.angles(hidden, positions)
+    view = CacheView(layers, tokens, valid, valid, angles, slot_angles, **given)
+    return {**arguments, "position_ids": positions, "position_embeddings": angles}, view
 
 
 def _ring_contents(layers: list[LCKVCacheLayer]) -> dict[int, RingContent]:
