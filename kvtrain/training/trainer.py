@@ -130,6 +130,7 @@ class KVTrainer(pl.Trainer):
             loop.setup_data()
             loop.on_run_start()
             loop.on_run_end()
+            self.num_sanity_val_steps = 0  # nothing is trained after it
         return super()._run_stage()
 
 

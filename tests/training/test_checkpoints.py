@@ -115,22 +115,24 @@ def test_a_run_from_python_holds_its_folder(rows, tmp_path):
     assert held == [True] and not (tmp_path / FILE_NAME).exists()
 
 
-def test_a_signal_in_a_validation_does_not_wait_for_its_end(rows, tmp_path, run):
-    """Where the step is saved; the validation is made up for."""
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(rows, tmp_path, run, step):
+    """Where the step is saved; the validation is made up for, as a whole, whatever is looked at before training."""
     seen = []
 
     def ask(trainer, *_):
         seen.append(trainer.global_step)
-        if seen[-1] == 6:
+        if seen[-1] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as stop:
         saved(tmp_path, rows, callbacks=[LambdaCallback(on_validation_batch_end=ask)])
     batches = seen.count(2)
-    assert stop.value.code == 143 and batches > 1 and seen == [2] * batches + [4] * batches + [6]
+    validated = [earlier for earlier in range(2, step, 2) for _ in range(batches)]
+    assert stop.value.code == 143 and batches > 1 and seen == [*validated, step]
     last = run_folder.last_checkpoint(tmp_path)
-    assert run_folder.step_of(last) == 6
-    saved(tmp_path, rows, ckpt_path=last)
+    assert run_folder.step_of(last) == step
+    saved(tmp_path, rows, ckpt_path=last, num_sanity_val_steps=1)
     assert held_out(tmp_path) == held_out(run)
     assert ratings(tmp_path) == ratings(run)
 

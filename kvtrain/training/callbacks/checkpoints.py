@@ -93,7 +93,7 @@ class RunCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rate the checkpoint of the step that was validated, where there is one; its figures are logged by now."""
         perplexity = trainer.callback_metrics.get(_RATED_BY)
-        if trainer.global_step != self.saved_step or perplexity is None:
+        if trainer.sanity_checking or trainer.global_step != self.saved_step or perplexity is None:
             return
         with together(trainer):
             if trainer.is_global_zero:
