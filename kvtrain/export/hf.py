@@ -19,6 +19,7 @@ from kvtrain.export.card import model_card
 from kvtrain.export.weights import write_model
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.gqa import gqa_state
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.registry import builder, own_model_class
 from kvtrain.models.sharded import is_sharded
@@ -92,7 +93,7 @@ def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Te
     config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
     base = stored.settings.get("base")
     if base:
-        weights = _completed(weights, _base_weights(base, config))
+        weights = _completed(weights, _base_weights(stored, config))
     if isinstance(config, KVTrainConfig):
         method, weights = builder(config.method, config.host_config).deploy(weights)
         config.method_config = method.to_dict()
@@ -125,15 +126,19 @@ def _plain(host_config: Any) -> Any:
     return host_config
 
 
-def _base_weights(base: str, config: KVTrainConfig) -> dict[str, Tensor]:
+def _base_weights(stored: StoredModel, config: KVTrainConfig) -> dict[str, Tensor]:
     """Weights of a retrofit whose checkpoint holds what was learnt alone, as they were before; mapped from files.
 
     Raises:
         ValueError: The base cannot be had, or is another one.
     """
+    base, heads = stored.settings["base"], stored.settings.get("num_key_value_heads")
     path = resolve(base)
     with explain_load_errors(base, "the base of this run; put it there again, then export"):
-        weights = host_weights(path, AutoConfig.from_pretrained(path))
+        plain = AutoConfig.from_pretrained(path)
+        weights = host_weights(path, plain)
+        if heads:
+            weights = gqa_state(weights, plain, heads)
     with torch.device("meta"):
         host = AutoModelForCausalLM.from_config(_plain(config.host_config))
     shapes = {name: tensor.shape for name, tensor in host.state_dict().items()}

@@ -305,7 +305,7 @@ class TrainingModule(pl.LightningModule, ABC):
         config = self.model.config.to_json_string(use_diff=False)
         settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.export_warning()}
         if base := self.frozen_base():
-            settings["base"] = base
+            settings |= base
             learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {
                 name: tensor for name, tensor in checkpoint["state_dict"].items() if name in learnt
@@ -316,8 +316,12 @@ class TrainingModule(pl.LightningModule, ABC):
         """Whether the model's parameter of this name is learnt."""
         return True
 
-    def frozen_base(self) -> str | None:
-        """The model whose weights stay as they are, so that checkpoints need not hold them; None where all train."""
+    def frozen_base(self) -> dict[str, Any] | None:
+        """The model whose weights stay as they are, so that checkpoints need not hold them; None where all train.
+
+        Returns:
+            What an export completes checkpoints from: its name as ``base``, and ``num_key_value_heads`` if converted.
+        """
         return None
 
     def export_warning(self) -> str | None:

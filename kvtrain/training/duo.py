@@ -102,9 +102,9 @@ class DuoModule(RetrofitModule):
         """See ``TrainingModule``."""
         return name.endswith(".gates")
 
-    def frozen_base(self) -> str | None:
+    def frozen_base(self) -> dict[str, Any] | None:
         """See ``TrainingModule``."""
-        return self.base
+        return {"base": self.base, "num_key_value_heads": self.num_key_value_heads}
 
     def _load_teacher(self) -> None:
         """Nothing: the model is its own teacher."""

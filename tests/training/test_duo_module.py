@@ -130,10 +130,11 @@ def test_rows_of_several_documents_are_read_whole():
     assert receptive_field(answers(12, 8), kvtrain.Duo(**WINDOW), layers=2) == slice(12)
 
 
-def test_a_checkpoint_holds_the_gates_alone_and_an_export_everything(base, rows, tmp_path):
-    """The rounded model is the one that validation measured."""
+@pytest.mark.parametrize("heads", [None, 1])
+def test_a_checkpoint_holds_the_gates_alone_and_an_export_everything(base, rows, tmp_path, heads):
+    """The rounded model is the one that validation measured, on the base as it is or with fewer heads."""
     run, exported = tmp_path / "run", tmp_path / "exported"
-    module = module_on(base, steps=8)
+    module = module_on(base, steps=8, training={"num_key_value_heads": heads})
     train(module, rows, run, 8, enable_checkpointing=True, **LOOK)
     path = run / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(path)
