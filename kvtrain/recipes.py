@@ -109,7 +109,7 @@ def _first_comments(path: Path) -> tuple[str, str]:
 def list_launchers() -> list[Launcher]:
     """Every launcher, in path order."""
     folder, found = launchers_folder(), []
-    for path in sorted(path for pattern in _LAUNCHERS for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in _LAUNCHERS for path in folder.rglob(pattern)):
         purpose, needs = _first_comments(path)
         found.append(Launcher(path, purpose.rstrip("."), needs.removeprefix("Needs: ").rstrip(".")))
     return found

@@ -44,9 +44,12 @@ def run(tmp_path):
 def test_launchers_are_listed_with_purpose_and_needs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = list_launchers()
-    assert [launcher.path.name for launcher in found] == [
+    assert [str(launcher.path.relative_to(LAUNCH)) for launcher in found] == [
         "deepspeed.sh",
         "kubernetes.yaml",
+        "serve/kserve.yaml",
+        "serve/kubernetes.yaml",
+        "serve/ray.yaml",
         "slurm.sbatch",
         "torchrun.sh",
     ]
@@ -196,8 +199,9 @@ PAGE = (LAUNCH / "README.md").read_text()
 def test_the_page_names_what_there_is():
     for path in re.findall(r"`(?:\w+=\S+ )*((?:recipes|launch)/[\w./]+)", PAGE):
         assert (ROOT / path).exists(), path
+    pages = PAGE + (LAUNCH / "serve" / "README.md").read_text()
     for launcher in list_launchers():
-        assert f"`launch/{launcher.path.name}`" in PAGE
+        assert f"`launch/{launcher.path.relative_to(LAUNCH)}`" in pages
 
 
 def test_a_launcher_has_five_lines_on_the_page():

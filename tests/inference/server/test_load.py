@@ -18,7 +18,7 @@ CLIENTS = 200
 LIMITS = Limits(max_requests=32, step_tokens=256, max_queue=512, max_new_tokens=64)
 
 
-def conversations(tokenizer, count=24):
+def conversations(tokenizer, model, count=24):
     """Prompts, a third of which begin alike, each with what ``generate`` says of it."""
     draw, words = random.Random(0), ["import os", "\\n", "def", " return", "class A:", " x", " = 1", " self"]
     prompts = [
@@ -26,7 +26,7 @@ def conversations(tokenizer, count=24):
         + "".join(draw.choices(words, k=draw.randint(1, 20)))
         for number in range(count)
     ]
-    model, expected = model_of("dmc"), []
+    expected = []
     for number, prompt in enumerate(prompts):
         ids, tokens = prompt_ids(tokenizer, prompt), 4 + 3 * (number % 8)
         with torch.no_grad():
@@ -92,7 +92,7 @@ async def crowd(url, expected, seconds):
 @pytest.mark.timeout(600)
 def test_a_crowd_of_which_a_tenth_hangs_up(seconds):
     tokenizer = tokenizer_with()
-    expected = conversations(tokenizer)
+    expected = conversations(tokenizer, model_of("dmc"))
     with serve(model_of("dmc"), tokenizer, limits=LIMITS) as served:
         engine = served.engine
         outcome, memory = asyncio.run(crowd(served.url, expected, seconds))

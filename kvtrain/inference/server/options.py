@@ -1,0 +1,126 @@
+"""What a server is asked for, on the command line or in a file of Ray Serve: options, and the engine that they mean."""
+
+import importlib.util
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtrain.errors import UsageError, require_at_least
+from kvtrain.parser import Parser, finite, num_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from kvtrain.inference.engine import Engine
+
+API_KEY = "KVTRAIN_API_KEY"
+_PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")
+_SHORTEST_KEY = 16
+
+
+def add_engine_arguments(parser: Parser) -> None:
+    """Declare what does not depend on where a server listens."""
+    parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
+    parser.add_argument("--name", help="what requests call the model (MODEL, of a folder its last part)")
+    parser.add_argument(
+        "--budget", type=num_bytes, default=num_bytes("1GiB"), metavar="SIZE", help="bytes of cache (1GiB)"
+    )
+    parser.add_argument("--max-requests", type=int, default=64, metavar="N", help="answers written at a time (64)")
+    parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (1024)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=32768, metavar="N", help="of a request (32768)")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer (4096)")
+    parser.add_argument("--timeout", type=finite, default=600.0, metavar="S", help="seconds for an answer (600)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="keys that open the server, one a line")
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's")
+
+
+def check_options(asked: Namespace) -> None:
+    """Say what is wrong before anything heavy is loaded.
+
+    Raises:
+        UsageError: A package is missing, or a number is out of range.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"serving needs {', '.join(missing)}; pip install 'kvtrain[serve]'")
+    for name in ("max_requests", "max_queue", "max_prompt_tokens", "max_tokens"):
+        require_at_least(1, f"--{name.replace('_', '-')}", getattr(asked, name))
+    if asked.timeout <= 0:
+        raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
+
+
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """Keys of a file, or of the environment; never shown, in no message either.
+
+    Raises:
+        UsageError: The file holds none, or one is too short.
+        OSError: It cannot be read.
+    """
+    given = os.environ.get(API_KEY, "") if path is None else Path(path).read_bytes().decode("utf-8", "replace")
+    keys = tuple(line.strip() for line in given.splitlines() if line.strip())
+    where = API_KEY if path is None else path
+    if path is not None and not keys:
+        raise UsageError(f"{where} holds no key; write one a line")
+    if any(len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() for key in keys):
+        raise UsageError(
+            f"{where}: a key must have at least {_SHORTEST_KEY} ASCII characters; `openssl rand -hex 32` makes one"
+        )
+    return keys
+
+
+def read_template(path: str | None) -> str | None:
+    """A chat template.
+
+    Raises:
+        UsageError: It is empty, or no text.
+        OSError: It cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text, so no chat template") from error
+    if not template.strip():
+        raise UsageError(f"{path} is empty; write a chat template into it, or leave --chat-template out")
+    return template
+
+
+def open_engine(asked: Namespace, template: str | None) -> "Engine":
+    """Read the model and start its engine.
+
+    Raises:
+        UsageError: There is no such model, it generates no text, or the template does not work.
+    """
+    from kvtrain.inference.engine import Engine, Limits
+    from kvtrain.inference.load import open_model
+
+    model, tokenizer = open_model(asked.model)
+    if template is not None:
+        _set_template(tokenizer, template, asked.chat_template)
+    limits = Limits(
+        max_requests=asked.max_requests,
+        max_queue=asked.max_queue,
+        max_prompt_tokens=asked.max_prompt_tokens,
+        max_new_tokens=asked.max_tokens,
+        step_tokens=max(512, 2 * asked.max_requests),
+    )
+    return Engine(model, tokenizer, asked.budget, limits)
+
+
+def model_name(asked: Namespace) -> str:
+    """What requests call the model."""
+    folder = Path(asked.model)
+    return asked.name or (folder.resolve().name if folder.is_dir() else asked.model)
+
+
+def _set_template(tokenizer: "PreTrainedTokenizerFast", template: str, path: str) -> None:
+    """Give a tokenizer a chat template, once it has been tried."""
+    from jinja2 import TemplateError
+
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UsageError(f"{path} is no chat template that works: {' '.join(str(error).split())}") from error
