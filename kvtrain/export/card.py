@@ -2,12 +2,17 @@
 
 import json
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from kvtrain.export.provenance import Provenance, read_provenance
+from kvtrain.models.cache_size import break_even, cache_bytes, kv_bytes_per_token
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.portable import SHIM, PortableConfig
 
@@ -19,25 +24,91 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         model: What is exported.
         run: Its run folder; held-out figures are taken from its metrics where there are any.
     """
-    config = model.config
+    config, origin = model.config, read_provenance(run)
     ours = isinstance(config, PortableConfig)
     lines = [
         "---",
-        "library_name: kvtrain" if ours else "library_name: transformers",
-        f"pipeline_tag: {_task(model)[0]}",
-        f"tags: [kvtrain{', ' + config.architecture_name if ours else ''}]",
+        _front_matter(model, origin),
         "---",
         "",
         f"# {run.name}",
         "",
         _summary(model),
         "",
+        *_origin(origin),
+        *_cache(model, origin),
         *(_usage(ours) if _task(model)[0] == "text-generation" else _other_usage(model)),
         *(_remote_usage(model) if ours else []),
         *_host_class(model),
         *_settings(model),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _front_matter(model: PreTrainedModel, origin: Provenance) -> str:
+    """What the Hub reads of a card."""
+    config = model.config
+    ours = isinstance(config, PortableConfig)
+    data = ModelCardData(
+        base_model=origin.hub_base,
+        datasets=[origin.dataset] if origin.dataset else None,
+        library_name="kvtrain" if ours else "transformers",
+        license=origin.license,
+        pipeline_tag=_task(model)[0],
+        tags=["kvtrain", *([config.architecture_name] if ours else [])],
+    )
+    text: str = data.to_yaml()
+    return text
+
+
+def _origin(origin: Provenance) -> list[str]:
+    """Base, licence, text, steps and held-out figures, as far as the run tells."""
+    facts = []
+    if origin.base:
+        unknown = "unknown: the base's card names none; look it up before you publish"
+        facts += [("base", f"`{origin.base}`"), ("licence of the base", origin.license or unknown)]
+    if origin.corpus:
+        rows = f", rows of {origin.sequence_length:,} tokens" if origin.sequence_length else ""
+        facts.append(("text", f"`{origin.corpus}`{rows}"))
+    if origin.phases:
+        facts.append(("steps (learning rate)", ", ".join(map(_phase, origin.phases))))
+    at = f" at step {origin.step:,}" if origin.step else ""
+    facts += [(f"{name}{at}", f"{figure:.4g}") for name, figure in origin.figures.items()]
+    return _table(("", ""), facts)
+
+
+def _phase(phase: Mapping[str, Any]) -> str:
+    rate = phase.get("learning_rate")
+    return f"{phase.get('name')} {phase.get('steps', 0):,}" + (f" ({rate:g})" if isinstance(rate, float) else "")
+
+
+def _cache(model: PreTrainedModel, origin: Provenance) -> list[str]:
+    """What a row takes in the cache that serves, beside its host's own."""
+    config = model.config
+    if not isinstance(config, KVTrainConfig):
+        return []
+    host, method, longest = config.host_config, config.method, max(1024, origin.sequence_length or 0)
+    plain, rows = kv_bytes_per_token(host), []
+    for tokens in sorted({1024, origin.sequence_length or 1024}):
+        held = cache_bytes(host, method, tokens)
+        rows.append((f"{tokens:,}", f"{plain * tokens:,}", f"{held:,}", f"{plain * tokens / held:.2f}"))
+    least = break_even(host, method, longest)
+    shorter = f"A row below {least:,} tokens takes more than the host's." if least and least > 1 else ""
+    if least is None:
+        shorter = f"A row takes more than the host's, at least up to {longest:,} tokens."
+    note = (
+        "Bytes of one row in half precision, pages and tables included, where every head keeps the share of tokens "
+        f"that the method's settings ask for. {shorter}"
+    )
+    header = ("tokens", "host's cache, bytes", "this one's, bytes", "times fewer")
+    return [*_table(header, rows), *_paragraph(note)]
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [header, ("---",) * len(header), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def lacking_parameters(model: PreTrainedModel, host_config: PreTrainedConfig) -> list[str]:

@@ -23,8 +23,6 @@ from kvtrain.training.schedules import Phase, PhaseStep, Schedule
 from kvtrain.training.step_figures import StepFigures, Transform
 from kvtrain.training.strategies.base import Tensors, traits
 
-KV_DTYPE = torch.bfloat16  # caches are served in half precision
-
 
 @dataclass(frozen=True)
 class Cost:

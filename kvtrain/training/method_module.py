@@ -1,6 +1,5 @@
 """Training a Hugging Face host with a method in it."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Collection
 
@@ -8,14 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kvtrain.cache.base import KVCache
-from kvtrain.cache.rows import Placement
 from kvtrain.errors import UsageError, first_line
+from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
 from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.hosts import host_adapter, key_value_shapes
 from kvtrain.models.method import Method, Repeat
-from kvtrain.models.registry import builder
-from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
+from kvtrain.training.base import Cost, TrainingModule
 
 
 class MethodModule(TrainingModule):
@@ -119,21 +116,3 @@ def meta_model(config: PreTrainedConfig, method: Method, dtype: torch.dtype = to
     """A host with a method in it, on the meta device: shapes without memory."""
     with torch.device("meta"):
         return retrofit(AutoModelForCausalLM.from_config(config, dtype=dtype), method)
-
-
-def kv_bytes_per_token(config: PreTrainedConfig) -> int:
-    """Bytes that a full cache holds for one token: keys and values of every layer and key-value head."""
-    return sum(2 * heads * head_dim * KV_DTYPE.itemsize for heads, head_dim in key_value_shapes(config))
-
-
-def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
-    """Bytes that a row takes in a method's cache, every head taken to keep the same share of its tokens.
-
-    Args:
-        config: The host.
-        method: Its ``compression``, where it has one, says how many tokens share a slot.
-        tokens: Of the row.
-    """
-    served = method.as_served(config)
-    cache = KVCache(builder(served, config).cache_layers([Placement(KV_DTYPE)] * config.num_hidden_layers))
-    return cache.bytes_for(math.ceil(tokens / getattr(method, "compression", 1.0)), rows=1)

@@ -14,6 +14,7 @@ from kvtrain.cache.rows import Placement
 from kvtrain.data.packing import Batch
 from kvtrain.errors import unknown
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
+from kvtrain.models.cache_size import KV_DTYPE
 from kvtrain.models.method import Repeat
 from kvtrain.models.transnormer.cache import cache_layers
 from kvtrain.models.transnormer.config import TransNormerConfig
@@ -22,7 +23,7 @@ from kvtrain.models.transnormer.heads import (
     TransNormerForMaskedLM,
     TransNormerForSequenceClassification,
 )
-from kvtrain.training.base import KV_DTYPE, Cost, TrainingModule
+from kvtrain.training.base import Cost, TrainingModule
 
 # What every Hugging Face configuration has and a recipe may want.
 _COMMON = {"id2label", "label2id", "num_labels"}

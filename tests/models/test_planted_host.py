@@ -5,8 +5,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import kvtrain
+from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
 from kvtrain.models.hosts import host_adapter, host_adapters, key_value_shapes
-from kvtrain.training.method_module import cache_bytes, kv_bytes_per_token
 from tests.hosts import make_host, random_ids
 
 from .planted_families import planting

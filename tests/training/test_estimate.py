@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvtrain
 from kvtrain.cli import main
+from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
 from kvtrain.models.dmc import DMC
 from kvtrain.models.full import Full
 from kvtrain.training import PretrainModule, RetrofitModule
 from kvtrain.training.estimate import count_parameters, estimate, readable, table_rows
-from kvtrain.training.method_module import cache_bytes, kv_bytes_per_token, meta_model
+from kvtrain.training.method_module import meta_model
 from kvtrain.training.schedules import Phase
 from tests.hosts import make_host, random_ids
 
