@@ -27,9 +27,9 @@ from kvtrain.kernels.attention_mask import finite, log_sum_exp
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
 from kvtrain.kernels.page_layout import Hidden, PageLayout
+from kvtrain.kernels.page_runs import PageRuns
 from kvtrain.kernels.quantization import dequantize, packed_channels
 
-_RUN_SLOTS = 1024  # slots of one head that are copied at a time
 _SCRATCH_BYTES = 4 * 2**20  # of widened keys and values at a time, unless a single page takes more
 _FEW = 4  # queries of a key-value head that two batched products serve faster than a fused kernel
 
@@ -49,6 +49,7 @@ def paged_attention(
     *,
     bits: int | None = None,
     layout: PageLayout | None = None,
+    runs: PageRuns | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Let every query see the first ``lengths`` slots of its row and head.
@@ -62,6 +63,8 @@ def paged_attention(
         scale: Factor on the scores.
         bits: 8 or 4, of quantized keys and values.
         layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
+        runs: Of that and ``lengths.flatten()``, from a caller that attends these slots several times: by runs then,
+            however few the queries are.
         backend: ``"auto"``, ``"bmm"``, ``"flash_cpu"`` or ``"chunked"``, for each page's or run's own attention.
 
     Returns:
@@ -74,17 +77,20 @@ def paged_attention(
     check_groups(heads, table.shape[1])
     if not query.numel():
         return query.new_zeros(batch, heads, num_queries, _Pages(keys, values, bits).value_dim), _nothing(query)
-    if bits is None and torch.is_grad_enabled() and query.requires_grad:
-        keys, values = keys.clone(), values.clone()  # the pages are written again before a backward pass comes
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
     pages = _Pages(keys, values, bits)
-    chosen = choose_backend("paged attention", backend, _backends(grouped, pages))
-    if goes_by_pages(query, table, pages.size):
+    by_pages = runs is None and goes_by_pages(query, table, pages.size)
+    chosen = choose_backend("paged attention", backend, _backends(grouped, pages, by_pages))
+    if by_pages:
+        if bits is None and torch.is_grad_enabled() and query.requires_grad:
+            # The pages are written again before a backward pass comes.
+            pages = pages._replace(keys=keys.clone(), values=values.clone())
         layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=bits is not None)
         output, lse = _attend_pages(grouped, pages, layout, lengths, scale, chosen)
     else:
-        output, lse = _attend_runs(grouped, pages, table.flatten(0, 1), lengths.flatten(), scale, chosen)
+        runs = runs or PageRuns(table.flatten(0, 1), lengths.flatten(), pages.size)
+        output, lse = _attend_runs(grouped, pages, runs, scale, chosen)
     return output.reshape(batch, heads, num_queries, -1), lse.reshape(batch, heads, num_queries)
 
 
@@ -145,12 +151,12 @@ class _Partial(NamedTuple):
     total: Tensor | None = None
 
 
-def _backends(query: Tensor, pages: _Pages) -> tuple[str, ...]:
+def _backends(query: Tensor, pages: _Pages, by_pages: bool) -> tuple[str, ...]:
     """Those that can run attentions of queries ``(R, Q, D)``, best first."""
     # Alone the chunked one has a gradient of its log-sum-exp, by which parts are merged.
     if query.device.type != "cpu" or query.dtype == torch.float16 or (torch.is_grad_enabled() and query.requires_grad):
         return ("chunked",)
-    few = ("bmm",) if query.shape[1] <= min(_FEW, pages.size) else ()
+    few = ("bmm",) if by_pages and query.shape[1] <= _FEW else ()
     return (*few, "flash_cpu", "chunked") if query.shape[2] == pages.value_dim else (*few, "chunked")
 
 
@@ -213,21 +219,23 @@ def _merge(part: _Partial, order: Tensor, empty: Tensor) -> tuple[Tensor, Tensor
     return output.div_(total.clamp(min=torch.finfo(lse.dtype).tiny).unsqueeze(-1)), best.add_(total.log_())
 
 
-def _attend_runs(
-    query: Tensor, pages: _Pages, table: Tensor, lengths: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Some columns of the table at a time, for those heads that are as long; arguments as above."""
-    columns = max(1, _RUN_SLOTS // pages.size)
+def _attend_runs(query: Tensor, pages: _Pages, runs: PageRuns, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Run after run; arguments as above."""
     lse = _nothing(query)
     output = lse.new_zeros(*query.shape[:2], pages.value_dim)  # wide: it is rounded once, not after every run
-    for begin in range(0, table.shape[1], columns):
-        left = lengths - begin * pages.size
-        rows = (left > 0).nonzero().squeeze(1)  # lengths may differ much, by head and by row
-        block = [part.flatten(1, 2) for part in pages.read(table[rows, begin : begin + columns].clamp(min=0), query)]
-        part = _attend_blocks(query[rows], block[0], block[1], Hidden.behind(left[rows], block[0]), scale, backend)
-        # Merged at once: outputs of all runs would outgrow the keys where queries are more than a run has slots.
-        merged = merge_attention([(output[rows, None], lse[rows, None]), (part.output[:, None], part.lse[:, None])])
-        output[rows], lse[rows] = merged[0].squeeze(1), merged[1].squeeze(1)
+    for index, (run, keys, values) in enumerate(runs.copies(lambda where: pages.read(where, query))):
+        heads = run.heads
+        some, before = (query, (output, lse)) if heads is None else (query[heads], (output[heads], lse[heads]))
+        part = _attend_blocks(some, keys, values, run.hidden, scale, backend)
+        after = at_least_float32(part.output), part.lse
+        if index:
+            # Merged at once: outputs of all runs would outgrow the keys where queries are more than a run has slots.
+            pairs = [(of.unsqueeze(1), sums.unsqueeze(1)) for of, sums in (before, after)]
+            merged = merge_attention(pairs)
+            after = merged[0].squeeze(1), merged[1].squeeze(1)
+        if heads is not None:
+            after = output.index_copy(0, heads, after[0]), lse.index_copy(0, heads, after[1])
+        output, lse = after
     return output.to(query.dtype), lse
 
 

@@ -9,6 +9,7 @@ from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.memo import Memo
+from kvtrain.kernels.page_runs import PageRuns
 from kvtrain.kernels.paged_attention import goes_by_pages, paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.attention import Angles
@@ -19,6 +20,8 @@ from kvtrain.models.windows import attend_cache_and_window
 
 # Keys (B, H_kv, S, D), values, and the position (B, S) of the token in each slot, -1 where there is none.
 RingContent = tuple[Tensor, Tensor, Tensor]
+
+_KEPT_BYTES = 16 * 2**20  # of keys and values that passes over the same tokens read, for each pair of owners
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ class CacheView(Memo):
         slot_angles: Those of an endless cache's slots ``(1, capacity, D)``.
         rings: Content of the rings before this forward pass, by owner, where new tokens may have overwritten some.
         single: Whether every row has one token, a real one, for which the cache has taken what it needs.
+        past_runs: Pages of the tokens before the new ones by whose keys and values they are, where passes follow each
+            other over the same new tokens: what lies before them stays as it is; None for a single pass.
     """
 
     layers: list[LCKVCacheLayer]
@@ -44,6 +49,7 @@ class CacheView(Memo):
     slot_angles: Angles | None = None
     rings: dict[int, RingContent] | None = None
     single: bool = False
+    past_runs: dict[tuple[int, int], PageRuns] | None = None
 
     @property
     def _documents(self) -> Documents:
@@ -129,10 +135,22 @@ class CacheView(Memo):
         if pages.table.shape[2]:
             keys = pages.pool.slots[f"keys.{module.key_layer}"]
             values = pages.pool.slots[f"values.{module.value_layer}"]
-            table = pages.table
-            layout = pages.layout() if goes_by_pages(query, table, pages.page_size) else None
-            parts.append(paged_attention(query, keys, values, table, lengths, module.scaling, layout=layout))
+            table, layout, runs = pages.table, None, None
+            if self.past_runs is not None:
+                runs = self._past_runs(module, table, pages.page_size)
+            elif goes_by_pages(query, table, pages.page_size):
+                layout = pages.layout()
+            parts.append(paged_attention(query, keys, values, table, lengths, module.scaling, layout=layout, runs=runs))
         return _merge(parts, query)
+
+    def _past_runs(self, module: SharedAttention, table: Tensor, page_size: int) -> PageRuns:
+        """Those of one owner's keys and another's values, which all layers and passes that read them share."""
+        assert self.past_runs is not None
+        owners = module.key_layer, module.value_layer
+        if owners not in self.past_runs:
+            lengths = self._lengths[0].flatten()
+            self.past_runs[owners] = PageRuns(table.flatten(0, 1), lengths, page_size, _KEPT_BYTES)
+        return self.past_runs[owners]
 
     def _attend_new(self, module: SharedAttention, query: Tensor, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The new tokens over themselves."""
