@@ -1,6 +1,6 @@
 """What it costs a cache that serves to let rows come and go, and to read a prompt beside other rows.
 
-Packaged model, float32, CPU time of one thread; caches have reserved their pages (``preallocate=True``). A row of 512
+Packaged model, float32, CPU time of one thread; caches have reserved their memory (``preallocate=True``). A row of 512
 tokens joins and leaves where 4 rows of 512 tokens are held, and where 32 of 2,048 are: it shall cost at most twice as
 much there, and a quarter of a decode step of those that are held. ``leave`` drops the row, ``empty`` forgets what it
 holds and keeps it for the next. Then one row reads a prompt in chunks beside the 32, in turns with the same chunks in

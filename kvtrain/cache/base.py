@@ -62,7 +62,7 @@ class KVCache(Cache):
         return self.kv_bytes() - self.free_bytes()
 
     def reserved_bytes(self) -> int:
-        """Bytes that a cache with ``preallocate`` has reserved for pages, whoever owns them."""
+        """Bytes that a cache with ``preallocate`` has reserved for pages and rows, whoever has them."""
         return sum(store.reserved_bytes() for store in self._stores)
 
     def row_bytes(self) -> Tensor:

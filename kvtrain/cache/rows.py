@@ -57,7 +57,8 @@ class Placement:
         dtype: Of keys and values.
         device: Of everything.
         budget: Limit on bytes, or None.
-        reserve: Bytes that each store's pages may come to, taken once; None: as many as they need at a time.
+        reserve: Bytes that each store's pages may come to, taken once, and rows of constant size, for which there is
+            room ahead; None: as many as they need at a time.
     """
 
     dtype: torch.dtype = torch.float32
@@ -228,7 +229,7 @@ class RowStore(ABC):
         return 0
 
     def reserved_bytes(self) -> int:
-        """Bytes that are reserved for pages, whoever owns them; ``num_bytes`` counts those that are taken."""
+        """Bytes that are reserved for pages and rows, whoever has them; ``num_bytes`` counts those that are taken."""
         return 0
 
     def num_bytes(self) -> int:

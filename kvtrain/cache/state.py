@@ -15,6 +15,10 @@ StateShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 class StateStore(RowStore):
     """Named tensors ``(B, ...)``, zero for a new row; read and replaced like the items of a dictionary.
 
+    Where the placement reserves memory, they are the first rows of larger ones, whose room doubles when it is used up:
+    rows that join or leave cost what they hold, and those behind them what they hold. What replaces a tensor is then
+    copied to where that lies, so whoever has read a tensor and keeps it sees what comes later.
+
     Args:
         shapes: Shape of one row and dtype of every tensor, by name.
         placement: Where tensors lie; dtypes are those of ``shapes``.
@@ -24,6 +28,7 @@ class StateStore(RowStore):
         super().__init__(placement)
         self.shapes = dict(shapes)
         self._state = {name: self._empty(name, 0) for name in self.shapes}
+        self._memory = None if placement.reserve is None else dict(self._state)  # rows that are here, and room for more
         self._rows = 0
         self._narrowed: tuple[Tensor, dict[str, Tensor]] | None = None  # chosen rows, and the state of all
 
@@ -34,12 +39,17 @@ class StateStore(RowStore):
     def __setitem__(self, name: str, value: Tensor) -> None:
         """Replace a tensor; ``value`` is the store's from now on, detached, and copied if part of something larger.
 
+        Where memory is reserved it is always copied, unless it lies there already, which costs nothing.
+
         Raises:
             ValueError: The shape is not that of the state.
         """
         shape, dtype = self.shapes[name]
         if value.shape != (self._rows, *shape):
             raise ValueError(f"state {name!r} is {(self._rows, *shape)}, not {tuple(value.shape)}")
+        if self._memory is not None:
+            self._state[name].copy_(value.detach())
+            return
         value = value.detach().to(dtype)
         if torch.compiler.is_compiling():  # what a graph gives back may be part of something larger
             self._state[name] = value.clone(memory_format=torch.contiguous_format)
@@ -59,8 +69,15 @@ class StateStore(RowStore):
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``."""
         self._require(self.bytes_to_select(indices))
-        self._state = {name: tensor[indices] for name, tensor in self._state.items()}
-        self._rows = indices.numel()
+        if self._memory is None:
+            self._state = {name: tensor[indices] for name, tensor in self._state.items()}
+            self._rows = indices.numel()
+            return
+        held, rows = dict(self._state), indices.numel()
+        stay = int((indices == torch.arange(rows, device=indices.device)).cumprod(0).sum())  # the first rows, in place
+        self._have(rows)
+        for name, tensor in self._state.items():
+            tensor[stay:] = held[name][indices[stay:]]
 
     def join(self, other: Self) -> None:
         """See ``RowStore``."""
@@ -99,6 +116,14 @@ class StateStore(RowStore):
         self._state, self._narrowed = state, None
         self._rows = next(iter(state.values())).shape[0]
 
+    def num_bytes(self) -> int:
+        """See ``RowStore``; what is reserved for rows counts from when they come."""
+        return super().num_bytes() if self._memory is None else sum(tensor.nbytes for tensor in self.tensors())
+
+    def reserved_bytes(self) -> int:
+        """See ``RowStore``."""
+        return sum(memory.nbytes for memory in (self._memory or {}).values())
+
     def tensors(self) -> list[Tensor]:
         """See ``RowStore``; while rows are chosen, those of all of them."""
         return list((self._state if self._narrowed is None else self._narrowed[1]).values())
@@ -117,8 +142,25 @@ class StateStore(RowStore):
 
     def _append(self, rows: Mapping[str, Tensor], count: int) -> None:
         self._require(self.bytes_for(0, count))
-        self._state = {name: torch.cat([tensor, rows[name]]) for name, tensor in self._state.items()}
-        self._rows += count
+        if self._memory is None:
+            self._state = {name: torch.cat([tensor, rows[name]]) for name, tensor in self._state.items()}
+            self._rows += count
+            return
+        before = self._rows
+        self._have(before + count)
+        for name, tensor in self._state.items():
+            tensor[before:] = rows[name]
+
+    def _have(self, rows: int) -> None:
+        """Have so many rows of the reserved memory; those that were here stay, new ones hold whatever it held."""
+        assert self._memory is not None and self.placement.reserve is not None
+        for name, memory in self._memory.items():
+            if rows > len(memory):
+                room = min(2 * len(memory), self.placement.reserve // max(1, self.bytes_for(0, 1)))
+                self._memory[name] = memory.new_empty(max(rows, room), *memory.shape[1:])
+                self._memory[name][: self._rows] = self._state[name]
+            self._state[name] = self._memory[name][:rows]
+        self._rows = rows
 
     def _empty(self, name: str, rows: int) -> Tensor:
         shape, dtype = self.shapes[name]

@@ -140,6 +140,7 @@ def linear_attention_step(
     *,
     slopes: Tensor | None = None,
     valid: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A few tokens, one after the other: what decoding does with the state.
 
@@ -147,9 +148,10 @@ def linear_attention_step(
         query: ``(B, H, n, D)``.
         key: ``(B, H, n, D)``.
         value: ``(B, H, n, D_v)``.
-        state: ``(B, H, D, D_v)``; it is left as it is.
+        state: ``(B, H, D, D_v)``; it is left as it is, unless ``in_place``.
         slopes: ``(H,)``, as in ``linear_attention``.
         valid: ``(B, n)``; a token that is not leaves the state alone and gets zeros.
+        in_place: Whether a state in the dtype that is computed in becomes the new one; no gradient then.
 
     Returns:
         Output ``(B, H, n, D_v)`` in the value's dtype and the new state in at least float32.
@@ -162,8 +164,10 @@ def linear_attention_step(
         one = slice(token, token + 1)
         if slopes is not None:
             keep = torch.exp(-slopes.to(dtype))[:, None, None]  # (H, 1, 1)
-            state = state * (keep if mask is None else torch.where(mask[:, :, one], keep, 1.0))
-        state = torch.addcmul(state, key[:, :, one].mT, value[:, :, one])
+            keep = keep if mask is None else torch.where(mask[:, :, one], keep, 1.0)
+            state = state.mul_(keep) if in_place else state * keep
+        new = key[:, :, one].mT, value[:, :, one]
+        state = state.addcmul_(*new) if in_place else torch.addcmul(state, *new)
         outputs.append(query[:, :, one] @ state)
     output = torch.cat(outputs, 2) if outputs else value
     return output.to(out_dtype), state

@@ -100,9 +100,10 @@ class CachedLanguageModel(_Decoder):
         Args:
             budget: Bytes that it may take, or a ``ByteBudget`` that several caches share. What may not fit is
                 refused before a forward pass begins.
-            preallocate: Reserve the budget's pages once, so that rows join and leave at the cost of what they hold;
-                without it memory is never much more than what is held. On a CPU, whose memory is there when it is
-                first written, every layer may come to the whole budget, elsewhere to an equal part of it.
+            preallocate: Reserve the budget's pages once, and room for more rows of constant size than are here, so that
+                rows join and leave at the cost of what they hold; without it memory is never much more than what is
+                held. On a CPU, whose memory is there when it is first written, every layer may come to the whole
+                budget, elsewhere to an equal part of it.
             **options: The model's own, such as the ``sink`` and ``recent`` of LCKV's cache for endless generation.
 
         Raises:

@@ -213,11 +213,17 @@ TestRowsOfFull, TestRowsOfDMC = _machine("full"), _machine("dmc")
 TestRowsOfLCKV, TestRowsOfSlidingLCKV = _machine("lckv", 15), _machine("lckv_sliding", 15)  # whose steps take longest
 TestRowsOfCompensatedDuo = _machine("duo_compensated")
 TestRowsOfT1, TestRowsOfT2 = _machine("transnormer_t1"), _machine("transnormer_t2")
-# With pages that are reserved once.
+# With pages that are reserved once, and rows of constant size whose memory is.
 TestReservedRowsOfFull, TestReservedRowsOfDMC = (
     _machine(name, budget=2**20, preallocate=True) for name in ("full", "dmc")
 )
-TestReservedRowsOfLCKV = _machine("lckv", 8, budget=2**20, preallocate=True)
+TestReservedRowsOfLCKV, TestReservedRowsOfSlidingLCKV = (
+    _machine(name, 8, budget=2**20, preallocate=True) for name in ("lckv", "lckv_sliding")
+)
+TestReservedRowsOfCompensatedDuo, TestReservedRowsOfT1, TestReservedRowsOfT2 = (
+    _machine(name, 15, budget=2**20, preallocate=True)
+    for name in ("duo_compensated", "transnormer_t1", "transnormer_t2")
+)
 
 
 @pytest.mark.parametrize(("method", "family"), thinned(PAIRS, SOME_PAIRS))
@@ -455,11 +461,12 @@ def test_a_copy_is_a_cache_of_its_own_under_the_same_budget(model, method):
         close(model(ids[:2, 20:30], past_key_values=half).logits, expected[:2, 20:30])
 
 
-def test_no_gradient_flows_into_a_cache(model):
+@pytest.mark.parametrize("options", [{}, {"budget": 2**22, "preallocate": True}], ids=["grown", "reserved"])
+def test_no_gradient_flows_into_a_cache(model, options):
     with torch.enable_grad():
-        cache = model.make_cache()
-        for _ in range(3):
-            model(random_ids(2, 9), past_key_values=cache).logits.sum().backward()
+        cache = model.make_cache(**options)
+        for tokens in (9, 9, 1, 1, 9):
+            model(random_ids(2, tokens), past_key_values=cache).logits.sum().backward()
     model.zero_grad()
     assert not any(
         tensor.requires_grad for layer in cache.layers for store in layer.stores for tensor in store.tensors()

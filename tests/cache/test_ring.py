@@ -1,5 +1,7 @@
 """The ring against a list of every token that went by."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -26,7 +28,8 @@ class RingMachine(RowMachine):
         self.recent, self.sink = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
 
     def make_store(self):
-        return RingStore(HEADS, DIM, self.recent, self.sink, DOUBLE, VALUE_DIM)
+        placement = replace(DOUBLE, reserve=self.reserve)
+        return RingStore(HEADS, DIM, self.recent, self.sink, placement, VALUE_DIM)
 
     def empty_row(self):
         return []
@@ -55,8 +58,14 @@ class RingMachine(RowMachine):
         assert int(store["tokens"][row]) == len(expected)
 
 
-RingMachine.TestCase.settings = RUN
-TestRingStore = RingMachine.TestCase
+class ReservedRingMachine(RingMachine):
+    """With memory for more rows than are here."""
+
+    reserve = 2**10
+
+
+RingMachine.TestCase.settings = ReservedRingMachine.TestCase.settings = RUN
+TestRingStore, TestReservedRingStore = RingMachine.TestCase, ReservedRingMachine.TestCase
 
 
 def test_a_token_stays_in_its_slot():

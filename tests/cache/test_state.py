@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtrain.cache.rows import Placement
 from kvtrain.cache.state import StateStore
@@ -23,6 +24,8 @@ class RowMachine(RuleBasedStateMachine):
 
     Subclasses say what a store is, and how a row of it is written and compared with its model.
     """
+
+    reserve = None  # bytes that every store's placement reserves
 
     def configure(self, data):
         """Draw what all stores of this run share."""
@@ -42,7 +45,9 @@ class RowMachine(RuleBasedStateMachine):
 
     def check(self, store, rows):
         assert store.num_rows == len(rows)
-        assert store.num_bytes() == reachable_bytes(store, {}) == sum(tensor.nbytes for tensor in store.tensors())
+        held = sum(tensor.nbytes for tensor in store.tensors())
+        assert store.num_bytes() == held
+        assert reachable_bytes(store, {}) == (held if self.reserve is None else store.reserved_bytes())
         for row, expected in enumerate(rows):
             self.check_row(store, row, expected)
 
@@ -126,13 +131,14 @@ class RowMachine(RuleBasedStateMachine):
 
 
 SHAPES = {"sums": ((2, 3), torch.float64), "count": ((), torch.long)}
+ROW_BYTES = 6 * 8 + 8
 
 
 class StateMachine(RowMachine):
     """A row is a number a tensor: ``fill`` spreads it over the state."""
 
     def make_store(self):
-        return StateStore(SHAPES, Placement())
+        return StateStore(SHAPES, Placement(reserve=self.reserve))
 
     def empty_row(self):
         return dict.fromkeys(SHAPES, 0.0)
@@ -160,23 +166,87 @@ def fill(name, number):
     return (number * steps).to(dtype)
 
 
-StateMachine.TestCase.settings = RUN
-TestStateStore = StateMachine.TestCase
+class ReservedStateMachine(StateMachine):
+    """With memory for more rows than are here."""
+
+    reserve = 4 * ROW_BYTES  # fewer than come, so that room is sometimes doubled and sometimes not
 
 
-def make_store(rows):
-    store = StateStore(SHAPES, Placement())
+StateMachine.TestCase.settings = ReservedStateMachine.TestCase.settings = RUN
+TestStateStore, TestReservedStateStore = StateMachine.TestCase, ReservedStateMachine.TestCase
+
+
+def make_store(rows, reserve=None):
+    store = StateStore(SHAPES, Placement(reserve=reserve))
     store.admit(rows)
     return store
 
 
+def numbered(rows):
+    """A reserved store whose rows hold 1, 2, 3, ..., and where its memory lies."""
+    store = make_store(rows, reserve=16 * ROW_BYTES)
+    for name in SHAPES:
+        store[name] = torch.stack([fill(name, number) for number in range(1, rows + 1)])
+    return store, [tensor.data_ptr() for tensor in store.tensors()]
+
+
+def numbers(store):
+    return store["count"].tolist(), [round(row.item()) for row in store["sums"][:, 0, 0]]
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that operators put into tensors of more than one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten.index.Tensor, torch.ops.aten.cat.default):
+            self.elements += result.numel() if result.dim() > 1 else 0
+        return result
+
+
+def test_reserved_rows_come_and_go_without_moving_others():
+    """Room doubles; then a row costs what it holds, and one that leaves moves those behind it."""
+    store, memory = numbered(4)
+    joining, _ = numbered(1)
+    assert store.reserved_bytes() == store.num_bytes() == 4 * ROW_BYTES
+    store.join(joining)
+    assert store.reserved_bytes() == 8 * ROW_BYTES and store.num_bytes() == 5 * ROW_BYTES
+    memory = [tensor.data_ptr() for tensor in store.tensors()]
+    for kept, moved in (((0, 1, 2, 3), 0), ((0, 1, 3), 1), ((2, 0), 2)):
+        with Written() as written:
+            store.select_rows(torch.tensor(kept))
+        assert written.elements == 2 * 6 * moved  # to somewhere else, and from there
+        assert [tensor.data_ptr() for tensor in store.tensors()] == memory
+    assert numbers(store) == ([4, 1], [4, 1])
+    with Written() as written:
+        store.join(joining)
+        store.admit(1)
+    assert written.elements == 2 * 6 and numbers(store) == ([4, 1, 1, 0], [4, 1, 1, 0])
+    assert store.reserved_bytes() == 8 * ROW_BYTES and store.num_bytes() == 4 * ROW_BYTES
+
+
+def test_what_replaces_a_reserved_tensor_is_copied_to_where_that_lies():
+    store, memory = numbered(3)
+    whole = torch.randn(4, 3, 2, requires_grad=True)
+    store["sums"] = whole[1:].mT
+    assert torch.equal(store["sums"], whole[1:].mT.double()) and not store["sums"].requires_grad
+    store["sums"].add_(1)
+    store["sums"] = store["sums"]
+    assert [tensor.data_ptr() for tensor in store.tensors()] == memory and store.reserved_bytes() == 3 * ROW_BYTES
+    assert torch.equal(store["sums"], whole[1:].mT.double() + 1)
+
+
 def test_bytes_are_announced_to_the_byte():
     store = make_store(2)
-    assert store.num_bytes() == 2 * (6 * 8 + 8)
+    assert store.num_bytes() == 2 * ROW_BYTES
     assert store.bytes_for(1000) == 0
     promised, before = store.bytes_for(7, rows=3), store.num_bytes()
     store.admit(3)
-    assert store.num_bytes() - before == promised == 3 * (6 * 8 + 8)
+    assert store.num_bytes() - before == promised == 3 * ROW_BYTES
     assert store.free_bytes() == 0
 
 
@@ -186,7 +256,7 @@ def test_what_is_kept_carries_no_gradient_and_no_larger_tensor():
     store["sums"] = whole[1:].mT
     assert torch.equal(store["sums"], whole[1:].mT)
     assert not store["sums"].requires_grad
-    assert store.num_bytes() == 2 * (6 * 8 + 8)
+    assert store.num_bytes() == 2 * ROW_BYTES
 
 
 def test_dtypes_are_those_of_the_shapes():

@@ -321,6 +321,9 @@ def test_steps_go_on_from_a_prefix(dtype: torch.dtype, slopes: Tensor | None):
     for start, stop in ((3, 4), (4, 7), (7, 7), (7, 9)):
         output, after = linear_attention_step(*parts(start, stop), state, slopes=slopes, valid=valid[:, start:stop])
         assert torch.equal(state, before) and after.dtype == last.dtype
+        settings = {"slopes": slopes, "valid": valid[:, start:stop], "in_place": True}
+        again, written = linear_attention_step(*parts(start, stop), before, **settings)
+        assert torch.equal(again, output) and torch.equal(written, after) and written.data_ptr() == before.data_ptr()
         outputs, state, before = [*outputs, output], after, after.clone()
     assert {output.dtype for output in outputs} == {dtype}
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2

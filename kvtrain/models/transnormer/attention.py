@@ -219,10 +219,13 @@ class NormAttention(TransNormerAttention):
         layer: NormCacheLayer,
     ) -> Tensor:
         """One token by the recurrence, many by chunks."""
+        learns = torch.is_grad_enabled()
+        state = layer.state.clone() if learns else layer.state  # which is written before a backward pass comes
         if query.shape[2] == 1:
-            output, layer.state = linear_attention_step(query, key, value, layer.state, slopes=slopes, valid=valid)
+            settings: dict[str, Any] = {"slopes": slopes, "valid": valid, "in_place": not learns}
+            output, layer.state = linear_attention_step(query, key, value, state, **settings)
         else:
-            output, layer.state = linear_attention(query, key, value, slopes=slopes, **documents, state=layer.state)
+            output, layer.state = linear_attention(query, key, value, slopes=slopes, **documents, state=state)
         return output
 
 
