@@ -12,12 +12,13 @@ from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.portable import SHIM, PortableConfig
 
 
-def model_card(model: PreTrainedModel, run: Path) -> str:
+def model_card(model: PreTrainedModel, run: Path, with_code: bool = False) -> str:
     """README.md of an exported folder.
 
     Args:
         model: What is exported.
         run: Its run folder; held-out figures are taken from its metrics where there are any.
+        with_code: The folder has the model's code, too.
     """
     config = model.config
     ours = isinstance(config, PortableConfig)
@@ -33,7 +34,7 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         _summary(model),
         "",
         *(_usage(ours) if _task(model)[0] == "text-generation" else _other_usage(model)),
-        *(_remote_usage(model) if ours else []),
+        *(_code_usage(model) if with_code else _remote_usage(model) if ours else []),
         *_host_class(model),
         *_settings(model),
     ]
@@ -110,6 +111,25 @@ def _remote_usage(model: PreTrainedModel) -> list[str]:
         f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
         "kvtrain is imported, nothing in this folder is run."
     )
+
+
+def _code_usage(model: PreTrainedModel) -> list[str]:
+    """How to open a folder that has the model's code."""
+    return [
+        "Without kvtrain, with transformers and torch alone:",
+        "",
+        "```python",
+        f"model = {_task(model)[1]}.from_pretrained(",
+        '    "<this folder>", trust_remote_code=True, revision="<the 40 digits of a commit that you have looked at>"',
+        ")",
+        "```",
+        "",
+        *_paragraph(
+            f"That runs `{SHIM.name}` and the files beside it, which are kvtrain's own. Without a revision it runs whatever "
+            "this repository holds by then; for a folder on disk leave the revision out. Where kvtrain is installed it "
+            "opens the folder, and the files beside are not run."
+        ),
+    ]
 
 
 def _paragraph(text: str) -> list[str]:
