@@ -24,7 +24,7 @@ def model_card(model: PreTrainedModel, run: Path, with_code: bool = False) -> st
     ours = isinstance(config, PortableConfig)
     lines = [
         "---",
-        "library_name: kvtrain" if ours else "library_name: transformers",
+        "library_name: kvtrain" if ours and not with_code else "library_name: transformers",
         f"pipeline_tag: {_task(model)[0]}",
         f"tags: [kvtrain{', ' + config.architecture_name if ours else ''}]",
         "---",
@@ -101,20 +101,24 @@ def _other_usage(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _remote_usage(model: PreTrainedModel) -> list[str]:
-    """How programs open the folder in which nobody can write ``import kvtrain``."""
-    clients = "`pipeline`"
+def _clients(model: PreTrainedModel) -> str:
+    """Programs in which nobody can write ``import kvtrain``."""
     if _task(model)[0] == "text-generation":
-        clients = "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
+        return "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
+    return "`pipeline`"
+
+
+def _remote_usage(model: PreTrainedModel) -> list[str]:
+    """How such programs open the folder where it has the file alone that imports kvtrain."""
     return _paragraph(
-        f"Programs that do not import kvtrain ({clients}) open this folder with `trust_remote_code=True`, where "
+        f"Programs that do not import kvtrain ({_clients(model)}) open this folder with `trust_remote_code=True`, where "
         f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
         "kvtrain is imported, nothing in this folder is run."
     )
 
 
 def _code_usage(model: PreTrainedModel) -> list[str]:
-    """How to open a folder that has the model's code."""
+    """How to open a folder that has the model's code, without kvtrain."""
     return [
         "Without kvtrain, with transformers and torch alone:",
         "",
@@ -125,9 +129,9 @@ def _code_usage(model: PreTrainedModel) -> list[str]:
         "```",
         "",
         *_paragraph(
-            f"That runs `{SHIM.name}` and the files beside it, which are kvtrain's own. Without a revision it runs whatever "
-            "this repository holds by then; for a folder on disk leave the revision out. Where kvtrain is installed it "
-            "opens the folder, and the files beside are not run."
+            f"That runs `{SHIM.name}` and the files beside it, a copy of kvtrain's own code; so do programs that do not "
+            f"import kvtrain ({_clients(model)}). Without a revision it runs whatever the repository holds by then; a "
+            "folder on disk has none. Where kvtrain is installed it opens this folder, and the copy is not run."
         ),
     ]
 

@@ -1,26 +1,35 @@
-"""Opens folders as somebody does who has torch and transformers alone; run as a script, and never imports kvtrain.
+"""Opens folders as somebody does who has torch and transformers alone: a script, which never imports kvtrain.
 
-``python reader.py BLOCK FOLDER...``: each folder holds ``asked.json``, how to open it, and ``asked.safetensors``, tokens
-to run; what comes out is left beside them. ``BLOCK`` names packages, with commas, that must not be found.
+``python reader.py blocked|bare FOLDER...``: of each folder ``asked.json`` says how to open it and where to save it
+again, and ``asked.safetensors`` what to run; ``found.safetensors`` is left there. With ``blocked`` packages are absent
+that are installed.
 """
 
+import contextlib
+import importlib
 import json
 import sys
 from pathlib import Path
 
-blocked = [name for name in sys.argv[1].split(",") if name]
+ABSENT = ("kvtrain", "lightning", "datasets", "liger_kernel")
+BLOCKED = {*ABSENT, "accelerate", "deepspeed", "peft", "torchao", "triton"}
 
 
-class Absent:
-    """An import system in which these packages do not exist."""
+class Without:
+    """A finder that does not find these packages."""
 
-    @staticmethod
-    def find_spec(name, *_):
-        if name.partition(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, *rest)
 
 
-sys.meta_path.insert(0, Absent)
+if sys.argv[1] == "blocked":
+    sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -28,6 +37,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def refusal(auto, folder):
+    """What opening it without trust comes to."""
     try:
         auto.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -36,23 +46,32 @@ def refusal(auto, folder):
 
 
 def read(folder):
-    """Answers of one model, and what it is."""
+    """Run one model, and say what it is."""
     asked, ids = json.loads((folder / "asked.json").read_text()), load_file(folder / "asked.safetensors")["ids"]
-    auto = getattr(transformers, asked["auto"])
+    auto, cache = getattr(transformers, asked["auto"]), None
     refused = refusal(auto, folder)
     model = auto.from_pretrained(folder, trust_remote_code=True)
     found = {"logits": model(ids).logits}
-    cache = None
     if model.can_generate():
-        made = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
-        cache, found["tokens"] = getattr(made, "cache", None) or made.past_key_values, made.sequences
-    if again := asked.get("again"):
-        model.save_pretrained(again)
-        found["again"] = auto.from_pretrained(again, trust_remote_code=True)(ids).logits
+        answer = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        cache, found["tokens"] = getattr(answer, "cache", None) or answer.past_key_values, answer.sequences
+    if asked["again"]:
+        model.save_pretrained(asked["again"])
+        found["again"] = auto.from_pretrained(asked["again"], trust_remote_code=True)(ids).logits
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "found.safetensors")
-    return {"refused": refused, "model": type(model).__name__, "cache": type(cache).__name__, "code": type(model).__module__}
+    return {"refused": refused, "model": type(model).__name__, "cache": type(cache).__name__}
+
+
+def present():
+    """Which packages can be imported all the same."""
+    found = []
+    for name in ABSENT:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+            found.append(name)
+    return found
 
 
 with torch.no_grad():
     answers = {path.name: read(path) for path in map(Path, sys.argv[2:])}
-print(json.dumps({"answers": answers, "modules": sorted({name.partition(".")[0] for name in sys.modules})}))
+print(json.dumps({"answers": answers, "modules": [*sys.modules], "present": present()}))
