@@ -222,6 +222,7 @@ def _export_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--push-to", metavar="ORG/NAME", help="also upload it to this Hub repository")
     parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
+    parser.add_argument("--remote-code", action="store_true", help="add the model's code: opens without kvtrain")
 
 
 def _export(arguments: list[str]) -> None:
@@ -230,7 +231,7 @@ def _export(arguments: list[str]) -> None:
         raise UsageError("--private says something about --push-to, which is missing")
     from kvtrain.export.hf import export_run
 
-    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private, asked.dtype))
+    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private, asked.dtype, asked.remote_code))
 
 
 def _generate_arguments(parser: Parser) -> None:

@@ -17,18 +17,19 @@ from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.portable import SHIM, PortableConfig
 
 
-def model_card(model: PreTrainedModel, run: Path) -> str:
+def model_card(model: PreTrainedModel, run: Path, with_code: bool = False) -> str:
     """README.md of an exported folder.
 
     Args:
         model: What is exported.
         run: Its run folder; held-out figures are taken from its metrics where there are any.
+        with_code: The folder has the model's code, too.
     """
     config, origin = model.config, read_provenance(run)
     ours = isinstance(config, PortableConfig)
     lines = [
         "---",
-        _front_matter(model, origin),
+        _front_matter(model, origin, with_code),
         "---",
         "",
         f"# {run.name}",
@@ -38,21 +39,21 @@ def model_card(model: PreTrainedModel, run: Path) -> str:
         *_origin(origin),
         *_cache(model, origin),
         *(_usage(ours) if _task(model)[0] == "text-generation" else _other_usage(model)),
-        *(_remote_usage(model) if ours else []),
+        *(_code_usage(model) if with_code else _remote_usage(model) if ours else []),
         *_host_class(model),
         *_settings(model),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(model: PreTrainedModel, origin: Provenance) -> str:
+def _front_matter(model: PreTrainedModel, origin: Provenance, with_code: bool) -> str:
     """What the Hub reads of a card."""
     config = model.config
     ours = isinstance(config, PortableConfig)
     data = ModelCardData(
         base_model=origin.hub_base,
         datasets=[origin.dataset] if origin.dataset else None,
-        library_name="kvtrain" if ours else "transformers",
+        library_name="kvtrain" if ours and not with_code else "transformers",
         license=origin.license,
         pipeline_tag=_task(model)[0],
         tags=["kvtrain", *([config.architecture_name] if ours else [])],
@@ -171,16 +172,39 @@ def _other_usage(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _remote_usage(model: PreTrainedModel) -> list[str]:
-    """How programs open the folder in which nobody can write ``import kvtrain``."""
-    clients = "`pipeline`"
+def _clients(model: PreTrainedModel) -> str:
+    """Programs in which nobody can write ``import kvtrain``."""
     if _task(model)[0] == "text-generation":
-        clients = "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
+        return "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
+    return "`pipeline`"
+
+
+def _remote_usage(model: PreTrainedModel) -> list[str]:
+    """How such programs open the folder where it has the file alone that imports kvtrain."""
     return _paragraph(
-        f"Programs that do not import kvtrain ({clients}) open this folder with `trust_remote_code=True`, where "
+        f"Programs that do not import kvtrain ({_clients(model)}) open this folder with `trust_remote_code=True`, where "
         f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
         "kvtrain is imported, nothing in this folder is run."
     )
+
+
+def _code_usage(model: PreTrainedModel) -> list[str]:
+    """How to open a folder that has the model's code, without kvtrain."""
+    return [
+        "Without kvtrain, with transformers and torch alone:",
+        "",
+        "```python",
+        f"model = {_task(model)[1]}.from_pretrained(",
+        '    "<this folder>", trust_remote_code=True, revision="<the 40 digits of a commit that you have looked at>"',
+        ")",
+        "```",
+        "",
+        *_paragraph(
+            f"That runs `{SHIM.name}` and the files beside it, a copy of kvtrain's own code; so do programs that do not "
+            f"import kvtrain ({_clients(model)}). Without a revision it runs whatever the repository holds by then; a "
+            "folder on disk has none. Where kvtrain is installed it opens this folder, and the copy is not run."
+        ),
+    ]
 
 
 def _paragraph(text: str) -> list[str]:

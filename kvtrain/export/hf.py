@@ -16,6 +16,7 @@ from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.errors import explain_load_errors, first_line
 from kvtrain.export.card import model_card
+from kvtrain.export.remote_code import remote_code, write_files
 from kvtrain.export.weights import write_model
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
@@ -31,7 +32,12 @@ logger = logging.getLogger("kvtrain")
 
 
 def export_run(
-    run: Path, output: Path, push_to: str | None = None, private: bool = False, dtype: str = "bfloat16"
+    run: Path,
+    output: Path,
+    push_to: str | None = None,
+    private: bool = False,
+    dtype: str = "bfloat16",
+    with_code: bool = False,
 ) -> Path:
     """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
 
@@ -43,9 +49,11 @@ def export_run(
         push_to: Hub repository to upload to, ``org/name``.
         private: Make that repository private.
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
+        with_code: Write the model's code beside them, so that nobody needs kvtrain to open the folder.
 
     Raises:
-        ValueError: No checkpoint, one without export data, an existing output, or no token to push with.
+        ValueError: No checkpoint, one without export data, an existing output, no token to push with, or code that
+            cannot travel.
     """
     require_new(output)
     weight_type = _dtype(dtype)
@@ -56,11 +64,13 @@ def export_run(
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
     model, weights = rebuild_model(stored)
+    code = remote_code(model.config) if with_code else {}
     with new_folder(output) as folder:
         write_model(model, weights, folder, weight_type)
+        write_files(code, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, run if is_run(run) else run.parent.parent))
+        (folder / "README.md").write_text(model_card(model, run if is_run(run) else run.parent.parent, bool(code)))
     if push_to:
         push_folder(output, push_to, private)
     return output

@@ -1,7 +1,7 @@
 """Registration with transformers' ``Auto*`` classes and tables of names, without importing any model code."""
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import transformers
 from transformers import (
@@ -20,9 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.hosts import retrofitted_names
 from kvtrain.models.registry import ModelArchitecture, own_models
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from kvtrain.models.stand_in import StandIn, stand_in
 
 _HEADS: dict[str, tuple[Any, dict[str, str]]] = {
     "CausalLM": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -32,52 +30,21 @@ _HEADS: dict[str, tuple[Any, dict[str, str]]] = {
 _named: dict[str, Any] = {}  # configurations and stand-ins, as `auto_map` names them
 
 
-class _StandIn:
-    """Stands for a model class with an ``Auto*`` class, so that ``import kvtrain`` stays free of modelling code."""
+def _retrofitted_class(config: KVTrainConfig) -> Any:
+    """The host decides which class it is."""
+    from kvtrain.models.host import retrofitted_class
 
-    config_class: ClassVar[type[PreTrainedConfig]]
-    auto_class: ClassVar[Any]
-
-    @staticmethod
-    def _class(config: Any) -> Any:
-        raise NotImplementedError
-
-    @classmethod
-    def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> "PreTrainedModel":
-        """Load a folder or Hub repository; the arguments are those of ``PreTrainedModel.from_pretrained``."""
-        # Without a configuration the Auto class reads it, and comes back here: it knows what goes to the Hub.
-        chosen = cls.auto_class if config is None else cls._class(config)
-        model: PreTrainedModel = chosen.from_pretrained(path, *args, config=config, **kwargs)
-        return model
-
-    @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> "PreTrainedModel":
-        model: PreTrainedModel = cls._class(config)._from_config(config, **kwargs)
-        return model
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: a folder says by itself how it is opened."""
+    return retrofitted_class(config.host_config)
 
 
-class KVTrainForCausalLM(_StandIn):
-    """Every retrofitted class: the host decides which one it is."""
-
-    config_class = KVTrainConfig
-    auto_class = AutoModelForCausalLM
-
-    @staticmethod
-    def _class(config: KVTrainConfig) -> Any:
-        from kvtrain.models.host import retrofitted_class
-
-        return retrofitted_class(config.host_config)
-
-
-def _stand_in(own: ModelArchitecture, head: str) -> type[_StandIn]:
+def _stand_in(own: ModelArchitecture, head: str) -> type[StandIn]:
     """What stands for one class of a model that has no host."""
-    name, auto = f"{own.prefix}For{head}", _HEADS[head][0]
-    chosen = staticmethod(lambda _: own.head(name))
-    return type(name, (_StandIn,), {"config_class": own.config, "auto_class": auto, "_class": chosen})
+    name = f"{own.prefix}For{head}"
+    return stand_in(name, own.config, _HEADS[head][0], lambda _: own.head(name))
+
+
+# Every retrofitted class.
+KVTrainForCausalLM = stand_in("KVTrainForCausalLM", KVTrainConfig, AutoModelForCausalLM, _retrofitted_class)
 
 
 def class_by_name(name: str) -> Any:
@@ -107,7 +74,7 @@ def _register_config(config: type[PreTrainedConfig]) -> None:
     _named[config.__name__] = config
 
 
-def _register_head(head: str, stand_in: type[_StandIn], names: dict[str, str]) -> None:
+def _register_head(head: str, stand_in: type[StandIn], names: dict[str, str]) -> None:
     """Register what stands for one class, or for all of those whose names are given."""
     config, auto = stand_in.config_class, stand_in.auto_class
     auto.register(config, stand_in, exist_ok=True)
@@ -120,7 +87,7 @@ def _register_head(head: str, stand_in: type[_StandIn], names: dict[str, str]) -
         _put_on_transformers(name, stand_in)
 
 
-def _put_on_transformers(name: str, stand_in: type[_StandIn]) -> None:
+def _put_on_transformers(name: str, stand_in: type[StandIn]) -> None:
     """``transformers serve`` and pipelines look for the classes that ``config.json`` names on the module itself."""
     # Its lazy module comes to life again with its processors, and whoever imported it before keeps the first one: put
     # the name on what both have in common.

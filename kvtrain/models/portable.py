@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
-# Travels in every folder. It imports the installed kvtrain and does nothing else.
+# Travels in every folder, with the files beside it that it imports. Where kvtrain is installed these are none: it imports
+# kvtrain and does nothing else. Where this code has itself travelled in a folder, it is that folder's, with all its code.
 SHIM = Path(__file__).with_name("modeling_kvtrain.py")
 
 
 class PortableConfig(PreTrainedConfig):
-    """Saves with itself the file that imports kvtrain, and names it in ``config.json``."""
+    """Saves with itself the code that opens its folder, and names it in ``config.json``."""
 
     @property
     def architecture_name(self) -> str:
@@ -32,13 +34,19 @@ class PortableConfig(PreTrainedConfig):
         """Heads that a model of this configuration may have, as in ``AutoModelFor<task>``."""
         return ("CausalLM",)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As the base class's, which models call when they are saved; the file goes beside ``config.json``."""
+    @property
+    def auto_classes(self) -> dict[str, str]:
+        """``auto_map`` of ``config.json``: what opens the folder, by the ``Auto*`` class that is asked to."""
         name = type(self).__name__
         heads = {f"AutoModelFor{task}": f"{name.removesuffix('Config')}For{task}" for task in self.tasks}
-        self.auto_map = {auto: f"{SHIM.stem}.{ours}" for auto, ours in {"AutoConfig": name, **heads}.items()}
+        return {auto: f"{SHIM.stem}.{ours}" for auto, ours in {"AutoConfig": name, **heads}.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As the base class's, which models call when they are saved; the code goes beside ``config.json``."""
+        self.auto_map = self.auto_classes
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
-        shutil.copyfile(SHIM, Path(save_directory) / SHIM.name)
+        for file in {SHIM, *map(Path, get_relative_import_files(SHIM))}:
+            shutil.copyfile(file, Path(save_directory) / file.name)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -93,12 +93,17 @@ def own_models(package: str = "kvtrain.models") -> list[ModelArchitecture]:
     return [one for one in architectures(package) if isinstance(one, ModelArchitecture)]
 
 
-def builder(settings: Method, host_config: PreTrainedConfig) -> "Builder[Any]":
-    """What makes modules and caches of these settings for this host."""
+def method_architecture(settings: Method) -> MethodArchitecture:
+    """Where the code of a method is, from its settings."""
     for one in architectures():
         if isinstance(one, MethodArchitecture) and one.settings.name == settings.name:
-            return one.builder(settings, host_config)
+            return one
     raise AssertionError(f"no architecture has settings of type {type(settings).__name__}")
+
+
+def builder(settings: Method, host_config: PreTrainedConfig) -> "Builder[Any]":
+    """What makes modules and caches of these settings for this host."""
+    return method_architecture(settings).builder(settings, host_config)
 
 
 def own_model_class(config: PreTrainedConfig) -> Any:

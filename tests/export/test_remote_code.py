@@ -1,0 +1,227 @@
+"""Folders with their model's code in them, opened by processes that have no kvtrain."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
+
+import kvtrain
+from kvtrain.export.flatten import PRESENT
+from kvtrain.export.hf import export_run
+from kvtrain.export.remote_code import remote_code, write_remote_code
+from kvtrain.models.portable import SHIM
+from tests.caches import CACHES, MAIN
+from tests.export.test_hf import card_of, write_run
+from tests.export.test_portable import SIZES
+from tests.hosts import FAMILIES, make_host, random_ids
+
+READER = Path(__file__).with_name("reader.py")
+HEADS = {"CausalLM": True, "MaskedLM": False, "SequenceClassification": False}
+
+
+def cached(name, family="llama"):
+    """One of the models that the caches' suite has."""
+    entry = CACHES[name]
+    model = entry.retrofit(make_host(family, layers=entry.layers, dtype=torch.float32))
+    if name == "dmc":  # whose threshold was moved in its layers
+        model.config.method_config = model.model.layers[0].self_attn.settings.to_dict()
+    return model
+
+
+def transnormer(head):
+    """Any of TransNormer's models."""
+    torch.manual_seed(0)
+    config = kvtrain.TransNormerConfig(**SIZES, causal=HEADS[head], num_labels=3, pad_token_id=0)
+    return getattr(kvtrain, f"TransNormerFor{head}")(config).eval()
+
+
+def prepare(folder, model, head="CausalLM", again=None):
+    """A folder with code for ``reader.py``, and what kvtrain itself makes of it."""
+    model.save_pretrained(folder)
+    written = write_remote_code(folder, model.config)
+    ids = random_ids(2, 24) % 40
+    save_file({"ids": ids}, folder / "asked.safetensors")
+    (folder / "asked.json").write_text(json.dumps({"auto": f"AutoModelFor{head}", "again": again and str(again)}))
+    opened = kvtrain.load(folder)
+    with torch.no_grad():
+        expected = {"logits": opened(ids).logits}
+        if opened.can_generate():
+            expected["tokens"] = opened.generate(ids, max_new_tokens=8, do_sample=False)
+    return written, expected
+
+
+def read(folders, modules, python=sys.executable, mode="blocked"):
+    """What ``reader.py`` says of folders, in a process of its own."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [str(python), str(READER), mode, *map(str, folders)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=modules.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def assert_opens(told, folder, model, expected):
+    """The same numbers as with kvtrain, by the matching cache, and not without trust."""
+    answer, found = told["answers"][folder.name], load_file(folder / "found.safetensors")
+    assert answer["model"] == type(model).__name__
+    assert "trust_remote_code=True" in answer["refused"]
+    assert answer["cache"] == ("KVCache" if "tokens" in expected else "NoneType")
+    again = {"again": expected["logits"]} if "again" in found else {}
+    for name, tensor in {**expected, **again}.items():
+        assert torch.equal(found.pop(name), tensor), (folder.name, name)
+    assert not found
+
+
+def assert_alone(told):
+    """Nobody had any of what was to be absent."""
+    roots = {name.partition(".")[0] for name in told["modules"]}
+    assert not told["present"] and not roots & {"kvtrain", "lightning", "datasets", "liger_kernel"}
+
+
+def assert_all_open(tmp_path, models, **how):
+    """Of every model a folder, all of which one process opens."""
+    prepared = {name: prepare(tmp_path / name, model, head)[1] for name, (model, head) in models.items()}
+    (tmp_path / "modules").mkdir()
+    told = read([tmp_path / name for name in models], tmp_path / "modules", **how)
+    assert_alone(told)
+    for name, (model, _) in models.items():
+        assert_opens(told, tmp_path / name, model, prepared[name])
+
+
+def test_two_models_open_in_one_process_without_kvtrain_and_are_saved_with_their_code(tmp_path):
+    models = {"dmc": cached("dmc"), "classifier": transnormer("SequenceClassification")}
+    heads, prepared = {"dmc": "CausalLM", "classifier": "SequenceClassification"}, {}
+    for name, model in models.items():
+        prepared[name] = prepare(tmp_path / name, model, heads[name], again=tmp_path / f"{name}-again")
+    (tmp_path / "modules").mkdir()
+    told = read([tmp_path / name for name in models], tmp_path / "modules")
+    assert_alone(told)
+    for name, model in models.items():
+        written, expected = prepared[name]
+        assert_opens(told, tmp_path / name, model, expected)
+        again = tmp_path / f"{name}-again"
+        assert {path.name for path in again.glob("*.py")} == {path.name for path in written}
+        for path in [*written, tmp_path / name / "config.json"]:
+            assert (again / path.name).read_bytes() == path.read_bytes()
+    size = sum(path.stat().st_size for path in prepared["dmc"][0])
+    print(f"DMC's code: {len(prepared['dmc'][0])} files, {size / 1024:.0f} KiB")
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_every_file_is_one_that_transformers_takes(tmp_path, name):
+    """It copies what it finds named by a pattern, and looks for every package that is named outside of ``try``."""
+    config = cached(name).config
+    code = remote_code(config)
+    for file, text in code.items():
+        (tmp_path / file).write_text(text)
+    assert list(code) == sorted(code) and SHIM.name in code
+    for path in tmp_path.iterdir():
+        assert set(dynamic_module_utils.get_imports(path)) <= PRESENT
+        assert {f"{found}.py" for found in dynamic_module_utils.get_relative_imports(path)} <= code.keys()
+        first, second = path.read_text().splitlines()[:2]
+        assert first.startswith(f"# From kvtrain {kvtrain.__version__}, kvtrain.")
+        assert second.endswith("SPDX-License-Identifier: Apache-2.0")
+    taken = {Path(found).name for found in dynamic_module_utils.get_relative_import_files(tmp_path / SHIM.name)}
+    assert {SHIM.name, *taken} == code.keys()
+
+
+def test_two_writes_are_byte_for_byte_equal(tmp_path):
+    for name in ("one", "two"):
+        model = cached("lckv")
+        model.save_pretrained(tmp_path / name)
+        write_remote_code(tmp_path / name, model.config)
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1]
+    for file in files[0]:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_an_older_folder_gets_the_names_with_the_code(tmp_path):
+    model = cached("full")
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: saved[key] for key in saved if key != "auto_map"}))
+    write_remote_code(tmp_path, AutoConfig.from_pretrained(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text()) == saved
+
+
+def test_kvtrain_opens_such_a_folder_itself(tmp_path):
+    model = cached("duo")
+    model.save_pretrained(tmp_path)
+    for path in write_remote_code(tmp_path, model.config):
+        path.write_text(f"raise AssertionError('{path.name} was run')\n")
+    for trust in (None, False, True):
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)) is type(model)
+    assert type(kvtrain.load(tmp_path)) is type(model)
+
+
+def test_a_plain_host_needs_no_code(tmp_path):
+    host = make_host("llama", dtype=torch.float32)
+    host.save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert write_remote_code(tmp_path, host.config) == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_exports_carry_it_and_the_card_says_how(tmp_path):
+    write_run(tmp_path / "run", kvtrain.DMC())
+    write_run(tmp_path / "plain", kvtrain.Full())
+    folder = export_run(tmp_path / "run", tmp_path / "out", with_code=True)
+    expected = remote_code(AutoConfig.from_pretrained(folder))
+    assert {path.name: path.read_text() for path in folder.glob("*.py")} == expected
+    card = card_of(folder)
+    assert 'trust_remote_code=True, revision="<the 40 digits' in card and "library_name: transformers" in card
+    assert "import kvtrain" in card and "where kvtrain is installed. That runs" not in card
+    plain = export_run(tmp_path / "plain", tmp_path / "host", with_code=True)
+    assert not list(plain.glob("*.py")) and "trust_remote_code" not in card_of(plain)
+
+
+@pytest.mark.roads
+def test_every_cache_family_and_head_opens_without_kvtrain(tmp_path):
+    models = {f"cache-{name}": (cached(name), "CausalLM") for name in CACHES}
+    models |= {f"family-{family}": (cached("dmc", family), "CausalLM") for family in FAMILIES}
+    models |= {f"head-{head}": (transnormer(head), head) for head in HEADS}
+    assert_all_open(tmp_path, models)
+
+
+def shared_packages(*names):
+    """What distributions and all that they require have put beside each other, by its path."""
+    found, ahead = set(), [*names]
+    while ahead:
+        name = ahead.pop().lower()
+        if name not in found:
+            found.add(name)
+            wanted = map(Requirement, importlib.metadata.requires(name) or ())
+            needed = {one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})}
+            ahead += [one for one in needed if any(importlib.metadata.distributions(name=one))]
+    tops = {
+        file.locate().parents[len(file.parts) - 2] if len(file.parts) > 1 else file.locate()
+        for name in found
+        for file in importlib.metadata.files(name) or ()
+        if file.parts[0] not in ("..", "__pycache__")
+    }
+    return sorted(Path(top) for top in tops)
+
+
+@pytest.mark.roads
+def test_a_real_environment_of_torch_and_transformers_alone(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    (tmp_path / "shared").mkdir()
+    for path in shared_packages("torch", "transformers"):
+        (tmp_path / "shared" / path.name).symlink_to(path)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "shared.pth").write_text(f"{tmp_path / 'shared'}\n")
+    models = {name: (cached(name), "CausalLM") for name in ("full", "dmc", "lckv", "duo", "transnormer_t2")}
+    models |= {"masked": (transnormer("MaskedLM"), "MaskedLM")}
+    assert not any((tmp_path / "shared" / name).exists() for name in ("kvtrain", "lightning", "datasets", "triton"))
+    assert_all_open(tmp_path, models, python=tmp_path / "venv" / "bin" / "python", mode="bare")
