@@ -8,7 +8,7 @@ import torch
 
 from kvtrain.errors import require_at_least, require_seed
 from kvtrain.inference.load import open_model
-from kvtrain.inference.prompt import prompt_ids
+from kvtrain.inference.prompt import beyond_positions, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def generate_text(
         seed: Of the sampling.
 
     Raises:
-        ValueError: There is no such model, or a number is out of range.
+        ValueError: There is no such model, a number is out of range, or the model has too few positions.
     """
     require_at_least(1, "max_new_tokens", max_new_tokens)
     require_seed("seed", seed)
@@ -72,6 +72,8 @@ def generate_text(
         raise ValueError("the prompt is not UTF-8 text; convert it first")
     loaded, tokenizer = open_model(model)
     ids = prompt_ids(tokenizer, prompt)
+    if (reason := beyond_positions(loaded.max_positions, len(ids), max_new_tokens)) is not None:
+        raise ValueError(reason)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     cache = loaded.make_cache()
     torch.manual_seed(seed)

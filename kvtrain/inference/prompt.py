@@ -1,4 +1,4 @@
-"""Token ids of a prompt."""
+"""Token ids of a prompt, and whether a model can go on from so many."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,3 +19,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     if not ids:
         raise UsageError("the prompt is empty and the tokenizer has no start token; give a prompt")
     return ids
+
+
+def beyond_positions(max_positions: int | None, prompt_tokens: int, max_new_tokens: int) -> str | None:
+    """Why a model cannot go on so far from a prompt: it has too few positions; None where it has enough.
+
+    Args:
+        max_positions: Of the model; None for no end.
+        prompt_tokens: Of the prompt.
+        max_new_tokens: Of the answer, whose last token is chosen but not read.
+    """
+    if max_positions is None or prompt_tokens + max_new_tokens <= max_positions + 1:
+        return None
+    return (
+        f"prompt and max_new_tokens come to {prompt_tokens + max_new_tokens:,} tokens, above the {max_positions + 1:,} "
+        f"to which the model's {max_positions:,} positions reach; shorten the prompt or lower max_new_tokens"
+    )

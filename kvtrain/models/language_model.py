@@ -75,6 +75,11 @@ class CachedLanguageModel(_Decoder):
         return True
 
     @property
+    def max_positions(self) -> int | None:
+        """Tokens of a row that the model can tell the places of; None where places are computed and have no end."""
+        return None
+
+    @property
     def survives_reentrant_checkpointing(self) -> bool:
         """Whether all that layers hand over is their hidden states, which is all that reentrant checkpointing sees."""
         return True

@@ -1,7 +1,9 @@
 """The engine over real caches: every method's tokens, whatever stands beside them, and everything freed at the end."""
 
 import functools
+import logging
 from functools import cache as remember
+from math import log2
 
 import pytest
 import torch
@@ -62,13 +64,21 @@ def test_a_crowd_gets_the_tokens_of_generate(method):
 
 
 @pytest.mark.roads
-def test_compiled_passes_give_the_same_tokens(monkeypatch):
-    """Alone, two at a time, and eagerly beside more."""
+def test_compiled_passes_give_the_same_tokens(monkeypatch, caplog):
+    """Alone, two at a time, and eagerly beside more; each shape of a pass is compiled once in a life, and counted."""
     monkeypatch.setattr(runner, "CompiledStep", functools.partial(CompiledStep, backend="aot_eager"))
     model, (requests, wanted) = model_of("dmc"), expected("dmc")
-    outcome = serve(model, requests, compiled_rows=2, max_requests=3)
+    with caplog.at_level(logging.INFO, "kvtrain"):
+        outcome = serve(model, requests, compiled_rows=2, max_requests=3)
     check(outcome, wanted)
-    assert outcome.loop.runner._step.compilations > 0
+    rows, pages = zip(*outcome.loop.runner._step._steps, strict=True)
+    assert set(rows) == {1, 2} and all(count & (count - 1) == 0 for count in pages)
+    assert outcome.loop.meter.stats.compilations == len(rows) <= 2 * (log2(max(pages)) + 1)
+    words = "decoding passes over at most 2 rows are compiled; the first ones take long"
+    assert [record.getMessage() for record in caplog.records] == [words]
+    again = serve(model, requests, loop=outcome.loop)
+    check(again, wanted)
+    assert outcome.loop.meter.stats.compilations <= 2 * (log2(max(pages)) + 1)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from kvtrain.inference.engine.request import (
     Sampling,
     TooLargeError,
 )
-from tests.caches import CACHES
+from tests.caches import CACHES, MAIN
 from tests.hosts import make_host
 
 BUDGET = 1 << 22
@@ -283,3 +283,44 @@ def test_what_was_said_before_is_not_read_again(engine):
     assert engine.stats().kept_prefixes == 1 and engine.stats().held_bytes > 0
     engine.drop_kept_prefixes()
     assert engine.stats().kept_prefixes == 0 == engine.stats().held_bytes
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in MAIN else pytest.mark.roads) for n in CACHES])
+def test_sixteen_prompts_that_begin_alike_read_that_once(name, monkeypatch):
+    """Counted where the model is fed; what comes later finds it, too."""
+    model, common = CACHES[name].retrofit(make_host(layers=CACHES[name].layers)), tuple(range(3, 40))
+    requests = [Request((*common, own, own + 1, own + 2), max_new_tokens=3, ignore_eos=True) for own in range(40, 56)]
+    with Engine(model, None, 1 << 24) as engine:
+        fed = counted(monkeypatch, engine)
+        gate, events = threading.Event(), queue.SimpleQueue()
+        engine._commands.put(lambda loop: gate.wait())  # all come between two steps
+        for request in requests:
+            engine.submit(request, events.put)
+        gate.set()
+        ends = finishes(events, 16)
+        assert fed == {"prompt": len(common) + 16 * 3, "decoding": 16 * 2}
+        assert sorted(end.usage.cached_prompt_tokens for end in ends) == [0, *[len(common)] * 15]
+        engine.generate(Request((*common, 58, 59), max_new_tokens=1))
+        assert fed["prompt"] == len(common) + 16 * 3 + 2
+        until(lambda: engine.stats().prompt_tokens == fed["prompt"])
+
+
+def counted(monkeypatch, engine):
+    """Tokens that the model is fed from now on, of prompts and while decoding."""
+    fed, run = {"prompt": 0, "decoding": 0}, engine._loop.runner.run
+
+    def counting(batch, prefill):
+        fed["prompt" if prefill else "decoding"] += sum(chunk.tokens for chunk in batch)
+        return run(batch, prefill)
+
+    monkeypatch.setattr(engine._loop.runner, "run", counting)
+    return fed
+
+
+def finishes(events, count):
+    """The ends of so many answers."""
+    ends = []
+    while len(ends) < count:
+        event = events.get(timeout=60)
+        ends += [event] if isinstance(event, Finish) else []
+    return ends

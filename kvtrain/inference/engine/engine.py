@@ -56,6 +56,11 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="kvtrain-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a row of the model may come to; None where that has no end."""
+        return self._loop.max_positions
+
     def __enter__(self) -> Self:
         return self
 

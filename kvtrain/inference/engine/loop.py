@@ -20,6 +20,7 @@ from kvtrain.inference.engine.runner import Runner
 from kvtrain.inference.engine.sampling import sample
 from kvtrain.inference.engine.scheduler import Chunk, Scheduler
 from kvtrain.inference.engine.sequence import ServedSequence
+from kvtrain.inference.prompt import beyond_positions
 from kvtrain.models.language_model import CachedLanguageModel
 
 _PROBE = 256  # tokens that tell at the start what a token takes
@@ -36,6 +37,7 @@ class EngineLoop:
 
     Attributes:
         meter: Counts.
+        max_positions: Of the model.
 
     Raises:
         ValueError: The model has no cache, or the budget does not hold a single token.
@@ -45,6 +47,7 @@ class EngineLoop:
         _require_servable(model)
         self.limits, self._tokenizer = limits, tokenizer
         self.runner = Runner(model.eval(), budget, limits.compiled_rows)
+        self.max_positions: int | None = model.max_positions
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._eos_token_ids = _eos_token_ids(model)
         self.forecast = self._probe()
@@ -66,14 +69,16 @@ class EngineLoop:
             ValueError: The budget does not hold a single token.
         """
         rows, ids = self.runner.rows, random.Random(0)
-        prompt = tuple(ids.randrange(self.vocab_size) for _ in range(_PROBE))
+        most = _PROBE if self.max_positions is None else min(_PROBE, self.max_positions)
+        prompt = tuple(ids.randrange(self.vocab_size) for _ in range(most))
         least = rows.cache.bytes_for(1, 1)
         if least > rows.budget:
             raise UsageError(f"a budget of {rows.budget:,} bytes is below one token, which takes {least:,}; raise it")
         sequence = ServedSequence(prompt, 1, -1, row=rows.take())
         sizes = [rows.row_bytes([sequence.row])[0]]
         left = (rows.budget - sizes[0]) * 3 // 4  # passes take some pages ahead
-        half = next((size for size in (_PROBE // 2, 32, 8, 1) if rows.bytes_for([sequence.row], 2 * size) <= left), 0)
+        halves = [size for size in (most // 2, 32, 8, 1) if 2 * size <= most]
+        half = next((size for size in halves if rows.bytes_for([sequence.row], 2 * size) <= left), 0)
         for _ in range(2 if half else 0):
             self.runner.run([Chunk(sequence, half)], prefill=True)
             sequence.seen += half
@@ -88,7 +93,8 @@ class EngineLoop:
 
         Raises:
             ValueError: A field is out of the model's or the engine's range.
-            TooLargeError: The request is longer than the engine allows, or than its budget can ever hold.
+            TooLargeError: The request is longer than the engine allows, than the model has positions, or than its
+                budget can ever hold.
         """
         limits, sampling = self.limits, request.sampling
         named = {"prompt": request.prompt, "logit_bias": sampling.logit_bias, "eos_token_ids": request.eos_token_ids}
@@ -108,6 +114,8 @@ class EngineLoop:
                 raise TooLargeError(f"{name} comes to {number:,} tokens, above the {bound:,} that are served here")
         if request.n > limits.max_queue:
             raise UsageError(f"n must be at most {limits.max_queue} here, which is how many answers may wait")
+        if (reason := beyond_positions(self.max_positions, len(request.prompt), request.max_new_tokens)) is not None:
+            raise TooLargeError(reason)
         needed, budget = self.forecast.least_bytes(request.most_tokens), self.runner.rows.budget
         if needed > budget:
             raise TooLargeError(

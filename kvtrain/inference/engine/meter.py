@@ -72,6 +72,7 @@ class Meter:
             preemptions=scheduler.preemptions,
             finished=tuple(sorted(self.finished.items())),
             steps=self._steps,
+            compilations=runner.compilations,
         )
 
     def _tokens_per_second(self, now: float) -> float:

@@ -129,6 +129,11 @@ class Runner:
             logger.info("decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows)
         self.plain_token_bytes = _plain_token_bytes(model)
 
+    @property
+    def compilations(self) -> int:
+        """Graphs that have been made of decoding passes so far."""
+        return 0 if self._step is None else self._step.compilations
+
     @torch.no_grad()
     def run(self, batch: Sequence[Chunk], prefill: bool) -> Tensor:
         """Feed every sequence its next tokens; logits ``(B, V)`` behind the last one of each.

@@ -40,6 +40,7 @@ class EngineStats:
         preemptions: Since the start.
         finished: Sequences that have ended since the start, by reason.
         steps: Since the start.
+        compilations: Graphs made of decoding passes since the start; see ``Limits.compiled_rows``.
     """
 
     queued: int = 0
@@ -61,6 +62,7 @@ class EngineStats:
     preemptions: int = 0
     finished: tuple[tuple[str, int], ...] = ()
     steps: int = 0
+    compilations: int = 0
 
     @property
     def free_bytes(self) -> int:

@@ -105,7 +105,7 @@ class Api:
         messages = [{"role": _role(message.role), "content": message.content} for message in body.messages]
         text = await asyncio.to_thread(self._conversations.text, messages)
         ids = await asyncio.to_thread(self._conversations.ids, text)
-        request = self._request(body, ids, self._chat_tokens(body), logprobs)
+        request = self._request(body, ids, self._chat_tokens(body, len(ids)), logprobs)
         form = ChatForm(self._settings.model_name, self._tokenizer, request.n, logprobs is not None)
 
         def remember(index: int, answers: Answers) -> None:
@@ -128,10 +128,14 @@ class Api:
     def _prompts(self, body: CompletionRequest) -> list[list[int]]:
         return [prompt_ids(self._tokenizer, p) if isinstance(p, str) else p for p in body.prompt]
 
-    def _chat_tokens(self, body: ChatRequest) -> int:
-        most = self._engine.limits.max_new_tokens or self._settings.default_new_tokens
+    def _chat_tokens(self, body: ChatRequest, prompt_tokens: int) -> int:
+        """As many as were asked for; else what is usual, or what limits leave of it."""
         given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return min(self._settings.default_new_tokens, most) if given is None else given
+        if given is not None:
+            return given
+        usual, positions = self._settings.default_new_tokens, self._engine.max_positions
+        left = usual if positions is None else max(1, positions - prompt_tokens)
+        return min(usual, left, self._engine.limits.max_new_tokens or usual)
 
     def _request(self, body: GenerationFields, prompt: list[int], tokens: int, logprobs: int | None) -> Request:
         return Request(

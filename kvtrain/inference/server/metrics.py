@@ -31,6 +31,7 @@ _COUNTERS = (
     ("kvtrain_cached_prompt_tokens", "Tokens of prompts that a kept row held", "cached_prompt_tokens"),
     ("kvtrain_preemptions", "Answers that made room for older ones", "preemptions"),
     ("kvtrain_steps", "Steps of the engine", "steps"),
+    ("kvtrain_compilations", "Graphs made of decoding passes", "compilations"),
 )
 
 

@@ -32,6 +32,11 @@ class TransNormerForCausalLM(CachedLanguageModel, TransNormerPreTrainedModel, Ge
         self.watch_decoder()
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @property
+    def max_positions(self) -> int | None:
+        """See ``CachedLanguageModel``; learnt positions are as many as there are."""
+        return self.config.max_position_embeddings if self.config.position_embedding == "learned" else None
+
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``CachedLanguageModel``."""
         if options:

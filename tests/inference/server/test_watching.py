@@ -44,6 +44,7 @@ def test_metrics_are_the_engine_s_figures(served, client, http):
     assert after[("kvtrain_running_sequences",)] == after[("kvtrain_queued_sequences",)] == 0
     assert after[("kvtrain_up",)] == 1 and after[("kvtrain_tokens_per_second",)] == 0
     assert after[("kvtrain_kv_compression",)] == 1 and ("kvtrain_preemptions_total",) in after
+    assert after[("kvtrain_compilations_total",)] == stats.compilations == 0
 
 
 def test_the_page_is_three_files_of_our_own_under_a_strict_policy(http):
