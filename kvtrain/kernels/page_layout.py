@@ -19,11 +19,6 @@ class Hidden(Memo):
     def __init__(self, slots: Tensor) -> None:
         self.slots = slots
 
-    @classmethod
-    def behind(cls, filled: Tensor, block: Tensor) -> "Hidden":
-        """Of blocks ``(N, S, D)``, those behind the first ``filled (N,)``."""
-        return cls(torch.arange(block.shape[1], device=block.device) >= filled[:, None])
-
     def bias(self, dtype: torch.dtype) -> Tensor:
         """``-inf`` on those, 0 on the others, ``(N, S)``."""
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.page_layout import PageLayout
-from kvtrain.kernels.paged_attention import paged_attention
+from kvtrain.kernels.page_runs import PageRuns
+from kvtrain.kernels.paged_attention import _Pages, paged_attention
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
 from .tensor_sizes import TensorSizes
@@ -276,6 +277,20 @@ def test_a_layout_is_as_wide_as_the_longest_head():
     assert PageLayout(wide.table.flatten(0, 1), 20, 4).order.shape == (4, 4)
     for found, expected in zip(wide.run(), case.run(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("kept", "reads"), [(0, 4), (1024, 3), (2048, 2)])
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_runs_that_a_caller_keeps_are_copied_once(monkeypatch, kept: int, reads: int, num_queries: int):
+    """As far as their bytes are allowed, and as far as the longest head reaches in a table made for longer ones."""
+    case, calls, read = make_pages([[1500, 1200]], page_size=32, num_queries=num_queries), [], _Pages.read
+    monkeypatch.setattr(_Pages, "read", lambda *given: calls.append(given) or read(*given))
+    table = torch.nn.functional.pad(case.table, (0, 60), value=-1)
+    runs = PageRuns(table.flatten(0, 1), case.lengths.flatten(), 32, kept * 2 * (4 + 4) * 8)
+    for query in (case.query, case.query.flip(1)):
+        found = paged_attention(query, case.keys, case.values, table, case.lengths, 0.4, runs=runs)
+        assert_close(found, replace(case, query=query).dense(), 1e-12)
+    assert len(calls) == reads
 
 
 def test_no_queries_no_rows_and_heads_that_do_not_group():

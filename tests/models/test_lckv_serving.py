@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import kvtrain
+from kvtrain.kernels.paged_attention import _Pages
 from kvtrain.models.lckv.layer_schedule import LayerSchedule
 from kvtrain.models.lckv.serving import _settle
 from kvtrain.training.lckv import serving_gap
@@ -183,6 +184,15 @@ def test_generating_with_prefill_in_chunks(way):
         found = model.generate(ids, **told, prefill_chunk_size=size, output_logits=True, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected.sequences)
         close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_passes_over_a_block_copy_what_lies_before_it_once(monkeypatch):
+    """The layers that run once, 0, 4 and 5, copy once each; the others once together, in three passes."""
+    model, ids, copies, read = make("0_3_3_3_3_5", **FEW), random_ids(1, 2 * BLOCK), [], _Pages.read
+    _, cache = prompt(model, ids[:, :BLOCK], [BLOCK])
+    monkeypatch.setattr(_Pages, "read", lambda *given: copies.append(given) or read(*given))
+    prompt(model, ids[:, BLOCK:], [BLOCK], cache=cache)
+    assert len(copies) == 3 + 1
 
 
 def test_a_tolerance_spares_passes(monkeypatch):

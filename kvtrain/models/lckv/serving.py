@@ -211,8 +211,9 @@ def _read_prompt(
         past = prompt.start + ((number < step) & real).sum(1)
         write = inside & (where >= prompt.tokens[:, None])
         angles = schedule.angles(prompt.inputs, where.clamp(min=0))
-        runs = {} if columns.shape[1] > 1 else None  # a single token takes a single pass
-        view = replace(cache_view, past=past, valid=inside, write=None, angles=angles, rings=None, past_runs=runs)
+        view = replace(cache_view, past=past, valid=inside, write=None, angles=angles, rings=None)
+        if columns.shape[1] > 1:  # a single token takes a single pass
+            view = replace(view, past_runs={})
         given = {**arguments, "position_ids": where.clamp(min=0), "position_embeddings": angles}
         below = _from_below(schedule, stage, cache_view.layers, where)
         hidden, block_states = _iterate(schedule, stage, take_tokens(prompt.inputs, columns), below, given, view, write)
