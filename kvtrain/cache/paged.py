@@ -207,7 +207,6 @@ class PagedStore(RowStore):
         Raises:
             ValueError: The other store's pages are of another form, such as quantized.
         """
-        self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
         other._drop_ahead()
         before, owned = self.num_rows, other.table >= 0
@@ -232,7 +231,6 @@ class PagedStore(RowStore):
         Raises:
             ValueError: The snapshot's pages are of another form.
         """
-        self._check_form(snapshot)
         self._require(self.bytes_to_restore(row, snapshot))
         self.pool.release(self.table[row][self.table[row] >= 0])
         index, lengths = torch.tensor([row], device=self.table.device), snapshot["lengths"][None]
@@ -293,11 +291,13 @@ class PagedStore(RowStore):
         return self._bytes_to_hold(self.lengths[indices])
 
     def bytes_to_join(self, other: Self) -> int:
-        """See ``RowStore``."""
+        """See ``RowStore``; refuses pages of another form before any store has changed."""
+        self._check_form(other.pool.slots)
         return self._bytes_to_hold(torch.cat([self.lengths, other.lengths.to(self.lengths.device)]))
 
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
-        """See ``RowStore``."""
+        """See ``RowStore``; refuses pages of another form before any store has changed."""
+        self._check_form(snapshot)
         lengths = self.lengths.clone()
         lengths[row] = snapshot["lengths"]
         return self._bytes_to_hold(lengths)
