@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.layer import KVCacheLayer
-from kvtrain.cache.rows import CacheSnapshot, RowStore, bookkeeping, peak_growth
+from kvtrain.cache.rows import CacheSnapshot, bookkeeping, peak_growth
 from kvtrain.cache.state import StateStore
 
 
@@ -244,7 +244,13 @@ class KVCache(Cache):
             ValueError: There is no such row.
             CacheFullError: The budget does not allow it; nothing has changed.
         """
-        self.restore_row(target, self.snapshot_row(source))
+        self._check_rows([source, target])
+        if source == target:
+            return
+        if self.budget is not None:
+            self._require(sum(store.bytes_to_copy(source, target) for store in self._stores), "a copied row")
+        for store in self._stores:
+            store.copy_row(source, target)
 
     def join(self, other: Self, *, move: bool = False) -> None:
         """Copy the rows of another cache of the same model to the end, as they stand.
@@ -260,7 +266,7 @@ class KVCache(Cache):
         self._check_whole()
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
-        if [_form(store) for store in self._stores] != [_form(store) for store in other._stores]:
+        if [store.form() for store in self._stores] != [store.form() for store in other._stores]:
             raise ValueError(
                 "these caches keep different things; make both with the same model and options of make_cache"
             )
@@ -391,8 +397,3 @@ class KVCache(Cache):
         """
         if self.budget is not None and num_bytes > 0:
             self.budget.require(num_bytes, purpose)
-
-
-def _form(store: RowStore) -> tuple[type, Any]:
-    """What must be equal where rows go from one store to another."""
-    return type(store), store.shapes if isinstance(store, StateStore) else None

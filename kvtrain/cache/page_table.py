@@ -190,6 +190,11 @@ class PageTable:
         return (rows + others) * self.num_heads * slot
 
 
+def most_pages(needed: Tensor) -> int:
+    """Of pages ``(B, H)``, those of the head that needs most."""
+    return int(needed.max()) if needed.numel() else 0
+
+
 def _power_of_two(number: int) -> int:
     """The least one that is no smaller."""
     return 1 << max(0, number - 1).bit_length()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.cache.page_table import PageTable
+from kvtrain.cache.page_table import PageTable, most_pages
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
 from kvtrain.kernels.page_layout import PageLayout
@@ -207,7 +207,6 @@ class PagedStore(RowStore):
         Raises:
             ValueError: The other store's pages are of another form, such as quantized.
         """
-        self._check_form(other.pool.slots)
         self._require(self.bytes_to_join(other))
         other._drop_ahead()
         before, owned = self.num_rows, other.table >= 0
@@ -232,17 +231,29 @@ class PagedStore(RowStore):
         Raises:
             ValueError: The snapshot's pages are of another form.
         """
-        self._check_form(snapshot)
         self._require(self.bytes_to_restore(row, snapshot))
-        self.pool.release(self.table[row][self.table[row] >= 0])
-        index, lengths = torch.tensor([row], device=self.table.device), snapshot["lengths"][None]
-        self.rows.pages = self.table.index_fill(0, index, -1)
-        self.rows.lengths = self.lengths.index_copy(0, index, lengths.to(self.lengths.device))
         owned = snapshot["owned"]
+        pages = torch.arange(int(owned.sum()), device=self.table.device)
+        self._replace_row(row, snapshot["lengths"], owned, snapshot, pages)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """See ``RowStore``; page by page, and nothing is held in between but those of one name."""
+        self._require(self.bytes_to_copy(source, target))
+        owned = self.table[source] >= 0
+        self._replace_row(target, self.lengths[source], owned, self.pool.slots, self.table[source][owned])
+
+    def _replace_row(
+        self, row: int, lengths: Tensor, owned: Tensor, slots: Mapping[str, Tensor], pages: Tensor
+    ) -> None:
+        """Let a row have ``lengths (H,)``, and copies of ``pages`` of some pool where ``owned (H, P)`` marks places."""
+        self.pool.release(self.table[row][self.table[row] >= 0])
+        index = torch.tensor([row], device=self.table.device)
+        self.rows.pages = self.table.index_fill(0, index, -1)
+        self.rows.lengths = self.lengths.index_copy(0, index, lengths[None].to(self.lengths.device))
         self.rows.widen_to(owned.shape[-1])
         arriving = torch.zeros(self.table.shape, dtype=torch.bool, device=self.table.device)
         arriving[row, :, : owned.shape[-1]] = owned
-        self._move_in(arriving, snapshot, torch.arange(int(owned.sum()), device=self.table.device))
+        self._move_in(arriving, slots, pages)
         self._trim()
 
     def clear_rows(self, rows: Tensor) -> None:
@@ -282,7 +293,7 @@ class PagedStore(RowStore):
         needed = self.rows.needed(self._longest(tokens, rows))
         lacking = int((needed - pad(self.rows.owned(), (0, 0, 0, rows))).clamp(min=0).sum())
         spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
-        return self._bytes_of(lacking, _most(needed), len(needed)) + spare
+        return self._bytes_of(lacking, most_pages(needed), len(needed)) + spare
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
         """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
@@ -293,20 +304,30 @@ class PagedStore(RowStore):
         return self._bytes_to_hold(self.lengths[indices])
 
     def bytes_to_join(self, other: Self) -> int:
-        """See ``RowStore``."""
+        """See ``RowStore``; refuses pages of another form before any store has changed."""
+        self._check_form(other.pool.slots)
         return self._bytes_to_hold(torch.cat([self.lengths, other.lengths.to(self.lengths.device)]))
 
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
+        """See ``RowStore``; refuses pages of another form before any store has changed."""
+        self._check_form(snapshot)
+        return self._bytes_to_replace(row, snapshot["lengths"])
+
+    def bytes_to_copy(self, source: int, target: int) -> int:
         """See ``RowStore``."""
+        return self._bytes_to_replace(target, self.lengths[source])
+
+    def _bytes_to_replace(self, row: int, of_row: Tensor) -> int:
+        """Bytes besides those that are here once a row has slots of the number ``of_row (H,)``."""
         lengths = self.lengths.clone()
-        lengths[row] = snapshot["lengths"]
+        lengths[row] = of_row
         return self._bytes_to_hold(lengths)
 
     def _bytes_to_hold(self, lengths: Tensor) -> int:
         """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
         self._drop_ahead()
         needed = self.rows.needed(lengths)
-        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), _most(needed), len(needed))
+        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), most_pages(needed), len(needed))
 
     def _drop_ahead(self) -> None:
         """Give back what was taken ahead, before rows change places."""
@@ -327,13 +348,13 @@ class PagedStore(RowStore):
         needed = self.rows.needed(lengths)
         count = int((needed - self.rows.owned()).clamp(min=0).sum())
         if count:
-            self._require(self._bytes_of(count, _most(needed), len(needed)))
+            self._require(self._bytes_of(count, most_pages(needed), len(needed)))
             self._take(needed, count, self._spare(lengths, int(needed.sum())))
         self.rows.lengths, self.rows.room = lengths, 0
 
     def _take(self, needed: Tensor, count: int, spare: int) -> None:
         """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
-        self.rows.widen_to(_most(needed))
+        self.rows.widen_to(most_pages(needed))
         missing = ~self.rows.columns_from(needed) & (self.table < 0)
         self.rows.put(missing, self.pool.take(count, spare))
 
@@ -365,15 +386,10 @@ class PagedStore(RowStore):
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
         needed = self.rows.needed(self.lengths)
-        self.rows.cut_to(_most(needed))
+        self.rows.cut_to(most_pages(needed))
         numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
         if numbers is not None:
             self.rows.renumber(numbers)
-
-
-def _most(needed: Tensor) -> int:
-    """Of pages ``(B, H)``, those of the head that needs most."""
-    return int(needed.max()) if needed.numel() else 0
 
 
 def _seen_before(indices: Tensor) -> Tensor:

@@ -145,6 +145,10 @@ class RowStore(ABC):
         """Put a row back to what ``snapshot_row`` of this or of a like store saw."""
 
     @abstractmethod
+    def copy_row(self, source: int, target: int) -> None:
+        """Let one row hold what another one does; what it held before is forgotten."""
+
+    @abstractmethod
     def clear_rows(self, rows: Tensor) -> None:
         """Forget what the rows ``(R,)`` hold; they stay, empty."""
 
@@ -214,6 +218,14 @@ class RowStore(ABC):
     def bytes_to_restore(self, row: int, snapshot: RowSnapshot) -> int:
         """Bytes by which ``restore_row`` grows the store."""
         return 0
+
+    def bytes_to_copy(self, source: int, target: int) -> int:
+        """Bytes by which ``copy_row`` grows the store."""
+        return 0
+
+    def form(self) -> object:
+        """What must be equal where rows go from one store to another."""
+        return type(self)
 
     def _require(self, num_bytes: int) -> None:
         """Ask the budget before anything changes.

@@ -92,6 +92,11 @@ class StateStore(RowStore):
         for name, tensor in self._state.items():
             tensor[row] = snapshot[name]
 
+    def copy_row(self, source: int, target: int) -> None:
+        """See ``RowStore``."""
+        for tensor in self._state.values():
+            tensor[target] = tensor[source]
+
     def clear_rows(self, rows: Tensor) -> None:
         """See ``RowStore``."""
         for tensor in self._state.values():
@@ -139,6 +144,10 @@ class StateStore(RowStore):
     def bytes_to_join(self, other: Self) -> int:
         """See ``RowStore``."""
         return self.bytes_for(0, other.num_rows)
+
+    def form(self) -> object:
+        """See ``RowStore``."""
+        return type(self), self.shapes
 
     def _append(self, rows: Mapping[str, Tensor], count: int) -> None:
         self._require(self.bytes_for(0, count))

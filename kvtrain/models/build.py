@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -48,18 +49,34 @@ class Builder(ABC, Generic[Settings]):
         """An empty cache for one layer, whose tensors lie where ``placement`` says."""
         raise NotImplementedError(f"{type(self).__module__} makes its cache layers together")
 
-    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
+    def cache_layers(
+        self, placements: list[Placement], page_size: int | None = None, **options: Any
+    ) -> list[KVCacheLayer]:
         """An empty cache layer for every layer; methods whose layers share something make them together.
 
         Args:
             placements: Where the tensors of each layer lie.
+            page_size: Slots in a page; those of the settings where absent.
             **options: Of ``make_cache``, for methods that have some.
 
         Raises:
-            ValueError: An option that the method does not have.
+            ValueError: An option that the method does not have, or a page without a slot.
         """
         self.refuse_options(options)
-        return [self.cache_layer(index, placement) for index, placement in enumerate(placements)]
+        sized = self.with_page_size(page_size)
+        return [sized.cache_layer(index, placement) for index, placement in enumerate(placements)]
+
+    def with_page_size(self, page_size: int | None) -> Self:
+        """The same with another ``page_size`` in its settings, for caches; None changes nothing.
+
+        Raises:
+            ValueError: The settings have none, or refuse this one.
+        """
+        if page_size is None:
+            return self
+        if not hasattr(self.settings, "page_size"):
+            self.refuse_options({"page_size": page_size})
+        return type(self)(replace(cast("Any", self.settings), page_size=page_size), self.host_config)
 
     def refuse_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options of ``make_cache`` that are left when a method has taken its own.

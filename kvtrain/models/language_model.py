@@ -98,7 +98,12 @@ class CachedLanguageModel(_Decoder):
         self.model.register_forward_hook(self._leave, with_kwargs=True)
 
     def make_cache(
-        self, budget: ByteBudget | int | None = None, *, preallocate: bool = False, **options: Any
+        self,
+        budget: ByteBudget | int | None = None,
+        *,
+        preallocate: bool = False,
+        page_size: int | None = None,
+        **options: Any,
     ) -> KVCache:
         """An empty cache of the kind that this model's attention reads.
 
@@ -109,10 +114,12 @@ class CachedLanguageModel(_Decoder):
                 rows join and leave at the cost of what they hold; without it memory is never much more than what is
                 held. On a CPU, whose memory is there when it is first written, every layer may come to the whole
                 budget, elsewhere to an equal part of it.
+            page_size: Slots in a page, for models whose caches have pages: small ones waste less of the last page of
+                every head, and large ones take fewer steps to attend. The model's own where absent.
             **options: The model's own, such as the ``sink`` and ``recent`` of LCKV's cache for endless generation.
 
         Raises:
-            ValueError: The model's cache has no such option, or there is no budget to reserve.
+            ValueError: The model's cache has no such option or no pages, or there is no budget to reserve.
         """
         budget = ByteBudget(budget) if isinstance(budget, int) else budget
         if preallocate and budget is None:
@@ -122,6 +129,8 @@ class CachedLanguageModel(_Decoder):
             Placement(self.dtype, device, budget, _reserve(budget, device, devices) if preallocate else None)
             for device in devices
         ]
+        if page_size is not None:
+            options["page_size"] = page_size
         return KVCache(self.cache_layers(placements, **options), budget)
 
     def gradient_checkpointing_enable(

@@ -1,5 +1,7 @@
 """What serving asks of a cache: steps that ask the device nothing, passes over some rows, pages that are reserved."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +13,23 @@ from tests.hosts import random_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 QUESTIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at a time, what lies in other memory not counted."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.others = {tensor.untyped_storage().data_ptr() for store in cache._stores for tensor in store.tensors()}
+        self.made, self.bytes = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(result)] if isinstance(result, torch.Tensor) else []
+        alive = [tensor.untyped_storage() for made in self.made if (tensor := made()) is not None]
+        held = {storage.data_ptr(): storage.nbytes() for storage in alive}
+        self.bytes = max(self.bytes, sum(size for place, size in held.items() if place not in self.others))
+        return result
 
 
 class Questions(TorchDispatchMode):
@@ -123,6 +142,46 @@ def test_rows_move_without_being_held_twice(method):
     assert other.num_rows == 0 and other.kv_bytes() == 0 and other.seen == 0
     budget.limit = 2**24
     close(model(ids[:1, 40:41], past_key_values=cache).logits, expected[:1, 40:41])
+
+
+def test_a_row_is_copied_without_being_held_once_more(method):
+    """In reserved memory, where nothing has to grow: besides the copy there are never more than one store's pages."""
+    model, (ids, expected) = model_of(method), streams(method)
+    cache = model.make_cache(2**24, preallocate=True)
+    model(ids[:3, :40], past_key_values=cache)
+    row, largest = int(cache.row_bytes()[0]), max(int(store.row_bytes()[0]) for store in cache._stores)
+    with cache.rows([1]):
+        model(ids[1:2, 40:44], past_key_values=cache)
+    with Peak(cache) as peak:
+        cache.copy_row(1, 2)
+    assert peak.bytes <= largest < row
+    close(model(ids[[0, 1, 1], [40, 44, 44]][:, None], past_key_values=cache).logits[1:, 0], expected[[1, 1], 44])
+
+
+def test_a_copy_of_a_row_keeps_to_the_budget_and_is_refused_before_anything_changes(method):
+    model, (ids, expected) = model_of(method), streams(method)
+    budget = ByteBudget(2**24)
+    cache = model.make_cache(budget)
+    cache.admit(2)
+    with cache.rows([1]):
+        model(ids[:1, :30], past_key_values=cache)
+    wanted = sum(store.bytes_to_copy(1, 0) for store in cache._stores)
+    assert wanted or "transnormer" in method
+    budget.limit = budget.used + wanted - 1
+    if wanted:
+        with pytest.raises(CacheFullError, match="a copied row may take"):
+            cache.copy_row(1, 0)
+    assert cache.tokens.tolist() == [0, 30] and budget.used <= budget.limit + 1
+    budget.limit += 1
+    cache.copy_row(1, 0)
+    assert budget.used == cache.kv_bytes() <= budget.limit and cache.tokens.tolist() == [30, 30]
+    before = cache.kv_bytes()
+    cache.copy_row(1, 1)
+    with pytest.raises(ValueError, match="no row 2"):
+        cache.copy_row(2, 1)
+    assert cache.kv_bytes() == before
+    budget.limit = 2**24
+    close(model(ids[:1, 30:31].expand(2, -1), past_key_values=cache).logits, expected[[0, 0], 30:31])
 
 
 def test_snapshots_say_their_bytes_and_lie_where_they_are_put(method):

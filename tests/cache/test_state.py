@@ -117,6 +117,15 @@ class RowMachine(RuleBasedStateMachine):
             self.take_snapshot(row)  # of what is about to go
         self.restore(store, rows, row, snapshot)
 
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def copy_row(self, data):
+        source, target = (data.draw(st.integers(0, len(self.rows) - 1)) for _ in range(2))
+        promised, before = self.store.bytes_to_copy(source, target), self.store.num_bytes()
+        self.store.copy_row(source, target)
+        self.rows[target] = copy.deepcopy(self.rows[source])
+        assert self.store.num_bytes() - before <= promised
+
     @rule(data=st.data())
     def reset(self, data):
         self.store.reset()

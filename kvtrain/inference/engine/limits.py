@@ -22,6 +22,7 @@ class Limits:
         kept_prefixes: Rows kept after their use, for prompts that begin alike; 0 keeps none.
         shared_tokens: A beginning that prompts have in common is read once from this length on.
         swap_bytes: Host memory for preempted rows; those that find none read their tokens again. None is the budget.
+        page_size: Slots in a page of the cache, for models whose caches have pages; None is the model's own.
         compiled_rows: Decoding passes over so many rows at most are compiled as a whole, for each number of rows again,
             and as often as what they hold doubles; such a pass may take a minute. 0 compiles nothing.
 
@@ -39,6 +40,7 @@ class Limits:
     kept_prefixes: int = 64
     shared_tokens: int = 16
     swap_bytes: int | None = None
+    page_size: int | None = None
     compiled_rows: int = 0
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class EngineLoop:
     def __init__(self, model: Any, tokenizer: Tokenizer | None, budget: int, limits: Limits) -> None:
         _require_servable(model)
         self.limits, self._tokenizer = limits, tokenizer
-        self.runner = Runner(model.eval(), budget, limits.compiled_rows)
+        self.runner = Runner(model.eval(), budget, limits.compiled_rows, limits.page_size)
         self.max_positions: int | None = model.max_positions
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._eos_token_ids = _eos_token_ids(model)

@@ -118,11 +118,15 @@ class Runner:
         model: In evaluation mode.
         budget: Bytes.
         compiled_rows: Decoding passes over so many rows at most are compiled.
+        page_size: Slots in a page; None is the model's own.
+
+    Raises:
+        ValueError: The model's cache has no pages.
     """
 
-    def __init__(self, model: Any, budget: int, compiled_rows: int = 0) -> None:
+    def __init__(self, model: Any, budget: int, compiled_rows: int = 0, page_size: int | None = None) -> None:
         self.model = model
-        self.rows = CacheRows(model.make_cache(budget, preallocate=True))
+        self.rows = CacheRows(model.make_cache(budget, preallocate=True, page_size=page_size))
         self._compiled_rows, self._step = compiled_rows, None
         if compiled_rows:
             self._step = CompiledStep(model, self.rows.cache)

@@ -51,22 +51,26 @@ class Builder(build.Builder[Duo]):
         chosen = GatedAttention if self.settings.full_heads is None else RoundedAttention
         return chosen(host_attention, layer_idx, self.settings)
 
-    def cache_layers(self, placements: list[Placement], slack: int = 0, **options: Any) -> list[KVCacheLayer]:
+    def cache_layers(
+        self, placements: list[Placement], page_size: int | None = None, slack: int = 0, **options: Any
+    ) -> list[KVCacheLayer]:
         """See ``build.Builder``.
 
         Args:
             placements: Where the tensors of each layer lie.
+            page_size: Slots in a page; those of the settings where absent.
             slack: Tokens that ``rollback`` may take back although streaming heads have dropped others for them.
             **options: Refused.
 
         Raises:
-            ValueError: ``slack`` is negative, there is another option, or the gates are not rounded.
+            ValueError: ``slack`` is negative, there is another option or no slot in a page, or the gates are not
+                rounded.
         """
         if slack < 0:
             raise ValueError(f"slack is a number of tokens that can be taken back, 0 or more, not {slack}")
-        if options:
-            return super().cache_layers(placements, **options)
-        return [self.cache_layer(index, placement, slack) for index, placement in enumerate(placements)]
+        self.refuse_options(options)
+        sized = self.with_page_size(page_size)
+        return [sized.cache_layer(index, placement, slack) for index, placement in enumerate(placements)]
 
     def cache_layer(self, layer_idx: int, placement: Placement, slack: int = 0) -> DuoCacheLayer:
         """See ``build.Builder``; ``slack`` as in ``cache_layers``.

@@ -20,7 +20,10 @@ class Builder(build.Builder[Full]):
         """See ``build.Builder``."""
         return FullAttention(host_attention, layer_idx, self.settings.kv_bits)
 
-    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
-        """See ``build.Builder``."""
+    def cache_layers(
+        self, placements: list[Placement], page_size: int | None = None, **options: Any
+    ) -> list[KVCacheLayer]:
+        """See ``build.Builder``; pages have 32 slots where ``page_size`` is absent."""
         self.refuse_options(options)
-        return build_layers(key_value_shapes(self.host_config), placements, bits=self.settings.kv_bits)
+        slots = 32 if page_size is None else page_size
+        return build_layers(key_value_shapes(self.host_config), placements, slots, self.settings.kv_bits)

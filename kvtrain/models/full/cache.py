@@ -40,7 +40,7 @@ class FullCacheLayer(KVCacheLayer):
 
 
 def build_layers(
-    shapes: list[KeyValueShape], placements: list[Placement], page_size: int = 32, bits: int | None = None
+    shapes: list[KeyValueShape], placements: list[Placement], page_size: int, bits: int | None = None
 ) -> list[KVCacheLayer]:
     """Empty cache layers of a model.
 

@@ -27,11 +27,20 @@ class Builder(build.Builder[LCKV]):
         """See ``build.Builder``."""
         return LayerSchedule(layers, rotary, self.settings, host_adapter(self.host_config), serve)
 
-    def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
-        """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation."""
+    def cache_layers(
+        self, placements: list[Placement], page_size: int | None = None, **options: Any
+    ) -> list[KVCacheLayer]:
+        """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation.
+
+        Raises:
+            ValueError: There is another option, or ``page_size`` where everything lies in rings.
+        """
         if unknown := sorted(set(options) - {"sink", "recent"}):
             raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
-        return [*build_layers(self.settings, self.host_config, placements, **options)]
+        layers = build_layers(self.with_page_size(page_size).settings, self.host_config, placements, **options)
+        if page_size is not None and not any(layer.pages for layer in layers):
+            raise ValueError("a cache of windows alone is of constant size and has no pages; leave page_size out")
+        return [*layers]
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``build.Builder``."""

@@ -144,7 +144,7 @@ def build_layers(
     placements: list[Placement],
     sink: int | None = None,
     recent: int | None = None,
-) -> list[KVCacheLayer]:
+) -> list[LCKVCacheLayer]:
     """Empty cache layers of a model.
 
     Args:
@@ -185,7 +185,7 @@ def build_layers(
         if endless is not None or keys.sliding[owner]
     }
     rows: RowStore = pages if pages is not None else next(iter(rings.values()))
-    layers: list[KVCacheLayer] = []
+    layers: list[LCKVCacheLayer] = []
     uncounted = pages
     for index in range(len(placements)):
         part = pages if any(f"{name}.{index}" in paged for name in ("keys", "values")) else None
