@@ -53,7 +53,7 @@ def test_the_engine_alone_and_in_a_crowd(method):
     check(free, wanted)
     tight = serve(model, requests, budget=int(0.45 * free.peak), cancelled=CANCELLED)
     check(tight, wanted)
-    assert tight.loop.meter.cached_prompt_tokens >= 40
+    assert tight.loop.meter.cached_prompt_tokens >= 20
     tight.loop.drop_kept_prefixes()
     assert tight.loop.runner.rows.cache.held_bytes() == 0 == tight.loop.scheduler.swapped_bytes
 
