@@ -8,6 +8,9 @@ Everything runs in float32 on one thread; speeds are of CPU time of the process,
   batch, on a part of the load; static batches have 8 rows, which is what fits.
 * *Latency* by the clock on the wall: requests of mixed lengths come evenly, at half the speed at which the engine has
   just served the load.
+* *HTTP*: the same requests asked of the engine and of a server over it, which live in a process of their own; clients
+  are in another one. The same percentiles, and what HTTP adds to the process's CPU time where all come at once: 10 %
+  at most.
 * *A crowd*: prompts of 40 tokens, all at once, against the same model reading them in batches of 16.
 
     python benchmarks/serve.py [--full]
@@ -17,18 +20,20 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
 from contenders import make_model, plain_host, random_ids
 from latency import watch
 from loads import Load, Served, first_tokens, read_in_batches, serve, serve_continuously, serve_in_batches
+from over_http import Measured
 from turns import machine
 
 from kvtrain.inference.engine import Engine, Limits, Request
 
 PLAIN, COMPRESSED, ROWS = "full", ("dmc 4x", "duo", "lckv w2"), 8
-SHARE, PREEMPTED = 0.9, 0.05
+SHARE, PREEMPTED, HTTP = 0.9, 0.05, 0.1
 PAGE_SIZES, BATCH_TOKENS = (32, 128), (64, 128, 256, 512)
 CROWD, CROWD_TOKENS, CROWD_ROWS = 100, 40, 16
 
@@ -109,16 +114,42 @@ def _serving(model: Any, load: Load, budget: int) -> Callable[[], float]:
     return lambda: serve(model, load, budget).seconds
 
 
-def latency(name: str, model: Any, load: Load, budget: int, rate: float) -> None:
-    """Print what readers wait for where requests of mixed lengths come at a rate."""
-    requests = [
+def mixed(load: Load) -> list[Request]:
+    """Requests whose prompts are a quarter, a half, three quarters or all of a load's."""
+    return [
         Request(prompt[: max(8, len(prompt) * (1 + number % 4) // 4)], max_new_tokens=load.new_tokens, ignore_eos=True)
         for number, prompt in enumerate(load.prompts)
     ]
+
+
+def latency(name: str, model: Any, load: Load, budget: int, rate: float) -> None:
+    """Print what readers wait for where requests of mixed lengths come at a rate."""
+    requests = mixed(load)
     with Engine(model, None, budget) as engine:
         result = watch(engine.submit, requests, 1 / rate)
     print(f"{name}, engine alone, {len(requests)} requests, {rate:.2f} a second, {result.seconds:.0f} s on the wall:")
     print(result.lines())
+
+
+def http(name: str, load: Load, budget: int, rate: float, turns: int) -> None:
+    """Print what readers over HTTP wait for, and what HTTP takes besides the engine."""
+    requests, seconds = mixed(load), dict[str, list[float]]()
+    with closing(Measured(name, budget)) as measured:
+        ways = {"engine alone": measured.alone, "over HTTP": measured.over_http}
+        for way, visit in ways.items():
+            result = visit(requests, 1 / rate).latencies
+            print(f"{name}, {way}, {rate:.2f} requests a second, {result.seconds:.0f} s on the wall:\n{result.lines()}")
+        for _ in range(turns + 1):
+            for way, visit in ways.items():
+                seconds.setdefault(way, []).append(visit(requests, 0.0).seconds)
+    alone, over = (statistics.median(times[1:]) for times in seconds.values())
+    missed = ": MISSED" if over > (1 + HTTP) * alone else ""
+    print(
+        f"{name}, all at once: {load.tokens / alone:.0f} new tok/s of CPU time alone, {load.tokens / over:.0f} over "
+        f"HTTP, which adds {over / alone - 1:.1%} and {1e6 * (over - alone) / load.tokens:.0f} us a token "
+        f"(at most {HTTP:.0%}){missed}",
+        flush=True,
+    )
 
 
 def crowd(name: str, model: Any, turns: int) -> None:
@@ -140,7 +171,7 @@ def main() -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="64 requests, longer ones too, every method, three turns")
-    parts = ("in-flight", "throughput", "latency", "crowd")
+    parts = ("in-flight", "throughput", "latency", "http", "crowd")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -155,8 +186,11 @@ def main() -> None:
     if "throughput" in arguments.parts:
         rate = throughput(chosen, plain_host(), load, turns) / 2
     for name, model in chosen.items():
+        budget = ROWS * plain_request_bytes(models[PLAIN], load)
         if "latency" in arguments.parts:
-            latency(name, model, load, ROWS * plain_request_bytes(models[PLAIN], load), rate)
+            latency(name, model, load, budget, rate)
+        if "http" in arguments.parts:
+            http(name, load, budget, rate, 2 * turns)
         if "crowd" in arguments.parts:
             crowd(name, model, turns)
 

@@ -87,3 +87,14 @@ def serve(model, requests, budget=1 << 26, cancelled=(), per_step=3, loop=None, 
         assert held <= budget
         outcome.peak = max(outcome.peak, held)
     return outcome
+
+
+def check(outcome, wanted):
+    """The same tokens up to the first tie."""
+    for number, (tokens, tied) in enumerate(wanted):
+        found, finish = outcome.tokens[number], outcome.finishes[number]
+        whole = finish.reason in ("stop", "length")
+        assert finish.reason == "cancelled" or whole
+        assert found[: len(tokens)] == tokens[: len(found)]
+        assert not whole or len(found) == len(tokens) or tied
+        assert finish.usage.new_tokens == len(found)

@@ -15,7 +15,7 @@ from kvtrain.inference.engine.request import Request, Sampling
 from kvtrain.models.compiled import CompiledStep
 from tests.caches import CACHES, MAIN
 from tests.hosts import VOCAB, make_host
-from tests.inference.crowds import TIE, greedy, mix, serve
+from tests.inference.crowds import TIE, check, greedy, mix, serve
 
 CANCELLED = (3, 7)
 
@@ -35,17 +35,6 @@ def expected(method):
 @pytest.fixture(params=MAIN)
 def method(request):
     return request.param
-
-
-def check(outcome, wanted):
-    """The same tokens up to the first tie."""
-    for number, (tokens, tied) in enumerate(wanted):
-        found, finish = outcome.tokens[number], outcome.finishes[number]
-        whole = finish.reason in ("stop", "length")
-        assert finish.reason == "cancelled" or whole
-        assert found[: len(tokens)] == tokens[: len(found)]
-        assert not whole or len(found) == len(tokens) or tied
-        assert finish.usage.new_tokens == len(found)
 
 
 def test_a_crowd_gets_the_tokens_of_generate(method):
