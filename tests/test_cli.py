@@ -120,11 +120,10 @@ def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
     planted(monkeypatch, "kvtrain.export.hf", export_run=lambda *args: calls.append(args) or Path("out"))
     assert kvtrain_cli.main(["export", "runs/x", "out"]) == 0
-    assert (
-        kvtrain_cli.main(["export", "runs/x", "out", "--push-to", "me/model", "--private", "--dtype", "float32"]) == 0
-    )
+    options = ["--push-to", "me/model", "--private", "--dtype", "float32", "--remote-code"]
+    assert kvtrain_cli.main(["export", "runs/x", "out", *options]) == 0
     run, out = Path("runs/x"), Path("out")
-    assert calls == [(run, out, None, False, "bfloat16"), (run, out, "me/model", True, "float32")]
+    assert calls == [(run, out, None, False, "bfloat16", False), (run, out, "me/model", True, "float32", True)]
     assert capsys.readouterr().out == "out\nout\n"
 
 

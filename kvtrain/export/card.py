@@ -172,17 +172,13 @@ def _other_usage(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _clients(model: PreTrainedModel) -> str:
-    """Programs in which nobody can write ``import kvtrain``."""
-    if _task(model)[0] == "text-generation":
-        return "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
-    return "`pipeline`"
-
-
 def _remote_usage(model: PreTrainedModel) -> list[str]:
-    """How such programs open the folder where it has the file alone that imports kvtrain."""
+    """How programs open the folder in which nobody can write ``import kvtrain``."""
+    clients = "`pipeline`"
+    if _task(model)[0] == "text-generation":
+        clients = "`transformers serve --trust-remote-code`, `lm_eval --model hf`, `pipeline`, PEFT's `AutoPeftModel*`"
     return _paragraph(
-        f"Programs that do not import kvtrain ({_clients(model)}) open this folder with `trust_remote_code=True`, where "
+        f"Programs that do not import kvtrain ({clients}) open this folder with `trust_remote_code=True`, where "
         f"kvtrain is installed. That runs `{SHIM.name}`, which imports kvtrain and does nothing else. Once "
         "kvtrain is imported, nothing in this folder is run."
     )
@@ -190,6 +186,9 @@ def _remote_usage(model: PreTrainedModel) -> list[str]:
 
 def _code_usage(model: PreTrainedModel) -> list[str]:
     """How to open a folder that has the model's code, without kvtrain."""
+    clients = "`pipeline` does so, too"
+    if _task(model)[0] == "text-generation":
+        clients = "`pipeline`, `lm_eval --model hf` and PEFT do so, too; `transformers serve` needs kvtrain installed"
     return [
         "Without kvtrain, with transformers and torch alone:",
         "",
@@ -200,9 +199,9 @@ def _code_usage(model: PreTrainedModel) -> list[str]:
         "```",
         "",
         *_paragraph(
-            f"That runs `{SHIM.name}` and the files beside it, a copy of kvtrain's own code; so do programs that do not "
-            f"import kvtrain ({_clients(model)}). Without a revision it runs whatever the repository holds by then; a "
-            "folder on disk has none. Where kvtrain is installed it opens this folder, and the copy is not run."
+            f"That runs `{SHIM.name}` and the files beside it, a copy of kvtrain's own code ({clients}). Without a "
+            "revision it runs whatever the repository holds by then; a folder on disk has none. Where kvtrain is "
+            "installed it opens this folder, and the copy is not run."
         ),
     ]
 

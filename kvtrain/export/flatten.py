@@ -1,7 +1,7 @@
 """Modules of kvtrain as flat files that import each other alone, which is the form in which transformers takes code.
 
-What follows from transformers' ``dynamic_module_utils``: it copies files and no folders, takes along what it finds named
-in ``from .name import``, and refuses a file that names an absent package anywhere but in a ``try``.
+What follows from transformers' ``dynamic_module_utils``: it copies files and no folders, takes along what it finds
+named in ``from .name import``, and refuses a file that names an absent package anywhere but in a ``try``.
 """
 
 import ast
@@ -135,7 +135,7 @@ class Module:
         if not foreign or one.tried:
             return None
         if eager and one.at_once:
-            raise ValueError(f"{self.name} needs {foreign[0]}, which may be absent; import it in the function that does")
+            raise ValueError(f"{self.name} needs {foreign[0]}, which may be absent; import it where it is used")
         return ["try:", f"    {ast.unparse(one.node)}", "except ImportError:", f"    {_GUARD}"]
 
     def _targets(self, node: ast.Import | ast.ImportFrom) -> list[Target]:

@@ -20,6 +20,7 @@ _HOST, _STAND_IN, _COMPAT = "kvtrain.models.host", "kvtrain.models.stand_in", "k
 _SCANNING = ("kvtrain.models.registry", "kvtrain.models.discovery")
 _REGISTRY = "kvtrain_registry"
 
+
 def write_remote_code(folder: Path, config: PreTrainedConfig) -> list[Path]:
     """Write what opens a folder where kvtrain is not installed, and name it in ``config.json``.
 
@@ -34,7 +35,7 @@ def write_remote_code(folder: Path, config: PreTrainedConfig) -> list[Path]:
         ValueError: The method's code cannot travel; nothing is written then, and the message says why.
     """
     code = remote_code(config)
-    if isinstance(config, PortableConfig):
+    if code and isinstance(config, PortableConfig):
         path = folder / CONFIG_NAME
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved.get("auto_map") != config.auto_classes:
@@ -62,27 +63,23 @@ def remote_code(config: PreTrainedConfig) -> dict[str, str]:
     if isinstance(config, KVTrainConfig):
         return _retrofitted(config)
     for own in own_models():
-        if isinstance(config, own.config):
+        if isinstance(config, PortableConfig) and isinstance(config, own.config):
             return _bundle(config, own.module, {})
     return {}
 
 
 def _retrofitted(config: KVTrainConfig) -> dict[str, str]:
     settings, adapter = config.method, host_adapter(config.host_config)
-    builder, family = method_architecture(settings).module, config.host_config.model_type
+    builder, model = method_architecture(settings).module, retrofitted_names()[config.host_config.model_type]
     registry = _METHOD_REGISTRY.format(
         method=settings.name,
-        family=family,
         settings=flat_name(type(settings).__module__),
         settings_class=type(settings).__name__,
         builder=flat_name(builder),
         adapter=flat_name(type(adapter).__module__),
     )
     starts = (type(settings).__module__, builder, type(adapter).__module__)
-    try:
-        return _bundle(config, _HOST, {"KVTrainForCausalLM": retrofitted_names()[family]}, registry, starts)
-    except ValueError as error:
-        raise ValueError(f"the code of method {settings.name!r} cannot travel: {error}") from error
+    return _bundle(config, _HOST, {"KVTrainForCausalLM": model}, registry, starts)
 
 
 def _bundle(
@@ -99,8 +96,10 @@ def _bundle(
     """
     names = frozenset(node.name for node in ast.parse(registry).body if isinstance(node, ast.FunctionDef))
     replaced = dict.fromkeys(_SCANNING, Substitute(_REGISTRY, names)) if registry else {}
-    settings = type(config).__module__
-    modules = flatten({models, settings, _STAND_IN, _COMPAT, *starts}, replaced)
+    try:
+        modules = flatten({models, type(config).__module__, _STAND_IN, _COMPAT, *starts}, replaced)
+    except ValueError as error:
+        raise ValueError(f"the code of {config.architecture_name!r} cannot travel: {error}") from error
     texts = {flat_name(name): _header(name) + text for name, text in modules.items()}
     if registry:
         texts[_REGISTRY] = _header("kvtrain.export.remote_code") + registry
@@ -120,7 +119,7 @@ def _entry(config: PortableConfig, models: str, classes: Mapping[str, str], file
         config=ours,
         stand_in=flat_name(_STAND_IN),
         heads="\n".join(
-            f'    {name} = stand_in(\n        "{name}", {ours}, {auto}, lambda _: models.{classes.get(name, name)}\n    )'
+            _HEAD.format(name=name, config=ours, auto=auto, model=classes.get(name, name))
             for auto, name in heads.items()
         ),
         files="\n".join(f"    from .{file} import *" for file in sorted(files)),
@@ -136,7 +135,7 @@ def _header(origin: str) -> str:
     )
 
 
-_ENTRY = '''"""Opens this folder with ``trust_remote_code=True``: by kvtrain where that is installed, else by the files beside."""
+_ENTRY = '''"""Opens this folder with ``trust_remote_code=True``: by an installed kvtrain, else by the files beside."""
 
 from typing import TYPE_CHECKING
 
@@ -164,6 +163,11 @@ if TYPE_CHECKING:  # transformers takes along the files that are named in this f
 {files}
 '''
 
+_HEAD = """\
+    {name} = stand_in(
+        "{name}", {config}, {auto}, lambda _: models.{model}
+    )"""
+
 _METHOD_REGISTRY = '''"""What this folder has: one method, and one family of hosts."""
 
 
@@ -190,6 +194,6 @@ def method_from_dict(settings):
     from .{settings} import {settings_class}
 
     if settings.get("name") != "{method}":
-        raise ValueError(f"this folder has the code of '{method}' alone, not of {{settings.get('name')!r}}; use kvtrain")
+        raise ValueError(f"this folder has the code of '{method}', not of {{settings.get('name')!r}}; install kvtrain")
     return {settings_class}.from_dict(settings)
 '''

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# Travels in every folder, with the files beside it that it imports. Where kvtrain is installed these are none: it imports
-# kvtrain and does nothing else. Where this code has itself travelled in a folder, it is that folder's, with all its code.
+# Travels in every folder, with the files beside it that it imports. kvtrain's own imports the installed kvtrain and
+# nothing else. Where this very code has travelled in a folder, it is that folder's, with all the code that lies there.
 SHIM = Path(__file__).with_name("modeling_kvtrain.py")
 
 

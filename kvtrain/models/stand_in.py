@@ -1,9 +1,12 @@
 """Stands for a model class with an ``Auto*`` class, so that modelling code is imported when a model is opened."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StandIn:
@@ -17,7 +20,7 @@ class StandIn:
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> PreTrainedModel:
+    def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> "PreTrainedModel":
         """Load a folder or Hub repository; the arguments are those of ``PreTrainedModel.from_pretrained``."""
         # Without a configuration the Auto class reads it, and comes back here: it knows what goes to the Hub.
         chosen = cls.auto_class if config is None else cls._class(config)
@@ -25,7 +28,7 @@ class StandIn:
         return model
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> PreTrainedModel:
+    def _from_config(cls, config: Any, **kwargs: Any) -> "PreTrainedModel":
         model: PreTrainedModel = cls._class(config)._from_config(config, **kwargs)
         return model
 
