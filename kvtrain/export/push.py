@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -204,8 +205,12 @@ class _Push:
         except RevisionNotFoundError:
             now = None
         except Exception:  # the network, most likely, which is what the line is about
-            return f"the Hub cannot be asked, {self._created or 'nothing'} may have been made there"
-        if self._created and now in (None, self._head):
+            if self._created or self._head:
+                return (
+                    f"whether {self._created or 'the branch'} {'was made' if self._created else 'has changed'} is open"
+                )
+            return "nothing was changed on the Hub"
+        if self._created and (self._head is None or now in (None, self._head)):
             return f"{self._created} was made for this push and holds nothing of it: push again, or remove it"
         if now is None or self._head in (None, now):
             return "the Hub holds what it held before"
@@ -218,9 +223,12 @@ def _said(error: BaseException) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     parts = []
-    for cause in dict.fromkeys([error, error.__cause__ or error]):
+    below = None if isinstance(error, HfHubHTTPError) else error.__cause__  # a shard's error says nothing by itself
+    for cause in filter(None, (error, below)):
         if isinstance(cause, HfHubHTTPError):
             parts.append(f"{cause.response.status_code} {cause.server_message or cause.response.reason_phrase}")
+        elif isinstance(cause, JSONDecodeError):
+            parts.append("an answer that is not the Hub's")
         else:
             parts.append(first_line(cause))
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(" ".join(parts).split()))
