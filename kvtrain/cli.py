@@ -1,6 +1,7 @@
 """The one door: ``kvtrain <command>``. Every command imports its own room only when it is called."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -214,26 +215,6 @@ def _prepare(arguments: list[str]) -> None:
     print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
 
 
-def _export_arguments(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
-    parser.add_argument("output", metavar="OUT", help="new folder for the Hugging Face checkpoint")
-    parser.add_argument(
-        "--dtype", default="bfloat16", metavar="D", help="of the weights: bfloat16, float16 or float32 (bfloat16)"
-    )
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="also upload it to this Hub repository")
-    parser.add_argument("--private", action="store_true", help="make a new Hub repository private")
-    parser.add_argument("--remote-code", action="store_true", help="add the model's code: opens without kvtrain")
-
-
-def _export(arguments: list[str]) -> None:
-    asked = build_parser("export").parse_args(arguments)
-    if asked.private and not asked.push_to:
-        raise UsageError("--private says something about --push-to, which is missing")
-    from kvtrain.export.hf import export_run
-
-    print(export_run(Path(asked.run), Path(asked.output), asked.push_to, asked.private, asked.dtype, asked.remote_code))
-
-
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
@@ -257,19 +238,6 @@ def _generate(arguments: list[str]) -> None:
     )
     print(generation.text)
     print(generation.facts(), file=sys.stderr)
-
-
-def _serve_arguments(parser: Parser) -> None:
-    from kvtrain.inference.server.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _serve(arguments: list[str]) -> None:
-    asked = build_parser("serve").parse_args(arguments)
-    from kvtrain.inference.server.command import run
-
-    run(asked)
 
 
 def _eval_arguments(parser: Parser) -> None:
@@ -323,6 +291,18 @@ def _report(arguments: list[str]) -> None:
         print(path)
 
 
+def _in_module(name: str, module: str, summary: str) -> Command:
+    """A command that a module holds by itself, as ``add_arguments`` and ``run``; imported when it is asked for."""
+
+    def add_arguments(parser: Parser) -> None:
+        importlib.import_module(module).add_arguments(parser)
+
+    def run(arguments: list[str]) -> None:
+        importlib.import_module(module).run(build_parser(name).parse_args(arguments))
+
+    return Command(summary, run, add_arguments)
+
+
 COMMANDS = {
     "fit": Command("Train what a recipe describes, or go on with a run", _fit),
     "validate": Command("Measure a recipe's model on its held-out text", _validate),
@@ -330,9 +310,12 @@ COMMANDS = {
     "estimate": Command("Say what a recipe needs, without allocating a weight", _estimate, _estimate_arguments),
     "check": Command("Look a launch over before it trains: ranks, network, disk, memory", _check, _check_arguments),
     "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
-    "export": Command("Write a run's model as a Hugging Face folder", _export, _export_arguments),
+    "export": _in_module("export", "kvtrain.export.export_command", "Write a run's model as a Hugging Face folder"),
+    "push": _in_module("push", "kvtrain.export.push_command", "Upload an exported folder to the Hub, in one commit"),
     "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),
-    "serve": Command("Serve a model to many at once, in OpenAI's form, with a page", _serve, _serve_arguments),
+    "serve": _in_module(
+        "serve", "kvtrain.inference.server.command", "Serve a model to many at once, in OpenAI's form, with a page"
+    ),
     "eval": Command("Measure a model: a table, and JSON", _eval, _eval_arguments),
     "report": Command("Draw a run: loss, compression, layers and heads", _report, _report_arguments),
 }

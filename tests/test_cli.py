@@ -16,6 +16,7 @@ import kvtrain_cli
 from kvtrain.cli import COMMANDS
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.errors import UsageError, causes, explain_load_errors, nearest, raised_by_kvtrain, unknown
+from kvtrain.export.push import Pushed, PushTarget
 from kvtrain.help import FOLDER, generated_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,12 +120,15 @@ def planted(monkeypatch, module: str, **functions) -> None:
 def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
     planted(monkeypatch, "kvtrain.export.hf", export_run=lambda *args: calls.append(args) or Path("out"))
+    monkeypatch.setattr("kvtrain.export.push.require_token", lambda: calls.append("token"))
+    monkeypatch.setattr("kvtrain.export.push.push_folder", lambda *args: calls.append(args) or Pushed("abc", True))
     assert kvtrain_cli.main(["export", "runs/x", "out"]) == 0
     options = ["--push-to", "me/model", "--private", "--dtype", "float32", "--remote-code"]
     assert kvtrain_cli.main(["export", "runs/x", "out", *options]) == 0
     run, out = Path("runs/x"), Path("out")
-    assert calls == [(run, out, None, False, "bfloat16", False), (run, out, "me/model", True, "float32", True)]
-    assert capsys.readouterr().out == "out\nout\n"
+    target = PushTarget("me/model", "main", private=True)
+    assert calls == [(run, out, "bfloat16", False), "token", (run, out, "float32", True), (out, target)]
+    assert capsys.readouterr().out == "out\nout\nme/model@main: pushed in commit abc\n"
 
 
 def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):

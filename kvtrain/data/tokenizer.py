@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtrain.assets import resolve
 from kvtrain.data.hub import why_unreachable
@@ -15,8 +15,12 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+def load_tokenizer(name: str, **options: Any) -> "PreTrainedTokenizerFast":
     """Load a fast tokenizer from a folder, a Hub id or ``kvtrain:tiny``.
+
+    Args:
+        name: Of it.
+        **options: Where on the Hub it is, and who asks: ``token``, ``revision``, ``subfolder`` ...
 
     Raises:
         ValueError: There is none, or it is not a fast one.
@@ -24,9 +28,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = resolve(name)
-    local = Path(path).is_dir()
+    local = Path(path).is_dir() or bool(options.pop("local_files_only", False))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local or why_unreachable() is not None)
+        alone = local or why_unreachable() is not None
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=alone, **options)
     except Exception as error:  # a damaged file raises whatever its reader raises
         raise ValueError(f"no tokenizer at {name!r} ({_reason(error, local)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.errors import explain_load_errors, first_line
+from kvtrain.errors import explain_load_errors
 from kvtrain.export.card import model_card
 from kvtrain.export.remote_code import remote_code, write_files
 from kvtrain.export.weights import write_model
@@ -31,14 +30,7 @@ from kvtrain.run_folder import last_checkpoint, require_intact
 logger = logging.getLogger("kvtrain")
 
 
-def export_run(
-    run: Path,
-    output: Path,
-    push_to: str | None = None,
-    private: bool = False,
-    dtype: str = "bfloat16",
-    with_code: bool = False,
-) -> Path:
+def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool = False) -> Path:
     """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
 
     A run whose method is ``Full()``, all settings left alone, becomes a plain folder of its host.
@@ -46,19 +38,14 @@ def export_run(
     Args:
         run: Run folder of ``kvtrain fit``, or one ``.ckpt`` file or folder in it.
         output: New folder.
-        push_to: Hub repository to upload to, ``org/name``.
-        private: Make that repository private.
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
         with_code: Write the model's code beside them, so that nobody needs kvtrain to open the folder.
 
     Raises:
-        ValueError: No checkpoint, one without export data, an existing output, no token to push with, or code that
-            cannot travel.
+        ValueError: No checkpoint, one without export data, an existing output, or code that cannot travel.
     """
     require_new(output)
     weight_type = _dtype(dtype)
-    if push_to:
-        require_push(push_to)
     stored = open_checkpoint(checkpoint_path(run))
     if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
@@ -71,8 +58,6 @@ def export_run(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(model, run if is_run(run) else run.parent.parent, bool(code)))
-    if push_to:
-        push_folder(output, push_to, private)
     return output
 
 
@@ -156,40 +141,6 @@ def _base_weights(stored: StoredModel, config: KVTrainConfig) -> dict[str, Tenso
         if name not in weights or shapes.get(name) != weights[name].shape:
             raise ValueError(f"{base}: not the base that was trained on, {name} does not fit; restore it, then export")
     return builder(config.method, config.host_config).adapt_state(weights)
-
-
-def require_push(repository: str) -> None:
-    """Make sure, before anything is written, that a folder can be uploaded.
-
-    Raises:
-        ValueError: No token, or no name of a repository.
-    """
-    from huggingface_hub import get_token
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"a Hub repository is named org/name, not {repository!r}")
-    if not get_token():
-        raise ValueError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
-
-
-def push_folder(folder: Path, repository: str, private: bool) -> None:
-    """Upload a folder to the Hub.
-
-    Raises:
-        ValueError: No token, or the Hub refused; a token is never part of the message.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    require_push(repository)
-    api = HfApi()
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"{repository}: the Hub refused the upload ({first_line(error)}); {folder} is complete"
-        ) from error
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,14 +1,21 @@
 """Open a model for use."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.errors import explain_load_errors
+from kvtrain.errors import UsageError, explain_load_errors
 from kvtrain.models.registry import own_model_class
+
+logger = logging.getLogger("kvtrain")
+# Where on the Hub something is and who asks for it: the same for configuration, weights and tokenizer.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -18,15 +25,19 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         name: Folder, Hub id, or ``kvtrain:tiny``.
-        **kwargs: Go to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map`` ...).
+        **kwargs: Go to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map`` ...); what says where on the
+            Hub it is and who asks (``token``, ``revision``, ``subfolder`` ...) also to its configuration.
+            ``trust_remote_code=True`` takes a ``revision`` of 40 digits: code that cannot change after it was read.
 
     Raises:
-        ValueError: There is no model there.
+        ValueError: There is no model there, or its code is trusted unseen.
     """
     path = resolve(str(name))
     with explain_load_errors(str(name)):
-        chosen: Any = own_model_class(AutoConfig.from_pretrained(path)) or AutoModelForCausalLM
-        model: PreTrainedModel = chosen.from_pretrained(path, **kwargs)
+        trusted = _trust(path, kwargs)
+        found = AutoConfig.from_pretrained(path, **{**_hub_options(kwargs), **trusted})
+        chosen: Any = own_model_class(found) or AutoModelForCausalLM
+        model: PreTrainedModel = chosen.from_pretrained(path, **{**kwargs, **trusted})
     return model
 
 
@@ -35,7 +46,7 @@ def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenize
 
     Args:
         name: Folder, Hub id, or ``kvtrain:tiny``.
-        **kwargs: As in ``load``.
+        **kwargs: As in ``load``; the tokenizer is looked for in the same place and runs no code of its own.
 
     Raises:
         ValueError: There is no model or tokenizer, or the host is of no supported family.
@@ -49,4 +60,32 @@ def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenize
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no text; open it with kvtrain.load")
     if not isinstance(model, CachedLanguageModel):
         model = retrofit(model, Full())
-    return model.eval(), load_tokenizer(str(name))
+    return model.eval(), load_tokenizer(str(name), **_hub_options(kwargs))
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+
+
+def _trust(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Whether code that comes with a model may run, and which: of a folder, or of one commit.
+
+    Raises:
+        UsageError: It could be other code tomorrow.
+    """
+    if not kwargs.get("trust_remote_code"):
+        return {"trust_remote_code": False}
+    revision, code_revision = str(kwargs.get("revision")), kwargs.get("code_revision")
+    if not Path(path).is_dir():
+        if not _COMMIT.fullmatch(revision):
+            from huggingface_hub import HfApi
+
+            commit = HfApi().model_info(path, revision=kwargs.get("revision"), token=kwargs.get("token")).sha
+            raise UsageError(f"trust_remote_code runs what {path} holds: read it, and pin it with revision={commit!r}")
+        logger.warning("running code of %s at commit %s", path, revision)
+    settings, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(kwargs))
+    elsewhere = [str(place) for place in settings.get("auto_map", {}).values() if "--" in str(place)]
+    if (elsewhere or code_revision) and not _COMMIT.fullmatch(str(code_revision)):
+        place = elsewhere[0].split("--")[0] if elsewhere else path
+        raise UsageError(f"trust_remote_code runs code of {place}: pin it with code_revision, a commit of 40 digits")
+    return {"trust_remote_code": True, **({"code_revision": code_revision} if code_revision else {})}

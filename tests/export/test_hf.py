@@ -116,13 +116,3 @@ def test_pickled_code_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         export_run(tmp_path / "bomb.ckpt", tmp_path / "out")
     assert not (tmp_path / "exploded").exists()
-
-
-def test_pushing_needs_a_token_before_anything_is_written(tmp_path, monkeypatch):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    write_run(tmp_path / "run", kvtrain.DMC())
-    with pytest.raises(ValueError, match="hf auth login"):
-        export_run(tmp_path / "run", tmp_path / "out", push_to="org/name")
-    assert not (tmp_path / "out").exists()
