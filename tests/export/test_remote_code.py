@@ -25,6 +25,7 @@ from tests.export.test_portable import SIZES
 from tests.hosts import FAMILIES, make_host, random_ids
 
 READER = Path(__file__).with_name("reader.py")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HEADS = {"CausalLM": True, "MaskedLM": False, "SequenceClassification": False}
 
 
@@ -44,13 +45,15 @@ def transnormer(head):
     return getattr(kvtrain, f"TransNormerFor{head}")(config).eval()
 
 
-def prepare(folder, model, head="CausalLM", again=None):
+def prepare(folder, model, head="CausalLM", again=None, repository=None):
     """A folder with code for ``reader.py``, and what kvtrain itself makes of it."""
     model.save_pretrained(folder)
     written = write_remote_code(folder, model.config)
     ids = random_ids(2, 24) % 40
     save_file({"ids": ids}, folder / "asked.safetensors")
-    (folder / "asked.json").write_text(json.dumps({"auto": f"AutoModelFor{head}", "again": again and str(again)}))
+    asked = {"auto": f"AutoModelFor{head}", "again": again and str(again)}
+    asked |= {"repository": repository, "revision": repository and COMMIT}
+    (folder / "asked.json").write_text(json.dumps(asked))
     opened = kvtrain.load(folder)
     with torch.no_grad():
         expected = {"logits": opened(ids).logits}
@@ -61,7 +64,12 @@ def prepare(folder, model, head="CausalLM", again=None):
 
 def read(folders, place, python=sys.executable, mode="blocked"):
     """What ``reader.py`` says of folders, in a process of its own."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(place / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(place),
+    }
     environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [str(python), str(READER), mode, *map(str, folders)]
@@ -209,7 +217,13 @@ def test_a_real_environment_of_torch_and_transformers_alone(tmp_path):
     models |= {f"family-{family}": (cached("dmc", family), "CausalLM") for family in FAMILIES}
     models |= {f"head-{head}": (transnormer(head), head) for head in HEADS}
     models["host"] = (make_host("llama", dtype=torch.float32), "CausalLM")
-    expected = {name: prepare(tmp_path / name, model, head)[1] for name, (model, head) in models.items()}
+    # As a download leaves them: of such a repository transformers looks at the imports of every file.
+    expected = {}
+    for name, (model, head) in models.items():
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / COMMIT
+        snapshot.parent.mkdir(parents=True)
+        snapshot.symlink_to(tmp_path / name)
+        expected[name] = prepare(tmp_path / name, model, head, repository=f"org/{name}")[1]
     told = read([tmp_path / name for name in models], tmp_path, tmp_path / "venv" / "bin" / "python", "bare")
     assert_alone(told)
     for name, (model, _) in models.items():
