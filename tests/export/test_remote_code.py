@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,6 +24,7 @@ from tests.caches import CACHES, MAIN
 from tests.export.test_hf import card_of, write_run
 from tests.export.test_portable import SIZES
 from tests.hosts import FAMILIES, make_host, random_ids
+from tests.processes import ROOT
 
 READER = Path(__file__).with_name("reader.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,24 +135,39 @@ def test_every_file_is_one_that_transformers_takes(tmp_path, name):
     assert {SHIM.name, *taken} == code.keys()
 
 
-def test_two_writes_are_byte_for_byte_equal(tmp_path):
-    for name in ("one", "two"):
-        model = cached("lckv")
-        model.save_pretrained(tmp_path / name)
-        write_remote_code(tmp_path / name, model.config)
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+def test_two_writes_are_byte_for_byte_equal_also_into_a_folder_without_the_names(tmp_path):
+    cached("lckv").save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    del saved["auto_map"]
+    (tmp_path / "two" / "config.json").write_text(json.dumps(saved))
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        assert write_remote_code(folder, AutoConfig.from_pretrained(folder))
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
-    for file in files[0]:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_an_older_folder_gets_the_names_with_the_code(tmp_path):
-    model = cached("full")
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({key: saved[key] for key in saved if key != "auto_map"}))
-    write_remote_code(tmp_path, AutoConfig.from_pretrained(tmp_path))
-    assert json.loads((tmp_path / "config.json").read_text()) == saved
+WRITER = """
+import sys
+from pathlib import Path
+from transformers import AutoConfig
+import kvtrain
+from kvtrain.export.remote_code import write_remote_code
+for folder in map(Path, sys.argv[1:]):
+    write_remote_code(folder, AutoConfig.from_pretrained(folder))
+"""
+
+
+@pytest.mark.roads
+def test_another_process_writes_the_same(tmp_path):
+    """In which sets have another order."""
+    folders = {name: tmp_path / name for name in MAIN}
+    for name, folder in folders.items():
+        cached(name).save_pretrained(folder)
+    environment = {**os.environ, "PYTHONHASHSEED": "3"}
+    subprocess.run([sys.executable, "-c", WRITER, *map(str, folders.values())], check=True, cwd=ROOT, env=environment)
+    for name, folder in folders.items():
+        assert {path.name: path.read_text() for path in folder.glob("*.py")} == remote_code(cached(name).config)
 
 
 def test_kvtrain_opens_such_a_folder_itself(tmp_path):
