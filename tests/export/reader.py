@@ -1,8 +1,8 @@
 """Opens folders as somebody does who has torch and transformers alone: a script, which never imports kvtrain.
 
-``python reader.py blocked|bare FOLDER...``: of each folder ``asked.json`` says how to open it and where to save it
-again, and ``asked.safetensors`` what to run; ``found.safetensors`` is left there. With ``blocked`` packages are absent
-that are installed.
+``python reader.py blocked|bare FOLDER...``: of each folder ``asked.json`` says how to open it, from where it lies or as
+a repository of the Hub at one of its commits, and where to save it again, ``asked.safetensors`` what to run;
+``found.safetensors`` is left there. With ``blocked`` packages are absent that are installed.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 
-def refusal(auto, folder):
+def refusal(auto, place):
     """What opening it without trust comes to."""
     try:
-        auto.from_pretrained(folder, trust_remote_code=False)
+        auto.from_pretrained(**place, trust_remote_code=False)
     except ValueError as error:
         return str(error)
     return None
@@ -49,8 +49,9 @@ def read(folder):
     """Run one model, and say what it is."""
     asked, ids = json.loads((folder / "asked.json").read_text()), load_file(folder / "asked.safetensors")["ids"]
     auto, cache = getattr(transformers, asked["auto"]), None
-    refused = refusal(auto, folder)
-    model = auto.from_pretrained(folder, trust_remote_code=True)
+    place = {"pretrained_model_name_or_path": asked["repository"] or str(folder), "revision": asked["revision"]}
+    refused = refusal(auto, place)
+    model = auto.from_pretrained(**place, trust_remote_code=True)
     found = {"logits": model(ids).logits}
     if model.can_generate():
         answer = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)

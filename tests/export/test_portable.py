@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 
 import kvtrain
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.export.remote_code import write_remote_code
 from kvtrain.models.portable import SHIM
 from tests.hosts import make_host, random_ids
 
@@ -43,6 +44,16 @@ def folder(tmp_path_factory):
     kvtrain.retrofit(kvtrain.load("kvtrain:tiny"), kvtrain.DMC()).save_pretrained(path)
     load_tokenizer("kvtrain:tiny").save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def coded(folder, tmp_path):
+    """The same with the model's code, of which no file may be run but the one that ``config.json`` names."""
+    shutil.copytree(folder, tmp_path / "coded")
+    for path in write_remote_code(tmp_path / "coded", AutoConfig.from_pretrained(folder)):
+        if path.name != SHIM.name:
+            path.write_text(f"raise AssertionError('{path.name} was run')\n")
+    return tmp_path / "coded"
 
 
 @pytest.fixture
@@ -136,6 +147,14 @@ def test_trusted_folders_open_as_the_models_that_they_are(stranger, folder):
     assert type(cache).__name__ == "KVCache"
     said = answer("def f(", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert said.startswith("def f(") and len(said) > len("def f(")
+
+
+def test_code_in_a_folder_gives_way_to_an_installed_kvtrain(coded, stranger, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(coded, trust_remote_code=True)
+    assert type(model).__module__ == "kvtrain.models.host" and modules()
+    model.save_pretrained(tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_kvtrain.py"]
+    assert (tmp_path / "again" / SHIM.name).read_bytes() == SHIM.read_bytes()
 
 
 def test_what_was_opened_can_be_saved_and_opened_again(stranger, folder, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,8 +24,10 @@ from tests.caches import CACHES, MAIN
 from tests.export.test_hf import card_of, write_run
 from tests.export.test_portable import SIZES
 from tests.hosts import FAMILIES, make_host, random_ids
+from tests.processes import ROOT
 
 READER = Path(__file__).with_name("reader.py")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HEADS = {"CausalLM": True, "MaskedLM": False, "SequenceClassification": False}
 
 
@@ -44,13 +47,15 @@ def transnormer(head):
     return getattr(kvtrain, f"TransNormerFor{head}")(config).eval()
 
 
-def prepare(folder, model, head="CausalLM", again=None):
+def prepare(folder, model, head="CausalLM", again=None, repository=None):
     """A folder with code for ``reader.py``, and what kvtrain itself makes of it."""
     model.save_pretrained(folder)
     written = write_remote_code(folder, model.config)
     ids = random_ids(2, 24) % 40
     save_file({"ids": ids}, folder / "asked.safetensors")
-    (folder / "asked.json").write_text(json.dumps({"auto": f"AutoModelFor{head}", "again": again and str(again)}))
+    asked = {"auto": f"AutoModelFor{head}", "again": again and str(again)}
+    asked |= {"repository": repository, "revision": repository and COMMIT}
+    (folder / "asked.json").write_text(json.dumps(asked))
     opened = kvtrain.load(folder)
     with torch.no_grad():
         expected = {"logits": opened(ids).logits}
@@ -61,7 +66,12 @@ def prepare(folder, model, head="CausalLM", again=None):
 
 def read(folders, place, python=sys.executable, mode="blocked"):
     """What ``reader.py`` says of folders, in a process of its own."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(place / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(place),
+    }
     environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [str(python), str(READER), mode, *map(str, folders)]
@@ -125,24 +135,39 @@ def test_every_file_is_one_that_transformers_takes(tmp_path, name):
     assert {SHIM.name, *taken} == code.keys()
 
 
-def test_two_writes_are_byte_for_byte_equal(tmp_path):
-    for name in ("one", "two"):
-        model = cached("lckv")
-        model.save_pretrained(tmp_path / name)
-        write_remote_code(tmp_path / name, model.config)
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+def test_two_writes_are_byte_for_byte_equal_also_into_a_folder_without_the_names(tmp_path):
+    cached("lckv").save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    del saved["auto_map"]
+    (tmp_path / "two" / "config.json").write_text(json.dumps(saved))
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        assert write_remote_code(folder, AutoConfig.from_pretrained(folder))
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
-    for file in files[0]:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_an_older_folder_gets_the_names_with_the_code(tmp_path):
-    model = cached("full")
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({key: saved[key] for key in saved if key != "auto_map"}))
-    write_remote_code(tmp_path, AutoConfig.from_pretrained(tmp_path))
-    assert json.loads((tmp_path / "config.json").read_text()) == saved
+WRITER = """
+import sys
+from pathlib import Path
+from transformers import AutoConfig
+import kvtrain
+from kvtrain.export.remote_code import write_remote_code
+for folder in map(Path, sys.argv[1:]):
+    write_remote_code(folder, AutoConfig.from_pretrained(folder))
+"""
+
+
+@pytest.mark.roads
+def test_another_process_writes_the_same(tmp_path):
+    """In which sets have another order."""
+    folders = {name: tmp_path / name for name in MAIN}
+    for name, folder in folders.items():
+        cached(name).save_pretrained(folder)
+    environment = {**os.environ, "PYTHONHASHSEED": "3"}
+    subprocess.run([sys.executable, "-c", WRITER, *map(str, folders.values())], check=True, cwd=ROOT, env=environment)
+    for name, folder in folders.items():
+        assert {path.name: path.read_text() for path in folder.glob("*.py")} == remote_code(cached(name).config)
 
 
 def test_kvtrain_opens_such_a_folder_itself(tmp_path):
@@ -209,7 +234,13 @@ def test_a_real_environment_of_torch_and_transformers_alone(tmp_path):
     models |= {f"family-{family}": (cached("dmc", family), "CausalLM") for family in FAMILIES}
     models |= {f"head-{head}": (transnormer(head), head) for head in HEADS}
     models["host"] = (make_host("llama", dtype=torch.float32), "CausalLM")
-    expected = {name: prepare(tmp_path / name, model, head)[1] for name, (model, head) in models.items()}
+    # As a download leaves them: of such a repository transformers looks at the imports of every file.
+    expected = {}
+    for name, (model, head) in models.items():
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / COMMIT
+        snapshot.parent.mkdir(parents=True)
+        snapshot.symlink_to(tmp_path / name)
+        expected[name] = prepare(tmp_path / name, model, head, repository=f"org/{name}")[1]
     told = read([tmp_path / name for name in models], tmp_path, tmp_path / "venv" / "bin" / "python", "bare")
     assert_alone(told)
     for name, (model, _) in models.items():
