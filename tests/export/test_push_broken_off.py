@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvtrain_cli import main
 from tests.export.test_push import NAME, contents, held, pushes, write_folder
 from tests.hub.client import local_hub
-from tests.hub.server import WRITER
+from tests.hub.server import WRITER, Repository
 from tests.processes import KVTRAIN, ROOT, Forked
 
 pytestmark = pytest.mark.roads
@@ -58,8 +59,6 @@ def prepare(hub, known):
     hub.repositories.clear(), hub.large.clear(), hub.calls.clear()
     hub.before = hub.after = lambda count: None
     if known:
-        from tests.hub.server import Repository
-
         hub.repositories[NAME] = Repository(private=False)
         hub.repositories[NAME].commit("main", OLD)
 
@@ -87,10 +86,15 @@ def break_off(hub, way, number, push):
             hub.after = kill
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["new repository", "older model"])
-@pytest.mark.parametrize(
-    "way", ["network gone", "answer lost, network gone", "answer lost", "killed", "killed once it was carried out"]
-)
+WAYS = ("network gone", "answer lost, network gone", "answer lost", "killed once it was carried out", "killed")
+GRID = [
+    *(pytest.param(way, True, id=f"{way}, older model") for way in WAYS),
+    *(pytest.param(way, False, id=f"{way}, new repository") for way in WAYS[1::2]),
+    *(pytest.param(way, False, id=f"{way}, new repository", marks=pytest.mark.slow) for way in WAYS[::2]),
+]
+
+
+@pytest.mark.parametrize(("way", "known"), GRID)
 def test_the_branch_is_the_old_commit_or_the_whole_new_one(hub, folder, tmp_path, way, known):
     new, outcomes = contents(folder), []
     for number in range(1, LAST):
@@ -111,7 +115,7 @@ def test_the_branch_is_the_old_commit_or_the_whole_new_one(hub, folder, tmp_path
             break
         prepared, sent = len(hub.calls), set(hub.large)
         hub.before = hub.after = lambda count: None
-        assert Push(hub, folder, tmp_path / f"{number}-again.log").wait() == 0
+        assert main(["push", str(folder), NAME]) == 0
         assert held(hub) == new
         assert sent.isdisjoint(call.removeprefix("PUT /lfs/") for call in hub.calls[prepared:])
         assert not outcomes[-1] or not [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 
 from kvtrain.data.hub import why_unreachable
 
@@ -30,6 +30,7 @@ def point_at(address: str, cache: str) -> None:
     for name, value in settings(address, cache).items():
         assert hasattr(constants, name)
         setattr(constants, name, value)
+    hf_api.api.endpoint = address
     close_session()
 
 
@@ -39,6 +40,8 @@ def local_hub(folder: Path, token: str | None = WRITER) -> Iterator[Hub]:
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in settings(hub.address, str(folder / "cache")).items():
             patch.setattr(constants, name, value)
+        patch.setattr(hf_api.api, "endpoint", hub.address)
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps one
         patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between a client's attempts
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             patch.delenv(name, raising=False)

@@ -191,8 +191,16 @@ EXPORT = [
     ("export trained/good out --push-to ''", "option '--push-to' needs a value"),
     ("export trained/good out --push-to a/b/c", "a Hub repository is named org/name, not 'a/b/c'"),
     ("export trained/good out --private", "--private says something about --push-to, which is missing"),
+    ("export trained/good out --revision b", "--revision says something about --push-to, which is missing"),
     ("export trained/good out extra", "unexpected word 'extra'"),
     ("export trained/losttokenizer out", "no tokenizer at 'nope/tokenizer'"),
+]
+
+PUSH = [
+    ("push", "FOLDER, ORG/NAME is missing"),
+    ("push models/masked", "ORG/NAME is missing"),
+    ("push models/masked model", "a Hub repository is named org/name, not 'model'"),
+    ("push models/masked me/model", "pushing needs a token: run `hf auth login`, or set HF_TOKEN"),
 ]
 
 GENERATE = [
