@@ -85,7 +85,7 @@ CASES = [(form, "dmc") for form in PIECES] + [(PIECES[0], "duo"), (PIECES[-1], "
 @pytest.mark.parametrize(("form", "kind"), CASES)
 def test_a_file_and_two_tensors_are_in_memory_at_most(tmp_path, form, kind, monkeypatch):
     monkeypatch.setattr(weights, "MAX_SHARD_SIZE", "16MB")
-    sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
+    sizes = {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12}
     host = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, **sizes))
     base = tmp_path / "base" if kind == "duo on its base" else None
     if base:

@@ -337,6 +337,7 @@ SERVE = [
     ("serve kvtrain:copy --port 0 --budget 100", "a budget of 100 bytes is below one token, which takes"),
     ("serve kvtrain:copy --max-requests 0", "--max-requests must be at least 1, not 0"),
     ("serve kvtrain:copy --max-queue 0", "--max-queue must be at least 1, not 0"),
+    ("serve kvtrain:copy --page-size 0", "--page-size must be at least 1, not 0"),
     ("serve kvtrain:copy --max-tokens 0", "--max-tokens must be at least 1, not 0"),
     ("serve kvtrain:copy --max-prompt-tokens 0", "--max-prompt-tokens must be at least 1, not 0"),
     ("serve kvtrain:copy --timeout 0", "--timeout must be above 0, not 0.0"),

@@ -31,6 +31,7 @@ def add_engine_arguments(parser: Parser) -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=32768, metavar="N", help="of a request (32768)")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer (4096)")
     parser.add_argument("--timeout", type=finite, default=600.0, metavar="S", help="seconds for an answer (600)")
+    parser.add_argument("--page-size", type=int, metavar="N", help="slots in a page of the cache (the method's)")
     parser.add_argument("--api-key-file", metavar="FILE", help="keys that open the server, one a line")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's")
 
@@ -44,7 +45,7 @@ def check_options(asked: Namespace) -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serving needs {', '.join(missing)}; pip install 'kvtrain[serve]'")
-    for name in ("max_requests", "max_queue", "max_prompt_tokens", "max_tokens"):
+    for name in ("max_requests", "max_queue", "max_prompt_tokens", "max_tokens", "page_size"):
         require_at_least(1, f"--{name.replace('_', '-')}", getattr(asked, name))
     if asked.timeout <= 0:
         raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
@@ -105,6 +106,7 @@ def open_engine(asked: Namespace, template: str | None) -> "Engine":
         max_prompt_tokens=asked.max_prompt_tokens,
         max_new_tokens=asked.max_tokens,
         step_tokens=max(512, 2 * asked.max_requests),
+        page_size=asked.page_size,
     )
     return Engine(model, tokenizer, asked.budget, limits)
 
