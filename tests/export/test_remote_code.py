@@ -228,7 +228,7 @@ def test_a_real_environment_of_torch_and_transformers_alone(tmp_path):
         (tmp_path / "shared" / path.name).symlink_to(path)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(f"{tmp_path / 'shared'}\n")
-    absent = ("kvtrain", "lightning", "datasets", "liger_kernel", "accelerate", "triton")
+    absent = ("kvtrain", "lightning", "datasets", "liger_kernel")
     assert not [name for name in absent if (tmp_path / "shared" / name).exists()]
     models = {f"cache-{name}": (cached(name), "CausalLM") for name in CACHES}
     models |= {f"family-{family}": (cached("dmc", family), "CausalLM") for family in FAMILIES}

@@ -14,6 +14,7 @@ import kvtrain
 from kvtrain import models, training
 from kvtrain.cli import main
 from kvtrain.evaluation.report import figures, load_tables
+from kvtrain.export.remote_code import remote_code
 from kvtrain.metrics import read_metrics
 from kvtrain.models import registry
 from kvtrain.models.registry import architectures, methods
@@ -68,6 +69,13 @@ def test_it_serves_generates_and_loads(window, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert again.config.method == window(sink=2, recent=6)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_its_code_travels(window):
+    code = remote_code(kvtrain.retrofit(make_host("olmo2"), window()).config)
+    assert {f"kvtrain_models_window_{part}.py" for part in ("attention", "build", "cache", "config")} <= code.keys()
+    assert "from .kvtrain_models_hosts_olmo2 import ADAPTER" in code["kvtrain_registry.py"]
+    assert "import Window\n" in code["kvtrain_registry.py"] and "figures" not in "".join(code)
 
 
 def test_the_loss_reaches_its_parameters(window):
