@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvtrain.errors import UsageError, causes, first_line
 from kvtrain.export.folder import check_folder
+from kvtrain.models.portable import SHIM
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -23,7 +24,7 @@ _NAME = r"\w(?:(?!--|\.\.|\.git$)[\w.-])*(?<![.-])"
 # What a model is opened from: of an older model on the branch, none of these may stay beside the new one's.
 _OPENED = (
     *("config.json", "generation_config.json", "adapter_config.json", "model*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", SHIM.name),
 )
 _REMEDIES = {
     401: "run `hf auth login` again, or set HF_TOKEN to a token that is valid",
@@ -166,13 +167,14 @@ class _Push:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         names = [file.relative_to(self._folder).as_posix() for file in files]
-        stale = [file.rfilename for file in head.siblings or [] if file.rfilename not in names]
+        held = {file.rfilename for file in head.siblings or [] if "/" not in file.rfilename}
+        stale = [name for name in sorted(held.difference(names)) if any(fnmatch(name, each) for each in _OPENED)]
         with self._explained(), _without_log():
             commit: Any = self._api.create_commit(
                 self._target.repository,
                 [
                     *(CommitOperationAdd(name, file) for name, file in zip(names, files, strict=True)),
-                    *(CommitOperationDelete(name) for name in stale if any(fnmatch(name, each) for each in _OPENED)),
+                    *(CommitOperationDelete(name) for name in stale),
                 ],
                 commit_message=f"Upload {self._folder.resolve().name}",
                 revision=self._target.branch,

@@ -99,14 +99,17 @@ def test_a_run_is_exported_and_pushed_and_pushed_again(hub, tmp_path, capsys):
 
 def test_nothing_of_an_older_model_stays_but_what_others_have_put_there(hub, tmp_path):
     write_folder(tmp_path / "old", "lckv")
-    (tmp_path / "old" / "LICENSE").write_text("Apache-2.0")
-    write_folder(tmp_path / "new", "full", shards="20KB")
+    others = {"LICENSE": b"Apache-2.0", "eval.py": b"print()", "figures/tokenizer.json": b"{}", "results.json": b"{}"}
+    (tmp_path / "old" / "figures").mkdir()
+    for name, data in others.items():
+        (tmp_path / "old" / name).write_bytes(data)
+    write_folder(tmp_path / "new", "host", shards="20KB")
     (tmp_path / "new" / ".env").write_text(f"HF_TOKEN={WRITER}")
     for folder in ("old", "new"):
         assert main(["push", str(tmp_path / folder), NAME]) == 0
     shards = [path for path in held(hub) if path.startswith("model-")]
-    assert len(shards) > 1 and "model.safetensors" not in held(hub)
-    assert held(hub) == {**contents(tmp_path / "new"), "LICENSE": b"Apache-2.0"}
+    assert len(shards) > 1 and not {"model.safetensors", "modeling_kvtrain.py"} & set(held(hub))
+    assert held(hub) == {**contents(tmp_path / "new"), **others}
 
 
 def test_a_branch_that_moves_meanwhile_is_left_as_it_is(hub, tmp_path, capsys):
