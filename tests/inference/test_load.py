@@ -92,7 +92,7 @@ def test_code_runs_from_a_commit_that_was_named(hub, monkeypatch):
     assert not [name for name in sys.modules if name.endswith("abacus")]
     with pytest.raises(ValueError, match=r"no model that can be opened at 'org/code' .*Abacus"):
         kvtrain.load("org/code", trust_remote_code=True, revision=commit)
-    assert said == [f"running code of org/code at commit {commit}"]
+    assert said == [f"code of org/code at commit {commit} may run"]
     assert [name for name in sys.modules if name.endswith("abacus")]
 
 
