@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import kvtrain
 from kvtrain_cli import main
+from tests.hub.client import local_hub
+from tests.hub.server import READER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +65,15 @@ def serve(arguments, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
+def push(arguments, checkout):
+    """What the README pushes lies on a Hub then, and opens from there."""
+    name = arguments[2]
+    with local_hub(checkout) as hub:
+        assert main(arguments) == 0
+        assert "model.safetensors" in hub.repositories[name].commits[hub.repositories[name].branches["main"]]
+        assert kvtrain.load(name, token=READER).method.name == "dmc"
+
+
 def ask(client, port):
     """Run a client of the server once that is there, and then ask it to end."""
     end = time.monotonic() + 60
@@ -86,11 +98,15 @@ def test_commands_run(checkout, capsys, monkeypatch):
         "eval",
         "generate",
         "serve",
+        "push",
     ]
     for command in commands:
         arguments = shlex.split(command)[1:]
         if arguments[0] == "serve":
             assert "'compression': " in serve(arguments, monkeypatch, capsys)
+            continue
+        if arguments[0] == "push":
+            push(arguments, checkout)
             continue
         assert main([*arguments, *SHORTENED.get(arguments[0], "").split()]) == 0, capsys.readouterr().err
     assert (checkout / "exported/dmc-tiny/model.safetensors").is_file()

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvtrain.errors import UsageError, causes, first_line
 from kvtrain.export.folder import check_folder
+from kvtrain.models.portable import SHIM
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -23,7 +24,7 @@ _NAME = r"\w(?:(?!--|\.\.|\.git$)[\w.-])*(?<![.-])"
 # What a model is opened from: of an older model on the branch, none of these may stay beside the new one's.
 _OPENED = (
     *("config.json", "generation_config.json", "adapter_config.json", "model*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", SHIM.name),
 )
 _REMEDIES = {
     401: "run `hf auth login` again, or set HF_TOKEN to a token that is valid",
@@ -78,16 +79,21 @@ class Pushed(NamedTuple):
     changed: bool
 
 
-def require_token() -> None:
-    """Make sure, before anything is written, that there is somebody to push as.
+def require_token() -> str:
+    """Make sure, before anything is written, that there is somebody to push as; the token is for the client alone.
 
     Raises:
         UsageError: No token.
     """
     from huggingface_hub import get_token
 
-    if not get_token():
+    try:
+        token = get_token()
+    except Exception as error:  # from an identity provider, where the environment names one
+        raise UsageError(f"no token can be had: {first_line(error)}") from error
+    if not token:
         raise UsageError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
+    return token
 
 
 def push_folder(folder: Path, target: PushTarget) -> Pushed:
@@ -103,9 +109,9 @@ def push_folder(folder: Path, target: PushTarget) -> Pushed:
         UsageError: The folder is not whole, there is no token, or the Hub refused, cannot be reached, or holds another
             commit than the one that was looked at. The message says what is where, and a token is never part of it.
     """
-    require_token()
+    token = require_token()
     files = check_folder(folder)
-    push = _Push(folder, target)
+    push = _Push(folder, target, token)
     head = push.find_branch()
     commit = push.commit(files, head)
     return Pushed(commit, changed=commit != head.sha)
@@ -114,12 +120,12 @@ def push_folder(folder: Path, target: PushTarget) -> Pushed:
 class _Push:
     """One push, which knows at any time what it may have left on the Hub."""
 
-    def __init__(self, folder: Path, target: PushTarget) -> None:
+    def __init__(self, folder: Path, target: PushTarget, token: str) -> None:
         from huggingface_hub import HfApi
 
-        self._api, self._folder, self._target = HfApi(), folder, target
+        self._api, self._folder, self._target, self._token = HfApi(token=token), folder, target, token
         self._head: str | None = None
-        self._created: str | None = None  # or about to be
+        self._new: Literal["repository", "branch"] | None = None  # made by this push, or about to be
 
     def find_branch(self) -> "ModelInfo":
         """The branch as it is before the push; it and its repository are made where they are not there."""
@@ -128,38 +134,47 @@ class _Push:
         repository, branch = self._target.repository, self._target.branch
         with self._explained():
             try:
-                info = self._look(branch)
+                info, there = self._look(branch), True
             except RepositoryNotFoundError:
-                self._created = f"the repository {repository}"
+                self._new = "repository"
                 self._api.create_repo(repository, private=self._target.private or None)
-                info = self._look("main")
+                info, there = self._look("main"), branch == "main"
             except RevisionNotFoundError:
-                info = self._look("main")
+                info, there = self._look("main"), False
+        self._require_fit(info)
+        if not there:
+            with self._explained():
+                self._new = self._new or "branch"
+                self._api.create_branch(repository, branch=branch, revision=info.sha)
+                info = self._look(branch)
+        self._head = info.sha
+        return info
+
+    def _require_fit(self, info: "ModelInfo") -> None:
+        repository = self._target.repository
         if self._target.private and not info.private:
             raise UsageError(
                 f"{repository} is there and public, which --private does not change; nothing was pushed: "
                 "make it private in its settings, or choose another name"
             )
-        with self._explained():
-            if branch != "main" and not self._is_there(branch):
-                self._created = self._created or f"the branch {branch} of {repository}"
-                self._api.create_branch(repository, branch=branch, revision=info.sha)
-                info = self._look(branch)
-        self._head = info.sha
-        return info
+        if any(file.rfilename == ".gitignore" for file in info.siblings or []):
+            raise UsageError(
+                f"{repository} has a .gitignore, by which the Hub leaves files out; nothing was pushed: remove it first"
+            )
 
     def commit(self, files: list[Path], head: "ModelInfo") -> str:
         """Upload, and make the branch hold these files at once; the commit's name, ``head``'s where nothing changes."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         names = [file.relative_to(self._folder).as_posix() for file in files]
-        stale = [file.rfilename for file in head.siblings or [] if file.rfilename not in names]
+        held = {file.rfilename for file in head.siblings or [] if "/" not in file.rfilename}
+        stale = [name for name in sorted(held.difference(names)) if any(fnmatch(name, each) for each in _OPENED)]
         with self._explained(), _without_log():
             commit: Any = self._api.create_commit(
                 self._target.repository,
                 [
                     *(CommitOperationAdd(name, file) for name, file in zip(names, files, strict=True)),
-                    *(CommitOperationDelete(name) for name in stale if any(fnmatch(name, each) for each in _OPENED)),
+                    *(CommitOperationDelete(name) for name in stale),
                 ],
                 commit_message=f"Upload {self._folder.resolve().name}",
                 revision=self._target.branch,
@@ -170,15 +185,6 @@ class _Push:
     def _look(self, branch: str) -> "ModelInfo":
         return self._api.model_info(self._target.repository, revision=branch, timeout=_PATIENCE)
 
-    def _is_there(self, branch: str) -> bool:
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            self._look(branch)
-        except RevisionNotFoundError:
-            return False
-        return True
-
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Whatever goes wrong while the Hub is asked is told in a line, with what is where then."""
@@ -186,40 +192,36 @@ class _Push:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {self._left_behind()}") from None
-        except (
-            Exception
-        ) as error:  # the client has HTTP's, the system's and its own errors, and RuntimeErrors of shards
-            said, remedy = _said(error), _remedy(error)
+        except Exception as error:  # HTTP's, the system's and the client's own, and RuntimeErrors of shards
+            reason = _said(error).replace(self._token, "***")[:_LONGEST_REASON]
             raise UsageError(
-                f"{self._target}: not pushed ({said}); {remedy}; {self._left_behind()}; {self._folder} is complete"
+                f"{self._target}: not pushed ({reason}); {_remedy(error)}; {self._left_behind()}; "
+                f"{self._folder} is complete"
             ) from error
 
     def _left_behind(self) -> str:
         """What is on the Hub after a push that failed."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+        new = f"the {self._new} {self._target.repository if self._new == 'repository' else self._target.branch}"
+        empty = f"{new} was made for this push and holds nothing of it: push again, or remove it"
         try:
             now = self._look(self._target.branch).sha
         except RepositoryNotFoundError:
             return "nothing was made on the Hub"
         except RevisionNotFoundError:
-            now = None
+            return empty if self._new == "repository" else "the Hub holds what it held before"
         except Exception:  # the network, most likely, which is what the line is about
-            if self._created or self._head:
-                return (
-                    f"whether {self._created or 'the branch'} {'was made' if self._created else 'has changed'} is open"
-                )
-            return "nothing was changed on the Hub"
-        if self._created and (self._head is None or now in (None, self._head)):
-            return f"{self._created} was made for this push and holds nothing of it: push again, or remove it"
-        if now is None or self._head in (None, now):
-            return "the Hub holds what it held before"
-        return f"the branch is at {now} now"
+            if self._new:
+                return f"{new} may have been made for this push"
+            return "the branch may have changed" if self._head else "nothing was changed on the Hub"
+        if self._head not in (None, now):
+            return f"the branch is at {now} now"
+        return empty if self._new else "the Hub holds what it held before"
 
 
 def _said(error: BaseException) -> str:
-    """What the client's error says, without tokens and without what signs an address."""
-    from huggingface_hub import get_token
+    """What the client's error says, without what signs an address."""
     from huggingface_hub.errors import HfHubHTTPError
 
     parts = []
@@ -231,8 +233,7 @@ def _said(error: BaseException) -> str:
             parts.append("an answer that is not the Hub's")
         else:
             parts.append(first_line(cause))
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(" ".join(parts).split()))
-    return text.replace(get_token() or "\n", "***")[:_LONGEST_REASON]
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(" ".join(parts).split()))
 
 
 def _remedy(error: BaseException) -> str:

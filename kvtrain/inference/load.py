@@ -82,7 +82,7 @@ def _trust(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
             commit = HfApi().model_info(path, revision=kwargs.get("revision"), token=kwargs.get("token")).sha
             raise UsageError(f"trust_remote_code runs what {path} holds: read it, and pin it with revision={commit!r}")
-        logger.warning("running code of %s at commit %s", path, revision)
+        logger.warning("code of %s at commit %s may run", path, revision)
     settings, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(kwargs))
     elsewhere = [str(place) for place in settings.get("auto_map", {}).values() if "--" in str(place)]
     if (elsewhere or code_revision) and not _COMMIT.fullmatch(str(code_revision)):

@@ -99,14 +99,17 @@ def test_a_run_is_exported_and_pushed_and_pushed_again(hub, tmp_path, capsys):
 
 def test_nothing_of_an_older_model_stays_but_what_others_have_put_there(hub, tmp_path):
     write_folder(tmp_path / "old", "lckv")
-    (tmp_path / "old" / "LICENSE").write_text("Apache-2.0")
-    write_folder(tmp_path / "new", "full", shards="20KB")
+    others = {"LICENSE": b"Apache-2.0", "eval.py": b"print()", "figures/tokenizer.json": b"{}", "results.json": b"{}"}
+    (tmp_path / "old" / "figures").mkdir()
+    for name, data in others.items():
+        (tmp_path / "old" / name).write_bytes(data)
+    write_folder(tmp_path / "new", "host", shards="20KB")
     (tmp_path / "new" / ".env").write_text(f"HF_TOKEN={WRITER}")
     for folder in ("old", "new"):
         assert main(["push", str(tmp_path / folder), NAME]) == 0
     shards = [path for path in held(hub) if path.startswith("model-")]
-    assert len(shards) > 1 and "model.safetensors" not in held(hub)
-    assert held(hub) == {**contents(tmp_path / "new"), "LICENSE": b"Apache-2.0"}
+    assert len(shards) > 1 and not {"model.safetensors", "modeling_kvtrain.py"} & set(held(hub))
+    assert held(hub) == {**contents(tmp_path / "new"), **others}
 
 
 def test_a_branch_that_moves_meanwhile_is_left_as_it_is(hub, tmp_path, capsys):
@@ -128,25 +131,27 @@ def test_a_branch_that_moves_meanwhile_is_left_as_it_is(hub, tmp_path, capsys):
     assert held(hub) == contents(tmp_path / "out")
 
 
-def test_refused_at_every_request_the_branch_is_the_old_or_the_new(hub, tmp_path, capsys):
+@pytest.mark.parametrize("branch", ["main", pytest.param("trial", marks=pytest.mark.roads)])
+def test_refused_at_every_request_the_branch_is_the_old_or_the_new(hub, tmp_path, capsys, branch):
     write_folder(tmp_path / "out", shards="30KB")
     number = 0
     while True:
         number += 1
         hub.repositories.clear(), hub.large.clear(), hub.calls.clear()
         hub.before = lambda count, number=number: 403 if count == number else None
-        if main(["push", str(tmp_path / "out"), NAME]) == 0:
+        if main(["push", str(tmp_path / "out"), NAME, "--revision", branch]) == 0:
             assert len(hub.calls) == number - 1  # it has had no request to refuse
             break
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"kvtrain: error: {NAME}@main: not pushed (" in line and "403 refused by the test" in line
+        assert f"kvtrain: error: {NAME}@{branch}: not pushed (" in line and "403 refused by the test" in line
         assert line.endswith(f"{tmp_path / 'out'} is complete") and WRITER not in line
         assert (NAME in hub.repositories) == ("was made for this push and holds nothing of it" in line), line
-        assert NAME not in hub.repositories or held(hub) == {}
+        repository = hub.repositories.get(NAME, Repository(private=False))
+        assert all(held(hub, name) == {} for name in repository.branches)
         sent = set(hub.large)
         hub.before, hub.calls[:] = lambda count: None, []
-        assert main(["push", str(tmp_path / "out"), NAME]) == 0
-        assert held(hub) == contents(tmp_path / "out")
+        assert main(["push", str(tmp_path / "out"), NAME, "--revision", branch]) == 0
+        assert held(hub, branch) == contents(tmp_path / "out")
         assert sent.isdisjoint(call.removeprefix("PUT /lfs/") for call in hub.calls)
     assert number > 12
 
@@ -221,6 +226,7 @@ LINES = [
     ("push run org/model", "run is a run folder; write its model with `kvtrain export run OUT`"),
     ("push good foreign/model", "403 you have no right to make repositories here); use a token that may write there"),
     ("push good org/open --private", "org/open is there and public, which --private does not change"),
+    ("push good org/picky", "org/picky has a .gitignore, by which the Hub leaves files out; nothing was pushed"),
     ("export run out --revision b", "--revision says something about --push-to, which is missing"),
     ("export run out --push-to org/model --revision '*'", "no name of a branch: '*'"),
     *((f"push {name} org/model", words) for name, words in FOLDERS.items()),
@@ -240,6 +246,8 @@ def place(tmp_path_factory):
         (folder / "run" / "checkpoints").mkdir(parents=True)
         hub.repositories["org/open"] = Repository(private=False)
         hub.repositories["org/open"].commit("main", {})
+        hub.repositories["org/picky"] = Repository(private=False)
+        hub.repositories["org/picky"].commit("main", {".gitignore": b"*.safetensors"})
         yield hub
 
 
@@ -247,7 +255,7 @@ def place(tmp_path_factory):
 def test_a_mistake_is_answered_in_a_line_and_leaves_nothing(place, capsys, line, words):
     before, calls = os.listdir(), len(place.calls)
     assert words in refused(capsys, *shlex.split(line))
-    assert os.listdir() == before and set(place.repositories) == {"org/open"} and place.large == {}
+    assert os.listdir() == before and set(place.repositories) == {"org/open", "org/picky"} and place.large == {}
     if line.split()[1:2] != ["good"]:
         assert len(place.calls) == calls  # the folder is looked at before the Hub is asked
 
@@ -265,7 +273,7 @@ def test_who_may_not_push_is_told_so(place, monkeypatch, capsys, token, words):
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     assert words in refused(capsys, "push", "good", "org/open")
-    assert set(place.repositories) == {"org/open"} and len(place.repositories["org/open"].commits) == 1
+    assert set(place.repositories) == {"org/open", "org/picky"} and len(place.repositories["org/open"].commits) == 1
 
 
 def test_a_full_quota_and_a_hub_that_repeats_the_token(place, monkeypatch, capsys):
@@ -280,6 +288,17 @@ def test_an_answer_that_is_none_of_the_hubs(place, monkeypatch, capsys):
     page = Response("<html>a page of some proxy</html>")
     monkeypatch.setattr(place, "before", lambda number: page if "validate-yaml" in place.calls[-1] else None)
     assert "not pushed (an answer that is not the Hub's); push again" in refused(capsys, "push", "good", "org/open")
+
+
+def test_an_interruption_says_what_is_where(hub, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    write_folder(tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", interrupt)
+    assert main(["push", str(tmp_path / "out"), NAME]) == 130
+    line = f"kvtrain: interrupted; the repository {NAME} was made for this push and holds nothing of it"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{line}: push again, or remove it"
 
 
 def test_without_a_network(place, monkeypatch, capsys):
