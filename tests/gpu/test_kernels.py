@@ -33,6 +33,7 @@ BEHIND = {
     "linear_loss": "cross_entropy",
     "memo": "documents",
     "page_layout": "paged_attention",
+    "page_runs": "paged_attention",
 }
 # What ranks say to each other: tests/distributed/test_context_parallel.py.
 BETWEEN_RANKS = {"context_parallel", "ulysses"}

@@ -1,6 +1,7 @@
 """What a TransNormer layer is made of besides attention: norms, the feed-forward part, relative positions."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,24 @@ def _over_ranks(tensor: Tensor) -> Tensor:
     """The sum over all ranks, with gradients."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    summed: Tensor = all_reduce(tensor)
+    summed: Tensor = _SumOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
     return summed
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's output depends on every rank's input, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The sum; the input stays as it is."""
+        summed = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """The sum of what came back to the ranks."""
+        return _over_ranks(gradient)
 
 
 def make_norm(config: TransNormerConfig) -> nn.Module:
