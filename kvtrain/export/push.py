@@ -24,7 +24,8 @@ _NAME = r"\w(?:(?!--|\.\.|\.git$)[\w.-])*(?<![.-])"
 # What a model is opened from: of an older model on the branch, none of these may stay beside the new one's.
 _OPENED = (
     *("config.json", "generation_config.json", "adapter_config.json", "model*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", SHIM.name, "kvtrain_*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
+    *(SHIM.name, "kvtrain_*.py"),
 )
 _REMEDIES = {
     401: "run `hf auth login` again, or set HF_TOKEN to a token that is valid",
