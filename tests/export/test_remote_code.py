@@ -64,13 +64,14 @@ def prepare(folder, model, head="CausalLM", again=None, repository=None):
     return written, expected
 
 
-def read(folders, place, python=sys.executable, mode="blocked"):
-    """What ``reader.py`` says of folders, in a process of its own."""
+def read(folders, place, python=sys.executable, mode="blocked", **more):
+    """What ``reader.py`` says of folders, in a process of its own, whose environment may have more in it."""
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(place / "modules"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(place),
+        **more,
     }
     environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
