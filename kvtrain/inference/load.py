@@ -15,6 +15,7 @@ from kvtrain.models.registry import own_model_class
 logger = logging.getLogger("kvtrain")
 # Where on the Hub something is and who asks for it: the same for configuration, weights and tokenizer.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_MEGATRON = "model_optim_rng.pt"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -33,6 +34,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: There is no model there, or its code is trusted unseen.
     """
     path = resolve(str(name))
+    _refuse_megatron(path)
     with explain_load_errors(str(name)):
         trusted = _trust(path, kwargs)
         found = AutoConfig.from_pretrained(path, **{**_hub_options(kwargs), **trusted})
@@ -61,6 +63,20 @@ def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenize
     if not isinstance(model, CachedLanguageModel):
         model = retrofit(model, Full())
     return model.eval(), load_tokenizer(str(name), **_hub_options(kwargs))
+
+
+def _refuse_megatron(path: str) -> None:
+    """Say why published weights of DMC are not read, which exist in this form alone.
+
+    Raises:
+        UsageError: They are Megatron's.
+    """
+    place = Path(path)
+    if place.name == _MEGATRON or (place.is_dir() and next(place.glob(f"**/{_MEGATRON}"), None)):
+        raise UsageError(
+            f"{path} holds Megatron's pickles, which can run code and are never read here; retrofit the base instead "
+            "(recipes/dmc_llama7b.yaml), or let Megatron write its weights as a Hugging Face folder"
+        )
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

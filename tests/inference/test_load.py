@@ -10,6 +10,7 @@ import kvtrain
 from kvtrain.assets import ASSETS
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.inference.load import open_model
+from kvtrain_cli import main
 from tests.hub.client import local_hub
 from tests.hub.server import READER, Repository
 
@@ -104,3 +105,14 @@ def test_code_that_is_elsewhere_is_pinned_there(hub, name, code_revision):
     kwargs = {"trust_remote_code": True, "revision": commit, "code_revision": code_revision}
     with pytest.raises(ValueError, match="runs code of org/code: pin it with code_revision, a commit of 40 digits"):
         kvtrain.load(name, **kwargs)
+
+
+def test_megatron_s_pickles_are_refused_with_the_reason(tmp_path, capsys):
+    """The only form in which weights of DMC were published."""
+    shard = tmp_path / "iter_0001" / "mp_rank_00" / "model_optim_rng.pt"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"\x80\x02")
+    for place in (tmp_path, shard):
+        assert main(["generate", str(place), "--prompt", "x"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"kvtrain: error: {place} holds Megatron's pickles, which can run code")
