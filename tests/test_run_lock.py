@@ -15,8 +15,11 @@ from kvtrain.errors import UsageError
 from kvtrain.run_lock import FILE_NAME, Owner, run_lock
 from tests.processes import PATIENCE, Forked
 
+# Whoever starts Python may have it ignore Ctrl-C, in the background, or a closed terminal, as nohup does.
 HOLD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from pathlib import Path
 from kvtrain.errors import UsageError
 from kvtrain.run_lock import run_lock
