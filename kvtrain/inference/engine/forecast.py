@@ -6,7 +6,7 @@ from dataclasses import dataclass
 _MEMORY = 0.98  # of what was seen, at each new sight: some fifty sights count
 _CAREFUL = 1.1  # after a preemption
 _BOLD = 0.995  # after a sequence that ended
-_BOLDEST, _MOST_CAREFUL = 0.95, 2.0
+_BOLDEST, _MOST_CAREFUL = 0.98, 2.0
 
 
 @dataclass(frozen=True)
