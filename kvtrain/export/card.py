@@ -88,15 +88,15 @@ def _cache(model: PreTrainedModel, origin: Provenance) -> list[str]:
     config = model.config
     if not isinstance(config, KVTrainConfig):
         return []
-    host, method, longest = config.host_config, config.method, max(1024, origin.sequence_length or 0)
+    host, method, lengths = config.host_config, config.method, sorted({1024, origin.sequence_length or 1024})
     plain, rows = kv_bytes_per_token(host), []
-    for tokens in sorted({1024, origin.sequence_length or 1024}):
+    for tokens in lengths:
         held = cache_bytes(host, method, tokens)
         rows.append((f"{tokens:,}", f"{plain * tokens:,}", f"{held:,}", f"{plain * tokens / held:.2f}"))
-    least = break_even(host, method, longest)
+    least = break_even(host, method, lengths[-1])
     shorter = f"A row below {least:,} tokens takes more than the host's." if least and least > 1 else ""
     if least is None:
-        shorter = f"A row takes more than the host's, at least up to {longest:,} tokens."
+        shorter = f"A row takes more than the host's, at least up to {lengths[-1]:,} tokens."
     note = (
         "Bytes of one row in half precision, pages and tables included, where every head keeps the share of tokens "
         f"that the method's settings ask for. {shorter}"

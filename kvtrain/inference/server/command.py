@@ -11,15 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from kvtrain.errors import UsageError, require_at_least
-from kvtrain.inference.server.options import (
-    API_KEY,
-    add_engine_arguments,
-    check_options,
-    model_name,
-    open_engine,
-    read_keys,
-    read_template,
-)
+from kvtrain.inference.server.options import API_KEY, ServeOptions, add_engine_arguments
 from kvtrain.parser import Parser, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE
 
@@ -52,19 +44,16 @@ def run(asked: Namespace) -> None:
         ValueError: Something about the command line is wrong, or the model.
         SystemExit: With 143 or 130, after a signal.
     """
-    check_options(asked)
+    options = ServeOptions.read(asked)
     if not 0 <= asked.port < 1 << 16:
         raise UsageError(f"--port must be from 0 to {(1 << 16) - 1}, not {asked.port}")
     require_at_least(0, "--grace", asked.grace)
-    keys, template = read_keys(asked.api_key_file), read_template(asked.chat_template)
-    with _bind(asked.host, asked.port, bool(keys)) as listener:
-        engine = open_engine(asked, template)
-        settings = _settings(asked, keys, listener)
+    with _bind(asked.host, asked.port, bool(options.keys)) as listener:
+        engine = options.open_engine()
+        settings = options.settings(max(1024, 2 * asked.max_queue), _allowed_hosts(options, listener))
         address = _shown(listener)
-        print(
-            f"kvtrain: {settings.model_name} at {address}, {'a key opens it' if keys else 'open to this machine'}",
-            flush=True,
-        )
+        openness = "a key opens it" if options.keys else "open to this machine"
+        print(f"kvtrain: {settings.model_name} at {address}, {openness}", flush=True)
         raise SystemExit(asyncio.run(_serve(engine, settings, listener, asked.grace)))
 
 
@@ -93,17 +82,13 @@ def _shown(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _settings(asked: Namespace, keys: tuple[str, ...], listener: socket.socket) -> "ServerSettings":
-    from kvtrain.inference.server.settings import ServerSettings
-
+def _allowed_hosts(options: ServeOptions, listener: socket.socket) -> frozenset[str] | None:
+    """Under which names browsers may call a server that no key protects."""
+    if options.keys:
+        return None
     host = listener.getsockname()[0]
-    local = frozenset(["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, asked.host.lower()])
-    return ServerSettings(
-        model_name(asked),
-        keys,
-        None if keys else local,
-        max_connections=max(1024, 2 * asked.max_queue),
-        request_timeout=asked.timeout,
+    return frozenset(
+        ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, options.asked.host.lower()]
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from kvtrain.inference.engine import Engine
+    from kvtrain.inference.server.settings import ServerSettings
 
 API_KEY = "KVTRAIN_API_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")
@@ -36,12 +38,66 @@ def add_engine_arguments(parser: Parser) -> None:
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's")
 
 
-def check_options(asked: Namespace) -> None:
-    """Say what is wrong before anything heavy is loaded.
+@dataclass(frozen=True)
+class ServeOptions:
+    """What was asked for, looked over and read, and what it means.
 
-    Raises:
-        UsageError: A package is missing, or a number is out of range.
+    Attributes:
+        asked: Options by name.
+        keys: Any of them opens the server.
+        template: For chats, in place of the tokenizer's.
     """
+
+    asked: Namespace
+    keys: tuple[str, ...] = field(repr=False)
+    template: str | None
+
+    @classmethod
+    def read(cls, asked: Namespace) -> "ServeOptions":
+        """Say what is wrong before anything heavy is loaded.
+
+        Raises:
+            UsageError: A package is missing, a number is out of range, or a file does not hold what it should.
+            OSError: A file cannot be read.
+        """
+        _check(asked)
+        return cls(asked, _read_keys(asked.api_key_file), _read_template(asked.chat_template))
+
+    def open_engine(self) -> "Engine":
+        """Read the model and start its engine.
+
+        Raises:
+            UsageError: There is no such model, it generates no text, or the template does not work.
+        """
+        from kvtrain.inference.engine import Engine, Limits
+        from kvtrain.inference.load import open_model
+
+        asked = self.asked
+        model, tokenizer = open_model(asked.model)
+        if self.template is not None:
+            _set_template(tokenizer, self.template, asked.chat_template)
+        limits = Limits(
+            max_requests=asked.max_requests,
+            max_queue=asked.max_queue,
+            max_prompt_tokens=asked.max_prompt_tokens,
+            max_new_tokens=asked.max_tokens,
+            step_tokens=max(512, 2 * asked.max_requests),
+            page_size=asked.page_size,
+        )
+        return Engine(model, tokenizer, asked.budget, limits)
+
+    def settings(self, max_connections: int, allowed_hosts: frozenset[str] | None = None) -> "ServerSettings":
+        """Settings of the server, which also depend on where it listens."""
+        from kvtrain.inference.server.settings import ServerSettings
+
+        folder = Path(self.asked.model)
+        name = self.asked.name or (folder.resolve().name if folder.is_dir() else self.asked.model)
+        return ServerSettings(
+            name, self.keys, allowed_hosts, max_connections=max_connections, request_timeout=self.asked.timeout
+        )
+
+
+def _check(asked: Namespace) -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serving needs {', '.join(missing)}; pip install 'kvtrain[serve]'")
@@ -51,13 +107,8 @@ def check_options(asked: Namespace) -> None:
         raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
 
 
-def read_keys(path: str | None) -> tuple[str, ...]:
-    """Keys of a file, or of the environment; never shown, in no message either.
-
-    Raises:
-        UsageError: The file holds none, or one is too short.
-        OSError: It cannot be read.
-    """
+def _read_keys(path: str | None) -> tuple[str, ...]:
+    """Keys of a file, or of the environment; never shown, in no message either."""
     given = os.environ.get(API_KEY, "") if path is None else Path(path).read_bytes().decode("utf-8", "replace")
     keys = tuple(line.strip() for line in given.splitlines() if line.strip())
     where = API_KEY if path is None else path
@@ -70,13 +121,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     return keys
 
 
-def read_template(path: str | None) -> str | None:
-    """A chat template.
-
-    Raises:
-        UsageError: It is empty, or no text.
-        OSError: It cannot be read.
-    """
+def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
@@ -86,35 +131,6 @@ def read_template(path: str | None) -> str | None:
     if not template.strip():
         raise UsageError(f"{path} is empty; write a chat template into it, or leave --chat-template out")
     return template
-
-
-def open_engine(asked: Namespace, template: str | None) -> "Engine":
-    """Read the model and start its engine.
-
-    Raises:
-        UsageError: There is no such model, it generates no text, or the template does not work.
-    """
-    from kvtrain.inference.engine import Engine, Limits
-    from kvtrain.inference.load import open_model
-
-    model, tokenizer = open_model(asked.model)
-    if template is not None:
-        _set_template(tokenizer, template, asked.chat_template)
-    limits = Limits(
-        max_requests=asked.max_requests,
-        max_queue=asked.max_queue,
-        max_prompt_tokens=asked.max_prompt_tokens,
-        max_new_tokens=asked.max_tokens,
-        step_tokens=max(512, 2 * asked.max_requests),
-        page_size=asked.page_size,
-    )
-    return Engine(model, tokenizer, asked.budget, limits)
-
-
-def model_name(asked: Namespace) -> str:
-    """What requests call the model."""
-    folder = Path(asked.model)
-    return asked.name or (folder.resolve().name if folder.is_dir() else asked.model)
 
 
 def _set_template(tokenizer: "PreTrainedTokenizerFast", template: str, path: str) -> None:

@@ -1,21 +1,12 @@
 """The server under Ray Serve: ``launch/serve/ray.yaml`` names ``build``, and every replica has an engine of its own."""
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from kvtrain.errors import UsageError
-from kvtrain.inference.server.options import (
-    API_KEY,
-    add_engine_arguments,
-    check_options,
-    model_name,
-    open_engine,
-    read_keys,
-    read_template,
-)
+from kvtrain.inference.server.options import API_KEY, ServeOptions, add_engine_arguments
 from kvtrain.parser import Parser
 
 if TYPE_CHECKING:
@@ -35,16 +26,14 @@ def build(options: Mapping[str, Any]) -> "Application":
     Raises:
         UsageError: An option is unknown or out of range, or there is no key: what reaches Ray's proxy is up to Ray.
     """
-    asked = _read_options(options)
-    keys = read_keys(asked.api_key_file)
-    if not keys:
+    read = _read(options)
+    if not read.keys:
         raise UsageError(f"Ray Serve needs a key: {API_KEY} in Ray's environment, or api_key_file on every node")
-    read_template(asked.chat_template)
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="kvtrain",
-        max_ongoing_requests=asked.max_requests + _PROBES,
-        max_queued_requests=asked.max_queue,
+        max_ongoing_requests=read.asked.max_requests + _PROBES,
+        max_queued_requests=read.asked.max_queue,
     )
     return deployment.bind(dict(options))
 
@@ -57,21 +46,14 @@ class Replica:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._asked = _read_options(options)
-        self._engine = open_engine(self._asked, read_template(self._asked.chat_template))
+        self._options = _read(options)
+        self._engine = self._options.open_engine()
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """What Ray serves, once the engine stands; Ray asks for it by this name."""
         from kvtrain.inference.server.app import build_app
-        from kvtrain.inference.server.settings import ServerSettings
 
-        settings = ServerSettings(
-            model_name(self._asked),
-            read_keys(self._asked.api_key_file),
-            max_connections=self._asked.max_requests + _PROBES,
-            request_timeout=self._asked.timeout,
-        )
-        return build_app(self._engine, settings)
+        return build_app(self._engine, self._options.settings(self._options.asked.max_requests + _PROBES))
 
     def check_health(self) -> None:
         """Let Ray replace a replica whose engine has died.
@@ -88,13 +70,12 @@ class Replica:
             engine.close()
 
 
-def _read_options(options: Mapping[str, Any]) -> Namespace:
+def _read(options: Mapping[str, Any]) -> ServeOptions:
     """Options as the command line of ``kvtrain serve`` would have them."""
     parser = Parser("Ray Serve's args")
     add_engine_arguments(parser)
     if "model" not in options:
         raise UsageError("args.model is missing: an exported folder, a Hub id or kvtrain:tiny")
     named = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items() if name != "model"}
-    asked = parser.parse_args([str(options["model"]), *[f"{name}={value}" for name, value in named.items()]])
-    check_options(asked)
-    return asked
+    words = [str(options["model"]), *[f"{name}={value}" for name, value in named.items()]]
+    return ServeOptions.read(parser.parse_args(words))
