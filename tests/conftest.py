@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or a Hugging Face library.
@@ -34,6 +35,15 @@ def _alike() -> None:
     """Whatever ran before in this process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """A test that forms a group ends it, or it is the next one that fails."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("this test leaves a torch.distributed process group behind")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
