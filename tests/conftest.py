@@ -19,6 +19,11 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+_LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "CROSS_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"),
+)
+
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", deadline=None, print_blob=True)  # `make test-all`: --hypothesis-profile=random
 settings.load_profile("same")
@@ -38,9 +43,15 @@ def _alike() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_group_is_left() -> Iterator[None]:
-    """A test that forms a group ends it, or it is the next one that fails."""
+def _no_launcher_is_left() -> Iterator[None]:
+    """What a test says of a launcher holds for that test: whoever asks later, accelerate too, would form a group."""
+    before = {name: os.environ.get(name) for name in _LAUNCHER}
     yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         pytest.fail("this test leaves a torch.distributed process group behind")
