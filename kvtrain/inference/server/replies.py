@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from fastapi.sse import format_sse_event
 from openai.types import Completion as TextCompletion
 from openai.types import CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -45,7 +46,7 @@ class ReplyForm(ABC):
         self, model_name: str, tokenizer: PreTrainedTokenizerFast, answers_per_prompt: int, logprobs: bool
     ) -> None:
         self._tokenizer, self._answers_per_prompt, self._logprobs = tokenizer, answers_per_prompt, logprobs
-        self._around: dict[int, list[str]] = {}  # of each answer, what stands before and behind a piece of its text
+        self._around: dict[int, list[bytes]] = {}  # of each answer, what stands before and behind a piece of its text
         self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -72,15 +73,15 @@ class ReplyForm(ABC):
     def usage_chunk(self, usages: Sequence[Usage]) -> BaseModel:
         """What a stream ends with, where usage was asked for."""
 
-    def delta_json(self, index: int, delta: Delta) -> str:
+    def delta_event(self, index: int, delta: Delta) -> bytes:
         """A piece of an answer as it is sent; all but its text is written once."""
         if delta.logprobs:
-            return as_json(self.delta(index, delta))
+            return as_event(self.delta(index, delta))
         if index not in self._around:
             mark = uuid.uuid4().hex
-            self._around[index] = as_json(self.delta(index, Delta(index, mark, ()))).split(f'"{mark}"')
+            self._around[index] = as_event(self.delta(index, Delta(index, mark, ()))).split(f'"{mark}"'.encode())
         before, behind = self._around[index]
-        return f"{before}{json.dumps(delta.text)}{behind}"
+        return before + json.dumps(delta.text).encode() + behind
 
     def usage(self, usages: Sequence[Usage]) -> CompletionUsage:
         """What answers took, in OpenAI's words and in ours."""
@@ -263,3 +264,8 @@ class ChatForm(ReplyForm):
 def as_json(reply: BaseModel) -> str:
     """A reply as it is sent: fields that nobody has set are left out."""
     return reply.model_dump_json(exclude_unset=True)
+
+
+def as_event(reply: BaseModel) -> bytes:
+    """A reply as a part of a stream."""
+    return format_sse_event(data_str=as_json(reply))
