@@ -85,7 +85,7 @@ class Api:
             ApiError: And others; the body asks for what is not served.
         """
         self._require_model(body)
-        prompts = await asyncio.to_thread(self._prompts, body)
+        prompts = await self._prompts(body)
         tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = [self._request(body, prompt, tokens, body.logprobs) for prompt in prompts]
         name, asked = self._settings.model_name, body.logprobs is not None
@@ -125,8 +125,13 @@ class Api:
         message = f"no model {name!r} is served here; ask for {self._settings.model_name!r}"
         return ApiError(status, message, "model", "model_not_found")
 
-    def _prompts(self, body: CompletionRequest) -> list[list[int]]:
-        return [prompt_ids(self._tokenizer, p) if isinstance(p, str) else p for p in body.prompt]
+    async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
+        """Token ids; texts, which may be long, become such beside the event loop."""
+
+        def read() -> list[list[int]]:
+            return [prompt_ids(self._tokenizer, p) if isinstance(p, str) else p for p in body.prompt]
+
+        return await asyncio.to_thread(read) if any(isinstance(p, str) for p in body.prompt) else read()
 
     def _chat_tokens(self, body: ChatRequest, prompt_tokens: int) -> int:
         """As many as were asked for; else what is usual, or what limits leave of it."""

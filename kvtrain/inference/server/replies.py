@@ -5,9 +5,10 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi.sse import format_sse_event
+from openai import BaseModel as OpenAIModel
 from openai.types import Completion as TextCompletion
 from openai.types import CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from kvtrain.inference.engine import Delta, Finish, TokenLogprob, Usage
 from kvtrain.inference.server.generation import Answers
 
+_Reply = TypeVar("_Reply", bound=OpenAIModel)
 _UNFINISHED = "\ufffd"
 
 
@@ -161,13 +163,13 @@ class TextForm(ReplyForm):
         return self._completion([], self.usage(usages))
 
     def _completion(self, choices: list[CompletionChoice], usage: CompletionUsage | None = None) -> TextCompletion:
-        return TextCompletion.model_construct(**self._head, object="text_completion", choices=choices, usage=usage)
+        return _constructed(TextCompletion, **self._head, object="text_completion", choices=choices, usage=usage)
 
     def _choice(self, index: int, text: str, logprobs: Logprobs | None, finish: Finish | None) -> CompletionChoice:
         reason: dict[str, Any] = {} if finish is None else {"stop_reason": stop_reason(finish)}
         ended = None if finish is None else finish_reason(finish)
         fields: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": ended}
-        return CompletionChoice.model_construct(**fields, **reason)
+        return _constructed(CompletionChoice, **fields, **reason)
 
     def _token_logprobs(self, index: int, delta: Delta) -> Logprobs | None:
         """Those of a piece of text, each at the place where the piece begins."""
@@ -234,8 +236,8 @@ class ChatForm(ReplyForm):
     def _chunk(
         self, choices: list[chat_completion_chunk.Choice], usage: CompletionUsage | None = None
     ) -> ChatCompletionChunk:
-        return ChatCompletionChunk.model_construct(
-            **self._head, object="chat.completion.chunk", choices=choices, usage=usage
+        return _constructed(
+            ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=choices, usage=usage
         )
 
     def _choice(
@@ -243,9 +245,9 @@ class ChatForm(ReplyForm):
     ) -> chat_completion_chunk.Choice:
         reason: dict[str, Any] = {} if finish is None else {"stop_reason": stop_reason(finish)}
         ended = None if finish is None else finish_reason(finish)
-        content = chat_completion_chunk.ChoiceDelta.model_construct(**delta)
+        content = _constructed(chat_completion_chunk.ChoiceDelta, **delta)
         fields: dict[str, Any] = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": ended}
-        return chat_completion_chunk.Choice.model_construct(**fields, **reason)
+        return _constructed(chat_completion_chunk.Choice, **fields, **reason)
 
     def _token_logprobs(self, logprobs: Sequence[TokenLogprob], kind: Any) -> Any:
         return kind(content=[self._token_logprob(logprob) for logprob in logprobs]) if self._logprobs else None
@@ -259,6 +261,11 @@ class ChatForm(ReplyForm):
             logprob=logprob.logprob,
             top_logprobs=[TopLogprob(token=token, bytes=encoded, logprob=value) for token, encoded, value in others],
         )
+
+
+def _constructed(kind: type[_Reply], **fields: Any) -> _Reply:
+    """A reply of fields that are right already; openai's own ``model_construct`` looks into each of them."""
+    return super(OpenAIModel, kind).model_construct(**fields)
 
 
 def as_json(reply: BaseModel) -> str:
