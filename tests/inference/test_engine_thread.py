@@ -237,6 +237,42 @@ def test_a_listener_that_fails_loses_its_request_alone(engine, caplog):
     assert engine.health().ok and "nobody home" in caplog.text
 
 
+def test_events_of_a_pass_cross_to_an_event_loop_together(engine, monkeypatch):
+    """Six streams, all there before the first step; every event comes, in order, and each pass wakes the loop once."""
+    passes, crossings, gate, run = [], [], threading.Event(), engine._loop.runner.run
+
+    async def listen():
+        event_loop = asyncio.get_running_loop()
+        cross = event_loop.call_soon_threadsafe
+        event_loop.call_soon_threadsafe = lambda *asked: (crossings.append(1), cross(*asked))
+        streams = [engine.stream(endless(tokens=12)) for _ in range(6)]
+        gate.set()
+        return await asyncio.gather(*(listened(stream) for stream in streams))
+
+    async def listened(stream):
+        return [event async for event in stream]
+
+    engine._commands.put(lambda loop: gate.wait())
+    monkeypatch.setattr(
+        engine._loop.runner, "run", lambda batch, prefill: (passes.append(1), run(batch, prefill=prefill))[1]
+    )
+    for *deltas, finish in asyncio.run(listen()):
+        assert finish.reason == "length" and [len(delta.token_ids) for delta in deltas] == [1] * 12
+    (alone,) = engine.generate(endless(tokens=12))
+    assert 12 <= len(crossings) <= len(passes) < 6 * 12 and len(alone.token_ids) == 12
+
+
+def test_an_event_loop_that_is_closed_loses_its_request_alone(engine, slow, caplog):
+    async def leave():
+        return engine.submit(endless(), print, asyncio.get_running_loop())
+
+    lost = asyncio.run(leave())
+    (answer,) = engine.generate(endless(tokens=4))
+    assert answer.finish.reason == "length"
+    until(lambda: engine.stats().running == 0)
+    assert lost.cancelled and engine.health().ok and caplog.text.count("could not be delivered") == 1
+
+
 @pytest.mark.parametrize(("grace", "reason"), [(30.0, "length"), (0.0, "error")])
 def test_closing_lets_requests_end_or_says_that_it_does_not(slow, grace, reason):
     engine, events = Engine(dmc(), None, BUDGET, Limits(max_requests=2, step_tokens=32)), queue.SimpleQueue()

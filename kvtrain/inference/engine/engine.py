@@ -67,12 +67,16 @@ class Engine:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(
+        self, request: Request, deliver: Callable[[Event], None], event_loop: asyncio.AbstractEventLoop | None = None
+    ) -> Ticket:
         """Take a request; each of its answers ends with a ``Finish``.
 
         Args:
             request: What is asked.
-            deliver: Is given every event, on the engine's thread: it must be quick, and may not wait.
+            deliver: Is given every event: it must be quick, and may not wait.
+            event_loop: Where it is called, once all that a pass over the model gives is there; None is the engine's
+                thread, at once.
 
         Returns:
             What cancels it, at any time and from any thread.
@@ -84,7 +88,7 @@ class Engine:
             EngineClosedError: The engine shuts down or has died.
         """
         self._loop.check(request)
-        ticket = Ticket(request, deliver)
+        ticket = Ticket(request, deliver, event_loop)
         with self._lock:
             if self._refusal is not None:
                 raise EngineClosedError(self._refusal)
@@ -210,10 +214,9 @@ class EventStream:
     """Events of a request, on the event loop that asks for them; see ``Engine.stream``."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._events, self._open = events, request.n  # answers that have not ended
-        # No word of this object: when nobody holds it any more, it cancels.
-        self._ticket = engine.submit(request, lambda event: _hand_over(loop, events, event))
+        self._events, self._open = asyncio.Queue[Event](), request.n  # answers that have not ended
+        # The queue knows nothing of this object: when nobody holds it any more, it cancels.
+        self._ticket = engine.submit(request, self._events.put_nowait, asyncio.get_running_loop())
 
     def __aiter__(self) -> Self:
         return self
@@ -246,7 +249,3 @@ class EventStream:
     def __del__(self) -> None:
         if hasattr(self, "_ticket"):
             self.cancel()
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, event)

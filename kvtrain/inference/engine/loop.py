@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kvtrain.errors import UsageError
-from kvtrain.inference.engine.answers import Answer, Ticket
+from kvtrain.inference.engine.answers import Answer, Outbox, Ticket
 from kvtrain.inference.engine.forecast import Forecast
 from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.meter import Meter
@@ -54,6 +54,7 @@ class EngineLoop:
         rollback = model.assisted_options() == {}  # tokens go back without a limit
         self.scheduler = Scheduler(self.runner.rows, limits, self.forecast, rollback)
         self._answers: dict[ServedSequence, Answer] = {}
+        self._outbox = Outbox()
         self._arrivals = count()
         self.meter = Meter(self.runner, self.scheduler)
 
@@ -143,6 +144,7 @@ class EngineLoop:
         for refusal in self.scheduler.refused:
             self._end(self._answers[refusal.sequence], "error", _counts(refusal.sequence), refusal.reason)
         self.scheduler.refused.clear()
+        self._outbox.flush()
         if not self.scheduler.running:
             self.runner.rows.trim()
         if self.meter.step(now):
@@ -152,6 +154,7 @@ class EngineLoop:
         """End every request with an error; the model is not asked for anything."""
         for answer in list(self._answers.values()):
             self._end(answer, "error", _counts(answer.sequence), reason)
+        self._outbox.flush()
 
     def drop_kept_prefixes(self) -> None:
         """Give back what is kept for prompts to come."""
@@ -169,13 +172,15 @@ class EngineLoop:
         if whole:
             answers = [self._answers[batch[number].sequence] for number in whole]
             self._choose(logits if len(whole) == len(batch) else logits[whole], answers)
+            self._outbox.flush()  # whoever reads on does not wait for prompts of others
 
     def _choose(self, logits: Tensor, answers: Sequence[Answer]) -> None:
         """Add the next token to answers whose tokens have all been fed; logits ``(B, V)``."""
         tokens, logprobs = sample(logits, [answer.sampler for answer in answers])
         self.meter.new_tokens += len(tokens)
         for answer, token, logprob in zip(answers, tokens, logprobs, strict=True):
-            reason = answer.push(token, logprob)
+            delta, reason = answer.push(token, logprob)
+            self._outbox.put(answer.ticket, delta)
             if reason is not None:
                 self._finish(answer, reason)
 
@@ -191,7 +196,7 @@ class EngineLoop:
         del self._answers[answer.sequence]
         self.meter.finished[reason] += 1
         self.meter.cached_prompt_tokens += usage.cached_prompt_tokens
-        answer.ticket.send(Finish(answer.index, reason, usage, answer.stop, error))
+        self._outbox.put(answer.ticket, Finish(answer.index, reason, usage, answer.stop, error))
 
     def _report(self) -> None:
         """Say to every running request what it takes at present."""

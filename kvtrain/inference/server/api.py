@@ -20,7 +20,7 @@ from kvtrain.inference.server.conversations import Conversations
 from kvtrain.inference.server.errors import ApiError, refusal
 from kvtrain.inference.server.generation import Answers, Arrival
 from kvtrain.inference.server.metrics import ServerMetrics
-from kvtrain.inference.server.replies import ChatForm, ReplyForm, TextForm, as_json
+from kvtrain.inference.server.replies import ChatForm, ReplyForm, TextForm, as_event, as_json
 from kvtrain.inference.server.settings import ServerSettings
 from kvtrain.inference.server.wire import ChatRequest, CompletionRequest, GenerationFields
 
@@ -85,7 +85,7 @@ class Api:
             ApiError: And others; the body asks for what is not served.
         """
         self._require_model(body)
-        prompts = await asyncio.to_thread(self._prompts, body)
+        prompts = await self._prompts(body)
         tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = [self._request(body, prompt, tokens, body.logprobs) for prompt in prompts]
         name, asked = self._settings.model_name, body.logprobs is not None
@@ -125,8 +125,13 @@ class Api:
         message = f"no model {name!r} is served here; ask for {self._settings.model_name!r}"
         return ApiError(status, message, "model", "model_not_found")
 
-    def _prompts(self, body: CompletionRequest) -> list[list[int]]:
-        return [prompt_ids(self._tokenizer, p) if isinstance(p, str) else p for p in body.prompt]
+    async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
+        """Token ids; texts, which may be long, become such beside the event loop."""
+
+        def read() -> list[list[int]]:
+            return [prompt_ids(self._tokenizer, p) if isinstance(p, str) else p for p in body.prompt]
+
+        return await asyncio.to_thread(read) if any(isinstance(p, str) for p in body.prompt) else read()
 
     def _chat_tokens(self, body: ChatRequest, prompt_tokens: int) -> int:
         """As many as were asked for; else what is usual, or what limits leave of it."""
@@ -168,37 +173,30 @@ def _role(role: str) -> str:
 
 
 async def _events(answers: Answers, form: ReplyForm, include_usage: bool, ended: _Ended | None) -> AsyncIterator[bytes]:
-    for reply in form.first_chunks(answers.num_answers):
-        yield format_sse_event(data_str=as_json(reply))
+    """Parts of a body; what arrives together is sent together."""
+    yield b"".join(as_event(reply) for reply in form.first_chunks(answers.num_answers))
     try:
-        async for arrival in _with_pings(answers):
-            if arrival is None:
+        async for batch in answers.batches(_PING):
+            if not batch:
                 yield KEEPALIVE_COMMENT
-            elif isinstance(arrival.event, Finish):
-                if ended is not None:
-                    ended(arrival.index, answers)
-                yield format_sse_event(data_str=as_json(form.finish(arrival.index, arrival.event)))
-            elif arrival.event.text or arrival.event.logprobs:
-                yield format_sse_event(data_str=form.delta_json(arrival.index, arrival.event))
-        if include_usage:
-            yield format_sse_event(data_str=as_json(form.usage_chunk(answers.usages())))
+            elif shown := b"".join(_shown(arrival, form) for arrival in batch):
+                yield shown
+            if ended is not None:
+                for arrival in batch:
+                    if isinstance(arrival.event, Finish):
+                        ended(arrival.index, answers)
+        last = as_event(form.usage_chunk(answers.usages())) if include_usage else b""
     except (UsageError, EngineClosedError) as error:  # the status is sent already
-        yield format_sse_event(data_str=json.dumps(refusal(error).body()))
-    yield format_sse_event(data_str="[DONE]")
+        last = format_sse_event(data_str=json.dumps(refusal(error).body()))
+    yield last + format_sse_event(data_str="[DONE]")
 
 
-async def _with_pings(answers: Answers) -> AsyncIterator[Arrival | None]:
-    """What arrives, and None where nothing has for some time."""
-    while True:
-        try:
-            async with asyncio.timeout(_PING):
-                arrival = await anext(answers, None)
-        except TimeoutError:
-            yield None
-        else:
-            if arrival is None:
-                return
-            yield arrival
+def _shown(arrival: Arrival, form: ReplyForm) -> bytes:
+    """What a client sees of an event: nothing of a token without text, such as half a character."""
+    event = arrival.event
+    if isinstance(event, Finish):
+        return as_event(form.finish(arrival.index, event))
+    return form.delta_event(arrival.index, event) if event.text or event.logprobs else b""
 
 
 def api_routes(api: Api) -> APIRouter:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,16 +55,17 @@ class Answers:
 
     def __init__(self, engine: Engine, requests: Sequence[Request], metrics: ServerMetrics) -> None:
         self._engine, self._metrics = engine, metrics
-        self._loop = asyncio.get_running_loop()
-        self._arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        self._news, self._over = asyncio.Event(), asyncio.Event()
+        self._arrivals: list[Arrival] = []  # since somebody looked
         self.num_answers = self._open = sum(request.n for request in requests)
         self._clocks = [_Clock(time.perf_counter()) for _ in range(self.num_answers)]
         self._parts: list[list[Delta]] = [[] for _ in range(self.num_answers)]
         self._whole: dict[int, Completion] = {}
-        self._tickets, first = [], 0
+        self._failure: Exception | None = None
+        self._tickets, first, event_loop = [], 0, asyncio.get_running_loop()
         try:
             for request in requests:
-                self._tickets.append(engine.submit(request, partial(self._take, first)))
+                self._tickets.append(engine.submit(request, partial(self._take, first), event_loop))
                 first += request.n
         except BaseException:
             self._cancel()
@@ -73,20 +74,29 @@ class Answers:
         assert task is not None
         task.add_done_callback(lambda _: self._cancel())
 
-    def __aiter__(self) -> AsyncIterator[Arrival]:
-        return self
+    async def batches(self, patience: float) -> AsyncGenerator[list[Arrival]]:
+        """What has arrived since the last batch, until all have ended.
 
-    async def __anext__(self) -> Arrival:
-        if not self._open:
-            raise StopAsyncIteration
-        arrival = await self._arrivals.get()
-        if isinstance(arrival.event, Delta):
-            self._parts[arrival.index].append(arrival.event)
-        else:
-            self._open -= 1
-            self._require_whole(arrival.event)
-            self._whole[arrival.index] = Completion.of(self._parts[arrival.index], arrival.event)
-        return arrival
+        Args:
+            patience: Seconds without an event after which there is an empty batch.
+
+        Raises:
+            EngineClosedError: The engine ended before.
+            TooLargeError: One outgrew the budget.
+        """
+        alarm = _Alarm(patience, self._news)
+        try:
+            while self._arrivals or not self._over.is_set():
+                await self._news.wait()
+                self._news.clear()
+                arrivals, self._arrivals = self._arrivals, []
+                if arrivals or not self._over.is_set():
+                    yield arrivals
+                alarm.put_off()
+        finally:
+            alarm.cancel()
+        if self._failure is not None:
+            raise self._failure
 
     async def wait(self) -> None:
         """Wait for all to end.
@@ -95,8 +105,9 @@ class Answers:
             EngineClosedError: The engine ended before.
             TooLargeError: One outgrew the budget.
         """
-        async for _ in self:
-            pass
+        await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def completions(self) -> list[Completion]:
         """Answers, when all have ended."""
@@ -119,19 +130,63 @@ class Answers:
             ticket.cancel()
 
     def _take(self, first: int, event: Event) -> None:
-        """An event of the request whose answers begin with this one; on the engine's thread."""
-        index = first + event.index
-        if isinstance(event, Delta) and event.token_ids:
-            clock, now = self._clocks[index], time.perf_counter()
-            if clock.latest is None:
-                self._metrics.first_token.observe(now - clock.began)
-            else:
-                self._metrics.inter_token.observe(now - clock.latest)
-            clock.latest = now
-        self._loop.call_soon_threadsafe(self._arrivals.put_nowait, Arrival(index, event))
-
-    def _require_whole(self, finish: Finish) -> None:
-        if finish.reason != "error":
+        """An event of the request whose answers begin with this one."""
+        if self._over.is_set():  # by a failure
             return
+        index = first + event.index
+        if isinstance(event, Delta):
+            self._parts[index].append(event)
+            self._observe(self._clocks[index])
+        else:
+            self._open -= 1
+            self._failure = self._failure_of(event)
+            self._whole[index] = Completion.of(self._parts[index], event)
+        if self._failure is None:
+            self._arrivals.append(Arrival(index, event))
+        if self._failure is not None or not self._open:
+            self._over.set()
+        self._news.set()
+
+    def _observe(self, clock: _Clock) -> None:
+        """Note when a token of an answer came."""
+        now = time.perf_counter()
+        if clock.latest is None:
+            self._metrics.first_token.observe(now - clock.began)
+        else:
+            self._metrics.inter_token.observe(now - clock.latest)
+        clock.latest = now
+
+    def _failure_of(self, finish: Finish) -> Exception | None:
+        if finish.reason != "error":
+            return None
         message = finish.error or "the answer failed"
-        raise TooLargeError(message) if self._engine.health().ok else EngineClosedError(message)
+        return TooLargeError(message) if self._engine.health().ok else EngineClosedError(message)
+
+
+class _Alarm:
+    """Sets an event where it has not been put off for some time; one timer, since one a token costs more than the rest.
+
+    Args:
+        seconds: Between two alarms, or the latest event and an alarm.
+        event: Is set.
+    """
+
+    def __init__(self, seconds: float, event: asyncio.Event) -> None:
+        self._seconds, self._event, self._loop = seconds, event, asyncio.get_running_loop()
+        self.put_off()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def put_off(self) -> None:
+        """Begin anew."""
+        self._since = self._loop.time()
+
+    def cancel(self) -> None:
+        """No more alarms."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left = self._since + self._seconds - self._loop.time()
+        if left <= 0:
+            self._event.set()
+            left = self._seconds
+        self._timer = self._loop.call_later(left, self._look)

@@ -5,8 +5,10 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from fastapi.sse import format_sse_event
+from openai import BaseModel as OpenAIModel
 from openai.types import Completion as TextCompletion
 from openai.types import CompletionChoice, CompletionUsage
 from openai.types.chat import (
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from kvtrain.inference.engine import Delta, Finish, TokenLogprob, Usage
 from kvtrain.inference.server.generation import Answers
 
+_Reply = TypeVar("_Reply", bound=OpenAIModel)
 _UNFINISHED = "\ufffd"
 
 
@@ -45,7 +48,7 @@ class ReplyForm(ABC):
         self, model_name: str, tokenizer: PreTrainedTokenizerFast, answers_per_prompt: int, logprobs: bool
     ) -> None:
         self._tokenizer, self._answers_per_prompt, self._logprobs = tokenizer, answers_per_prompt, logprobs
-        self._around: dict[int, list[str]] = {}  # of each answer, what stands before and behind a piece of its text
+        self._around: dict[int, list[bytes]] = {}  # of each answer, what stands before and behind a piece of its text
         self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -72,15 +75,15 @@ class ReplyForm(ABC):
     def usage_chunk(self, usages: Sequence[Usage]) -> BaseModel:
         """What a stream ends with, where usage was asked for."""
 
-    def delta_json(self, index: int, delta: Delta) -> str:
+    def delta_event(self, index: int, delta: Delta) -> bytes:
         """A piece of an answer as it is sent; all but its text is written once."""
         if delta.logprobs:
-            return as_json(self.delta(index, delta))
+            return as_event(self.delta(index, delta))
         if index not in self._around:
             mark = uuid.uuid4().hex
-            self._around[index] = as_json(self.delta(index, Delta(index, mark, ()))).split(f'"{mark}"')
+            self._around[index] = as_event(self.delta(index, Delta(index, mark, ()))).split(f'"{mark}"'.encode())
         before, behind = self._around[index]
-        return f"{before}{json.dumps(delta.text)}{behind}"
+        return before + json.dumps(delta.text).encode() + behind
 
     def usage(self, usages: Sequence[Usage]) -> CompletionUsage:
         """What answers took, in OpenAI's words and in ours."""
@@ -160,13 +163,13 @@ class TextForm(ReplyForm):
         return self._completion([], self.usage(usages))
 
     def _completion(self, choices: list[CompletionChoice], usage: CompletionUsage | None = None) -> TextCompletion:
-        return TextCompletion.model_construct(**self._head, object="text_completion", choices=choices, usage=usage)
+        return _constructed(TextCompletion, **self._head, object="text_completion", choices=choices, usage=usage)
 
     def _choice(self, index: int, text: str, logprobs: Logprobs | None, finish: Finish | None) -> CompletionChoice:
         reason: dict[str, Any] = {} if finish is None else {"stop_reason": stop_reason(finish)}
         ended = None if finish is None else finish_reason(finish)
         fields: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": ended}
-        return CompletionChoice.model_construct(**fields, **reason)
+        return _constructed(CompletionChoice, **fields, **reason)
 
     def _token_logprobs(self, index: int, delta: Delta) -> Logprobs | None:
         """Those of a piece of text, each at the place where the piece begins."""
@@ -233,8 +236,8 @@ class ChatForm(ReplyForm):
     def _chunk(
         self, choices: list[chat_completion_chunk.Choice], usage: CompletionUsage | None = None
     ) -> ChatCompletionChunk:
-        return ChatCompletionChunk.model_construct(
-            **self._head, object="chat.completion.chunk", choices=choices, usage=usage
+        return _constructed(
+            ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=choices, usage=usage
         )
 
     def _choice(
@@ -242,9 +245,9 @@ class ChatForm(ReplyForm):
     ) -> chat_completion_chunk.Choice:
         reason: dict[str, Any] = {} if finish is None else {"stop_reason": stop_reason(finish)}
         ended = None if finish is None else finish_reason(finish)
-        content = chat_completion_chunk.ChoiceDelta.model_construct(**delta)
+        content = _constructed(chat_completion_chunk.ChoiceDelta, **delta)
         fields: dict[str, Any] = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": ended}
-        return chat_completion_chunk.Choice.model_construct(**fields, **reason)
+        return _constructed(chat_completion_chunk.Choice, **fields, **reason)
 
     def _token_logprobs(self, logprobs: Sequence[TokenLogprob], kind: Any) -> Any:
         return kind(content=[self._token_logprob(logprob) for logprob in logprobs]) if self._logprobs else None
@@ -260,6 +263,16 @@ class ChatForm(ReplyForm):
         )
 
 
+def _constructed(kind: type[_Reply], **fields: Any) -> _Reply:
+    """A reply of fields that are right already; openai's own ``model_construct`` looks into each of them."""
+    return super(OpenAIModel, kind).model_construct(**fields)
+
+
 def as_json(reply: BaseModel) -> str:
     """A reply as it is sent: fields that nobody has set are left out."""
     return reply.model_dump_json(exclude_unset=True)
+
+
+def as_event(reply: BaseModel) -> bytes:
+    """A reply as a part of a stream."""
+    return format_sse_event(data_str=as_json(reply))

@@ -1,5 +1,7 @@
 """OpenAI's client against the server: texts, streams, usage, log-probabilities, turns, and clients that hang up."""
 
+import json
+import threading
 import time
 
 import httpx
@@ -207,6 +209,24 @@ def test_a_client_that_hangs_up_is_forgotten_within_two_steps(served, stream, mo
     until(lambda: ended(engine) == before + 2)
     assert engine.stats().running == 0 and taken > 0
     assert len(steps) - taken <= 2  # beside the one that was running
+
+
+def test_a_stream_pings_while_nothing_comes_and_loses_nothing(served, monkeypatch):
+    monkeypatch.setattr("kvtrain.inference.server.api._PING", 0.05)
+    gate, body = threading.Event(), {**ENDLESS, "max_tokens": 20, "stream": True}
+    served.engine._commands.put(lambda loop: gate.wait())
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {KEY}"}) as client:
+        with client.stream("POST", "/v1/completions", json=body) as reply:
+            lines, pings = reply.iter_lines(), 0
+            while pings < 3:
+                pings += next(lines) == ": ping"
+            gate.set()
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        whole = client.post("/v1/completions", json={**body, "stream": False}).json()["choices"][0]
+    assert events.pop() == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
 
 
 def test_nobody_waits_longer_than_the_server_allows():

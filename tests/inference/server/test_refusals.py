@@ -269,3 +269,23 @@ def test_an_engine_that_dies_answers_everyone(monkeypatch):
         with pytest.raises(openai.InternalServerError, match="has died"):
             client.completions.create(**TEXT)
         assert time.monotonic() - began < 5
+
+
+def test_an_engine_that_dies_ends_streams_after_what_they_had(monkeypatch):
+    """With the reason, and at once."""
+    from kvtrain.inference.engine.loop import EngineLoop
+
+    with serve(model_of("dmc"), tokenizer_with()) as served, served.client() as client:
+        choose, left = EngineLoop._choose, [5]
+
+        def breaking(loop, *asked):
+            choose(loop, *asked)  # its events have not crossed yet
+            left[0] -= 1
+            assert left[0], "the device is lost"
+
+        monkeypatch.setattr(EngineLoop, "_choose", breaking)
+        asked = {**TEXT, "max_tokens": 3000, "logprobs": 0, "extra_body": {"ignore_eos": True}}
+        parts = []
+        with pytest.raises(openai.APIError, match="the engine has died of AssertionError: the device is lost"):
+            parts.extend(part for part in client.completions.create(stream=True, **asked))
+        assert sum(len(part.choices[0].logprobs.tokens) for part in parts) == 5

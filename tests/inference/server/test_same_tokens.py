@@ -48,7 +48,7 @@ def expected(method):
 @pytest.mark.slow
 def test_the_engine_alone_and_in_a_crowd(method):
     model, requests, wanted = expected(method)
-    check(serve(model, requests[:24], max_requests=1, kept_prefixes=0), wanted[:24])
+    check(serve(model, requests, max_requests=1, kept_prefixes=0), wanted)
     free = serve(model, requests, cancelled=CANCELLED, kept_prefixes=0)
     check(free, wanted)
     tight = serve(model, requests, budget=int(0.45 * free.peak), cancelled=CANCELLED)
@@ -58,39 +58,46 @@ def test_the_engine_alone_and_in_a_crowd(method):
     assert tight.loop.runner.rows.cache.held_bytes() == 0 == tight.loop.scheduler.swapped_bytes
 
 
-async def answer(client, request, stream):
-    """Text and number of tokens, whole or in parts."""
+async def answer(client, request, stream, names):
+    """Text, number of tokens, and names of tokens where they are asked for; whole or in parts."""
     body = {"model": "small", "prompt": request.prompt, "max_tokens": request.max_new_tokens, "temperature": 0}
-    body |= {"ignore_eos": True, "stream": stream}
+    body |= {"ignore_eos": True, "stream": stream, "logprobs": 0 if names else None}
     if not stream:
-        reply = (await client.post("/v1/completions", json=body)).raise_for_status().json()
-        return reply["choices"][0]["text"], reply["usage"]["completion_tokens"]
-    text, tokens = "", None
-    body["stream_options"] = {"include_usage": True}
-    async with client.stream("POST", "/v1/completions", json=body) as reply:
-        async for line in reply.aiter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                text += "".join(choice["text"] for choice in event["choices"])
-                tokens = event["usage"]["completion_tokens"] if event.get("usage") else tokens
-    return text, tokens
+        parts = [(await client.post("/v1/completions", json=body)).raise_for_status().json()]
+    else:
+        body["stream_options"] = {"include_usage": True}
+        async with client.stream("POST", "/v1/completions", json=body) as reply:
+            lines = [line async for line in reply.aiter_lines() if line.startswith("data: {")]
+        parts = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choices = [choice for part in parts for choice in part["choices"]]
+    named = [name for choice in choices for name in (choice["logprobs"] or {"tokens": []})["tokens"]]
+    return "".join(choice["text"] for choice in choices), parts[-1]["usage"]["completion_tokens"], named
 
 
 @pytest.mark.roads
 def test_http(method):
-    """All at once, every other one streamed."""
+    """All at once, every other one streamed, and every third one with the names of its tokens."""
     model, requests, wanted = expected(method)
     tokenizer, limits = tokenizer_with(), Limits(max_requests=16, step_tokens=64)
 
     async def ask(url):
         headers, pool = {"authorization": f"Bearer {KEY}"}, httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, headers=headers, limits=pool, timeout=120) as client:
-            asked = (answer(client, request, number % 2 == 1) for number, request in enumerate(requests))
+            asked = (answer(client, r, number % 2 == 1, number % 3 == 0) for number, r in enumerate(requests))
             return await asyncio.gather(*asked)
 
     with serve_over_http(model, tokenizer, 1 << 26, limits) as served:
         answers = asyncio.run(ask(served.url))
-    for request, (tokens, tied), (text, count) in zip(requests, wanted, answers, strict=True):
+    for number, (request, (tokens, tied), given) in enumerate(zip(requests, wanted, answers, strict=True)):
+        text, count, named = given
         assert count == request.max_new_tokens
         sure = tokenizer.decode(tokens, skip_special_tokens=True)
         assert text.startswith(sure.rstrip("\ufffd")) if tied else text == sure
+        assert len(named) == (0 if number % 3 else count)
+        assert named[: len(tokens)] == [name(tokenizer, token) for token in tokens][: len(named)]
+
+
+def name(tokenizer, token):
+    """A token's text, or its name in the vocabulary where it is part of a character: no two tokens share it."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
