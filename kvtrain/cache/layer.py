@@ -16,6 +16,8 @@ class KVCacheLayer(CacheLayerMixin):
         stores: Everything that the layer keeps.
     """
 
+    cuts_prompts = False  # whether it keeps a prompt whole until ``end_prompt``
+
     def __init__(self, *stores: RowStore) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stores = stores
@@ -28,6 +30,9 @@ class KVCacheLayer(CacheLayerMixin):
     def kv_bytes(self) -> int:
         """Bytes allocated, free pages included."""
         return sum(store.num_bytes() for store in self.stores)
+
+    def end_prompt(self, rows: Tensor) -> None:
+        """The rows ``(B,)`` bool have read a prompt to its end; layers with ``cuts_prompts`` cut it now."""
 
     def check_rollback(self, tokens: Tensor, past: Tensor) -> None:
         """Say whether ``rollback`` with the same arguments can be done; layers that never can leave it as it is.
