@@ -183,17 +183,17 @@ class KVCache(GeneratingCache):
             yield self.num_rows, pages
 
     @bookkeeping
-    def advance(self, valid: Tensor, reading: Tensor | None = None) -> None:
+    def advance(self, valid: Tensor, prefill: Tensor | None = None) -> None:
         """Called after a forward pass: counts its tokens.
 
         Args:
             valid: ``(B, n)`` real ones.
-            reading: ``(B,)`` rows of whose prompts they were a part; None: of none.
+            prefill: ``(B,)`` rows of whose prompts they were a part; None: of none.
         """
         self.seen += valid.shape[1]
         self._rows["tokens"] = self.tokens + valid.sum(1)
-        if self._open_prompts is not None and reading is not None:
-            self._open_prompts.go_on(reading)
+        if self._open_prompts is not None and prefill is not None:
+            self._open_prompts.go_on(prefill)
 
     def end_prompt(self, rows: Sequence[int] | None = None) -> None:
         """Say that some rows, all by default, have read their prompts to the end.
