@@ -1,7 +1,6 @@
 """Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -9,16 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.cache.page_table import PageTable, most_pages
+from kvtrain.cache.page_allocator import PageAllocator
 from kvtrain.cache.pool import PagePool
-from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
+from kvtrain.cache.rows import Placement, RowSnapshot, bookkeeping
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
-_NEVER = 1 << 40  # tokens that no head comes to
 
-
-class PagedStore(RowStore):
+class PagedStore(PageAllocator):
     """Slots of keys and values with a length per row and key-value head.
 
     A store never holds more pages than ``slots kept / page_size + one per (row, head)``: it grows by what it
@@ -47,31 +44,14 @@ class PagedStore(RowStore):
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
-        super().__init__(placement or Placement())
-        device = self.placement.device
-        self.num_heads, self.page_size, self.bits, self.dims = num_heads, page_size, bits, dict(dims)
+        placement = placement or Placement()
         if bits is None:
-            self.pool = PagePool(page_size, dims, self.placement)
+            pool = PagePool(page_size, dims, placement)
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
-            self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
-        self.rows = PageTable(num_heads, page_size, device)
-        self._ahead = False  # whether a head may own a page ahead of its slots
-
-    @property
-    def num_rows(self) -> int:
-        """See ``RowStore``."""
-        return self.lengths.shape[0]
-
-    @property
-    def lengths(self) -> Tensor:
-        """``(B, H)`` slots that each head keeps."""
-        return self.rows.lengths
-
-    @property
-    def table(self) -> Tensor:
-        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none."""
-        return self.rows.pages
+            pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8))
+        super().__init__(num_heads, pool, placement)
+        self.bits, self.dims = bits, dict(dims)
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
@@ -110,51 +90,6 @@ class PagedStore(RowStore):
             kept = states.detach()[row, head, entry]
             self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
 
-    def ask_ahead(self) -> Tensor | None:
-        """See ``RowStore``: pages that heads lack for one more slot, and tokens that there is room for with them."""
-        if self.rows.room > 0:
-            self.rows.room -= 1
-            return None
-        owned = self.rows.owned()
-        after = torch.maximum(owned, self.rows.needed(self._longest(1, 0)))
-        ends = self._longest(_NEVER, 0)  # some heads stop growing
-        room = (after * self.page_size - self.lengths).masked_fill(after * self.page_size >= ends, _NEVER)
-        return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
-
-    def bytes_ahead(self, answer: list[int]) -> int:
-        """See ``RowStore``."""
-        return self._bytes_of(answer[0], self.rows.columns + 1, self.num_rows) if answer[0] else 0
-
-    def take_ahead(self, answer: list[int]) -> None:
-        """See ``RowStore``."""
-        lacking, room = answer
-        if lacking:
-            spare = self._spare(self.lengths, int(self.rows.owned().sum()) + lacking)
-            self._take(self.rows.needed(self._longest(1, 0)), lacking, spare)
-            self._ahead = True
-        self.rows.room = room - 1
-
-    def pages_to_list(self) -> int:
-        """See ``RowStore``."""
-        if self.pool.capacity is None:
-            raise ValueError("shapes change as pages are taken: reserve them by make_cache(budget, preallocate=True)")
-        return self.rows.pages_to_list()
-
-    @contextlib.contextmanager
-    def fixed(self, pages: int) -> Iterator[None]:
-        """See ``RowStore``."""
-        with self.rows.fixed(pages), self.pool.whole():
-            yield
-
-    @bookkeeping
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
-        beyond = self.rows.columns_from(self.rows.needed(lengths))
-        self.pool.release(self.table[beyond & (self.table >= 0)])
-        self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
-        self._ahead = self._ahead and self.rows.others is not None  # others may still have some
-        self._trim()
-
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
         """Put the entries ``(B, H, n, channels)`` of real tokens, ``valid (B, n)``, behind what every head holds."""
         keep = valid[:, None].expand(-1, self.num_heads, -1)
@@ -184,10 +119,6 @@ class PagedStore(RowStore):
         pages = pages[pages >= 0]
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
         return {name: self.unpack(name, slots) for name, slots in copies.items()}
-
-    def admit(self, count: int) -> None:
-        """See ``RowStore``."""
-        self.rows.add_rows(count)
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
@@ -256,53 +187,6 @@ class PagedStore(RowStore):
         self._move_in(arriving, slots, pages)
         self._trim()
 
-    def clear_rows(self, rows: Tensor) -> None:
-        """See ``RowStore``."""
-        self.truncate(self.lengths.index_fill(0, rows, 0))
-
-    def row_bytes(self) -> Tensor:
-        """See ``RowStore``."""
-        return self.rows.owned().sum(1) * self.pool.page_bytes + self.rows.bytes_of(1, self.rows.columns)
-
-    def narrow(self, rows: Tensor) -> None:
-        """See ``RowStore``."""
-        self.rows.narrow(rows)
-
-    def widen(self) -> None:
-        """See ``RowStore``."""
-        self.rows.widen()
-
-    def tensors(self) -> list[Tensor]:
-        """See ``RowStore``."""
-        return [*self.rows.tensors(), *self.pool.tensors()]
-
-    def num_bytes(self) -> int:
-        """See ``RowStore``; pages that are reserved count from when they are taken."""
-        return self.rows.num_bytes() + self.pool.num_bytes()
-
-    def free_bytes(self) -> int:
-        """Bytes of pages that no row owns at present."""
-        return self.pool.page_bytes * len(self.pool.free)
-
-    def reserved_bytes(self) -> int:
-        """See ``RowStore``."""
-        return self.pool.reserved_bytes()
-
-    def bytes_for(self, tokens: int, rows: int = 0) -> int:
-        """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        needed = self.rows.needed(self._longest(tokens, rows))
-        lacking = int((needed - pad(self.rows.owned(), (0, 0, 0, rows))).clamp(min=0).sum())
-        spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
-        return self._bytes_of(lacking, most_pages(needed), len(needed)) + spare
-
-    def _longest(self, tokens: int, rows: int) -> Tensor:
-        """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
-        return pad(self.lengths, (0, 0, 0, rows)) + tokens
-
-    def bytes_to_select(self, indices: Tensor) -> int:
-        """See ``RowStore``."""
-        return self._bytes_to_hold(self.lengths[indices])
-
     def bytes_to_join(self, other: Self) -> int:
         """See ``RowStore``; refuses pages of another form before any store has changed."""
         self._check_form(other.pool.slots)
@@ -316,53 +200,6 @@ class PagedStore(RowStore):
     def bytes_to_copy(self, source: int, target: int) -> int:
         """See ``RowStore``."""
         return self._bytes_to_replace(target, self.lengths[source])
-
-    def _bytes_to_replace(self, row: int, of_row: Tensor) -> int:
-        """Bytes besides those that are here once a row has slots of the number ``of_row (H,)``."""
-        lengths = self.lengths.clone()
-        lengths[row] = of_row
-        return self._bytes_to_hold(lengths)
-
-    def _bytes_to_hold(self, lengths: Tensor) -> int:
-        """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
-        self._drop_ahead()
-        needed = self.rows.needed(lengths)
-        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), most_pages(needed), len(needed))
-
-    def _drop_ahead(self) -> None:
-        """Give back what was taken ahead, before rows change places."""
-        if self._ahead:
-            self.truncate(self.lengths)
-
-    def _bytes_of(self, lacking: int, columns: int, rows: int) -> int:
-        """Bytes of so many pages more, free ones used up first, and of a table with so many columns and rows."""
-        table = self.rows.bytes_of(rows, columns) - self.rows.num_bytes()
-        more_pages = max(0, lacking - len(self.pool.free))
-        if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
-            assert self.placement.budget is not None
-            return self.placement.budget.limit + 1  # which is never allowed
-        return more_pages * self.pool.page_bytes + max(0, table)
-
-    def _reserve(self, lengths: Tensor) -> None:
-        """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
-        needed = self.rows.needed(lengths)
-        count = int((needed - self.rows.owned()).clamp(min=0).sum())
-        if count:
-            self._require(self._bytes_of(count, most_pages(needed), len(needed)))
-            self._take(needed, count, self._spare(lengths, int(needed.sum())))
-        self.rows.lengths, self.rows.room = lengths, 0
-
-    def _take(self, needed: Tensor, count: int, spare: int) -> None:
-        """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
-        self.rows.widen_to(most_pages(needed))
-        missing = ~self.rows.columns_from(needed) & (self.table < 0)
-        self.rows.put(missing, self.pool.take(count, spare))
-
-    def _spare(self, lengths: Tensor, owned: int) -> int:
-        """Free pages that the bound on memory leaves room for, lengths and table counted."""
-        tables = self.rows.num_bytes()
-        spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
-        return max(0, spare - -(-tables // self.pool.page_bytes))
 
     def _check_form(self, pages: Mapping[str, Tensor]) -> None:
         """Refuse pages that cannot be copied as they are, before anything changes."""
@@ -382,14 +219,6 @@ class PagedStore(RowStore):
         for name, slots in self.pool.slots.items():
             slots[fresh] = source[name][pages].to(slots)
         self.rows.put(places, fresh)
-
-    def _trim(self) -> None:
-        """Give back what rows left behind, in pages and in table columns."""
-        needed = self.rows.needed(self.lengths)
-        self.rows.cut_to(most_pages(needed))
-        numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
-        if numbers is not None:
-            self.rows.renumber(numbers)
 
 
 def _seen_before(indices: Tensor) -> Tensor:
