@@ -21,11 +21,21 @@ class PageAllocator(RowStore):
         num_heads: Key-value heads, H.
         pool: Where pages are taken from.
         placement: Where tensors lie.
+        max_slots: The most slots that a head ever has, or None.
+        num_unbounded: Heads, the first ones, that may have more all the same.
     """
 
-    def __init__(self, num_heads: int, pool: PagePool, placement: Placement) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        pool: PagePool,
+        placement: Placement,
+        max_slots: int | None = None,
+        num_unbounded: int = 0,
+    ) -> None:
         super().__init__(placement)
         self.num_heads, self.page_size, self.pool = num_heads, pool.page_size, pool
+        self.max_slots, self.num_unbounded = max_slots, num_unbounded
         self.rows = PageTable(num_heads, pool.page_size, placement.device)
         self._ahead = False  # whether a head may own a page ahead of its slots
 
@@ -134,7 +144,10 @@ class PageAllocator(RowStore):
 
     def _longest(self, tokens: int, rows: int) -> Tensor:
         """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
-        return pad(self.lengths, (0, 0, 0, rows)) + tokens
+        longest = pad(self.lengths, (0, 0, 0, rows)) + tokens
+        if self.max_slots is not None:
+            longest[:, self.num_unbounded :].clamp_(max=self.max_slots)
+        return longest
 
     def bytes_to_select(self, indices: Tensor) -> int:
         """See ``RowStore``."""

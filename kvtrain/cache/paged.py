@@ -29,9 +29,12 @@ class PagedStore(PageAllocator):
         placement: Where tensors lie.
         bits: 8 or 4: what is written is quantized, every slot of every head by itself, and pages hold bytes; the dtype
             of ``placement`` is then that of the copies that ``gather`` makes.
+        max_slots: The most slots that a head ever has, because the caller evicts some or overwrites them before there
+            are more: what byte budgets count with. None: every token may take one.
+        num_unbounded: Heads, the first ones, for which there is no such number.
 
     Raises:
-        ValueError: ``page_size`` is below 1, or ``bits`` or the dims for them are not possible.
+        ValueError: ``page_size`` or ``max_slots`` is below 1, or ``bits`` or the dims for them are not possible.
     """
 
     def __init__(
@@ -41,16 +44,20 @@ class PagedStore(PageAllocator):
         page_size: int = 32,
         placement: Placement | None = None,
         bits: int | None = None,
+        max_slots: int | None = None,
+        num_unbounded: int = 0,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
+        if max_slots is not None and max_slots < 1:
+            raise ValueError(f"max_slots must be at least 1, not {max_slots}; None is no limit")
         placement = placement or Placement()
         if bits is None:
             pool = PagePool(page_size, dims, placement)
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
             pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8))
-        super().__init__(num_heads, pool, placement)
+        super().__init__(num_heads, pool, placement, max_slots, num_unbounded)
         self.bits, self.dims = bits, dict(dims)
 
     def layout(self) -> PageLayout:
