@@ -93,11 +93,9 @@ class PageAllocator(RowStore):
     @bookkeeping
     def truncate(self, lengths: Tensor) -> None:
         """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
-        beyond = self.rows.columns_from(self.rows.needed(lengths))
-        self.pool.release(self.table[beyond & (self.table >= 0)])
-        self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
+        self.rows.lengths = lengths
         self._ahead = self._ahead and self.rows.others is not None  # others may still have some
-        self._trim()
+        self._release_from(self.rows.needed(lengths))
 
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
@@ -192,7 +190,25 @@ class PageAllocator(RowStore):
         """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
         self.rows.widen_to(most_pages(needed))
         missing = ~self.rows.columns_from(needed) & (self.table < 0)
-        self.rows.put(missing, self.pool.take(count, spare))
+        pages = self.pool.take(count, spare)
+        self.pool.clear_fields(pages)
+        self.rows.put(missing, pages)
+
+    def _release_from(self, kept: Tensor) -> None:
+        """Give back the pages of every head but its first ``kept (B, H)``."""
+        beyond = self.rows.columns_from(kept)
+        self.pool.release(self.table[beyond & (self.table >= 0)])
+        self.rows.pages = self.table.masked_fill(beyond, -1)
+        self._trim()
+
+    def _release_empty(self) -> None:
+        """After slots have gone, give back pages without any, but for the one of a head's next slot: it comes soon."""
+        self._ahead = True
+        owned, kept = self.rows.owned(), self.rows.needed(self._longest(1, 0))
+        if bool((owned > kept).any()):
+            self._release_from(kept)
+        elif len(self.pool.free) > self._spare(self.lengths, int(owned.sum())):
+            self._trim()
 
     def _spare(self, lengths: Tensor, owned: int) -> int:
         """Free pages that the bound on memory leaves room for, lengths and table counted."""
@@ -202,8 +218,8 @@ class PageAllocator(RowStore):
 
     def _trim(self) -> None:
         """Give back what rows left behind, in pages and in table columns."""
-        needed = self.rows.needed(self.lengths)
-        self.rows.cut_to(most_pages(needed))
-        numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
+        owned = self.rows.owned()
+        self.rows.cut_to(most_pages(owned))
+        numbers = self.pool.shrink(self._spare(self.lengths, int(owned.sum())))
         if numbers is not None:
             self.rows.renumber(numbers)

@@ -14,6 +14,8 @@ from kvtrain.cache.rows import Placement, RowSnapshot, bookkeeping
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
+_OF_SNAPSHOTS = {"lengths", "owned"}  # what they hold besides pages
+
 
 class PagedStore(PageAllocator):
     """Slots of keys and values with a length per row and key-value head.
@@ -32,9 +34,12 @@ class PagedStore(PageAllocator):
         max_slots: The most slots that a head ever has, because the caller evicts some or overwrites them before there
             are more: what byte budgets count with. None: every token may take one.
         num_unbounded: Heads, the first ones, for which there is no such number.
+        slot_fields: Dtype of every scalar that is kept beside a slot, by name: it is stored as it is, whatever
+            ``placement`` and ``bits`` are, goes where its slot goes, and is 0 until it is written.
 
     Raises:
-        ValueError: ``page_size`` or ``max_slots`` is below 1, or ``bits`` or the dims for them are not possible.
+        ValueError: ``page_size`` or ``max_slots`` is below 1, a field's name is taken, or ``bits`` or the dims for them
+            are not possible.
     """
 
     def __init__(
@@ -46,17 +51,21 @@ class PagedStore(PageAllocator):
         bits: int | None = None,
         max_slots: int | None = None,
         num_unbounded: int = 0,
+        slot_fields: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
         if max_slots is not None and max_slots < 1:
             raise ValueError(f"max_slots must be at least 1, not {max_slots}; None is no limit")
+        self.slot_fields = dict(slot_fields or {})
+        if taken := self.slot_fields.keys() & {*dims, *_OF_SNAPSHOTS}:
+            raise ValueError(f"a slot field cannot be called {min(taken)!r}: the name is taken, choose another")
         placement = placement or Placement()
         if bits is None:
-            pool = PagePool(page_size, dims, placement)
+            pool = PagePool(page_size, dims, placement, self.slot_fields)
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
-            pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8))
+            pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8), self.slot_fields)
         super().__init__(num_heads, pool, placement, max_slots, num_unbounded)
         self.bits, self.dims = bits, dict(dims)
 
@@ -73,7 +82,8 @@ class PagedStore(PageAllocator):
         """Put entries into slots, taking pages as they are needed.
 
         Args:
-            entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
+            entries: ``(B, H, n, channels)`` by name, of a field ``(B, H, n)``; what is not named stays as it is, and a
+                field of a slot that was not in use is 0.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
             keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ. None: all are, each of
                 them the only one of its head, and ``take_ahead`` has taken the pages that they lie on.
@@ -85,7 +95,7 @@ class PagedStore(PageAllocator):
         if keep is None:
             page, place = self.rows.places(slots)
             for name, states in entries.items():
-                self.pool.slots[name][page, place] = self.pack(states.detach())
+                self.pool.slots[name][page, place] = self._held(name, states.detach())
             return
         if not keep.numel():
             return
@@ -95,10 +105,10 @@ class PagedStore(PageAllocator):
         page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
         for name, states in entries.items():
             kept = states.detach()[row, head, entry]
-            self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
+            self.pool.slots[name][page, place] = self._held(name, kept, packed)
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
-        """Put the entries ``(B, H, n, channels)`` of real tokens, ``valid (B, n)``, behind what every head holds."""
+        """Put the entries of real tokens, ``valid (B, n)``, behind what every head holds; see ``write``."""
         keep = valid[:, None].expand(-1, self.num_heads, -1)
         self.write(entries, self.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
 
@@ -118,10 +128,18 @@ class PagedStore(PageAllocator):
 
     def unpack(self, name: str, slots: Tensor) -> Tensor:
         """The inverse of ``pack``, as far as there is one, of what is kept by this name; zero bytes are zeros."""
-        return slots if self.bits is None else dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
+        if self.bits is None or name in self.slot_fields:
+            return slots
+        return dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
+
+    def _held(self, name: str, states: Tensor, packed: bool = False) -> Tensor:
+        """What pages hold of entries by this name, which may be that already."""
+        if name in self.slot_fields:
+            return states.to(self.slot_fields[name])
+        return states if packed else self.pack(states)
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
-        """Copies of the slots ``(length, channels)`` of one head, by name."""
+        """Copies of the slots ``(length, channels)`` of one head, by name; of a field ``(length,)``."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
         pages = pages[pages >= 0]
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
@@ -210,6 +228,12 @@ class PagedStore(PageAllocator):
 
     def _check_form(self, pages: Mapping[str, Tensor]) -> None:
         """Refuse pages that cannot be copied as they are, before anything changes."""
+        names, expected = sorted(pages.keys() - _OF_SNAPSHOTS), sorted(self.pool.slots)
+        if names != expected:
+            raise ValueError(
+                f"pages of {', '.join(names)} do not fit a cache of {', '.join(expected)}: give both caches the same "
+                "model and method"
+            )
         for name, mine in self.pool.slots.items():
             theirs = pages[name]
             if theirs.shape[1:] != mine.shape[1:] or theirs.is_floating_point() != mine.is_floating_point():
@@ -217,6 +241,76 @@ class PagedStore(PageAllocator):
                     f"pages of {tuple(theirs.shape[1:])} {theirs.dtype} do not fit a cache of {tuple(mine.shape[1:])} "
                     f"{mine.dtype}: give both caches the same model, page size and bits"
                 )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots for which there is room in the table, K: what masks and fields of all heads are as wide as."""
+        return self.rows.columns * self.page_size
+
+    def live(self) -> Tensor:
+        """Slots in use, ``(B, H, K)`` bool: the first ones of every head."""
+        return torch.arange(self.num_slots, device=self.lengths.device) < self.lengths.unsqueeze(-1)
+
+    def field(self, name: str) -> Tensor:
+        """A copy of a field, ``(B, H, K)`` by slot; 0 beyond what a head has."""
+        pages = self.pool.slots[name]
+        if not len(pages):
+            return pages.new_zeros(*self.lengths.shape, self.num_slots)
+        nobody = (self.table < 0).unsqueeze(-1)  # such a number stands for the last page of all, and what that holds
+        return pages[self.table].masked_fill_(nobody, 0).flatten(2)
+
+    @bookkeeping
+    def set_field(self, name: str, values: Tensor) -> None:
+        """Write a field of all slots in use, ``values (B, H, K)``; those of other slots are ignored."""
+        values = torch.where(self.live(), values.detach(), 0).to(self.slot_fields[name])
+        owned = self.table >= 0
+        self.pool.slots[name][self.table[owned]] = values.unflatten(2, (self.rows.columns, self.page_size))[owned]
+
+    @bookkeeping
+    def truncate(self, lengths: Tensor) -> None:
+        """See ``PageAllocator``."""
+        if self.slot_fields:
+            self._clear_fields_from(lengths)
+        super().truncate(lengths)
+
+    @bookkeeping
+    def evict(self, victims: Tensor) -> None:
+        """Forget some slots: the last ones of their heads move into the holes, and nothing else moves.
+
+        A page without slots is given back, unless it is the one of a head's next slot. A step of one victim a head
+        that empties no page asks the device for little and leaves the table as it is.
+
+        Args:
+            victims: ``(B, H, K)`` bool; marks of slots that are not in use are ignored.
+        """
+        victims = (victims & self.live()).flatten(0, 1)
+        head, slot = victims.nonzero().unbind(1)
+        if not len(head):
+            return
+        lengths, lost = self.lengths.flatten(), victims.sum(-1)
+        left = lengths - lost
+        # Every head gives up as many of its last slots as it has victims, so that both are listed side by side.
+        last = torch.arange(len(head), device=head.device) + (lengths - lost.cumsum(0))[head]
+        slots = torch.stack([slot, last])
+        page, place = self.table.flatten(0, 1)[head, slots // self.page_size], slots % self.page_size
+        target, vacated = torch.add(place, page, alpha=self.page_size)
+        source, is_hole = vacated, slot < left[head]
+        if not bool(is_hole.all()):  # some victims are among the last slots; as many others stay as there are holes
+            target, source = target[is_hole], vacated[~victims[head, last]]
+        self.pool.move(source, target, vacated)
+        self.rows.shorten_to(left.view_as(self.lengths))
+        if len(self.pool.free) or bool((place[1] == self.page_size - 1).any()):  # which a page ends with
+            self._release_empty()
+
+    def _clear_fields_from(self, lengths: Tensor) -> None:
+        """Let fields be 0 from ``lengths (B, H)`` on, where a page ends whose first slots stay in use."""
+        used = lengths % self.page_size
+        row, head = used.nonzero(as_tuple=True)
+        pages = self.table[row, head, lengths[row, head] // self.page_size]
+        beyond = torch.arange(self.page_size, device=lengths.device) >= used[row, head].unsqueeze(-1)
+        for name in self.slot_fields:
+            slots = self.pool.slots[name]
+            slots[pages] = slots[pages].masked_fill_(beyond, 0)
 
     def _move_in(self, places: Tensor, source: Mapping[str, Tensor], pages: Tensor) -> None:
         """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""
