@@ -277,8 +277,8 @@ class PagedStore(PageAllocator):
     def evict(self, victims: Tensor) -> None:
         """Forget some slots: the last ones of their heads move into the holes, and nothing else moves.
 
-        A page without slots is given back, unless it is the one of a head's next slot. A step of one victim a head
-        that empties no page asks the device for little and leaves the table as it is.
+        A page without slots is given back, unless it is the one of a head's next slot: where a head gains a slot and
+        loses one in turn, the table stays as it is.
 
         Args:
             victims: ``(B, H, K)`` bool; marks of slots that are not in use are ignored.
@@ -295,11 +295,12 @@ class PagedStore(PageAllocator):
         page, place = self.table.flatten(0, 1)[head, slots // self.page_size], slots % self.page_size
         target, vacated = torch.add(place, page, alpha=self.page_size)
         source, is_hole = vacated, slot < left[head]
-        if not bool(is_hole.all()):  # some victims are among the last slots; as many others stay as there are holes
+        plain = bool((is_hole & (place[1] < self.page_size - 1)).all())
+        if not plain:  # some victims are among the last slots: as many others stay as there are holes
             target, source = target[is_hole], vacated[~victims[head, last]]
         self.pool.move(source, target, vacated)
         self.rows.shorten_to(left.view_as(self.lengths))
-        if len(self.pool.free) or bool((place[1] == self.page_size - 1).any()):  # which a page ends with
+        if not plain or len(self.pool.free):  # a page may be empty, or too many free for fewer slots
             self._release_empty()
 
     def _clear_fields_from(self, lengths: Tensor) -> None:
