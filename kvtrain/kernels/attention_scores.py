@@ -1,0 +1,394 @@
+"""Attention probabilities without ``[T, T]``: recomputed from the log-sum-exp that attention has returned.
+
+``exp(q . k * scale - lse)`` is the probability itself, whichever of the keys are looked at and whoever has computed the
+log-sum-exp over all of them. Probabilities come in tiles of bounded size, of keys that lie dense or on pages, and a
+tile knows which slots it speaks of: what is accumulated by slot need not know where the keys lie.
+
+Of dense keys the causal half is skipped: a run of keys meets only the queries from its first key on. The log-sum-exp
+travels as a channel, ``[q * scale, -lse] . [k, 1]``, so that one product gives the exponent; padding likewise, as
+``-inf``.
+
+Nothing here has a gradient. On CUDA these are plain products, where a fused kernel would keep a tile on the chip. Until
+there is one, the backward pass of any flash attention gives the same sums there: with ``dO = w``, the weight of each
+query in every channel, each channel of ``dV`` is the sum over queries of their probabilities by weight. That is exact,
+and takes 2.6 times the forward pass on a CPU.
+
+Shapes: B rows, H query heads, H_kv key-value heads of G query heads each, n queries, T keys, D channels. A tile has N
+blocks of S slots, each of one head, and c of the queries.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvtrain.kernels.attention import check_groups
+from kvtrain.kernels.dispatch import autocast_off, wide_dtype
+from kvtrain.kernels.page_layout import PageLayout
+from kvtrain.kernels.quantization import dequantize
+
+_TILE = 2**20  # probabilities at a time, 4 MiB of float32, unless a query over one block of every head has more
+_SCRATCH_BYTES = 2**20  # of keys that are copied, widened or dequantized at a time, unless a single page takes more
+_RUN = 64  # dense keys of a block where the diagonal crosses it: what it hides there is computed, too
+_NEVER = 2**62  # position of a slot that no query sees
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionTile:
+    """Probabilities of some queries over some slots, and where the slots lie.
+
+    What is kept by slot is a *field*: ``(pages, page_size)`` of the pool that the keys are on, or ``(B, H_kv, T)``
+    beside dense keys. The methods read and write the tile's part of it.
+
+    Attributes:
+        weights: ``(N, G, c, S)`` in at least float32; 0 where a query does not see a slot.
+        positions: ``(N, c)`` of the queries in their row; -1 for padding.
+        key_positions: ``(N, S)`` from which on queries see a slot; beyond all where it holds no key of the owner's.
+        owner: ``(N,)`` head that each block belongs to, ``row * H_kv + head``.
+        queries: Which of the n queries these are.
+        index: What picks the tile's slots from a field.
+    """
+
+    weights: Tensor
+    positions: Tensor
+    key_positions: Tensor
+    owner: Tensor
+    queries: slice
+    index: Any
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which slots a query sees, ``(N, c, S)``."""
+        return self.key_positions.unsqueeze(1) <= self.positions.unsqueeze(2)
+
+    @cached_property
+    def live(self) -> Tensor:
+        """Slots that hold a key of their owner's, ``(N, S)``."""
+        return self.key_positions < _NEVER
+
+    def column_sums(self, query_weights: Tensor | None = None) -> Tensor:
+        """What the queries of the tile give to each slot, those of all G heads together, ``(N, S)``.
+
+        Args:
+            query_weights: ``(B, H, n)`` factors on all the n queries, finite where those are padding; 1 by default.
+        """
+        by_query = self.weights.flatten(1, 2)  # (N, G * c, S)
+        if query_weights is None:
+            return by_query.sum(1)
+        factors = query_weights.reshape(-1, self.weights.shape[1], query_weights.shape[2])
+        factors = factors[:, :, self.queries][self.owner].flatten(1).unsqueeze(1)  # (N, 1, G * c)
+        with autocast_off(by_query):
+            sums = torch.bmm(factors.to(by_query.dtype), by_query)
+        return sums.squeeze(1)
+
+    def read(self, field: Tensor) -> Tensor:
+        """What a field has for the tile's slots, ``(N, S)``."""
+        part: Tensor = field[self.index]
+        return part.reshape(self.key_positions.shape)
+
+    def add(self, field: Tensor, values: Tensor) -> None:
+        """Add ``values (N, S)``, which are 0 where a slot is not ``live``, as sums of weights are."""
+        part = field[self.index]
+        field[self.index] = part.add_(values.view(part.shape))
+
+    def put(self, field: Tensor, values: Tensor, where: Tensor | None = None) -> None:
+        """Write ``values (N, S)`` for the live slots; of others a field keeps what it has.
+
+        Args:
+            field: Is changed.
+            values: In any dtype.
+            where: Of the live ones those alone, broadcast to ``(N, S)``.
+        """
+        chosen = self.live if where is None else self.live & where
+        before = self.read(field)
+        field[self.index] = torch.where(chosen, values.to(field.dtype), before).view(field[self.index].shape)
+
+    def maximum(self, field: Tensor, values: Tensor) -> None:
+        """Let live slots have the larger one of what they have and ``values (N, S)``."""
+        self.put(field, torch.maximum(self.read(field), values.to(field.dtype)))
+
+
+@torch.no_grad()
+def dense_tiles(
+    query: Tensor, key: Tensor, lse: Tensor, scale: float, *, positions: Tensor | None = None
+) -> Iterator[AttentionTile]:
+    """Probabilities of the latest queries of a row over its keys; every query over itself and what is before it.
+
+    Args:
+        query: ``(B, H, n, D)`` of the last n keys' tokens.
+        key: ``(B, H_kv, T, D)``, T at least n.
+        lse: ``(B, H, n)`` over all that each query sees, be it here or elsewhere.
+        scale: Factor on the scores.
+        positions: ``(B, T)`` of the tokens in their row, ascending; -1 for padding, anywhere, whose queries, keys and
+            log-sum-exp may be whatever, and which has weights of 0. None: from 0 on, without padding.
+
+    Returns:
+        Tiles with blocks of S keys: row by row, and within some rows key by key; together, every visible pair once.
+
+    Raises:
+        ValueError: With the first tile: head counts do not fit, or queries are more than keys.
+    """
+    _check_dense(query, key)
+    (batch, heads, num_queries, _), (kv_heads, num_keys) = query.shape, key.shape[1:3]
+    if not query.numel():
+        return
+    step = max(1, _TILE // (heads * num_queries * _RUN))  # rows
+    for begin in range(0, batch, step):
+        rows = slice(begin, begin + step)
+        block = _DenseRows.of(query[rows], key[rows], lse[rows], scale, None if positions is None else positions[rows])
+        owner = torch.arange(begin * kv_heads, begin * kv_heads + len(block.positions), device=key.device)
+        for keys, queries in _dense_cuts(num_queries, num_keys, len(block.query)):
+            weights = block.weights(keys, queries)
+            places_of = slice(queries.start + num_keys - num_queries, queries.stop + num_keys - num_queries)
+            yield AttentionTile(
+                weights,
+                block.positions[:, places_of],
+                block.key_positions[:, keys],
+                owner,
+                queries,
+                (rows, slice(None), keys),
+            )
+
+
+class _DenseRows(NamedTuple):
+    """Some rows, with channels for the log-sum-exp and for padding; R key-value heads in all.
+
+    Attributes:
+        query: ``(R * G, n, D + 1 or 2)``.
+        key: ``(R, T, D + 1 or 2)``.
+        positions: ``(R, T)``, -1 for padding.
+        key_positions: ``(R, T)``, ``_NEVER`` for padding.
+    """
+
+    query: Tensor
+    key: Tensor
+    positions: Tensor
+    key_positions: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, lse: Tensor, scale: float, positions: Tensor | None) -> "_DenseRows":
+        """From arguments as ``dense_tiles`` takes them."""
+        wide = wide_dtype(query.dtype)
+        query, key, minus_lse = query.to(wide) * scale, key.to(wide), _negative(lse.to(wide))
+        ones = torch.ones((), dtype=wide, device=key.device)
+        query_channels, key_channels = [minus_lse], [ones]
+        if positions is None:
+            places = torch.arange(key.shape[2], device=key.device).expand(key.shape[0] * key.shape[1], -1)
+            key_places = places
+        else:
+            places = positions.repeat_interleave(key.shape[1], 0)
+            key_places = places.masked_fill(places < 0, _NEVER)
+            padding = (positions < 0)[:, None, :]  # (B', 1, T)
+            of_queries = padding[:, :, -query.shape[2] :]
+            query = query.masked_fill(of_queries.unsqueeze(-1), 0.0)  # neither NaN nor anything else times -inf
+            key = key.masked_fill(padding.unsqueeze(-1), 0.0)
+            query_channels = [minus_lse.masked_fill(of_queries, -torch.inf), ones]
+            key_channels = [ones, torch.zeros_like(padding, dtype=wide).masked_fill_(padding, -torch.inf)]
+        return cls(_with_channels(query, query_channels), _with_channels(key, key_channels), places, key_places)
+
+    def weights(self, keys: slice, queries: slice) -> Tensor:
+        """Probabilities ``(R, G, c, S)``."""
+        (count, num_keys, _), num_queries = self.key.shape, self.query.shape[1]
+        groups = len(self.query) // count
+        key = self.key[:, keys]
+        if groups > 1:
+            key = key.repeat_interleave(groups, 0)
+        with autocast_off(key):
+            weights = torch.bmm(self.query[:, queries], key.mT)
+        weights.exp_()
+        first = queries.start + num_keys - num_queries - keys.start  # its place beside the run's first key
+        crossed = keys.stop - keys.start - 1 - first  # queries that do not see all of the run
+        if crossed > 0:
+            weights[:, :crossed].tril_(first)
+        return weights.view(count, groups, *weights.shape[1:])
+
+
+def _check_dense(query: Tensor, key: Tensor) -> None:
+    check_groups(query.shape[1], key.shape[1])
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries cannot be the last of {key.shape[2]} tokens; pass all their keys")
+
+
+def _negative(lse: Tensor) -> Tensor:
+    """What to add to scores; ``-inf`` for a query that sees nothing."""
+    return torch.where(lse == -torch.inf, lse, -lse)
+
+
+def _with_channels(vectors: Tensor, channels: list[Tensor]) -> Tensor:
+    """``(B', heads, T, D)`` as ``(B' * heads, T, D + some)``, with channels ``(B' or 1, heads or 1, T)`` behind."""
+    wider = vectors.new_empty(*vectors.shape[:3], vectors.shape[3] + len(channels))
+    wider[..., : vectors.shape[3]] = vectors
+    for place, channel in enumerate(channels, vectors.shape[3]):
+        wider[..., place] = channel
+    return wider.flatten(0, 1)
+
+
+def _dense_cuts(num_queries: int, num_keys: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Keys and queries of each tile of so many query heads."""
+    before = num_keys - num_queries  # keys that all queries see: no diagonal keeps their runs short
+    chunk = max(1, min(num_queries, _TILE // (heads * _RUN)))
+    width = max(_RUN, _TILE // (heads * chunk))
+    starts = [*range(0, before, width), *range(before, num_keys, _RUN)]
+    for start, stop in zip(starts, [*starts[1:], num_keys], strict=True):
+        for first in range(max(0, start - before), num_queries, chunk):
+            yield slice(start, stop), slice(first, min(first + chunk, num_queries))
+
+
+@torch.no_grad()
+def paged_tiles(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    scale: float,
+    table: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    key_positions: Tensor | None = None,
+    bits: int | None = None,
+    layout: PageLayout | None = None,
+) -> Iterator[AttentionTile]:
+    """Probabilities of queries over the first ``lengths`` slots of their row and head, where those lie.
+
+    Args:
+        query: ``(B, H, n, D)``.
+        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantize`` makes of that.
+        lse: ``(B, H, n)`` over all that each query sees, be it here or elsewhere.
+        scale: Factor on the scores.
+        table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
+        lengths: ``(B, H_kv)`` slots that count.
+        positions: ``(B, n)`` of the queries in their row; -1 for padding, which has weights of 0.
+        key_positions: ``(pages, page_size)`` of the keys: a query sees none after its own. None: it sees all.
+        bits: Of quantized keys.
+        layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
+
+    Returns:
+        Tiles whose blocks are pages; together, every visible pair once.
+
+    Raises:
+        ValueError: With the first tile: head counts or bits do not fit.
+    """
+    check_groups(query.shape[1], table.shape[1])
+    if layout is None:
+        layout = PageLayout(table.flatten(0, 1), len(keys), keys.shape[1], copies=bits is not None)
+    assert not layout.fixed, "it lists some pages twice, of which fields would be written twice"
+    if not query.numel():
+        return
+    page_size, wide = keys.shape[1], wide_dtype(query.dtype)
+    places = _key_positions(key_positions, layout, lengths)  # (N, S)
+    by_head = _Queries.of(query, lse, scale, table.shape[1])
+    in_place = layout.pages is None and bits is None and keys.dtype == wide
+    for some, queries in _paged_cuts(len(places), page_size, by_head, in_place):
+        owner, index = layout.owner[some], some if layout.pages is None else layout.pages[some]
+        key = keys[index].to(wide) if bits is None else dequantize(keys[index], bits, query.shape[3], wide)
+        at, keys_at = positions[owner // table.shape[1], queries], places[some]
+        hidden = keys_at.unsqueeze(1) > at.unsqueeze(2)
+        yield AttentionTile(by_head.weights(key, hidden, owner, queries), at, keys_at, owner, queries, index)
+
+
+class _Queries(NamedTuple):
+    """Queries by key-value head, R in all, with what to add to their scores.
+
+    Attributes:
+        query: ``(R, G, n, D)``, scaled.
+        minus_lse: ``(R, G, n, 1)``.
+    """
+
+    query: Tensor
+    minus_lse: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, lse: Tensor, scale: float, kv_heads: int) -> "_Queries":
+        by_head, wide = (len(query) * kv_heads, query.shape[1] // kv_heads, query.shape[2]), wide_dtype(query.dtype)
+        scaled, minus_lse = query.to(wide) * scale, _negative(lse.to(wide))
+        return cls(scaled.reshape(*by_head, query.shape[3]), minus_lse.reshape(*by_head, 1))
+
+    def weights(self, key: Tensor, hidden: Tensor, owner: Tensor, queries: slice) -> Tensor:
+        """Probabilities ``(N, G, c, S)`` for ``key (N, S, D)`` of some owners, 0 where ``hidden (N, c, S)``."""
+        query, minus_lse = (part[:, :, queries][owner].flatten(1, 2) for part in self)
+        with autocast_off(key):
+            scores = torch.baddbmm(minus_lse, query, key.mT)
+        scores = scores.view(len(key), self.query.shape[1], -1, key.shape[1])
+        return scores.masked_fill_(hidden.unsqueeze(1), -torch.inf).exp_()
+
+
+def _key_positions(key_positions: Tensor | None, layout: PageLayout, lengths: Tensor) -> Tensor:
+    """Those of the layout's pages, ``(N, S)``; ``_NEVER`` where a slot is none of its owner's."""
+    hidden = layout.shown(lengths).hidden.slots
+    if key_positions is None:
+        return torch.zeros_like(hidden, dtype=torch.long).masked_fill_(hidden, _NEVER)
+    listed = key_positions if layout.pages is None else key_positions[layout.pages]
+    return listed.long().masked_fill(hidden, _NEVER)
+
+
+def _paged_cuts(pages: int, page_size: int, by_head: _Queries, in_place: bool) -> Iterator[tuple[slice, slice]]:
+    """Pages and queries of each tile; keys that are not read in place are few enough to stay in a cache."""
+    _, groups, num_queries, dim = by_head.query.shape
+    chunk = max(1, min(num_queries, _TILE // (groups * page_size)))
+    step = _TILE // (groups * chunk * page_size)
+    if not in_place:
+        step = min(step, _SCRATCH_BYTES // (page_size * dim * by_head.query.itemsize))
+    step = max(1, step)
+    for page in range(0, pages, step):
+        for first in range(0, num_queries, chunk):
+            yield slice(page, min(page + step, pages)), slice(first, min(first + chunk, num_queries))
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    query_weights: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """What the latest queries of a row give to each of its keys, all of them and all G heads together.
+
+    Args:
+        query: ``(B, H, n, D)`` of the last n keys' tokens: of all in H2O, of a window in SnapKV.
+        key: ``(B, H_kv, T, D)``, T at least n.
+        lse: ``(B, H, n)`` over all that each query sees, be it here or elsewhere.
+        scale: Factor on the scores.
+        query_weights: ``(B, H, n)`` or ``(B, n)`` factors on the queries, finite; 1 by default.
+        positions: See ``dense_tiles``.
+
+    Returns:
+        ``(B, H_kv, T)`` in at least float32; 0 for padding.
+
+    Raises:
+        ValueError: See ``dense_tiles``.
+    """
+    if query_weights is not None and query_weights.dim() == 2:
+        query_weights = query_weights[:, None].expand(query.shape[:3])
+    sums = torch.zeros(key.shape[:3], dtype=wide_dtype(query.dtype), device=key.device)
+    for tile in dense_tiles(query, key, lse, scale, positions=positions):
+        tile.add(sums, tile.column_sums(query_weights))
+    return sums
+
+
+@torch.no_grad()
+def last_rows(query: Tensor, key: Tensor, lse: Tensor, scale: float, *, positions: Tensor | None = None) -> Tensor:
+    """Probabilities of the latest queries of a row over all its keys, one by one: for few queries.
+
+    Args:
+        query: ``(B, H, w, D)`` of the last w keys' tokens.
+        key: ``(B, H_kv, T, D)``, T at least w.
+        lse: ``(B, H, w)`` over all that each query sees.
+        scale: Factor on the scores.
+        positions: See ``dense_tiles``.
+
+    Returns:
+        ``(B, H, w, T)`` in at least float32; 0 where a query does not see a key.
+
+    Raises:
+        ValueError: See ``dense_tiles``.
+    """
+    _check_dense(query, key)
+    if not query.numel():
+        return query.new_zeros(*query.shape[:3], key.shape[2], dtype=wide_dtype(query.dtype))
+    rows = _DenseRows.of(query, key, lse, scale, positions)
+    return rows.weights(slice(0, key.shape[2]), slice(0, query.shape[2])).reshape(*query.shape[:3], key.shape[2])
