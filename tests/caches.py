@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import kvtrain
+from kvtrain.models.method import Method
 from tests.hosts import FAMILIES, dmc_at_rate, random_ids
 
 
@@ -35,6 +36,12 @@ def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> 
     return Entry(retrofit, layers=len(full_heads))
 
 
+def evicting(policy: Callable[..., Method], families: tuple[str, ...] = ("llama",), **settings: object) -> Entry:
+    """A policy on small pages, which cuts prompts as everything else."""
+    method = policy(**{"prompt": "blocks", "page_size": 4, **settings})
+    return Entry(lambda host: kvtrain.retrofit(host, method), families=families)
+
+
 def transnormer(variant: str, **settings: object) -> Entry:
     """A model of its own, as wide and deep as the host and with its vocabulary."""
 
@@ -58,6 +65,15 @@ CACHES: dict[str, Entry] = {
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
     "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
+    "streamingllm": evicting(kvtrain.StreamingLLM, budget=9, sink=2),
+    "h2o": evicting(kvtrain.H2O, tuple(FAMILIES), budget=9, recent=3),
+    "h2o_adaptive": evicting(kvtrain.H2O, budget=9, recent=3, every=4, per_head="adaptive"),
+    "tova": evicting(kvtrain.TOVA, budget=9),
+    "snapkv": evicting(kvtrain.SnapKV, budget=12, recent=4, every=8),
+    "corm": evicting(kvtrain.CORM, recent=5, window=6),
+    "d2o": evicting(kvtrain.D2O, budget=9, recent=3, sink=2),
+    "mikv": evicting(kvtrain.MiKV, budget=9, recent=3),
+    "random": evicting(kvtrain.RandomEviction, budget=0.4, every=3, recent=2),
     "transnormer_t1": transnormer("T1", num_block_heads=2),
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),

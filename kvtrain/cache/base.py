@@ -215,7 +215,7 @@ class KVCache(GeneratingCache):
         ended = self._open_prompts.end(rows)
         if ended is not None:
             for layer in self.layers:
-                layer.end_prompt(ended)
+                layer.end_prompt(ended, self.layers)
 
     def admit(self, count: int) -> range:
         """Add empty rows at the end; they may wait, fed with padding alone, or start at once.
