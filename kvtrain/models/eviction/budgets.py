@@ -11,36 +11,37 @@ if TYPE_CHECKING:
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
 
 
-def layer_budget(policy: BudgetedEviction, shape: "LayerShape") -> int | float:
-    """Budget of a head of one layer.
-
-    A pyramid is PyramidKV's section 3.2: the highest layer has ``(budget - recent) / beta`` besides the latest tokens,
-    the lowest is as far above the mean, and the others lie on the line between them.
-    """
-    if policy.per_layer != "pyramid" or shape.num_layers == 1:
-        return policy.budget
-    is_share = isinstance(policy.budget, float)
-    mean = policy.budget if is_share else policy.budget - policy.recent
-    least = mean / policy.beta
-    most = 2 * mean - least
-    here = most - shape.layer_idx * (most - least) / (shape.num_layers - 1)
-    return min(1.0, here) if is_share else policy.recent + int(here + 0.5)
-
-
 def max_slots(policy: BudgetedEviction, shape: "LayerShape") -> int | None:
     """The most slots that a head of a layer comes to between two evictions; None where nothing bounds it."""
-    budget = layer_budget(policy, shape)
-    if policy.prompt == "dense" or isinstance(budget, float):
+    if policy.prompt == "dense" or isinstance(policy.budget, float):
         return None
+    budget = int(_of_layer(policy, shape, torch.tensor(policy.budget)))
     return budget * (1 if policy.per_head == "same" else shape.num_heads) + policy.every
 
 
 def row_budgets(policy: BudgetedEviction, layer: "EvictingCacheLayer") -> Tensor:
     """Slots that the heads of a layer may keep in the mean, ``(B,)``."""
-    budget = layer_budget(policy, layer.shape)
-    if isinstance(budget, int):
-        return torch.full_like(layer.tokens, budget)
-    return (budget * layer.tokens.double()).long().clamp(min=1)
+    tokens = layer.tokens
+    if isinstance(policy.budget, int):
+        mean = torch.full_like(tokens, policy.budget)
+    else:
+        mean = (policy.budget * tokens.double()).long()
+    return _of_layer(policy, layer.shape, mean)
+
+
+def _of_layer(policy: BudgetedEviction, shape: "LayerShape", mean: Tensor) -> Tensor:
+    """Budgets of one layer, from the mean ones over all layers.
+
+    A pyramid is PyramidKV's section 3.2: the highest layer has ``(mean - recent) / beta`` besides the latest tokens,
+    the lowest is as far above the mean, and the others lie on the line between them.
+    """
+    if policy.per_layer != "pyramid" or shape.num_layers == 1:
+        return mean
+    beside = (mean - policy.recent).double()
+    least = beside / policy.beta
+    most = 2 * beside - least
+    here = most - shape.layer_idx * (most - least) / (shape.num_layers - 1)
+    return policy.recent + (here + 0.5).floor().long()
 
 
 def above_budget(policy: BudgetedEviction, layer: "EvictingCacheLayer", scores: Tensor) -> Tensor:

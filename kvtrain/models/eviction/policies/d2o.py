@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
 
 _EVERYTHING = 1 << 40  # slots, more than a row has
-_LEAST = 0.01  # of the mean budget, that a layer has in any case
+_MOST_SHARED = 100  # of the mean budget, a layer has one part of so many in any case
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class D2O(H2O):
     in the mean over heads, reaches the moving mean of what was seen so far (section 3.3); a slot and what is merged
     into it, each victim times its likeness, are averaged.
 
-    ``per_layer="variance"`` divides the budget over layers when a prompt ends (section 3.2): the more the probability
-    that tokens have got differs, the less a layer keeps. The lowest two layers and the highest keep everything then.
+    ``per_layer="variance"`` divides the budget over layers when a row's first prompt ends (section 3.2): the more the
+    probability that tokens have got differs, the less a layer keeps. The lowest two layers and the highest keep all.
 
     Args:
         smooth: Weight of the old threshold in the moving mean.
@@ -65,6 +65,8 @@ class D2O(H2O):
         mean = super().row_budgets(layer)
         if self.per_layer != "variance":
             return mean
+        if layer.shape.layer_idx in (0, 1, layer.shape.num_layers - 1):
+            return torch.full_like(mean, _EVERYTHING)
         own = layer.state["budget"]
         return torch.where(own > 0, own, mean)
 
@@ -78,12 +80,10 @@ class D2O(H2O):
         shares = torch.softmax(-spread, 0) * len(layers)  # (layers, B)
         for index, layer in enumerate(layers):
             own, mean = layer.state["budget"], super().row_budgets(layer)
-            wanted = (shares[index].to(own.device) * mean + 0.5).long()
-            least = (_LEAST * mean).ceil().long().clamp(min=max(1, self.sink + self.recent))
-            wanted = torch.maximum(wanted, least)
-            if index < 2 or index == len(layers) - 1:
-                wanted = torch.full_like(wanted, _EVERYTHING)
-            layer.state["budget"] = torch.where(rows.to(own.device), wanted, own)
+            least = (mean / _MOST_SHARED).ceil().clamp(min=max(1, self.sink + self.recent))
+            wanted = torch.maximum((shares[index].to(own.device) * mean).round(), least)
+            wanted = torch.minimum(wanted.long(), layer.tokens)
+            layer.state["budget"] = torch.where(rows.to(own.device) & (own == 0), wanted, own)
 
     def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
         """See ``Eviction``."""
@@ -101,30 +101,27 @@ class D2O(H2O):
         alike = (unit.gather(2, index) @ unit.mT).masked_fill(~stays.unsqueeze(2), -torch.inf)  # (B, H, E, K)
         likeness, nearest = alike.max(-1)
         likeness = likeness.masked_fill(~real, 0.0)
-        merges = real & (_mean(likeness, real, 1) >= self._threshold(layer, likeness, real)[:, None]).unsqueeze(1)
-        count = torch.ones_like(kept["keys"][..., 0]).scatter_add(2, nearest, merges.to(likeness.dtype))
+        by_place, count = likeness.sum(1), real.sum(1)  # (B, E): of the first victims of all heads, of the second, ...
+        threshold = self._threshold(layer, by_place.sum(1), count.sum(1))
+        merges = real & (by_place / count.clamp(min=1) >= threshold[:, None]).unsqueeze(1)
+        parts = torch.ones_like(kept["keys"][..., 0]).scatter_add(2, nearest, merges.to(likeness.dtype))
         weight, into = (likeness * merges).unsqueeze(-1), nearest.unsqueeze(-1).expand_as(index)
         merged = {
-            name: states.scatter_add(2, into, states.gather(2, index) * weight) / count.unsqueeze(-1)
+            name: states.scatter_add(2, into, states.gather(2, index) * weight) / parts.unsqueeze(-1)
             for name, states in kept.items()
         }
-        layer.pages.write(merged, places, stays & (count > 1))
+        layer.pages.write(merged, places, stays & (parts > 1))
 
-    def _threshold(self, layer: "EvictingCacheLayer", likeness: "Tensor", real: "Tensor") -> "Tensor":
-        """The moving mean of likenesses ``(B, H, E)``, these included, ``(B,)``; rows without victims keep theirs."""
+    def _threshold(self, layer: "EvictingCacheLayer", likeness: "Tensor", count: "Tensor") -> "Tensor":
+        """The moving mean of likenesses, ``(B,)``, these included: their sum and number; rows without keep theirs."""
         import torch
 
-        old, begun, some = layer.state["threshold"], layer.state["has_merged"], real.any(2).any(1)
-        mean = _mean(likeness.flatten(1), real.flatten(1), 1)
+        old, begun, some = layer.state["threshold"], layer.state["has_merged"], count > 0
+        mean = likeness / count.clamp(min=1)
         new = torch.where(begun, self.smooth * old + (1 - self.smooth) * mean, mean)
         layer.state["threshold"] = torch.where(some, new, old)
         layer.state["has_merged"] = begun | some
         return layer.state["threshold"]
-
-
-def _mean(values: "Tensor", real: "Tensor", dim: int) -> "Tensor":
-    """Of the real ones along one axis; the others are 0."""
-    return values.sum(dim) / real.sum(dim).clamp(min=1)
 
 
 def _spread(scores: "Tensor", live: "Tensor") -> "Tensor":

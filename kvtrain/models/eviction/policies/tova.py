@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TOVA(BudgetedEviction):
-    """Keep what the latest query gives most probability, in the mean over all heads of a layer, which keep the same."""
+    """Keep what the latest query gives most probability, in the mean over all heads of a layer, which keep the same.
+
+    Raises:
+        ValueError: Heads were to have budgets of their own.
+    """
 
     name: ClassVar[str] = "tova"
     slot_fields: ClassVar[Mapping[str, str | None]] = {"latest": None}
     num_observed_queries: ClassVar[int | None] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_head != "same":
+            raise ValueError("TOVA's heads keep the same tokens, and have nothing to share: leave per_head at 'same'")
 
     def observe(self, seen: "Observation") -> None:
         """See ``BudgetedEviction``."""
