@@ -206,6 +206,7 @@ class PagedStore(PageAllocator):
             target, source = target[is_hole], vacated[~victims[head, last]]
         self.pool.move(source, target, vacated)
         self.rows.shorten_to(left.view_as(self.lengths))
+        self._ahead = True
         if not plain or len(self.pool.free):  # a page may be empty, or too many free for fewer slots
             self._release_empty()
 
