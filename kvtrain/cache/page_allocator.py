@@ -179,11 +179,11 @@ class PageAllocator(RowStore):
 
     def _reserve(self, lengths: Tensor) -> None:
         """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
-        needed = self.rows.needed(lengths)
-        count = int((needed - self.rows.owned()).clamp(min=0).sum())
+        needed, owned = self.rows.needed(lengths), self.rows.owned()
+        count = int((needed - owned).clamp(min=0).sum())
         if count:
             self._require(self._bytes_of(count, most_pages(needed), len(needed)))
-            self._take(needed, count, self._spare(lengths, int(needed.sum())))
+            self._take(needed, count, self._spare(lengths, int(owned.sum()) + count))
         self.rows.lengths, self.rows.room = lengths, 0
 
     def _take(self, needed: Tensor, count: int, spare: int) -> None:
@@ -203,7 +203,6 @@ class PageAllocator(RowStore):
 
     def _release_empty(self) -> None:
         """After slots have gone, give back pages without any, but for the one of a head's next slot: it comes soon."""
-        self._ahead = True
         owned, kept = self.rows.owned(), self.rows.needed(self._longest(1, 0))
         if bool((owned > kept).any()):
             self._release_from(kept)

@@ -35,7 +35,8 @@ class PagedStore(PageAllocator):
             are more: what byte budgets count with. None: every token may take one.
         num_unbounded: Heads, the first ones, for which there is no such number.
         slot_fields: Dtype of every scalar that is kept beside a slot, by name: it is stored as it is, whatever
-            ``placement`` and ``bits`` are, goes where its slot goes, and is 0 until it is written.
+            ``placement`` and ``bits`` are, goes where its slot goes, and is 0 until it is written. Who writes to the
+            pages themselves leaves slots that are not in use at 0.
 
     Raises:
         ValueError: ``page_size`` or ``max_slots`` is below 1, a field's name is taken, or ``bits`` or the dims for them
@@ -145,6 +146,80 @@ class PagedStore(PageAllocator):
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
         return {name: self.unpack(name, slots) for name, slots in copies.items()}
 
+    @property
+    def num_slots(self) -> int:
+        """Slots of as many pages as the longest head owns, K: how wide masks and fields are."""
+        return self.rows.columns * self.page_size
+
+    def live(self) -> Tensor:
+        """Slots in use, ``(B, H, K)`` bool: the first ones of every head."""
+        return torch.arange(self.num_slots, device=self.lengths.device) < self.lengths.unsqueeze(-1)
+
+    def field(self, name: str) -> Tensor:
+        """A copy of a field, ``(B, H, K)``: of every slot in use, and 0 of others."""
+        pages, table = self.pool.slots[name], self.table.flatten()
+        if not len(pages):
+            return pages.new_zeros(*self.lengths.shape, self.num_slots)
+        values = pages.index_select(0, table.clamp(min=0))
+        return torch.where((table < 0).unsqueeze(-1), values.new_zeros(()), values).view(
+            *self.lengths.shape, self.num_slots
+        )
+
+    @bookkeeping
+    def set_field(self, name: str, values: Tensor) -> None:
+        """Write a field of all slots in use, ``values (B, H, K)``; those of other slots are ignored."""
+        values = torch.where(self.live(), values.detach(), 0).to(self.slot_fields[name])
+        owned = self.table >= 0
+        self.pool.slots[name][self.table[owned]] = values.unflatten(2, (self.rows.columns, self.page_size))[owned]
+
+    @bookkeeping
+    def truncate(self, lengths: Tensor) -> None:
+        """See ``PageAllocator``."""
+        if self.slot_fields:
+            self._clear_fields_from(lengths)
+        super().truncate(lengths)
+
+    @bookkeeping
+    def evict(self, victims: Tensor) -> None:
+        """Forget some slots: the last ones of their heads move into the holes, and nothing else moves.
+
+        A page without slots is given back, unless it is the one of a head's next slot: where a head gains a slot and
+        loses one in turn, the table stays as it is.
+
+        Args:
+            victims: ``(B, H, K)`` bool, as wide as ``live``; marks of slots that are not in use are ignored.
+        """
+        victims = (victims & self.live()).flatten(0, 1)
+        head, slot = victims.nonzero().unbind(1)
+        if not len(head):
+            return
+        lengths, lost = self.lengths.flatten(), victims.sum(-1)
+        left = lengths - lost
+        # Every head gives up as many of its last slots as it has victims, so that both are listed side by side.
+        last = torch.arange(len(head), device=head.device) + (lengths - lost.cumsum(0))[head]
+        slots = torch.stack([slot, last])
+        page, place = self.table.flatten(0, 1)[head, slots // self.page_size], slots % self.page_size
+        target, vacated = torch.add(place, page, alpha=self.page_size)
+        source, is_hole = vacated, slot < left[head]
+        plain = bool((is_hole & (place[1] < self.page_size - 1)).all())
+        if not plain:  # some victims are among the last slots: as many others stay as there are holes
+            target, source = target[is_hole], vacated[~victims[head, last]]
+        self.pool.move(source, target, vacated)
+        self.rows.shorten_to(left.view_as(self.lengths))
+        self._ahead = True
+        if not plain or len(self.pool.free):  # a page may be empty, or too many free for fewer slots
+            self._release_empty()
+
+    def _clear_fields_from(self, lengths: Tensor) -> None:
+        """Let fields be 0 from ``lengths (B, H)`` on, where a page ends whose first slots stay in use."""
+        used = lengths % self.page_size
+        row, head = used.nonzero(as_tuple=True)
+        pages = self.table[row, head, lengths[row, head] // self.page_size]
+        beyond = torch.arange(self.page_size, device=lengths.device) >= used[row, head].unsqueeze(-1)
+        for name in self.slot_fields:
+            slots = self.pool.slots[name]
+            slots[pages] = slots[pages].masked_fill_(beyond, 0)
+
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
         self._require(self.bytes_to_select(indices))
@@ -241,77 +316,6 @@ class PagedStore(PageAllocator):
                     f"pages of {tuple(theirs.shape[1:])} {theirs.dtype} do not fit a cache of {tuple(mine.shape[1:])} "
                     f"{mine.dtype}: give both caches the same model, page size and bits"
                 )
-
-    @property
-    def num_slots(self) -> int:
-        """Slots for which there is room in the table, K: what masks and fields of all heads are as wide as."""
-        return self.rows.columns * self.page_size
-
-    def live(self) -> Tensor:
-        """Slots in use, ``(B, H, K)`` bool: the first ones of every head."""
-        return torch.arange(self.num_slots, device=self.lengths.device) < self.lengths.unsqueeze(-1)
-
-    def field(self, name: str) -> Tensor:
-        """A copy of a field, ``(B, H, K)`` by slot; 0 beyond what a head has."""
-        pages = self.pool.slots[name]
-        if not len(pages):
-            return pages.new_zeros(*self.lengths.shape, self.num_slots)
-        nobody = (self.table < 0).unsqueeze(-1)  # such a number stands for the last page of all, and what that holds
-        return pages[self.table].masked_fill_(nobody, 0).flatten(2)
-
-    @bookkeeping
-    def set_field(self, name: str, values: Tensor) -> None:
-        """Write a field of all slots in use, ``values (B, H, K)``; those of other slots are ignored."""
-        values = torch.where(self.live(), values.detach(), 0).to(self.slot_fields[name])
-        owned = self.table >= 0
-        self.pool.slots[name][self.table[owned]] = values.unflatten(2, (self.rows.columns, self.page_size))[owned]
-
-    @bookkeeping
-    def truncate(self, lengths: Tensor) -> None:
-        """See ``PageAllocator``."""
-        if self.slot_fields:
-            self._clear_fields_from(lengths)
-        super().truncate(lengths)
-
-    @bookkeeping
-    def evict(self, victims: Tensor) -> None:
-        """Forget some slots: the last ones of their heads move into the holes, and nothing else moves.
-
-        A page without slots is given back, unless it is the one of a head's next slot: where a head gains a slot and
-        loses one in turn, the table stays as it is.
-
-        Args:
-            victims: ``(B, H, K)`` bool; marks of slots that are not in use are ignored.
-        """
-        victims = (victims & self.live()).flatten(0, 1)
-        head, slot = victims.nonzero().unbind(1)
-        if not len(head):
-            return
-        lengths, lost = self.lengths.flatten(), victims.sum(-1)
-        left = lengths - lost
-        # Every head gives up as many of its last slots as it has victims, so that both are listed side by side.
-        last = torch.arange(len(head), device=head.device) + (lengths - lost.cumsum(0))[head]
-        slots = torch.stack([slot, last])
-        page, place = self.table.flatten(0, 1)[head, slots // self.page_size], slots % self.page_size
-        target, vacated = torch.add(place, page, alpha=self.page_size)
-        source, is_hole = vacated, slot < left[head]
-        plain = bool((is_hole & (place[1] < self.page_size - 1)).all())
-        if not plain:  # some victims are among the last slots: as many others stay as there are holes
-            target, source = target[is_hole], vacated[~victims[head, last]]
-        self.pool.move(source, target, vacated)
-        self.rows.shorten_to(left.view_as(self.lengths))
-        if not plain or len(self.pool.free):  # a page may be empty, or too many free for fewer slots
-            self._release_empty()
-
-    def _clear_fields_from(self, lengths: Tensor) -> None:
-        """Let fields be 0 from ``lengths (B, H)`` on, where a page ends whose first slots stay in use."""
-        used = lengths % self.page_size
-        row, head = used.nonzero(as_tuple=True)
-        pages = self.table[row, head, lengths[row, head] // self.page_size]
-        beyond = torch.arange(self.page_size, device=lengths.device) >= used[row, head].unsqueeze(-1)
-        for name in self.slot_fields:
-            slots = self.pool.slots[name]
-            slots[pages] = slots[pages].masked_fill_(beyond, 0)
 
     def _move_in(self, places: Tensor, source: Mapping[str, Tensor], pages: Tensor) -> None:
         """Copy ``pages`` of some pool to fresh ones for the table's ``places (B, H, P)``; lengths are set already."""

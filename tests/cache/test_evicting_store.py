@@ -309,6 +309,27 @@ def test_a_head_that_gains_and_loses_a_slot_in_turn_leaves_the_table_alone():
         assert asked <= 40 // (7 if held == 32 else 2) + 1
 
 
+def test_a_page_that_is_kept_for_the_next_slot_stays_behind_when_rows_move():
+    """What was announced for a copied row does not count it, and it is not copied."""
+    store = filled([[9, 9]], page_size=8)
+    store.evict(marked(store, (0, 0, 2), (0, 1, 5)))
+    assert (store.table >= 0).sum(2).tolist() == [[2, 2]]
+    promised, before = store.bytes_to_select(torch.tensor([0, 0])), store.num_bytes()
+    store.select_rows(torch.tensor([0, 0]))
+    assert (store.table >= 0).sum(2).tolist() == [[1, 1], [1, 1]]
+    assert store.num_bytes() - before <= promised
+
+
+def test_a_slot_that_is_written_again_after_an_eviction_is_in_use_again():
+    store, slots = filled([[3, 3]]), torch.full((1, 2, 1), 3)
+    for number in (7.0, 8.0):
+        store.take_ahead(store.ask_ahead().tolist())
+        store.write({**states_of(slots * 0 + number), **fields_of(slots * 0 + number)}, slots)
+        assert store.lengths.tolist() == [[4, 4]]
+        store.evict(marked(store, (0, 0, 1), (0, 1, 1)))
+    assert store.gather_row(0, 1)["position"].tolist() == [0, 8, 2]
+
+
 class Moved(TorchDispatchMode):
     """Counts elements that are copied into pages, and operators."""
 

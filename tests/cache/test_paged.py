@@ -305,7 +305,7 @@ def test_heads_of_a_known_size_are_announced_no_larger(unbounded, columns):
     assert store.bytes_for(0) == 0
     answer = store.ask_ahead().tolist()
     assert answer[0] == unbounded and (answer[1] > 10**9) == (not unbounded)
-    assert store.bytes_for(4) == unbounded * (store.pool.page_bytes + 4 * HEADS)
+    assert store.bytes_for(4) == unbounded * (2 * store.pool.page_bytes + 4 * HEADS)  # one of them may be spare
 
 
 def test_max_slots_is_validated():
