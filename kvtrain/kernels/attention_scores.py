@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.attention import check_groups
-from kvtrain.kernels.dispatch import autocast_off, wide_dtype
-from kvtrain.kernels.page_layout import PageLayout
-from kvtrain.kernels.quantization import dequantize
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_dtype
 
-_TILE = 2**20  # probabilities at a time, 4 MiB of float32, unless a query over one block of every head has more
-_SCRATCH_BYTES = 2**20  # of keys that are copied, widened or dequantized at a time, unless a single page takes more
+TILE = 2**20  # probabilities at a time, 4 MiB of float32, unless a query has more over one block of every head
 _RUN = 64  # dense keys of a block where the diagonal crosses it: what it hides there is computed, too
-_NEVER = 2**62  # position of a slot that no query sees
+NEVER = 2**31 - 1  # position of a slot that no query sees
+
+
+def tile_size(device: torch.device) -> int:
+    """Probabilities of a tile; launches cost more than memory where there is an accelerator."""
+    return TILE if device.type == "cpu" else 32 * TILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class AttentionTile:
     @cached_property
     def live(self) -> Tensor:
         """Slots that hold a key of their owner's, ``(N, S)``."""
-        return self.key_positions < _NEVER
+        return self.key_positions < NEVER
 
     def column_sums(self, query_weights: Tensor | None = None) -> Tensor:
         """What the queries of the tile give to each slot, those of all G heads together, ``(N, S)``.
@@ -92,7 +94,7 @@ class AttentionTile:
     def add(self, field: Tensor, values: Tensor) -> None:
         """Add ``values (N, S)``, which are 0 where a slot is not ``live``, as sums of weights are."""
         part = field[self.index]
-        field[self.index] = part.add_(values.view(part.shape))
+        field[self.index] = part + values.view(part.shape)
 
     def put(self, field: Tensor, values: Tensor, where: Tensor | None = None) -> None:
         """Write ``values (N, S)`` for the live slots; of others a field keeps what it has.
@@ -103,8 +105,8 @@ class AttentionTile:
             where: Of the live ones those alone, broadcast to ``(N, S)``.
         """
         chosen = self.live if where is None else self.live & where
-        before = self.read(field)
-        field[self.index] = torch.where(chosen, values.to(field.dtype), before).view(field[self.index].shape)
+        part = field[self.index]
+        field[self.index] = torch.where(chosen, values.to(field.dtype), part.reshape(chosen.shape)).view(part.shape)
 
     def maximum(self, field: Tensor, values: Tensor) -> None:
         """Let live slots have the larger one of what they have and ``values (N, S)``."""
@@ -135,12 +137,13 @@ def dense_tiles(
     (batch, heads, num_queries, _), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     if not query.numel():
         return
-    step = max(1, _TILE // (heads * num_queries * _RUN))  # rows
+    tile = tile_size(key.device)
+    step = max(1, tile // (heads * num_queries * _RUN))  # rows
     for begin in range(0, batch, step):
         rows = slice(begin, begin + step)
         block = _DenseRows.of(query[rows], key[rows], lse[rows], scale, None if positions is None else positions[rows])
         owner = torch.arange(begin * kv_heads, begin * kv_heads + len(block.positions), device=key.device)
-        for keys, queries in _dense_cuts(num_queries, num_keys, len(block.query)):
+        for keys, queries in _dense_cuts(num_queries, num_keys, tile // len(block.query)):
             weights = block.weights(keys, queries)
             places_of = slice(queries.start + num_keys - num_queries, queries.stop + num_keys - num_queries)
             yield AttentionTile(
@@ -157,10 +160,10 @@ class _DenseRows(NamedTuple):
     """Some rows, with channels for the log-sum-exp and for padding; R key-value heads in all.
 
     Attributes:
-        query: ``(R * G, n, D + 1 or 2)``.
-        key: ``(R, T, D + 1 or 2)``.
+        query: ``(R * G, n, D + 2)``.
+        key: ``(R, T, D + 2)``.
         positions: ``(R, T)``, -1 for padding.
-        key_positions: ``(R, T)``, ``_NEVER`` for padding.
+        key_positions: ``(R, T)``, ``NEVER`` for padding.
     """
 
     query: Tensor
@@ -171,23 +174,16 @@ class _DenseRows(NamedTuple):
     @classmethod
     def of(cls, query: Tensor, key: Tensor, lse: Tensor, scale: float, positions: Tensor | None) -> "_DenseRows":
         """From arguments as ``dense_tiles`` takes them."""
-        wide = wide_dtype(query.dtype)
-        query, key, minus_lse = query.to(wide) * scale, key.to(wide), _negative(lse.to(wide))
-        ones = torch.ones((), dtype=wide, device=key.device)
-        query_channels, key_channels = [minus_lse], [ones]
+        wide, heads = wide_dtype(query.dtype), key.shape[0] * key.shape[1]
         if positions is None:
-            places = torch.arange(key.shape[2], device=key.device).expand(key.shape[0] * key.shape[1], -1)
-            key_places = places
+            places = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(heads, -1)
+            padding, key_places = None, places
         else:
-            places = positions.repeat_interleave(key.shape[1], 0)
-            key_places = places.masked_fill(places < 0, _NEVER)
-            padding = (positions < 0)[:, None, :]  # (B', 1, T)
-            of_queries = padding[:, :, -query.shape[2] :]
-            query = query.masked_fill(of_queries.unsqueeze(-1), 0.0)  # neither NaN nor anything else times -inf
-            key = key.masked_fill(padding.unsqueeze(-1), 0.0)
-            query_channels = [minus_lse.masked_fill(of_queries, -torch.inf), ones]
-            key_channels = [ones, torch.zeros_like(padding, dtype=wide).masked_fill_(padding, -torch.inf)]
-        return cls(_with_channels(query, query_channels), _with_channels(key, key_channels), places, key_places)
+            places, padding = positions.int().repeat_interleave(key.shape[1], 0), (positions < 0)[:, None]
+            key_places = places.masked_fill(places < 0, NEVER)
+        of_queries = None if padding is None else padding[..., -query.shape[2] :]
+        queries, keys = fold_queries(query, lse, scale, of_queries), fold_keys(key, wide, padding)
+        return cls(queries.flatten(0, 1), keys.flatten(0, 1), places, key_places)
 
     def weights(self, keys: slice, queries: slice) -> Tensor:
         """Probabilities ``(R, G, c, S)``."""
@@ -212,129 +208,53 @@ def _check_dense(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{query.shape[2]} queries cannot be the last of {key.shape[2]} tokens; pass all their keys")
 
 
-def _negative(lse: Tensor) -> Tensor:
-    """What to add to scores; ``-inf`` for a query that sees nothing."""
+def negative(lse: Tensor) -> Tensor:
+    """What to add to scores, in at least float32; ``-inf`` for a query that sees nothing."""
+    lse = at_least_float32(lse)
     return torch.where(lse == -torch.inf, lse, -lse)
 
 
-def _with_channels(vectors: Tensor, channels: list[Tensor]) -> Tensor:
-    """``(B', heads, T, D)`` as ``(B' * heads, T, D + some)``, with channels ``(B' or 1, heads or 1, T)`` behind."""
-    wider = vectors.new_empty(*vectors.shape[:3], vectors.shape[3] + len(channels))
-    wider[..., : vectors.shape[3]] = vectors
-    for place, channel in enumerate(channels, vectors.shape[3]):
-        wider[..., place] = channel
-    return wider.flatten(0, 1)
+def fold_queries(query: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
+    """``[q * scale, -lse, 1]``, whose product with ``fold_keys`` is what a probability is the exponential of.
+
+    Args:
+        query: ``(..., n, D)``.
+        lse: ``(..., n)``.
+        scale: Factor on the scores.
+        padding: Broadcast to ``(..., n)``: queries that see nothing, and may hold whatever.
+    """
+    dim, folded = (
+        query.shape[-1],
+        query.new_empty(*query.shape[:-1], query.shape[-1] + 2, dtype=wide_dtype(query.dtype)),
+    )
+    vectors = folded[..., :dim].copy_(query).mul_(scale)
+    folded[..., dim], folded[..., dim + 1] = negative(lse), 1.0
+    if padding is not None:
+        vectors.masked_fill_(padding.unsqueeze(-1), 0.0)  # neither NaN nor anything else beside an infinity
+        folded[..., dim].masked_fill_(padding, -torch.inf)
+    return folded
 
 
-def _dense_cuts(num_queries: int, num_keys: int, heads: int) -> Iterator[tuple[slice, slice]]:
-    """Keys and queries of each tile of so many query heads."""
+def fold_keys(key: Tensor, dtype: torch.dtype, hidden: Tensor | None = None) -> Tensor:
+    """``[k, 1, 0]``, and ``[0, 1, -inf]`` where keys ``(..., S, D)`` are ``hidden``, which may hold whatever."""
+    dim, folded = key.shape[-1], key.new_empty(*key.shape[:-1], key.shape[-1] + 2, dtype=dtype)
+    vectors = folded[..., :dim].copy_(key)
+    folded[..., dim], folded[..., dim + 1] = 1.0, 0.0
+    if hidden is not None:
+        vectors.masked_fill_(hidden.unsqueeze(-1), 0.0)
+        folded[..., dim + 1].masked_fill_(hidden, -torch.inf)
+    return folded
+
+
+def _dense_cuts(num_queries: int, num_keys: int, pairs: int) -> Iterator[tuple[slice, slice]]:
+    """Keys and queries of each tile, so many pairs of them at most, if they are more than a run."""
     before = num_keys - num_queries  # keys that all queries see: no diagonal keeps their runs short
-    chunk = max(1, min(num_queries, _TILE // (heads * _RUN)))
-    width = max(_RUN, _TILE // (heads * chunk))
+    chunk = min(num_queries, max(1, pairs // _RUN))
+    width = max(_RUN, pairs // chunk)
     starts = [*range(0, before, width), *range(before, num_keys, _RUN)]
     for start, stop in zip(starts, [*starts[1:], num_keys], strict=True):
         for first in range(max(0, start - before), num_queries, chunk):
             yield slice(start, stop), slice(first, min(first + chunk, num_queries))
-
-
-@torch.no_grad()
-def paged_tiles(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    scale: float,
-    table: Tensor,
-    lengths: Tensor,
-    positions: Tensor,
-    *,
-    key_positions: Tensor | None = None,
-    bits: int | None = None,
-    layout: PageLayout | None = None,
-) -> Iterator[AttentionTile]:
-    """Probabilities of queries over the first ``lengths`` slots of their row and head, where those lie.
-
-    Args:
-        query: ``(B, H, n, D)``.
-        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantize`` makes of that.
-        lse: ``(B, H, n)`` over all that each query sees, be it here or elsewhere.
-        scale: Factor on the scores.
-        table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
-        lengths: ``(B, H_kv)`` slots that count.
-        positions: ``(B, n)`` of the queries in their row; -1 for padding, which has weights of 0.
-        key_positions: ``(pages, page_size)`` of the keys: a query sees none after its own. None: it sees all.
-        bits: Of quantized keys.
-        layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
-
-    Returns:
-        Tiles whose blocks are pages; together, every visible pair once.
-
-    Raises:
-        ValueError: With the first tile: head counts or bits do not fit.
-    """
-    check_groups(query.shape[1], table.shape[1])
-    if layout is None:
-        layout = PageLayout(table.flatten(0, 1), len(keys), keys.shape[1], copies=bits is not None)
-    assert not layout.fixed, "it lists some pages twice, of which fields would be written twice"
-    if not query.numel():
-        return
-    page_size, wide = keys.shape[1], wide_dtype(query.dtype)
-    places = _key_positions(key_positions, layout, lengths)  # (N, S)
-    by_head = _Queries.of(query, lse, scale, table.shape[1])
-    in_place = layout.pages is None and bits is None and keys.dtype == wide
-    for some, queries in _paged_cuts(len(places), page_size, by_head, in_place):
-        owner, index = layout.owner[some], some if layout.pages is None else layout.pages[some]
-        key = keys[index].to(wide) if bits is None else dequantize(keys[index], bits, query.shape[3], wide)
-        at, keys_at = positions[owner // table.shape[1], queries], places[some]
-        hidden = keys_at.unsqueeze(1) > at.unsqueeze(2)
-        yield AttentionTile(by_head.weights(key, hidden, owner, queries), at, keys_at, owner, queries, index)
-
-
-class _Queries(NamedTuple):
-    """Queries by key-value head, R in all, with what to add to their scores.
-
-    Attributes:
-        query: ``(R, G, n, D)``, scaled.
-        minus_lse: ``(R, G, n, 1)``.
-    """
-
-    query: Tensor
-    minus_lse: Tensor
-
-    @classmethod
-    def of(cls, query: Tensor, lse: Tensor, scale: float, kv_heads: int) -> "_Queries":
-        by_head, wide = (len(query) * kv_heads, query.shape[1] // kv_heads, query.shape[2]), wide_dtype(query.dtype)
-        scaled, minus_lse = query.to(wide) * scale, _negative(lse.to(wide))
-        return cls(scaled.reshape(*by_head, query.shape[3]), minus_lse.reshape(*by_head, 1))
-
-    def weights(self, key: Tensor, hidden: Tensor, owner: Tensor, queries: slice) -> Tensor:
-        """Probabilities ``(N, G, c, S)`` for ``key (N, S, D)`` of some owners, 0 where ``hidden (N, c, S)``."""
-        query, minus_lse = (part[:, :, queries][owner].flatten(1, 2) for part in self)
-        with autocast_off(key):
-            scores = torch.baddbmm(minus_lse, query, key.mT)
-        scores = scores.view(len(key), self.query.shape[1], -1, key.shape[1])
-        return scores.masked_fill_(hidden.unsqueeze(1), -torch.inf).exp_()
-
-
-def _key_positions(key_positions: Tensor | None, layout: PageLayout, lengths: Tensor) -> Tensor:
-    """Those of the layout's pages, ``(N, S)``; ``_NEVER`` where a slot is none of its owner's."""
-    hidden = layout.shown(lengths).hidden.slots
-    if key_positions is None:
-        return torch.zeros_like(hidden, dtype=torch.long).masked_fill_(hidden, _NEVER)
-    listed = key_positions if layout.pages is None else key_positions[layout.pages]
-    return listed.long().masked_fill(hidden, _NEVER)
-
-
-def _paged_cuts(pages: int, page_size: int, by_head: _Queries, in_place: bool) -> Iterator[tuple[slice, slice]]:
-    """Pages and queries of each tile; keys that are not read in place are few enough to stay in a cache."""
-    _, groups, num_queries, dim = by_head.query.shape
-    chunk = max(1, min(num_queries, _TILE // (groups * page_size)))
-    step = _TILE // (groups * chunk * page_size)
-    if not in_place:
-        step = min(step, _SCRATCH_BYTES // (page_size * dim * by_head.query.itemsize))
-    step = max(1, step)
-    for page in range(0, pages, step):
-        for first in range(0, num_queries, chunk):
-            yield slice(page, min(page + step, pages)), slice(first, min(first + chunk, num_queries))
 
 
 def column_sums(
