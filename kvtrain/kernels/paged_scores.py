@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.attention import check_groups
-from kvtrain.kernels.attention_scores import NEVER, AttentionTile, negative, tile_size
+from kvtrain.kernels.attention_scores import NEVER, AttentionTile, tile_size
 from kvtrain.kernels.dispatch import autocast_off, wide_dtype
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize
@@ -65,7 +65,7 @@ def paged_tiles(
     wide, places = wide_dtype(query.dtype), _key_positions(key_positions, layout, lengths)  # (N, S)
     positions = positions.int()
     by_head = (len(query) * table.shape[1], query.shape[1] // table.shape[1], query.shape[2], -1)
-    scaled, minus_lse = (query.to(wide) * scale).reshape(by_head), negative(lse).reshape(by_head)  # (R, G, n, D or 1)
+    scaled, minus_lse = (query.to(wide) * scale).reshape(by_head), -lse.to(wide).reshape(by_head)  # (R, G, n, D or 1)
     in_place = layout.pages is None and bits is None and keys.dtype == wide
     cuts = _paged_cuts(places.shape, scaled.shape, tile_size(keys.device), 0 if in_place else wide.itemsize)
     for some, queries in cuts:
