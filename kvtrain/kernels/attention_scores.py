@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.attention import check_groups
-from kvtrain.kernels.dispatch import at_least_float32, autocast_off, wide_dtype
+from kvtrain.kernels.dispatch import autocast_off, wide_dtype
 
-TILE = 2**20  # probabilities at a time, 4 MiB of float32, unless a query over one block of every head has more
+TILE = 2**20  # probabilities at a time, 4 MiB of float32, unless a query has more over one block of every head
 _RUN = 64  # dense keys of a block where the diagonal crosses it: what it hides there is computed, too
 NEVER = 2**31 - 1  # position of a slot that no query sees
 
@@ -94,7 +94,7 @@ class AttentionTile:
     def add(self, field: Tensor, values: Tensor) -> None:
         """Add ``values (N, S)``, which are 0 where a slot is not ``live``, as sums of weights are."""
         part = field[self.index]
-        field[self.index] = part.add_(values.view(part.shape))
+        field[self.index] = part + values.view(part.shape)
 
     def put(self, field: Tensor, values: Tensor, where: Tensor | None = None) -> None:
         """Write ``values (N, S)`` for the live slots; of others a field keeps what it has.
@@ -105,8 +105,8 @@ class AttentionTile:
             where: Of the live ones those alone, broadcast to ``(N, S)``.
         """
         chosen = self.live if where is None else self.live & where
-        before = self.read(field)
-        field[self.index] = torch.where(chosen, values.to(field.dtype), before).view(field[self.index].shape)
+        part = field[self.index]
+        field[self.index] = torch.where(chosen, values.to(field.dtype), part.reshape(chosen.shape)).view(part.shape)
 
     def maximum(self, field: Tensor, values: Tensor) -> None:
         """Let live slots have the larger one of what they have and ``values (N, S)``."""
@@ -137,12 +137,13 @@ def dense_tiles(
     (batch, heads, num_queries, _), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     if not query.numel():
         return
-    step = max(1, TILE // (heads * num_queries * _RUN))  # rows
+    tile = tile_size(key.device)
+    step = max(1, tile // (heads * num_queries * _RUN))  # rows
     for begin in range(0, batch, step):
         rows = slice(begin, begin + step)
         block = _DenseRows.of(query[rows], key[rows], lse[rows], scale, None if positions is None else positions[rows])
         owner = torch.arange(begin * kv_heads, begin * kv_heads + len(block.positions), device=key.device)
-        for keys, queries in _dense_cuts(num_queries, num_keys, len(block.query)):
+        for keys, queries in _dense_cuts(num_queries, num_keys, query.shape[3], tile // len(block.query)):
             weights = block.weights(keys, queries)
             places_of = slice(queries.start + num_keys - num_queries, queries.stop + num_keys - num_queries)
             yield AttentionTile(
@@ -156,49 +157,49 @@ def dense_tiles(
 
 
 class _DenseRows(NamedTuple):
-    """Some rows, with channels for the log-sum-exp and for padding; R key-value heads in all.
+    """Some rows; R key-value heads in all.
 
     Attributes:
-        query: ``(R * G, n, D + 2)``.
-        key: ``(R, T, D + 2)``.
+        query: ``(R * G, n, D + 2)``, folded.
+        key: ``(B', H_kv, T, D)``.
+        padding: ``(B', 1, T)``; None: there is none.
         positions: ``(R, T)``, -1 for padding.
         key_positions: ``(R, T)``, ``NEVER`` for padding.
     """
 
     query: Tensor
     key: Tensor
+    padding: Tensor | None
     positions: Tensor
     key_positions: Tensor
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, lse: Tensor, scale: float, positions: Tensor | None) -> "_DenseRows":
         """From arguments as ``dense_tiles`` takes them."""
-        wide, heads = wide_dtype(query.dtype), key.shape[0] * key.shape[1]
         if positions is None:
-            places = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(heads, -1)
-            padding, key_places = None, places
-        else:
-            places, padding = positions.int().repeat_interleave(key.shape[1], 0), (positions < 0)[:, None]
-            key_places = places.masked_fill(places < 0, NEVER)
-        of_queries = None if padding is None else padding[..., -query.shape[2] :]
-        queries, keys = fold_queries(query, lse, scale, of_queries), fold_keys(key, wide, padding)
-        return cls(queries.flatten(0, 1), keys.flatten(0, 1), places, key_places)
+            counted = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+            counted = counted.expand(key.shape[0] * key.shape[1], -1)
+            return cls(_fold_queries(query, lse, scale).flatten(0, 1), key, None, counted, counted)
+        padding, by_head = (positions < 0)[:, None], positions.int().repeat_interleave(key.shape[1], 0)
+        folded = _fold_queries(query, lse, scale, padding[..., -query.shape[2] :])
+        return cls(folded.flatten(0, 1), key, padding, by_head, by_head.masked_fill(by_head < 0, NEVER))
 
     def weights(self, keys: slice, queries: slice) -> Tensor:
         """Probabilities ``(R, G, c, S)``."""
-        (count, num_keys, _), num_queries = self.key.shape, self.query.shape[1]
-        groups = len(self.query) // count
-        key = self.key[:, keys]
+        heads, num_queries = len(self.positions), self.query.shape[1]
+        groups = len(self.query) // heads
+        hidden = None if self.padding is None else self.padding[..., keys]
+        key = _fold_keys(self.key[:, :, keys], self.query.dtype, hidden).flatten(0, 1)
         if groups > 1:
             key = key.repeat_interleave(groups, 0)
         with autocast_off(key):
             weights = torch.bmm(self.query[:, queries], key.mT)
         weights.exp_()
-        first = queries.start + num_keys - num_queries - keys.start  # its place beside the run's first key
+        first = queries.start + self.key.shape[2] - num_queries - keys.start  # its place beside the run's first key
         crossed = keys.stop - keys.start - 1 - first  # queries that do not see all of the run
         if crossed > 0:
             weights[:, :crossed].tril_(first)
-        return weights.view(count, groups, *weights.shape[1:])
+        return weights.view(heads, groups, *weights.shape[1:])
 
 
 def _check_dense(query: Tensor, key: Tensor) -> None:
@@ -207,49 +208,41 @@ def _check_dense(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{query.shape[2]} queries cannot be the last of {key.shape[2]} tokens; pass all their keys")
 
 
-def negative(lse: Tensor) -> Tensor:
-    """What to add to scores, in at least float32; ``-inf`` for a query that sees nothing."""
-    lse = at_least_float32(lse)
-    return torch.where(lse == -torch.inf, lse, -lse)
-
-
-def fold_queries(query: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
-    """``[q * scale, -lse, 1]``, whose product with ``fold_keys`` is what a probability is the exponential of.
+def _fold_queries(query: Tensor, lse: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
+    """``[q * scale, -lse, 1]``, whose product with a folded key is what a probability is the exponential of.
 
     Args:
-        query: ``(..., n, D)``.
-        lse: ``(..., n)``.
+        query: ``(B', H, n, D)``.
+        lse: ``(B', H, n)``.
         scale: Factor on the scores.
-        padding: Broadcast to ``(..., n)``: queries that see nothing, and may hold whatever.
+        padding: ``(B', 1, n)`` queries that see nothing.
     """
-    dim, folded = (
-        query.shape[-1],
-        query.new_empty(*query.shape[:-1], query.shape[-1] + 2, dtype=wide_dtype(query.dtype)),
-    )
-    vectors = folded[..., :dim].copy_(query).mul_(scale)
-    folded[..., dim], folded[..., dim + 1] = negative(lse), 1.0
+    dim, wide = query.shape[-1], wide_dtype(query.dtype)
+    folded = query.new_empty(*query.shape[:-1], dim + 2, dtype=wide)
+    folded[..., :dim].copy_(query).mul_(scale)
+    folded[..., dim], folded[..., dim + 1] = -lse.to(wide), 1.0
     if padding is not None:
-        vectors.masked_fill_(padding.unsqueeze(-1), 0.0)  # neither NaN nor anything else beside an infinity
+        folded[..., :dim].masked_fill_(padding.unsqueeze(-1), 0.0)  # neither NaN nor anything else beside an infinity
         folded[..., dim].masked_fill_(padding, -torch.inf)
     return folded
 
 
-def fold_keys(key: Tensor, dtype: torch.dtype, hidden: Tensor | None = None) -> Tensor:
-    """``[k, 1, 0]``, and ``[0, 1, -inf]`` where keys ``(..., S, D)`` are ``hidden``, which may hold whatever."""
-    dim, folded = key.shape[-1], key.new_empty(*key.shape[:-1], key.shape[-1] + 2, dtype=dtype)
-    vectors = folded[..., :dim].copy_(key)
-    folded[..., dim], folded[..., dim + 1] = 1.0, 0.0
-    if hidden is not None:
-        vectors.masked_fill_(hidden.unsqueeze(-1), 0.0)
-        folded[..., dim + 1].masked_fill_(hidden, -torch.inf)
+def _fold_keys(key: Tensor, dtype: torch.dtype, padding: Tensor | None) -> Tensor:
+    """``[k, 1, 0]`` of keys ``(B', H_kv, S, D)``, and ``[0, 1, -inf]`` where they are ``padding (B', 1, S)``."""
+    dim = key.shape[-1]
+    folded = key.new_empty(*key.shape[:-1], dim + 2, dtype=dtype)
+    folded[..., :dim], folded[..., dim], folded[..., dim + 1] = key, 1.0, 0.0
+    if padding is not None:
+        folded[..., :dim].masked_fill_(padding.unsqueeze(-1), 0.0)
+        folded[..., dim + 1].masked_fill_(padding, -torch.inf)
     return folded
 
 
-def _dense_cuts(num_queries: int, num_keys: int, heads: int) -> Iterator[tuple[slice, slice]]:
-    """Keys and queries of each tile of so many query heads."""
+def _dense_cuts(num_queries: int, num_keys: int, dim: int, pairs: int) -> Iterator[tuple[slice, slice]]:
+    """Keys and queries of each tile of so many pairs of a head, or of one query and a run."""
     before = num_keys - num_queries  # keys that all queries see: no diagonal keeps their runs short
-    chunk = max(1, min(num_queries, TILE // (heads * _RUN)))
-    width = max(_RUN, TILE // (heads * chunk))
+    chunk = min(num_queries, max(1, pairs // _RUN))
+    width = max(_RUN, pairs // max(chunk, dim))  # its keys are copied, too
     starts = [*range(0, before, width), *range(before, num_keys, _RUN)]
     for start, stop in zip(starts, [*starts[1:], num_keys], strict=True):
         for first in range(max(0, start - before), num_queries, chunk):
@@ -307,7 +300,18 @@ def last_rows(query: Tensor, key: Tensor, lse: Tensor, scale: float, *, position
         ValueError: See ``dense_tiles``.
     """
     _check_dense(query, key)
+    wide, (batch, heads, num_queries, dim), (kv_heads, num_keys) = wide_dtype(query.dtype), query.shape, key.shape[1:3]
     if not query.numel():
-        return query.new_zeros(*query.shape[:3], key.shape[2], dtype=wide_dtype(query.dtype))
-    rows = _DenseRows.of(query, key, lse, scale, positions)
-    return rows.weights(slice(0, key.shape[2]), slice(0, query.shape[2])).reshape(*query.shape[:3], key.shape[2])
+        return query.new_zeros(batch, heads, num_queries, num_keys, dtype=wide)
+    by_head = (batch * kv_heads, heads // kv_heads * num_queries, -1)  # no copies of keys, which are more than queries
+    with autocast_off(query):
+        scores = torch.baddbmm(
+            -lse.to(wide).reshape(by_head),
+            (query.to(wide) * scale).reshape(by_head),
+            key.to(wide).reshape(batch * kv_heads, num_keys, dim).mT,
+        )
+    rows = scores.view(batch, heads, num_queries, num_keys)
+    if positions is not None:
+        padding = (positions < 0)[:, None, None]
+        rows.masked_fill_(padding | padding[..., -num_queries:].mT, -torch.inf)
+    return rows.exp_().tril_(num_keys - num_queries)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.kernels.attention import check_groups
-from kvtrain.kernels.attention_scores import NEVER, TILE, AttentionTile, negative
+from kvtrain.kernels.attention_scores import NEVER, AttentionTile, tile_size
 from kvtrain.kernels.dispatch import autocast_off, wide_dtype
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize
@@ -65,9 +65,10 @@ def paged_tiles(
     wide, places = wide_dtype(query.dtype), _key_positions(key_positions, layout, lengths)  # (N, S)
     positions = positions.int()
     by_head = (len(query) * table.shape[1], query.shape[1] // table.shape[1], query.shape[2], -1)
-    scaled, minus_lse = (query.to(wide) * scale).reshape(by_head), negative(lse).reshape(by_head)  # (R, G, n, D or 1)
+    scaled, minus_lse = (query.to(wide) * scale).reshape(by_head), -lse.to(wide).reshape(by_head)  # (R, G, n, D or 1)
     in_place = layout.pages is None and bits is None and keys.dtype == wide
-    for some, queries in _paged_cuts(places.shape, scaled.shape, 0 if in_place else wide.itemsize):
+    cuts = _paged_cuts(places.shape, scaled.shape, tile_size(keys.device), 0 if in_place else wide.itemsize)
+    for some, queries in cuts:
         owner, index = layout.owner[some], some if layout.pages is None else layout.pages[some]
         at, keys_at = positions[owner // table.shape[1], queries], places[some]
         vectors, offsets = (part[:, :, queries].index_select(0, owner).flatten(1, 2) for part in (scaled, minus_lse))
@@ -94,17 +95,18 @@ def _key_positions(key_positions: Tensor | None, layout: PageLayout, lengths: Te
     return listed.int().masked_fill(hidden, NEVER)
 
 
-def _paged_cuts(pages: torch.Size, queries: torch.Size, copied_bytes: int) -> Iterator[tuple[slice, slice]]:
+def _paged_cuts(pages: torch.Size, queries: torch.Size, tile: int, copied_bytes: int) -> Iterator[tuple[slice, slice]]:
     """Pages and queries of each tile.
 
     Args:
         pages: ``(N, S)`` of all pages that are listed.
         queries: ``(R, G, n, D)``.
+        tile: Probabilities at most, unless those of one query over a page are more.
         copied_bytes: Of each channel of a key, if keys are copied.
     """
     (count, size), (_, groups, num_queries, dim) = pages, queries
-    chunk = max(1, min(num_queries, TILE // (groups * size)))
-    step = TILE // (groups * chunk * size)
+    chunk = min(num_queries, max(1, tile // (groups * size)))
+    step = tile // (groups * chunk * size)
     if copied_bytes:
         step = min(step, _SCRATCH_BYTES // (size * dim * copied_bytes))
     step = max(1, step)
