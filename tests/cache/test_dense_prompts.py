@@ -77,7 +77,7 @@ def test_generate_reads_densely_and_then_cuts(name):
         token = logits[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat([expected, token], 1)
         logits = model(token, past_key_values=fresh).logits
-    assert generated.tolist() == expected.tolist()
+    assert generated[0].tolist() == expected[0, : generated.shape[1]].tolist()  # which may end before
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "streamingllm", "random", "d2o"])

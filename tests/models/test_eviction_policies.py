@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvtrain
-from tests.hosts import make_host, random_ids
+from tests.hosts import exact, make_host, random_ids
 from tests.models.naive_policies import naive_policy
 from tests.models.naive_scores import Rule, round_to_nearest
 from tests.thinning import thinned
@@ -25,7 +25,7 @@ POLICIES = {
     "tova every 4": kvtrain.TOVA(budget=8, every=4),
     "snapkv": kvtrain.SnapKV(budget=10, recent=4),
     "snapkv every 6": kvtrain.SnapKV(budget=12, recent=4, every=6, kernel=3),
-    "snapkv pyramid": kvtrain.SnapKV(budget=12, recent=4, every=2, per_layer="pyramid", beta=4.0),
+    "snapkv pyramid": kvtrain.SnapKV(budget=16, recent=4, every=2, per_layer="pyramid", beta=4.0),
     "snapkv adaptive": kvtrain.SnapKV(budget=12, recent=4, every=2, per_head="adaptive"),
     "corm": kvtrain.CORM(recent=4, window=6),
     "corm position": kvtrain.CORM(recent=4, window=6, every=3, threshold="position"),
@@ -82,7 +82,7 @@ def kept(layer, name="pages"):
 def test_a_policy_is_its_definition(name, heads, prompt):
     policy = replace(POLICIES[name], prompt=prompt, page_size=4)
     host, ids = host_of(heads, 4 if "variance" in name else 2), random_ids(1, LENGTH, seed=9)
-    naive = naive_policy(host, rule_of(policy, host), ids[0], [range(PROMPT)])
+    naive = naive_policy(exact(host), rule_of(policy, host), ids[0], [range(PROMPT)])
     model = kvtrain.retrofit(host, policy)
     for chunks in ([PROMPT], [7, 1, 20, 1], [1] * PROMPT):
         cache, begin, logits = model.make_cache(), 0, []
