@@ -1,12 +1,14 @@
 """One line a method: a model whose cache the conformance suite puts through its paces."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 import kvtrain
+from kvtrain.models.eviction.config import Eviction
 from tests.hosts import FAMILIES, dmc_at_rate, random_ids
 
 
@@ -35,6 +37,12 @@ def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> 
     return Entry(retrofit, layers=len(full_heads))
 
 
+def evicting(policy: Eviction, families: tuple[str, ...] = ("llama",)) -> Entry:
+    """A policy, in the form in which it cuts prompts as it cuts everything else."""
+    method = replace(policy, prompt="blocks", page_size=4)
+    return Entry(lambda host: kvtrain.retrofit(host, method), families=families)
+
+
 def transnormer(variant: str, **settings: object) -> Entry:
     """A model of its own, as wide and deep as the host and with its vocabulary."""
 
@@ -48,6 +56,20 @@ def transnormer(variant: str, **settings: object) -> Entry:
     return Entry(build, layers=3, families=("llama",))
 
 
+# Eviction policies that evict, of rows of some 40 tokens.
+POLICIES: dict[str, Eviction] = {
+    "streamingllm": kvtrain.StreamingLLM(budget=9, sink=2),
+    "h2o": kvtrain.H2O(budget=9, recent=3),
+    "h2o_adaptive": kvtrain.H2O(budget=9, recent=3, every=4, per_head="adaptive"),
+    "tova": kvtrain.TOVA(budget=9),
+    "snapkv": kvtrain.SnapKV(budget=12, recent=4, every=8),
+    "snapkv_pyramid": kvtrain.SnapKV(budget=12, recent=4, every=5, per_layer="pyramid", beta=3.0),
+    "corm": kvtrain.CORM(recent=5, window=6),
+    "d2o": kvtrain.D2O(budget=9, recent=3, sink=2),
+    "mikv": kvtrain.MiKV(budget=9, recent=3),
+    "random": kvtrain.RandomEviction(budget=0.4, every=3, recent=2),
+}
+
 # By method's name, or by one that begins with it.
 CACHES: dict[str, Entry] = {
     "full": Entry(lambda host: kvtrain.retrofit(host, kvtrain.Full())),
@@ -58,6 +80,7 @@ CACHES: dict[str, Entry] = {
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
     "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
+    **{name: evicting(policy, tuple(FAMILIES) if name == "h2o" else ("llama",)) for name, policy in POLICIES.items()},
     "transnormer_t1": transnormer("T1", num_block_heads=2),
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),

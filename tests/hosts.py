@@ -1,5 +1,7 @@
 """Tiny hosts of every supported family, and DMC models whose decisions merge at a chosen rate."""
 
+import copy
+import functools
 from dataclasses import replace
 
 import torch
@@ -91,3 +93,24 @@ def dmc_at_rate(host: PreTrainedModel, rate: float, ids: Tensor, **settings: obj
         set_bias(model, middle)
         low, high = (middle, high) if merge_rate(model, ids) > rate else (low, middle)
     return model
+
+
+def exact(host: PreTrainedModel) -> PreTrainedModel:
+    """The same host in float64 throughout: transformers computes norms and angles in float32."""
+    host = copy.deepcopy(host)
+    for name, module in host.named_modules():
+        if name.endswith("norm"):
+            module.forward = functools.partial(_exact_norm, module.weight, module.variance_epsilon)
+    host.model.rotary_emb.forward = functools.partial(_exact_angles, host.config)
+    return host
+
+
+def _exact_norm(weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
+    return weight * states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+def _exact_angles(config: PreTrainedConfig, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = position_ids.unsqueeze(-1) * config.rope_parameters["rope_theta"] ** -exponents
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()

@@ -1,21 +1,22 @@
-"""What every cache here is: transformers' ``Cache`` of layers that know their bytes and their rows."""
+"""What every cache here is: layers that know their bytes and their rows."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache
 
 from kvtrain.cache.budget import ByteBudget
+from kvtrain.cache.generating import GeneratingCache
 from kvtrain.cache.layer import KVCacheLayer
+from kvtrain.cache.open_prompts import OpenPrompts
 from kvtrain.cache.rows import CacheSnapshot, bookkeeping, peak_growth
 from kvtrain.cache.state import StateStore
 
 
-class KVCache(Cache):
+class KVCache(GeneratingCache):
     """A model's cache; ``model.make_cache()`` builds it.
 
     Rows are admitted by the first forward pass or by ``admit``, and may join and leave between any two passes.
@@ -37,7 +38,9 @@ class KVCache(Cache):
         self._chosen = False  # whether a pass is over some rows alone
         stores = [store for layer in layers for store in layer.stores]
         self._rows = StateStore({"tokens": ((), torch.long)}, stores[0].placement)
-        self._stores = [*stores, self._rows]
+        cuts = any(layer.cuts_prompts for layer in layers)
+        self._open_prompts = OpenPrompts(stores[0].placement) if cuts else None
+        self._stores = [*stores, self._rows, *filter(None, [self._open_prompts])]
 
     @property
     def num_rows(self) -> int:
@@ -121,12 +124,14 @@ class KVCache(Cache):
                 store.widen()
 
     @bookkeeping
-    def prepare(self, batch: int, tokens: int) -> None:
+    def prepare(self, batch: int, tokens: int, answers: Callable[[], Tensor] | None = None) -> None:
         """Called before a forward pass: admits the rows of the first one, and checks what could fail half-way.
 
         Args:
             batch: Rows of the input.
             tokens: Tokens of the input.
+            answers: Rows ``(batch,)`` with new tokens that are part of no prompt, which ends the prompts before them;
+                asked for where that matters. None: all rows.
 
         Raises:
             ValueError: The input has another number of rows than the cache.
@@ -138,6 +143,8 @@ class KVCache(Cache):
                 f"the input has {batch} rows and the cache {self.num_rows}; use admit, select_rows or join, "
                 "or start with model.make_cache()"
             )
+        if self._open_prompts is not None and not fresh:
+            self._end_prompts(torch.ones(batch, dtype=torch.bool) if answers is None else answers())
         if self.budget is not None and (fresh or tokens != 1):
             self._require(self.bytes_for(tokens, batch if fresh else 0), f"{tokens} tokens in {batch} rows")
         if fresh:
@@ -176,10 +183,39 @@ class KVCache(Cache):
             yield self.num_rows, pages
 
     @bookkeeping
-    def advance(self, valid: Tensor) -> None:
-        """Called after a forward pass: counts its tokens, ``valid (B, n)`` bool."""
+    def advance(self, valid: Tensor, prefill: Tensor | None = None) -> None:
+        """Called after a forward pass: counts its tokens.
+
+        Args:
+            valid: ``(B, n)`` real ones.
+            prefill: ``(B,)`` rows of whose prompts they were a part; None: of none.
+        """
         self.seen += valid.shape[1]
         self._rows["tokens"] = self.tokens + valid.sum(1)
+        if self._open_prompts is not None and prefill is not None:
+            self._open_prompts.go_on(prefill)
+
+    def end_prompt(self, rows: Sequence[int] | None = None) -> None:
+        """Say that some rows, all by default, have read their prompts to the end.
+
+        Layers that keep a prompt whole until then cut it, and give memory back. A token that a row gets as an answer
+        says the same; said here, the memory is free before it comes.
+
+        Args:
+            rows: Their numbers, within ``rows(...)`` among the chosen ones.
+        """
+        if self._open_prompts is not None:
+            chosen = torch.zeros(self.num_rows, dtype=torch.bool)
+            chosen[slice(None) if rows is None else list(rows)] = True
+            self._end_prompts(chosen)
+
+    def _end_prompts(self, rows: Tensor) -> None:
+        """As ``end_prompt``, of those of the rows ``(B,)`` that have read one."""
+        assert self._open_prompts is not None
+        ended = self._open_prompts.end(rows)
+        if ended is not None:
+            for layer in self.layers:
+                layer.end_prompt(ended, self.layers)
 
     def admit(self, count: int) -> range:
         """Add empty rows at the end; they may wait, fed with padding alone, or start at once.
@@ -316,30 +352,6 @@ class KVCache(Cache):
             store.reset()
         self.seen = 0
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Logical key length and offset."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum."""
-        return -1
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: rows change places, with all their state."""
-        self.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, for several returned sequences."""
-        self.select_rows(torch.arange(self.num_rows, device=self.tokens.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self.select_rows(indices)
-
     def rollback(self, tokens: int | Tensor) -> None:
         """Take back the latest tokens of every row, as if they had never come.
 
@@ -366,19 +378,6 @@ class KVCache(Cache):
             layer.rollback(wanted, past)
         self._rows["tokens"] = past - wanted
         self.seen = max(0, self.seen - largest)
-
-    def crop(self, max_length: int) -> None:
-        """Roll every row back by the same number of tokens; assisted decoding does.
-
-        Args:
-            max_length: The logical length to go back to; if negative, the number of tokens to drop; 0 drops none.
-
-        Raises:
-            ValueError: As ``rollback``.
-        """
-        tokens = self.seen - max_length if max_length > 0 else -max_length
-        if tokens > 0:
-            self.rollback(tokens)
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         self._check_whole()

@@ -1,6 +1,7 @@
 """What one layer of a cache is: transformers' layer, whose state lies in stores that know their bytes and rows."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,8 @@ class KVCacheLayer(CacheLayerMixin):
         stores: Everything that the layer keeps.
     """
 
+    cuts_prompts = False  # whether it keeps a prompt whole until ``end_prompt``
+
     def __init__(self, *stores: RowStore) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stores = stores
@@ -28,6 +31,14 @@ class KVCacheLayer(CacheLayerMixin):
     def kv_bytes(self) -> int:
         """Bytes allocated, free pages included."""
         return sum(store.num_bytes() for store in self.stores)
+
+    def end_prompt(self, rows: Tensor, layers: "Sequence[KVCacheLayer]") -> None:
+        """Some rows have read a prompt to its end; layers with ``cuts_prompts`` cut it now.
+
+        Args:
+            rows: ``(B,)`` bool.
+            layers: All of the cache, of which the lower ones have done so.
+        """
 
     def check_rollback(self, tokens: Tensor, past: Tensor) -> None:
         """Say whether ``rollback`` with the same arguments can be done; layers that never can leave it as it is.

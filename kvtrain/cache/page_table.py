@@ -157,6 +157,10 @@ class PageTable:
         if self.others is not None:
             self.others = self.others._replace(pages=_renumbered(self.others.pages, numbers))
 
+    def shorten_to(self, lengths: Tensor) -> None:
+        """Have ``lengths (B, H)`` slots in use, no more than before in any head; pages stay."""
+        self.lengths, self._places = lengths, None
+
     def narrow(self, rows: Tensor) -> None:
         """Have the rows ``(R,)`` alone until ``widen``."""
         lengths, pages, room = self.lengths, self.pages, self.room

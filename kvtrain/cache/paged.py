@@ -1,7 +1,6 @@
 """Keys and values of ragged length on small pages: every (row, head) owns what it keeps and no more."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvtrain.cache.page_table import PageTable, most_pages
+from kvtrain.cache.page_allocator import PageAllocator
 from kvtrain.cache.pool import PagePool
-from kvtrain.cache.rows import Placement, RowSnapshot, RowStore, bookkeeping
+from kvtrain.cache.rows import Placement, RowSnapshot, bookkeeping
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
-_NEVER = 1 << 40  # tokens that no head comes to
+_OF_SNAPSHOTS = {"lengths", "owned"}  # what they hold besides pages
 
 
-class PagedStore(RowStore):
+class PagedStore(PageAllocator):
     """Slots of keys and values with a length per row and key-value head.
 
     A store never holds more pages than ``slots kept / page_size + one per (row, head)``: it grows by what it
@@ -32,9 +31,16 @@ class PagedStore(RowStore):
         placement: Where tensors lie.
         bits: 8 or 4: what is written is quantized, every slot of every head by itself, and pages hold bytes; the dtype
             of ``placement`` is then that of the copies that ``gather`` makes.
+        max_slots: The most slots that a head ever has, because the caller evicts some or overwrites them before there
+            are more: what byte budgets count with. None: every token may take one.
+        num_unbounded: Heads, the first ones, for which there is no such number.
+        slot_fields: Dtype of every scalar that is kept beside a slot, by name: it is stored as it is, whatever
+            ``placement`` and ``bits`` are, goes where its slot goes, and is 0 until it is written. Who writes to the
+            pages themselves leaves slots that are not in use at 0.
 
     Raises:
-        ValueError: ``page_size`` is below 1, or ``bits`` or the dims for them are not possible.
+        ValueError: ``page_size`` or ``max_slots`` is below 1, a field's name is taken, or ``bits`` or the dims for them
+            are not possible.
     """
 
     def __init__(
@@ -44,34 +50,25 @@ class PagedStore(RowStore):
         page_size: int = 32,
         placement: Placement | None = None,
         bits: int | None = None,
+        max_slots: int | None = None,
+        num_unbounded: int = 0,
+        slot_fields: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
-        super().__init__(placement or Placement())
-        device = self.placement.device
-        self.num_heads, self.page_size, self.bits, self.dims = num_heads, page_size, bits, dict(dims)
+        if max_slots is not None and max_slots < 1:
+            raise ValueError(f"max_slots must be at least 1, not {max_slots}; None is no limit")
+        self.slot_fields = dict(slot_fields or {})
+        if taken := self.slot_fields.keys() & {*dims, *_OF_SNAPSHOTS}:
+            raise ValueError(f"a slot field cannot be called {min(taken)!r}: the name is taken, choose another")
+        placement = placement or Placement()
         if bits is None:
-            self.pool = PagePool(page_size, dims, self.placement)
+            pool = PagePool(page_size, dims, placement, self.slot_fields)
         else:
             packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
-            self.pool = PagePool(page_size, packed, replace(self.placement, dtype=torch.uint8))
-        self.rows = PageTable(num_heads, page_size, device)
-        self._ahead = False  # whether a head may own a page ahead of its slots
-
-    @property
-    def num_rows(self) -> int:
-        """See ``RowStore``."""
-        return self.lengths.shape[0]
-
-    @property
-    def lengths(self) -> Tensor:
-        """``(B, H)`` slots that each head keeps."""
-        return self.rows.lengths
-
-    @property
-    def table(self) -> Tensor:
-        """``(B, H, P)`` pages of every head in order, int32, -1 where there is none."""
-        return self.rows.pages
+            pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8), self.slot_fields)
+        super().__init__(num_heads, pool, placement, max_slots, num_unbounded)
+        self.bits, self.dims = bits, dict(dims)
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
@@ -86,7 +83,8 @@ class PagedStore(RowStore):
         """Put entries into slots, taking pages as they are needed.
 
         Args:
-            entries: ``(B, H, n, channels)`` by name; what is not named stays as it is.
+            entries: ``(B, H, n, channels)`` by name, of a field ``(B, H, n)``; what is not named stays as it is, and a
+                field of a slot that was not in use is 0.
             slots: ``(B, H, n)`` slot of each entry within its row and head.
             keep: ``(B, H, n)`` which entries are written; kept slots of one head must differ. None: all are, each of
                 them the only one of its head, and ``take_ahead`` has taken the pages that they lie on.
@@ -98,7 +96,7 @@ class PagedStore(RowStore):
         if keep is None:
             page, place = self.rows.places(slots)
             for name, states in entries.items():
-                self.pool.slots[name][page, place] = self.pack(states.detach())
+                self.pool.slots[name][page, place] = self._held(name, states.detach())
             return
         if not keep.numel():
             return
@@ -108,55 +106,10 @@ class PagedStore(RowStore):
         page, place = self.table[row, head, slot // self.page_size], slot % self.page_size
         for name, states in entries.items():
             kept = states.detach()[row, head, entry]
-            self.pool.slots[name][page, place] = kept if packed else self.pack(kept)
-
-    def ask_ahead(self) -> Tensor | None:
-        """See ``RowStore``: pages that heads lack for one more slot, and tokens that there is room for with them."""
-        if self.rows.room > 0:
-            self.rows.room -= 1
-            return None
-        owned = self.rows.owned()
-        after = torch.maximum(owned, self.rows.needed(self._longest(1, 0)))
-        ends = self._longest(_NEVER, 0)  # some heads stop growing
-        room = (after * self.page_size - self.lengths).masked_fill(after * self.page_size >= ends, _NEVER)
-        return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
-
-    def bytes_ahead(self, answer: list[int]) -> int:
-        """See ``RowStore``."""
-        return self._bytes_of(answer[0], self.rows.columns + 1, self.num_rows) if answer[0] else 0
-
-    def take_ahead(self, answer: list[int]) -> None:
-        """See ``RowStore``."""
-        lacking, room = answer
-        if lacking:
-            spare = self._spare(self.lengths, int(self.rows.owned().sum()) + lacking)
-            self._take(self.rows.needed(self._longest(1, 0)), lacking, spare)
-            self._ahead = True
-        self.rows.room = room - 1
-
-    def pages_to_list(self) -> int:
-        """See ``RowStore``."""
-        if self.pool.capacity is None:
-            raise ValueError("shapes change as pages are taken: reserve them by make_cache(budget, preallocate=True)")
-        return self.rows.pages_to_list()
-
-    @contextlib.contextmanager
-    def fixed(self, pages: int) -> Iterator[None]:
-        """See ``RowStore``."""
-        with self.rows.fixed(pages), self.pool.whole():
-            yield
-
-    @bookkeeping
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget the slots from ``lengths (B, H)`` on, and what was taken ahead of them; no head gets longer."""
-        beyond = self.rows.columns_from(self.rows.needed(lengths))
-        self.pool.release(self.table[beyond & (self.table >= 0)])
-        self.rows.pages, self.rows.lengths = self.table.masked_fill(beyond, -1), lengths
-        self._ahead = self._ahead and self.rows.others is not None  # others may still have some
-        self._trim()
+            self.pool.slots[name][page, place] = self._held(name, kept, packed)
 
     def append(self, entries: Mapping[str, Tensor], valid: Tensor) -> None:
-        """Put the entries ``(B, H, n, channels)`` of real tokens, ``valid (B, n)``, behind what every head holds."""
+        """Put the entries of real tokens, ``valid (B, n)``, behind what every head holds; see ``write``."""
         keep = valid[:, None].expand(-1, self.num_heads, -1)
         self.write(entries, self.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
 
@@ -176,18 +129,96 @@ class PagedStore(RowStore):
 
     def unpack(self, name: str, slots: Tensor) -> Tensor:
         """The inverse of ``pack``, as far as there is one, of what is kept by this name; zero bytes are zeros."""
-        return slots if self.bits is None else dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
+        if self.bits is None or name in self.slot_fields:
+            return slots
+        return dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
+
+    def _held(self, name: str, states: Tensor, packed: bool = False) -> Tensor:
+        """What pages hold of entries by this name, which may be that already."""
+        if name in self.slot_fields:
+            return states.to(self.slot_fields[name])
+        return states if packed else self.pack(states)
 
     def gather_row(self, row: int, head: int) -> dict[str, Tensor]:
-        """Copies of the slots ``(length, channels)`` of one head, by name."""
+        """Copies of the slots ``(length, channels)`` of one head, by name; of a field ``(length,)``."""
         pages, length = self.table[row, head], int(self.lengths[row, head])
         pages = pages[pages >= 0]
         copies = {name: slots[pages].flatten(0, 1)[:length] for name, slots in self.pool.slots.items()}
         return {name: self.unpack(name, slots) for name, slots in copies.items()}
 
-    def admit(self, count: int) -> None:
-        """See ``RowStore``."""
-        self.rows.add_rows(count)
+    @property
+    def num_slots(self) -> int:
+        """Slots of as many pages as the longest head owns, K: how wide masks and fields are."""
+        return self.rows.columns * self.page_size
+
+    def live(self) -> Tensor:
+        """Slots in use, ``(B, H, K)`` bool: the first ones of every head."""
+        return torch.arange(self.num_slots, device=self.lengths.device) < self.lengths.unsqueeze(-1)
+
+    def field(self, name: str) -> Tensor:
+        """A copy of a field, ``(B, H, K)``: of every slot in use, and 0 of others."""
+        pages, table = self.pool.slots[name], self.table.flatten()
+        if not len(pages):
+            return pages.new_zeros(*self.lengths.shape, self.num_slots)
+        values = pages.index_select(0, table.clamp(min=0))
+        return torch.where((table < 0).unsqueeze(-1), values.new_zeros(()), values).view(
+            *self.lengths.shape, self.num_slots
+        )
+
+    @bookkeeping
+    def set_field(self, name: str, values: Tensor) -> None:
+        """Write a field of all slots in use, ``values (B, H, K)``; those of other slots are ignored."""
+        values = torch.where(self.live(), values.detach(), 0).to(self.slot_fields[name])
+        owned = self.table >= 0
+        self.pool.slots[name][self.table[owned]] = values.unflatten(2, (self.rows.columns, self.page_size))[owned]
+
+    @bookkeeping
+    def truncate(self, lengths: Tensor) -> None:
+        """See ``PageAllocator``."""
+        if self.slot_fields:
+            self._clear_fields_from(lengths)
+        super().truncate(lengths)
+
+    @bookkeeping
+    def evict(self, victims: Tensor) -> None:
+        """Forget some slots: the last ones of their heads move into the holes, and nothing else moves.
+
+        A page without slots is given back, unless it is the one of a head's next slot: where a head gains a slot and
+        loses one in turn, the table stays as it is.
+
+        Args:
+            victims: ``(B, H, K)`` bool, as wide as ``live``; marks of slots that are not in use are ignored.
+        """
+        victims = (victims & self.live()).flatten(0, 1)
+        head, slot = victims.nonzero().unbind(1)
+        if not len(head):
+            return
+        lengths, lost = self.lengths.flatten(), victims.sum(-1)
+        left = lengths - lost
+        # Every head gives up as many of its last slots as it has victims, so that both are listed side by side.
+        last = torch.arange(len(head), device=head.device) + (lengths - lost.cumsum(0))[head]
+        slots = torch.stack([slot, last])
+        page, place = self.table.flatten(0, 1)[head, slots // self.page_size], slots % self.page_size
+        target, vacated = torch.add(place, page, alpha=self.page_size)
+        source, is_hole = vacated, slot < left[head]
+        plain = bool((is_hole & (place[1] < self.page_size - 1)).all())
+        if not plain:  # some victims are among the last slots: as many others stay as there are holes
+            target, source = target[is_hole], vacated[~victims[head, last]]
+        self.pool.move(source, target, vacated)
+        self.rows.shorten_to(left.view_as(self.lengths))
+        self._ahead = True
+        if not plain or len(self.pool.free):  # a page may be empty, or too many free for fewer slots
+            self._release_empty()
+
+    def _clear_fields_from(self, lengths: Tensor) -> None:
+        """Let fields be 0 from ``lengths (B, H)`` on, where a page ends whose first slots stay in use."""
+        used = lengths % self.page_size
+        row, head = used.nonzero(as_tuple=True)
+        pages = self.table[row, head, lengths[row, head] // self.page_size]
+        beyond = torch.arange(self.page_size, device=lengths.device) >= used[row, head].unsqueeze(-1)
+        for name in self.slot_fields:
+            slots = self.pool.slots[name]
+            slots[pages] = slots[pages].masked_fill_(beyond, 0)
 
     def select_rows(self, indices: Tensor) -> None:
         """See ``RowStore``; the first copy of a row keeps its pages, further ones get pages of their own."""
@@ -256,53 +287,6 @@ class PagedStore(RowStore):
         self._move_in(arriving, slots, pages)
         self._trim()
 
-    def clear_rows(self, rows: Tensor) -> None:
-        """See ``RowStore``."""
-        self.truncate(self.lengths.index_fill(0, rows, 0))
-
-    def row_bytes(self) -> Tensor:
-        """See ``RowStore``."""
-        return self.rows.owned().sum(1) * self.pool.page_bytes + self.rows.bytes_of(1, self.rows.columns)
-
-    def narrow(self, rows: Tensor) -> None:
-        """See ``RowStore``."""
-        self.rows.narrow(rows)
-
-    def widen(self) -> None:
-        """See ``RowStore``."""
-        self.rows.widen()
-
-    def tensors(self) -> list[Tensor]:
-        """See ``RowStore``."""
-        return [*self.rows.tensors(), *self.pool.tensors()]
-
-    def num_bytes(self) -> int:
-        """See ``RowStore``; pages that are reserved count from when they are taken."""
-        return self.rows.num_bytes() + self.pool.num_bytes()
-
-    def free_bytes(self) -> int:
-        """Bytes of pages that no row owns at present."""
-        return self.pool.page_bytes * len(self.pool.free)
-
-    def reserved_bytes(self) -> int:
-        """See ``RowStore``."""
-        return self.pool.reserved_bytes()
-
-    def bytes_for(self, tokens: int, rows: int = 0) -> int:
-        """See ``RowStore``: every token of every head appends, and the pool takes its spare pages if it grows."""
-        needed = self.rows.needed(self._longest(tokens, rows))
-        lacking = int((needed - pad(self.rows.owned(), (0, 0, 0, rows))).clamp(min=0).sum())
-        spare = self.pool.spare_bytes() if lacking > len(self.pool.free) else 0
-        return self._bytes_of(lacking, most_pages(needed), len(needed)) + spare
-
-    def _longest(self, tokens: int, rows: int) -> Tensor:
-        """Lengths ``(B + rows, H)`` that ``tokens`` more may lead to."""
-        return pad(self.lengths, (0, 0, 0, rows)) + tokens
-
-    def bytes_to_select(self, indices: Tensor) -> int:
-        """See ``RowStore``."""
-        return self._bytes_to_hold(self.lengths[indices])
-
     def bytes_to_join(self, other: Self) -> int:
         """See ``RowStore``; refuses pages of another form before any store has changed."""
         self._check_form(other.pool.slots)
@@ -317,55 +301,14 @@ class PagedStore(RowStore):
         """See ``RowStore``."""
         return self._bytes_to_replace(target, self.lengths[source])
 
-    def _bytes_to_replace(self, row: int, of_row: Tensor) -> int:
-        """Bytes besides those that are here once a row has slots of the number ``of_row (H,)``."""
-        lengths = self.lengths.clone()
-        lengths[row] = of_row
-        return self._bytes_to_hold(lengths)
-
-    def _bytes_to_hold(self, lengths: Tensor) -> int:
-        """Bytes besides those that are here once the rows have ``lengths (B, H)`` slots; 0 where they shrink."""
-        self._drop_ahead()
-        needed = self.rows.needed(lengths)
-        return self._bytes_of(int(needed.sum() - self.rows.owned().sum()), most_pages(needed), len(needed))
-
-    def _drop_ahead(self) -> None:
-        """Give back what was taken ahead, before rows change places."""
-        if self._ahead:
-            self.truncate(self.lengths)
-
-    def _bytes_of(self, lacking: int, columns: int, rows: int) -> int:
-        """Bytes of so many pages more, free ones used up first, and of a table with so many columns and rows."""
-        table = self.rows.bytes_of(rows, columns) - self.rows.num_bytes()
-        more_pages = max(0, lacking - len(self.pool.free))
-        if self.pool.capacity is not None and self.pool.num_pages + more_pages > self.pool.capacity:
-            assert self.placement.budget is not None
-            return self.placement.budget.limit + 1  # which is never allowed
-        return more_pages * self.pool.page_bytes + max(0, table)
-
-    def _reserve(self, lengths: Tensor) -> None:
-        """Make every (row, head) own the pages for ``lengths (B, H)`` slots, and set the lengths."""
-        needed = self.rows.needed(lengths)
-        count = int((needed - self.rows.owned()).clamp(min=0).sum())
-        if count:
-            self._require(self._bytes_of(count, most_pages(needed), len(needed)))
-            self._take(needed, count, self._spare(lengths, int(needed.sum())))
-        self.rows.lengths, self.rows.room = lengths, 0
-
-    def _take(self, needed: Tensor, count: int, spare: int) -> None:
-        """Make every (row, head) own ``needed (B, H)`` pages at least: ``count`` more in all."""
-        self.rows.widen_to(most_pages(needed))
-        missing = ~self.rows.columns_from(needed) & (self.table < 0)
-        self.rows.put(missing, self.pool.take(count, spare))
-
-    def _spare(self, lengths: Tensor, owned: int) -> int:
-        """Free pages that the bound on memory leaves room for, lengths and table counted."""
-        tables = self.rows.num_bytes()
-        spare = int(lengths.sum()) // self.page_size + lengths.numel() - owned
-        return max(0, spare - -(-tables // self.pool.page_bytes))
-
     def _check_form(self, pages: Mapping[str, Tensor]) -> None:
         """Refuse pages that cannot be copied as they are, before anything changes."""
+        names, expected = sorted(pages.keys() - _OF_SNAPSHOTS), sorted(self.pool.slots)
+        if names != expected:
+            raise ValueError(
+                f"pages of {', '.join(names)} do not fit a cache of {', '.join(expected)}: give both caches the same "
+                "model and method"
+            )
         for name, mine in self.pool.slots.items():
             theirs = pages[name]
             if theirs.shape[1:] != mine.shape[1:] or theirs.is_floating_point() != mine.is_floating_point():
@@ -382,14 +325,6 @@ class PagedStore(RowStore):
         for name, slots in self.pool.slots.items():
             slots[fresh] = source[name][pages].to(slots)
         self.rows.put(places, fresh)
-
-    def _trim(self) -> None:
-        """Give back what rows left behind, in pages and in table columns."""
-        needed = self.rows.needed(self.lengths)
-        self.rows.cut_to(most_pages(needed))
-        numbers = self.pool.shrink(self._spare(self.lengths, int(needed.sum())))
-        if numbers is not None:
-            self.rows.renumber(numbers)
 
 
 def _seen_before(indices: Tensor) -> Tensor:

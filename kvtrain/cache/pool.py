@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,22 +22,35 @@ class PagePool:
         page_size: Slots in a page.
         dims: Channels of everything that a slot holds, by name: ``{"keys": D, "values": D_v}``.
         placement: Where pages lie.
+        fields: Dtype of every scalar that a slot has besides, by name.
 
     Attributes:
-        slots: ``(pages, page_size, channels)`` by name; a page has the same number in all of them.
+        slots: ``(pages, page_size, channels)`` by name, of a field ``(pages, page_size)``; a page has the same number
+            in all of them.
         free: Numbers of the free pages, int32; the first one goes first.
         num_pages: Owned or free.
         capacity: Pages that are reserved; None where none are.
     """
 
-    def __init__(self, page_size: int, dims: Mapping[str, int], placement: Placement) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        dims: Mapping[str, int],
+        placement: Placement,
+        fields: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         self.budget, self.page_size, self.device = placement.budget, page_size, placement.device
-        self.page_bytes = page_size * sum(dims.values()) * placement.dtype.itemsize
+        self.fields = dict(fields or {})
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            name: ((dim,), placement.dtype) for name, dim in dims.items()
+        }
+        kinds |= {name: ((), dtype) for name, dtype in self.fields.items()}
+        self.page_bytes = page_size * sum(prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
         self.capacity = None if placement.reserve is None else placement.reserve // self.page_bytes
         make = torch.zeros if self.capacity is None else torch.empty  # which takes no memory until it is written
         self._memory = {
-            name: make(self.capacity or 0, page_size, dim, dtype=placement.dtype, device=placement.device)
-            for name, dim in dims.items()
+            name: make(self.capacity or 0, page_size, *shape, dtype=dtype, device=placement.device)
+            for name, (shape, dtype) in kinds.items()
         }
         self.slots = {name: memory[:0] for name, memory in self._memory.items()}
         self.free = torch.zeros(0, dtype=torch.int, device=placement.device)
@@ -54,6 +68,19 @@ class PagePool:
             self._grow(missing, spare)
         pages, self.free = self.free[:count], self.free[count:]
         return pages
+
+    def move(self, source: Tensor, target: Tensor, vacated: Tensor) -> None:
+        """Copy slots, counted over all pages, to others; fields of those that are ``vacated`` become 0."""
+        for name, slots in self.slots.items():
+            slots = slots.flatten(0, 1)
+            slots.index_copy_(0, target, slots.index_select(0, source))
+            if name in self.fields:
+                slots.index_fill_(0, vacated, 0)
+
+    def clear_fields(self, pages: Tensor) -> None:
+        """Let every field be 0 in all slots of some pages, whatever an earlier owner left there."""
+        for name in self.fields:
+            self.slots[name][pages] = 0
 
     def spare_bytes(self) -> int:
         """Bytes of spare pages that it may take besides, when it grows."""

@@ -133,7 +133,7 @@ class HostAttention(nn.Module):
         lengths: Tensor | None = None,
         heads: slice | None = None,
         names: tuple[str, str] = ("keys", "values"),
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Several new tokens over themselves and over all that some heads, all by default, hold before them.
 
         Args:
@@ -145,11 +145,14 @@ class HostAttention(nn.Module):
             lengths: Slots before the new tokens ``(B, H_kv)`` of all its heads; all that it holds by default.
             heads: Those that are attended; None: all.
             names: Of keys and values in the store.
+
+        Returns:
+            Output ``(B, H, n, D)`` and log-sum-exp ``(B, H, n)``.
         """
         parts = [attention(query, key, value, documents=context.entering(), scale=self.scaling)]
         if pages.table.shape[2]:
             parts.append(self.attend_pages(query, pages, lengths, heads, names))
-        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+        return merge_attention(parts) if len(parts) > 1 else parts[0]
 
     def project_out(self, output: Tensor, parallel: ContextParallel) -> Tensor:
         """``(B, H, T, D)`` to ``(B, T, hidden)``; where ranks share rows, from own heads to own tokens."""

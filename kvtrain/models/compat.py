@@ -47,6 +47,15 @@ def with_cache(output: Output, cache: Any) -> Output:
     return output
 
 
+def without_cache(output: Any, cache: Any) -> Any:
+    """A decoder's output without its cache, which some hosts give back unasked."""
+    if isinstance(output, tuple):
+        return tuple(part for part in output if part is not cache or cache is None)
+    if output.get(CACHE) is not None:
+        output[CACHE] = None
+    return output
+
+
 def say_if_untested(version: str = transformers.__version__) -> None:
     """Log a line where transformers is newer than any version that kvtrain was tested with."""
     if Version(version).release[:2] > Version(NEWEST_TESTED).release[:2]:

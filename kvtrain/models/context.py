@@ -158,7 +158,7 @@ class ForwardContext(Memo):
                 f"wrong; install transformers {OLDEST_TESTED} to {NEWEST_TESTED}, or pass use_cache=False"
             )
         assert self.valid is not None
-        self.cache.advance(self.valid)
+        self.cache.advance(self.valid, None if self.decodes else self.prefill)
         return output if self.order is None else _reorder(output, self.order)
 
 
@@ -293,7 +293,8 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
             "packed rows (document_ids, or a position of 0 inside a row) have no cache; "
             "pass one document a row, or use_cache=False"
         )
-    cache.prepare(batch, length)
+    prefill, reads = _prefill(kwargs.get("prefill"), valid)
+    cache.prepare(batch, length, answers=lambda: valid.any(1) & ~prefill)
     if positions is None and whole:
         positions = cache.tokens[:, None] + torch.arange(length, device=tokens.device)
     elif positions is None:
@@ -306,7 +307,6 @@ def cache_context(kwargs: dict[str, Any], cache: KVCache) -> ForwardContext:
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = take_tokens(kwargs[name], order)
-    prefill, reads = _prefill(kwargs.get("prefill"), valid)
     return ForwardContext(
         positions,
         cache=cache,

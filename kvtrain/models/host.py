@@ -173,6 +173,11 @@ class KVTrainMixin(CachedLanguageModel):
         return self.method.servable
 
     @property
+    def has_parallel_form(self) -> bool:
+        """See ``CachedLanguageModel``; the method's."""
+        return self.method.has_parallel_form
+
+    @property
     def survives_reentrant_checkpointing(self) -> bool:
         """See ``CachedLanguageModel``; the method's, and what modules note has no gradient under it."""
         return self.method.survives_reentrant_checkpointing and not self.extra_losses

@@ -3,11 +3,10 @@
 import contextlib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Unpack
+from typing import Any, NamedTuple, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
@@ -15,47 +14,20 @@ from kvtrain.cache.base import KVCache
 from kvtrain.cache.budget import ByteBudget
 from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
-from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
+from kvtrain.kernels.context_parallel import ContextParallel
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.losses.distillation import Distillation, distillation_sum
 from kvtrain.models.compat import CACHE, rename_cache, with_cache
-from kvtrain.models.context import (
-    ForwardContext,
-    PassOptions,
-    cache_context,
-    check_cache,
-    named_arguments,
-    packed_documents,
-    parallel_context,
-)
-from kvtrain.models.extra_losses import ExtraLoss, LayerNotes, add_extra_losses, collect_notes, note_real_tokens
+from kvtrain.models.context import PassOptions
+from kvtrain.models.extra_losses import LayerNotes, add_extra_losses, collect_notes
 from kvtrain.models.outputs import LanguageModelOutput
 from kvtrain.models.placement import execution_device
-from kvtrain.models.recording import RecordedStates
-
-if TYPE_CHECKING:
-    from transformers.generation.utils import GenerationMixin
-
-    class _Decoder(PreTrainedModel, GenerationMixin):
-        model: Any
-        lm_head: nn.Linear
-
-else:
-    _Decoder = object
+from kvtrain.models.watched_decoder import WatchedDecoder
 
 
-class CachedLanguageModel(_Decoder):
-    """What every causal language model here can do; mixed in before its Hugging Face class.
-
-    Attributes:
-        extra_losses: Join the loss of the tokens while the model trains; evaluation measures the tokens alone.
-        context_parallel: Ranks that share rows. Each is given whole rows, and has the hidden states, the logits and
-            the summed loss of its own tokens.
-    """
-
-    extra_losses: Sequence[ExtraLoss] = ()
-    context_parallel = WHOLE_ROWS
+class CachedLanguageModel(WatchedDecoder):
+    """What every causal language model here can do; mixed in before its Hugging Face class."""
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """An empty cache layer for every layer.
@@ -70,11 +42,6 @@ class CachedLanguageModel(_Decoder):
         raise NotImplementedError
 
     @property
-    def servable(self) -> bool:
-        """Whether the model has a cache as it is; without one it runs all the same."""
-        return True
-
-    @property
     def max_positions(self) -> int | None:
         """Tokens of a row that the model can tell the places of; None where places are computed and have no end."""
         return None
@@ -84,18 +51,9 @@ class CachedLanguageModel(_Decoder):
         """Whether all that layers hand over is their hidden states, which is all that reentrant checkpointing sees."""
         return True
 
-    def recorded_states(self) -> Sequence[int] | None:
-        """Layers whose input has a single value, where the stack records hidden states by itself; see ``Method``."""
-        return None
-
     def assisted_options(self) -> dict[str, Any] | None:
         """Options of ``make_cache`` under which it takes tokens back, for assisted decoding; None where none does."""
         return None
-
-    def watch_decoder(self) -> None:
-        """Check and complete the arguments of every forward pass of the decoder; once, when it has been built."""
-        self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        self.model.register_forward_hook(self._leave, with_kwargs=True)
 
     def make_cache(
         self,
@@ -253,63 +211,6 @@ class CachedLanguageModel(_Decoder):
         count = (targets != IGNORE_INDEX).sum() if num_items is None else num_items
         return total / count, {name: part / count for name, part in parts.items()}
 
-    def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before the decoder runs. A plain ``model(x)`` would get a ``DynamicCache`` from the host; give it ours."""
-        kwargs = named_arguments(args, kwargs)
-        kwargs["recorded"] = recorded = self._recorded(kwargs)
-        cache, asked = kwargs.get(CACHE), kwargs.get("use_cache")
-        documents = packed_documents(kwargs) if cache is None else None
-        if asked is None:
-            serves = self.servable and not self.training and documents is None and self.context_parallel.size == 1
-            asked = serves and self.config.use_cache
-        if asked and cache is None:
-            cache = self.make_cache()
-        if cache is not None:
-            check_cache(cache, self.training, self.context_parallel)
-            context = cache_context(kwargs, cache)
-        else:
-            context = parallel_context(kwargs, documents, self.context_parallel)
-        if self.extra_losses:
-            note_real_tokens(context.real)
-        return (), {
-            **{name: self._own_tokens(kwargs.get(name)) for name in ("input_ids", "inputs_embeds")},
-            "attention_mask": None,
-            "position_ids": context.positions,
-            CACHE: cache,
-            "use_cache": cache is not None,
-            "output_hidden_states": kwargs["output_hidden_states"] if recorded is None else False,
-            "return_dict": kwargs.get("return_dict"),
-            "context": context,
-        }
-
-    def _own_tokens(self, tokens: Tensor | None) -> Tensor | None:
-        return None if tokens is None else self.context_parallel.own_tokens(tokens)
-
-    def _recorded(self, kwargs: dict[str, Any]) -> RecordedStates | None:
-        """Hidden states to be recorded, where the stack does so by itself.
-
-        An argument decides, or the configuration, of which the decoder knows another.
-        """
-        if kwargs.get("output_attentions") or self.config.output_attentions:
-            raise ValueError("attention weights are never materialised here; set output_attentions=False")
-        if kwargs.get("output_hidden_states") is None:
-            kwargs["output_hidden_states"] = self.config.output_hidden_states
-        known, wanted = self.recorded_states(), kwargs["output_hidden_states"]
-        if known is None or wanted is None or wanted is False:
-            return None
-        return RecordedStates(wanted, known, self.config.get_text_config().num_hidden_layers)
-
-    def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the decoder has run."""
-        context: ForwardContext = kwargs["context"]
-        if context.recorded is not None:
-            states = context.recorded.tuple_with(output[0])
-            if isinstance(output, tuple):
-                output = (*output, states)
-            else:
-                output.hidden_states = states
-        return context.leave(output)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's, with the matching cache, and in evaluation mode even between two steps of training."""
         rename_cache(kwargs)
@@ -338,9 +239,12 @@ class CachedLanguageModel(_Decoder):
     def _prefill(  # type: ignore[override]
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        """A prompt's last chunk may be one token: say that it is no decoding yet."""
+        """A prompt's last chunk may be one token: say that it is no decoding yet, and then that the prompt is over."""
         model_kwargs = {**model_kwargs, "prefill": True}
-        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]
+        output = super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]
+        if isinstance(cache := model_kwargs.get(CACHE), KVCache):
+            cache.end_prompt()
+        return output
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any

@@ -33,6 +33,9 @@ class Method(ABC):
     name: ClassVar[str]
     # Whether attention takes what belongs to heads from those that a rank attends (``HostAttention``).
     supports_context_parallel: ClassVar[bool] = False
+    # Whether a pass without a cache computes, all tokens at once, what one over a cache does. Methods that decide while
+    # they serve have no such form: a pass without a cache then has one of its own, and training is refused.
+    has_parallel_form: ClassVar[bool] = True
 
     @property
     def is_host(self) -> bool:

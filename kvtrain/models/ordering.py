@@ -1,4 +1,4 @@
-"""Tokens of a row in another order: kernels and caches want the padding of every row before its tokens."""
+"""Tokens of a row in another order, or some of them: kernels and caches want a row's padding before its tokens."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,14 @@ def take_slots(tensor: Tensor, order: Tensor) -> Tensor:
     inner = tensor.shape[3:]
     index = order.view(order.shape[0], 1, -1, *[1] * len(inner)).expand(-1, tensor.shape[1], -1, *inner)
     return tensor.gather(2, index)
+
+
+def block_columns(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``(B, W)`` of the tokens marked in ``(B, S)``, a run at the end of every row, and which of them count."""
+    size = inside.shape[1]
+    column = torch.arange(1, size + 1, device=inside.device)
+    end = (inside * column).amax(1, keepdim=True)
+    width = int(inside.sum(1).max())
+    columns = end - width + torch.arange(width, device=inside.device)
+    count = inside.sum(1, keepdim=True)
+    return columns.clamp(min=0), torch.arange(width, device=inside.device) >= width - count

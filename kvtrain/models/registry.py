@@ -1,4 +1,4 @@
-"""Discovery: every folder ``kvtrain/models/<name>/`` that exports ``ARCHITECTURE`` is one."""
+"""Discovery: a folder ``kvtrain/models/<name>/`` with an ``ARCHITECTURE`` is one, with ``ARCHITECTURES`` several."""
 
 import functools
 import importlib
@@ -62,7 +62,8 @@ class ModelArchitecture:
 @functools.cache
 def architectures(package: str = "kvtrain.models") -> tuple[MethodArchitecture | ModelArchitecture, ...]:
     """All architectures of a package, found by scanning it."""
-    return tuple(exported(package, "ARCHITECTURE", folders=True))
+    several = exported(package, "ARCHITECTURES", folders=True)
+    return (*exported(package, "ARCHITECTURE", folders=True), *(one for family in several for one in family))
 
 
 def figures(package: str = "kvtrain.models") -> Figures:

@@ -291,3 +291,23 @@ def test_pages_of_another_form_are_refused_before_anything_changes(bits):
 def test_bits_are_validated(dims, bits, message):
     with pytest.raises(ValueError, match=message):
         PagedStore(HEADS, dims, bits=bits)
+
+
+@pytest.mark.parametrize(("unbounded", "columns"), [(0, 2), (1, 25)])
+def test_heads_of_a_known_size_are_announced_no_larger(unbounded, columns):
+    """Of 100 tokens a bounded head keeps 6 at most: 2 pages of 4, which a step then no longer asks for."""
+    store = PagedStore(HEADS, DIMS, 4, DOUBLE, max_slots=6, num_unbounded=unbounded)
+    pages = 25 * unbounded + 2 * (HEADS - unbounded)
+    table = HEADS * (8 + 4 * columns)
+    assert store.bytes_for(100, rows=3) == 3 * (pages * store.pool.page_bytes + table)
+    store.admit(1)
+    append(store, [[100 if head < unbounded else 6 for head in range(HEADS)]])
+    assert store.bytes_for(0) == 0
+    answer = store.ask_ahead().tolist()
+    assert answer[0] == unbounded and (answer[1] > 10**9) == (not unbounded)
+    assert store.bytes_for(4) == unbounded * (2 * store.pool.page_bytes + 4 * HEADS)  # one of them may be spare
+
+
+def test_max_slots_is_validated():
+    with pytest.raises(ValueError, match="max_slots must be at least 1, not 0"):
+        PagedStore(HEADS, DIMS, max_slots=0)

@@ -144,7 +144,7 @@ class RoundedAttention(HostAttention):
             return self._decode(query, layer, dropped)
 
         def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_pages_and_new(query, key, value, context, layer.pages, heads=slice(self.num_full))
+            return self.attend_pages_and_new(query, key, value, context, layer.pages, heads=slice(self.num_full))[0]
 
         def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             local = attend_cache_and_window(

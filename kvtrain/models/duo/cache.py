@@ -19,38 +19,6 @@ from kvtrain.models.ordering import take_slots
 Entries = dict[str, Tensor]  # "keys" and "values", (B, H_streaming, n, D), or what pages hold of them
 
 
-class _HeadPages(PagedStore):
-    """Pages on which some heads never need more than ``capacity`` slots.
-
-    Args:
-        num_full: Heads that grow without end; they come first.
-        capacity: Slots of the others.
-        num_heads: All heads.
-        head_dim: Channels of keys, and of values.
-        page_size: Slots in a page.
-        placement: Where tensors lie.
-        bits: Of a channel in quantized pages.
-    """
-
-    def __init__(
-        self,
-        num_full: int,
-        capacity: int,
-        num_heads: int,
-        head_dim: int,
-        page_size: int,
-        placement: Placement,
-        bits: int | None,
-    ) -> None:
-        super().__init__(num_heads, {"keys": head_dim, "values": head_dim}, page_size, placement, bits)
-        self.num_full, self.capacity = num_full, capacity
-
-    def _longest(self, tokens: int, rows: int) -> Tensor:
-        longest = super()._longest(tokens, rows)
-        longest[:, self.num_full :] = longest[:, self.num_full :].clamp(max=self.capacity)
-        return longest
-
-
 class _Sums(StateStore):
     """Sums of all that the windows of a row have dropped, in at least float32; the row's length says how many."""
 
@@ -141,7 +109,8 @@ class DuoCacheLayer(KVCacheLayer):
     ) -> None:
         self.num_full, self.head_dim, self.sink, self.recent = num_full, head_dim, sink, recent
         self.num_streaming = num_heads - num_full
-        self.pages = _HeadPages(num_full, sink + recent, num_heads, head_dim, page_size, placement, bits)
+        dims, capacity = {"keys": head_dim, "values": head_dim}, sink + recent
+        self.pages = PagedStore(num_heads, dims, page_size, placement, bits, max_slots=capacity, num_unbounded=num_full)
         tracks, page = self.num_streaming > 0, self.pages.pool.slots["keys"]
         self.sums = _Sums(self.num_streaming, head_dim, placement) if compensation and tracks else None
         kind = (self.num_streaming, page.shape[-1], page.dtype, slack)
@@ -227,7 +196,7 @@ class DuoCacheLayer(KVCacheLayer):
         if self.num_streaming:
             self._take_back(left, past)
         lengths = left[:, None].repeat(1, self.pages.num_heads)
-        lengths[:, self.num_full :].clamp_(max=self.pages.capacity)
+        lengths[:, self.num_full :].clamp_(max=self.sink + self.recent)
         self.pages.truncate(lengths)
 
     def _take_back(self, left: Tensor, past: Tensor) -> None:

@@ -53,7 +53,7 @@ class FullAttention(HostAttention):
         read = read_back(key, self.bits), read_back(value, self.bits)
         # Layers above have written the new tokens already where they share a store: what was held is said.
         held = context.keep(("held", heads), lambda: _by_head(past, heads))
-        output = self.attend_pages_and_new(query, *read, context, layer.pages, held, names=layer.names)
+        output, _ = self.attend_pages_and_new(query, *read, context, layer.pages, held, names=layer.names)
         layer.write(key, value, positions, _by_head(valid, heads))
         return output
 

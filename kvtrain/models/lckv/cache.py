@@ -32,7 +32,8 @@ class PendingInputs(PagedStore):
     """
 
     def __init__(self, hidden_size: int, block: int, placement: Placement) -> None:
-        super().__init__(1, {"inputs": hidden_size}, block, replace(placement, reserve=None))  # a page a row at most
+        alone = replace(placement, reserve=None)
+        super().__init__(1, {"inputs": hidden_size}, block, alone, max_slots=block)  # a page a row at most
         self._idle = False  # whether nothing is held for sure
 
     @property
@@ -77,9 +78,6 @@ class PendingInputs(PagedStore):
         keep = torch.arange(inputs.shape[1], device=rows.device) >= inputs.shape[1] - counts[:, None]
         keep = (keep & rows[:, None]).unsqueeze(1)  # (B, 1, n)
         self.write({"inputs": inputs.unsqueeze(1)}, keep.cumsum(-1) - 1, keep)
-
-    def _longest(self, tokens: int, rows: int) -> Tensor:
-        return super()._longest(tokens, rows).clamp(max=self.page_size)
 
 
 @dataclass(frozen=True)

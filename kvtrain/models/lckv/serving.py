@@ -19,7 +19,7 @@ from kvtrain.models.lckv.cache import LCKVCacheLayer
 from kvtrain.models.lckv.cache_view import CacheView, RingContent
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
-from kvtrain.models.ordering import padding_first, take_slots, take_tokens
+from kvtrain.models.ordering import block_columns, padding_first, take_slots, take_tokens
 from kvtrain.models.recording import RecordedStates
 
 
@@ -206,7 +206,7 @@ def _read_prompt(
     outputs = torch.zeros_like(prompt.inputs)
     new_states: Shared = {}
     for step in range(int(number.max()) + 1):
-        columns, inside = _columns(number == step)
+        columns, inside = block_columns(number == step)
         where = positions.gather(1, columns)
         past = prompt.start + ((number < step) & real).sum(1)
         write = inside & (where >= prompt.tokens[:, None])
@@ -225,17 +225,6 @@ def _read_prompt(
         key, value = (None if state is None else state[:, :, -prompt.length :] for state in states)
         shared[owner] = (key, value)
     return outputs[:, -prompt.length :]
-
-
-def _columns(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns ``(B, W)`` of the tokens marked in ``(B, S)``, a run at the end of every row, and which of them count."""
-    size = inside.shape[1]
-    column = torch.arange(1, size + 1, device=inside.device)
-    end = (inside * column).amax(1, keepdim=True)
-    width = int(inside.sum(1).max())
-    columns = end - width + torch.arange(width, device=inside.device)
-    count = inside.sum(1, keepdim=True)
-    return columns.clamp(min=0), torch.arange(width, device=inside.device) >= width - count
 
 
 def _iterate(

@@ -1,0 +1,31 @@
+"""Modules and caches of eviction policies."""
+
+from torch import nn
+
+from kvtrain.cache.rows import Placement
+from kvtrain.kernels.dispatch import wide_dtype
+from kvtrain.models import build
+from kvtrain.models.eviction.attention import EvictingAttention
+from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
+from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.hosts import key_value_shape
+
+
+class Builder(build.Builder[Eviction]):
+    """See ``build.Builder``."""
+
+    def attention(self, host_attention: nn.Module, layer_idx: int) -> EvictingAttention:
+        """See ``build.Builder``."""
+        return EvictingAttention(host_attention, layer_idx, self.settings)
+
+    def cache_layer(self, layer_idx: int, placement: Placement) -> EvictingCacheLayer:
+        """See ``build.Builder``."""
+        config = self.host_config
+        shape = LayerShape(
+            layer_idx,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            *key_value_shape(config, layer_idx),
+            wide_dtype(placement.dtype),
+        )
+        return EvictingCacheLayer(self.settings, shape, placement)

@@ -1,0 +1,35 @@
+"""H2O (Zhang et al. 2023, arXiv 2306.14048): heavy hitters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvtrain.models.eviction.config import BudgetedEviction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvtrain.models.eviction.cache import EvictingCacheLayer
+    from kvtrain.models.eviction.observation import Observation
+
+
+@dataclass(frozen=True)
+class H2O(BudgetedEviction):
+    """Keep the latest tokens and those that have got most probability from all queries so far (section 4.1)."""
+
+    name: ClassVar[str] = "h2o"
+    slot_fields: ClassVar[Mapping[str, str | None]] = {"mass": None}
+    num_observed_queries: ClassVar[int | None] = None
+
+    recent: int = 128
+
+    def observe(self, seen: "Observation") -> None:
+        """See ``BudgetedEviction``."""
+        seen.add("mass", seen.column_sums())
+
+    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+        """See ``BudgetedEviction``."""
+        return layer.pages.field("mass")
+
+
+POLICY = H2O
