@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
 
-_EVERYTHING = 1 << 40  # slots, more than a row has
+_ALL_SLOTS = 1 << 40  # slots, more than a row has
 _MOST_SHARED = 100  # of the mean budget, a layer has one part of so many in any case
 
 
@@ -66,7 +66,7 @@ class D2O(H2O):
         if self.per_layer != "variance":
             return mean
         if layer.shape.layer_idx in (0, 1, layer.shape.num_layers - 1):
-            return torch.full_like(mean, _EVERYTHING)
+            return torch.full_like(mean, _ALL_SLOTS)
         own = layer.state["budget"]
         return torch.where(own > 0, own, mean)
 
