@@ -23,9 +23,9 @@ class CORM(Eviction):
     Args:
         window: Latest queries that are asked.
         threshold: What a share is equal among: the keys that the query attends (``"visible"``), or all tokens up to it
-            (``"position"``, the paper's formula, by which ever less is enough as keys leave). At as many slots they cost
-            the same: behind 768 tokens of ``kvtrain:tiny``'s text 256 more have perplexity 17.4 with 358 slots kept
-            against 17.3 with 429 (windows of 64), 16.91 with 539 against 16.90 with 573 (of 128), 16.88 in full.
+            (``"position"``, the paper's formula, by which ever less is enough as keys leave). At as many slots they
+            cost the same: behind 768 tokens of ``kvtrain:tiny``'s text 256 more have perplexity 17.4 with 358 slots
+            kept against 17.3 with 429 (windows of 64), 16.91 with 539 against 16.90 with 573 (of 128), 16.88 in full.
 
     Raises:
         ValueError: The window is empty, or the threshold unknown.
