@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
-    from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.observation import NewQueries, Observation
 
 PromptForm = Literal["dense", "blocks"]
 PerHead = Literal["same", "adaptive"]
@@ -74,6 +74,9 @@ class Eviction(Method):
 
     def observe(self, seen: "Observation") -> None:
         """Note in fields of slots what attention gave them; called for every tile of probabilities of a pass."""
+
+    def observe_queries(self, layer: "EvictingCacheLayer", new: "NewQueries") -> None:
+        """Note in a row's state what its new queries are like, before anything leaves behind them."""
 
     def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
         """The slots ``(B, H_kv, K)``, all in use, are about to leave: merge them into others, or keep them apart."""
