@@ -107,7 +107,7 @@ class EvictingAttention(HostAttention):
         """All slots of both stores."""
         parts = [self.attend_pages(query, layer.pages)]
         if layer.secondary is not None and layer.secondary.table.shape[2]:
-            parts.append(self.attend_pages(query, layer.secondary))
+            parts.append(self.attend_pages(self.policy.secondary_query(layer, query), layer.secondary))
         return merge_attention(parts) if len(parts) > 1 else parts[0]
 
     def _observe_chunk(

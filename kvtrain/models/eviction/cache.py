@@ -178,7 +178,7 @@ class EvictingCacheLayer(KVCacheLayer):
     def end_prompt(self, rows: Tensor, layers: Sequence[KVCacheLayer]) -> None:
         """See ``KVCacheLayer``."""
         if self.shape.layer_idx == 0:
-            self.policy.share_budgets(rows, cast("list[EvictingCacheLayer]", layers))
+            self.policy.on_prompt_end(rows, cast("list[EvictingCacheLayer]", layers))
         self.evict(rows)
 
 

@@ -89,12 +89,16 @@ class Eviction(Method):
         """A second store of keys and values, which is attended, too."""
         return None
 
+    def secondary_query(self, layer: "EvictingCacheLayer", query: "Tensor") -> "Tensor":
+        """What is asked of the second store for a query ``(B, H, n, D)``, where its keys are kept in another scale."""
+        return query
+
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """What is kept for a row besides, as ``StateStore`` takes it."""
         return {}
 
-    def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
-        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: divide a budget over all layers."""
+    def on_prompt_end(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
+        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: decide what they decide for good."""
 
     @property
     def first_eviction(self) -> int:
