@@ -38,6 +38,7 @@ POLICIES = {
     "d2o variance": kvtrain.D2O(budget=12, recent=3, sink=1, every=2, per_layer="variance"),
     "mikv": kvtrain.MiKV(budget=8, recent=3),
     "mikv every 4": kvtrain.MiKV(budget=8, recent=3, every=4, low_bits=8),
+    "mikv balanced": kvtrain.MiKV(budget=8, recent=3, every=2, balance=True),
     "random": kvtrain.RandomEviction(budget=9, recent=2, seed=3),
 }
 CASES = [
@@ -45,7 +46,8 @@ CASES = [
     for name, policy in POLICIES.items()
     for heads in HEADS
     for prompt in ("dense", "blocks")
-    if (prompt == "dense" or name != "d2o variance") and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
+    if (prompt == "dense" or name not in ("d2o variance", "mikv balanced"))
+    and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
 ]
 SOME = [case for case in CASES if case[1] == "GQA"]
 
