@@ -29,8 +29,8 @@ class PagedStore(PageAllocator):
             layers whose heads have the same length.
         page_size: Slots in a page.
         placement: Where tensors lie.
-        bits: 8 or 4: what is written is quantized, every slot of every head by itself, and pages hold bytes; the dtype
-            of ``placement`` is then that of the copies that ``gather`` makes.
+        bits: 8, 4 or 2: what is written is quantized, every slot of every head by itself, and pages hold bytes; the
+            dtype of ``placement`` is then that of the copies that ``gather`` makes.
         max_slots: The most slots that a head ever has, because the caller evicts some or overwrites them before there
             are more: what byte budgets count with. None: every token may take one.
         num_unbounded: Heads, the first ones, for which there is no such number.

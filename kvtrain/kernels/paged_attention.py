@@ -61,7 +61,7 @@ def paged_attention(
         table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
         lengths: ``(B, H_kv)`` visible slots.
         scale: Factor on the scores.
-        bits: 8 or 4, of quantized keys and values.
+        bits: 8, 4 or 2, of quantized keys and values.
         layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
         runs: Of that and ``lengths.flatten()``, from a caller that attends these slots several times: by runs then,
             however few the queries are.

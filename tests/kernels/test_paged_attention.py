@@ -304,7 +304,7 @@ def test_no_queries_no_rows_and_heads_that_do_not_group():
         paged_attention(torch.zeros(1, 3, 2, 8), pages, pages, table, lengths, scale)
 
 
-BITS = [8, 4]
+BITS = [8, 4, 2]
 
 
 @PROPERTY

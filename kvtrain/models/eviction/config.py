@@ -37,7 +37,7 @@ class Eviction(Method):
             nor other rows change anything.
         prompt: ``"dense"``: a prompt is read in full and cut once, when it ends, as published; ``"blocks"``: it is cut
             as everything else is, and memory does not grow with it.
-        kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``; fields are kept as they are.
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``; fields are kept as they are.
         page_size: Slots in a page of the serving cache.
 
     Raises:
@@ -55,7 +55,7 @@ class Eviction(Method):
     sink: int = 0
     every: int = 1
     prompt: PromptForm = "dense"
-    kv_bits: Literal[4, 8] | None = None
+    kv_bits: Literal[2, 4, 8] | None = None
     page_size: int = 32
 
     def __post_init__(self) -> None:
