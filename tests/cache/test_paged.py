@@ -197,8 +197,8 @@ def test_page_size_is_validated(page_size):
         PagedStore(HEADS, DIMS, page_size)
 
 
-def packed_once(states, bits, dtype=torch.float64):
-    return dequantize(quantize(states, bits), bits, states.shape[-1], dtype)
+def packed_once(states, bits, dtype=torch.float64, group=None):
+    return dequantize(quantize(states, bits, group), bits, states.shape[-1], dtype, group)
 
 
 def even_entries(numbers):
@@ -212,16 +212,18 @@ class QuantisedMachine(PagedMachine):
 
     def configure(self, data):
         super().configure(data)
-        self.bits = data.draw(st.sampled_from([8, 4, 2]))
+        self.bits, self.group = data.draw(st.sampled_from([8, 4, 2])), data.draw(st.sampled_from([None, 2]))
 
     def make_store(self):
-        return PagedStore(HEADS, {"keys": 4, "values": 4}, self.page_size, DOUBLE, self.bits)
+        return PagedStore(HEADS, {"keys": 4, "values": 4}, self.page_size, DOUBLE, self.bits, group=self.group)
 
     def written(self, numbers):
         return even_entries(numbers)
 
     def held(self, numbers):
-        return {name: packed_once(states, self.bits) for name, states in even_entries(numbers).items()}
+        return {
+            name: packed_once(states, self.bits, group=self.group) for name, states in even_entries(numbers).items()
+        }
 
 
 QuantisedMachine.TestCase.settings = settings(RUN, max_examples=20, stateful_step_count=15)
