@@ -38,6 +38,7 @@ POLICIES = {
     "d2o variance": kvtrain.D2O(budget=12, recent=3, sink=1, every=2, per_layer="variance"),
     "mikv": kvtrain.MiKV(budget=8, recent=3),
     "mikv every 4": kvtrain.MiKV(budget=8, recent=3, every=4, low_bits=8),
+    "mikv groups": kvtrain.MiKV(budget=8, recent=3, every=3, low_bits=2, group=4),
     "mikv balanced": kvtrain.MiKV(budget=8, recent=3, every=2, balance=True),
     "random": kvtrain.RandomEviction(budget=9, recent=2, seed=3),
 }
@@ -62,7 +63,7 @@ def rule_of(policy, model):
     known = {name: value for name, value in vars(policy).items() if name in Rule.__dataclass_fields__}
     special = {}
     if policy.name == "mikv":
-        special["codec"] = round_to_nearest(policy.low_bits)
+        special["codec"] = round_to_nearest(policy.low_bits, policy.group)
     if policy.name == "random":
         special["random"] = lots(policy, model)
     return Rule(RULES.get(policy.name, policy.name), **{**known, **special})

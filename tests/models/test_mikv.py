@@ -51,6 +51,36 @@ def test_a_channel_without_keys_stays_as_it_is():
     assert (balancer[:, [1, 5]] == 1).all() and (balancer[:, [0, 2, 3, 4, 6, 7]] != 1).all()
 
 
+def test_smaller_groups_and_more_bits_lose_less():
+    expected = make_host()(random_ids(1, LENGTH)).logits[0, PROMPT:]
+    errors = [
+        (logits_of(make_host(), low_bits=bits, group=group)[0] - expected).norm().item()
+        for bits, group in ((2, None), (2, 4), (4, None), (8, None))
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 20 * errors[-1] > 0
+
+
+@pytest.mark.parametrize(("bits", "group", "width"), [(2, None, 6), (2, 4, 10), (4, 2, 20), (8, 8, 12)])
+def test_a_slot_of_the_second_store_by_hand(bits, group, width):
+    """Of 8 channels: their codes, and 4 bytes a group."""
+    _, cache = logits_of(make_host(), low_bits=bits, group=group)
+    pool = cache.layers[0].secondary.pool
+    assert {name: slots.shape[2] for name, slots in pool.slots.items()} == {"keys": width, "values": width}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low_bits": 3}, "low_bits must be 8, 4 or 2, not 3; a larger budget"),
+        ({"group": 0}, "group must be at least 1 channel, not 0; None gives"),
+        ({"group": 3}, "groups of 3 channels do not make up a head_dim of 8; use one of its divisors"),
+    ],
+)
+def test_mistakes_name_the_remedy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        kvtrain.retrofit(make_host(), kvtrain.MiKV(**settings))
+
+
 def test_a_balancer_needs_a_prompt_that_ends():
     with pytest.raises(ValueError, match="give it prompt='dense'"):
         kvtrain.MiKV(balance=True, prompt="blocks")

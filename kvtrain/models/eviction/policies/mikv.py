@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvtrain.models.eviction.policies.h2o import H2O
-from kvtrain.models.method import check_kv_bits
+from kvtrain.models.hosts import key_value_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
@@ -21,32 +22,46 @@ class MiKV(H2O):
     """Keep H2O's choice as it is and all other tokens in ``low_bits``; nothing is forgotten, and nothing comes back.
 
     Args:
-        low_bits: Bits of a channel of what leaves the budget.
+        low_bits: Bits of a channel of what leaves the budget: 8, 4 or 2.
+        group: Channels that share a scale in these bits, a divisor of ``head_dim``, of which the paper takes the half
+            with 2 bits; each scale costs 4 bytes, zero included. None: all share one.
         balance: Multiply keys that leave by ``sqrt(max |q| / max |k|)`` before they are rounded, and queries that look
             at them by its inverse (section 3.3), so that a channel in which keys are large does not take the precision
             of all others. The maxima are over a row's first prompt, by channel and key-value head.
 
     Raises:
-        ValueError: Other bits than there are, or there is no end of a prompt to balance at.
+        ValueError: Other bits than there are, an empty group, or there is no end of a prompt to balance at.
     """
 
     name: ClassVar[str] = "mikv"
 
-    low_bits: Literal[4, 8] = 4
+    low_bits: Literal[2, 4, 8] = 4
+    group: int | None = None
     balance: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_kv_bits(self.low_bits)
+        if self.low_bits not in (2, 4, 8):
+            raise ValueError(f"low_bits must be 8, 4 or 2, not {self.low_bits!r}; a larger budget keeps more as it is")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group must be at least 1 channel, not {self.group}; None gives a vector one scale")
         if self.balance and self.prompt != "dense":
             raise ValueError("balance=True looks at a prompt before anything leaves: give it prompt='dense'")
+
+    def validate(self, host_config: "PreTrainedConfig") -> None:
+        """See ``Method.validate``; vectors must come out in whole bytes and whole groups."""
+        from kvtrain.kernels.quantization import packed_width
+
+        super().validate(host_config)
+        for _, head_dim in key_value_shapes(host_config):
+            packed_width(head_dim, self.low_bits, self.group)
 
     def secondary_store(self, shape: "LayerShape", placement: "Placement") -> "PagedStore":
         """See ``Eviction``."""
         from kvtrain.cache.paged import PagedStore
 
         dims = {"keys": shape.head_dim, "values": shape.head_dim}
-        return PagedStore(shape.num_heads, dims, self.page_size, placement, self.low_bits)
+        return PagedStore(shape.num_heads, dims, self.page_size, placement, self.low_bits, group=self.group)
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """See ``Eviction``; a balancer of 0 has not been set."""
