@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
@@ -25,6 +25,7 @@ class LayerShape(NamedTuple):
     num_heads: int  # of keys and values
     head_dim: int
     wide: torch.dtype  # of what is summed
+    rotary: nn.Module  # the host's rotary embedding
 
 
 class EvictingCacheLayer(KVCacheLayer):
@@ -68,6 +69,12 @@ class EvictingCacheLayer(KVCacheLayer):
     def kv_tokens(self) -> Tensor:
         """See ``KVCacheLayer``."""
         return self.pages.lengths if self.secondary is None else self.pages.lengths + self.secondary.lengths
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(B, n, D)`` by which the host rotates what stands at ``positions (B, n)``."""
+        like = torch.empty((), dtype=self.shape.wide, device=positions.device)
+        angles: tuple[Tensor, Tensor] = self.shape.rotary(like, positions)
+        return angles
 
     def fresh_fields(self, positions: Tensor) -> dict[str, Tensor]:
         """Fields ``(B, H, n)`` of new tokens at ``positions (B, n)``, -1 for padding."""
@@ -171,7 +178,7 @@ class EvictingCacheLayer(KVCacheLayer):
     def end_prompt(self, rows: Tensor, layers: Sequence[KVCacheLayer]) -> None:
         """See ``KVCacheLayer``."""
         if self.shape.layer_idx == 0:
-            self.policy.share_budgets(rows, cast("list[EvictingCacheLayer]", layers))
+            self.policy.on_prompt_end(rows, cast("list[EvictingCacheLayer]", layers))
         self.evict(rows)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
-    from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.observation import NewQueries, Observation
 
 PromptForm = Literal["dense", "blocks"]
 PerHead = Literal["same", "adaptive"]
@@ -37,7 +37,7 @@ class Eviction(Method):
             nor other rows change anything.
         prompt: ``"dense"``: a prompt is read in full and cut once, when it ends, as published; ``"blocks"``: it is cut
             as everything else is, and memory does not grow with it.
-        kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``; fields are kept as they are.
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``; fields are kept as they are.
         page_size: Slots in a page of the serving cache.
 
     Raises:
@@ -55,7 +55,7 @@ class Eviction(Method):
     sink: int = 0
     every: int = 1
     prompt: PromptForm = "dense"
-    kv_bits: Literal[4, 8] | None = None
+    kv_bits: Literal[2, 4, 8] | None = None
     page_size: int = 32
 
     def __post_init__(self) -> None:
@@ -75,6 +75,9 @@ class Eviction(Method):
     def observe(self, seen: "Observation") -> None:
         """Note in fields of slots what attention gave them; called for every tile of probabilities of a pass."""
 
+    def observe_queries(self, layer: "EvictingCacheLayer", new: "NewQueries") -> None:
+        """Note in a row's state what its new queries are like, before anything leaves behind them."""
+
     def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
         """The slots ``(B, H_kv, K)``, all in use, are about to leave: merge them into others, or keep them apart."""
 
@@ -86,12 +89,16 @@ class Eviction(Method):
         """A second store of keys and values, which is attended, too."""
         return None
 
+    def secondary_query(self, layer: "EvictingCacheLayer", query: "Tensor") -> "Tensor":
+        """What is asked of the second store for a query ``(B, H, n, D)``, where its keys are kept in another scale."""
+        return query
+
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """What is kept for a row besides, as ``StateStore`` takes it."""
         return {}
 
-    def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
-        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: divide a budget over all layers."""
+    def on_prompt_end(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
+        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: decide what they decide for good."""
 
     @property
     def first_eviction(self) -> int:

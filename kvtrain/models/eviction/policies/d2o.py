@@ -70,7 +70,7 @@ class D2O(H2O):
         own = layer.state["budget"]
         return torch.where(own > 0, own, mean)
 
-    def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
+    def on_prompt_end(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
         """See ``Eviction``."""
         if self.per_layer != "variance":
             return
