@@ -10,6 +10,7 @@ from kvtrain.errors import require_at_least
 from kvtrain.evaluation.passkey import PasskeyResult, passkey
 from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.inference.load import open_model
+from kvtrain.models.method import Method
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,16 @@ def _passkey(model: Any, tokenizer: Any, asked: Settings) -> PasskeyResult:
 TASKS: dict[str, Callable[[Any, Any, Settings], Any]] = {"perplexity": _perplexity, "passkey": _passkey}
 
 
-def run_tasks(model: str, tasks: list[str], *, dtype: str | None = None, **settings: Any) -> list[dict[str, Any]]:
+def run_tasks(
+    model: str, tasks: list[str], *, dtype: str | None = None, method: Method | None = None, **settings: Any
+) -> list[dict[str, Any]]:
     """Run tasks on a model.
 
     Args:
         model: Folder, Hub id, or a model of the package such as ``kvtrain:tiny``.
         tasks: Names from ``TASKS``.
         dtype: Of the weights; None takes what the folder holds.
+        method: For a plain model; see ``open_model``.
         **settings: See ``Settings``.
 
     Raises:
@@ -81,5 +85,5 @@ def run_tasks(model: str, tasks: list[str], *, dtype: str | None = None, **setti
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     asked = Settings(**settings)
-    loaded, tokenizer = open_model(model, dtype=dtype or "auto")
+    loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
     return [{"task": task, "model": model, **asdict(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
