@@ -164,7 +164,7 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--method", "DMC()", "--json", str(file)]
     assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
-    settings |= {"passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
+    settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

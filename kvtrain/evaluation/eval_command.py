@@ -12,15 +12,25 @@ from kvtrain.tables import cell, print_table
 def add_arguments(parser: Parser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
-    parser.add_argument("--tasks", required=True, metavar="A,B", help="perplexity or passkey, or both with a comma")
+    parser.add_argument(
+        "--tasks", required=True, metavar="A,B", help="perplexity, continuation, passkey; several with commas"
+    )
     add_method_argument(parser)
     parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
     parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
     parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
+    parser.add_argument(
+        "--prompt", type=int, metavar="N", help="tokens that continuation reads before it decodes (3/4 of a window)"
+    )
     parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
     parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
-    parser.add_argument("--decode", action="store_true", help="feed token by token: the same, slowly")
+    parser.add_argument(
+        "--ask", metavar="WHEN", help="decode passkeys: after the prompt is read, or within it the first question (no)"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="perplexity, and passkeys without --ask, token by token, slowly"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 
 
@@ -44,6 +54,8 @@ def run(asked: Namespace) -> None:
         sequence_length=asked.sequence_length,
         stride=asked.stride,
         limit=asked.limit,
+        prompt=asked.prompt,
+        ask=asked.ask,
         decode=asked.decode,
         passkeys=PasskeyTask(asked.passkeys, asked.words),
     )

@@ -7,8 +7,10 @@ from typing import Any
 from kvtrain.data.corpus import require_corpus
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.errors import require_at_least
-from kvtrain.evaluation.passkey import PasskeyResult, passkey
+from kvtrain.evaluation.continuation import ContinuationResult, continuation
+from kvtrain.evaluation.passkey import Ask, PasskeyResult, passkey
 from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
+from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
 
@@ -22,7 +24,9 @@ class Settings:
         sequence_length: Tokens in a window or sample.
         stride: Tokens from one window to the next; None leaves no overlap.
         limit: Windows or samples to read; None reads all windows, or as many samples as the task has.
-        decode: Feed token by token, as generation does, instead of in stretches.
+        prompt: Tokens of a window that are read before the rest is decoded; None takes three quarters of it.
+        ask: When passkeys are asked for; see ``passkey``. None reads book and questions as a whole.
+        decode: Feed what is read as a whole token by token, as generation does, instead of in stretches.
         passkeys: What is hidden in a sample.
 
     Raises:
@@ -33,6 +37,8 @@ class Settings:
     sequence_length: int = 1024
     stride: int | None = None
     limit: int | None = None
+    prompt: int | None = None
+    ask: Ask | None = None
     decode: bool = False
     passkeys: PasskeyTask = field(default_factory=PasskeyTask)
 
@@ -57,11 +63,27 @@ def _perplexity(model: Any, tokenizer: Any, asked: Settings) -> PerplexityResult
 def _passkey(model: Any, tokenizer: Any, asked: Settings) -> PasskeyResult:
     length, limit = asked.sequence_length, asked.limit
     return passkey(
-        model, tokenizer, asked.corpus, asked.passkeys, sequence_length=length, limit=limit, chunk=asked.chunk
+        model,
+        tokenizer,
+        asked.corpus,
+        asked.passkeys,
+        sequence_length=length,
+        limit=limit,
+        chunk=asked.chunk,
+        ask=asked.ask,
     )
 
 
-TASKS: dict[str, Callable[[Any, Any, Settings], Any]] = {"perplexity": _perplexity, "passkey": _passkey}
+def _continuation(model: Any, tokenizer: Any, asked: Settings) -> ContinuationResult:
+    windows = full_windows(tokenizer, asked.corpus, asked.sequence_length, asked.limit)
+    return continuation(model, windows, asked.sequence_length * 3 // 4 if asked.prompt is None else asked.prompt)
+
+
+TASKS: dict[str, Callable[[Any, Any, Settings], Any]] = {
+    "perplexity": _perplexity,
+    "continuation": _continuation,
+    "passkey": _passkey,
+}
 
 
 def run_tasks(
@@ -86,4 +108,10 @@ def run_tasks(
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     asked = Settings(**settings)
     loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
-    return [{"task": task, "model": model, **asdict(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
+    return [{"task": task, "model": model, **_figures(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
+
+
+def _figures(result: Any) -> dict[str, Any]:
+    """All figures of a result, those of its answers among the others."""
+    figures = asdict(result)
+    return figures | (figures.pop("answering", None) or {})

@@ -298,6 +298,20 @@ EVAL = [
     ("eval kvtrain:copy --tasks perplexity --corpus tiny.jsonl --json emptydir", "emptydir is a folder"),
     ("eval kvtrain:copy --tasks perplexity --corpus tiny.jsonl --json ''", "option '--json' needs a value"),
     ("eval kvtrain:copy --tasks perplexity --corpus tiny.jsonl --json afile/x.json", "afile/x.json: no folder afile"),
+    (
+        "eval kvtrain:copy --tasks perplexity --method 'H2O()'",
+        'this method cuts a prompt when it ends (prompt="dense"), and all of a text would be one: add --decode',
+    ),
+    ("eval kvtrain:copy --tasks passkey --method 'H2O()'", "this method cuts a prompt when it ends"),
+    ("eval kvtrain:copy --tasks passkey --ask before", "ask must be after or within, not 'before'"),
+    ("eval kvtrain:copy --tasks passkey --ask ''", "option '--ask' needs a value"),
+    ("eval kvtrain:copy --tasks continuation --prompt 0", "a prompt of 0 tokens leaves nothing to score"),
+    ("eval kvtrain:copy --tasks continuation --prompt 1024", "a prompt of 1024 tokens leaves nothing to score"),
+    ("eval kvtrain:copy --tasks continuation --prompt x", "--prompt: expected an integer, got 'x'"),
+    ("eval kvtrain:copy --tasks continuation --limit 0", "limit must be at least 1, not 0"),
+    ("eval kvtrain:copy --tasks continuation --corpus tiny.jsonl", "tiny.jsonl: no document has 1024 tokens; lower"),
+    ("eval kvtrain:copy --tasks continuation --corpus empty.jsonl", "empty.jsonl: no document has 1024 tokens"),
+    ("eval kvtrain:copy --tasks continuation --corpus nope.txt", "nope.txt: no such file or folder"),
     ("eval kvtrain:copy --tasks perplexity --limit x", "--limit: expected an integer, got 'x'"),
 ]
 
