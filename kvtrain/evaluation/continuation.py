@@ -44,8 +44,7 @@ def continuation(model: Any, windows: Tensor, prompt: int, batch: int = _BATCH) 
         ValueError: The prompt is empty, or leaves nothing to score.
     """
     length = windows.shape[1]
-    if not 1 <= prompt < length:
-        raise ValueError(f"a prompt of {prompt} tokens leaves nothing to score or to go on from; use 1 to {length - 1}")
+    check_prompt(prompt, length)
     head, meter, loss = model.get_output_embeddings(), AnsweringMeter(model), 0.0
     for rows in windows.split(batch):
         hidden, _ = decode_answers(model, list(rows), [prompt] * len(rows), meter)
@@ -53,3 +52,13 @@ def continuation(model: Any, windows: Tensor, prompt: int, batch: int = _BATCH) 
         loss += linear_token_losses(hidden.flatten(0, 1), head, targets).double().sum().item()
     tokens = len(windows) * (length - prompt)
     return ContinuationResult(perplexity_of(loss / tokens), tokens, len(windows), meter.result())
+
+
+def check_prompt(prompt: int, length: int) -> None:
+    """Make sure that a prompt is there and ends before its window does.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 1 <= prompt < length:
+        raise ValueError(f"a prompt of {prompt} tokens leaves nothing to score or to go on from; use 1 to {length - 1}")

@@ -7,8 +7,9 @@ from typing import Any
 from kvtrain.data.corpus import require_corpus
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.errors import require_at_least
-from kvtrain.evaluation.continuation import ContinuationResult, continuation
-from kvtrain.evaluation.passkey import Ask, PasskeyResult, passkey
+from kvtrain.evaluation.answering import refuse_uncut
+from kvtrain.evaluation.continuation import ContinuationResult, check_prompt, continuation
+from kvtrain.evaluation.passkey import Ask, PasskeyResult, check_ask, passkey
 from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
@@ -30,7 +31,7 @@ class Settings:
         passkeys: What is hidden in a sample.
 
     Raises:
-        ValueError: A number is out of range, or there is no such corpus.
+        ValueError: A number is out of range, there is no such corpus, or no such time to ask.
     """
 
     corpus: str = "heldout"
@@ -46,6 +47,9 @@ class Settings:
         require_at_least(2, "sequence_length", self.sequence_length)
         require_at_least(1, "limit", self.limit)
         require_corpus(self.corpus)
+        check_ask(self.ask)
+        if self.prompt is not None:
+            check_prompt(self.prompt, self.sequence_length)
 
     @property
     def chunk(self) -> int | None:
@@ -99,7 +103,7 @@ def run_tasks(
         **settings: See ``Settings``.
 
     Raises:
-        ValueError: Unknown task, model or corpus.
+        ValueError: Unknown task, model or corpus, or a task that the model's method leaves nothing to measure.
     """
     if not tasks:
         raise ValueError(f"no task to run; there are {', '.join(TASKS)}")
@@ -108,6 +112,8 @@ def run_tasks(
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     asked = Settings(**settings)
     loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
+    if "perplexity" in tasks or ("passkey" in tasks and asked.ask is None):  # said before another task takes its time
+        refuse_uncut(loaded, asked.chunk)
     return [{"task": task, "model": model, **_figures(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
 
 

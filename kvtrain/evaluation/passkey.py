@@ -71,10 +71,9 @@ def passkey(
         ValueError: The corpus cannot be read or holds no text, no passkey fits into a sample, or a sample is to be read
             as a whole and not decoded with a model that cuts prompts when they end.
     """
+    check_ask(ask)
     if ask is None:
         refuse_uncut(model, chunk)
-    elif ask not in get_args(Ask):
-        raise ValueError(f"ask must be {' or '.join(get_args(Ask))}, not {ask!r}")
     samples = _samples(tokenizer, corpus, task, sequence_length, _SAMPLES if limit is None else limit)
     meter = AnsweringMeter(model) if ask else None
     found: list[Tensor] = []  # (tokens,) of each passkey, right or wrong
@@ -97,6 +96,16 @@ def passkey(
         kv_bytes_per_1024=num_bytes / (len(samples) * sequence_length) * 1024,
         answering=None if meter is None else meter.result(),
     )
+
+
+def check_ask(ask: str | None) -> None:
+    """Refuse what is no time to ask.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if ask is not None and ask not in get_args(Ask):
+        raise ValueError(f"ask must be {' or '.join(get_args(Ask))}, not {ask!r}")
 
 
 def _samples(tokenizer: Any, corpus: str, task: PasskeyTask, length: int, count: int) -> list[PasskeySample]:

@@ -303,6 +303,8 @@ EVAL = [
         'this method cuts a prompt when it ends (prompt="dense"), and all of a text would be one: add --decode',
     ),
     ("eval kvtrain:copy --tasks passkey --method 'H2O()'", "this method cuts a prompt when it ends"),
+    ("eval kvtrain:copy --tasks continuation,perplexity --method 'H2O()'", "this method cuts a prompt when it ends"),
+    ("eval nope --tasks perplexity,passkey --ask before", "ask must be after or within, not 'before'"),
     ("eval kvtrain:copy --tasks passkey --ask before", "ask must be after or within, not 'before'"),
     ("eval kvtrain:copy --tasks passkey --ask ''", "option '--ask' needs a value"),
     ("eval kvtrain:copy --tasks continuation --prompt 0", "a prompt of 0 tokens leaves nothing to score"),
