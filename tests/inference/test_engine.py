@@ -13,7 +13,7 @@ from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
 from kvtrain.models.compiled import CompiledStep
-from tests.caches import CACHES, MAIN
+from tests.caches import CACHES, MAIN, POLICIES
 from tests.hosts import VOCAB, make_host
 from tests.inference.crowds import TIE, check, greedy, mix, serve
 
@@ -97,7 +97,8 @@ def test_rows_that_make_room_come_back_as_they_were(method, swap_bytes):
     check(outcome, wanted)
     forecast = outcome.loop.forecast
     grows = forecast.row_bytes(1000) > 2 * forecast.row_bytes(0)
-    assert (outcome.loop.scheduler.preemptions > 0) == grows
+    preempted = outcome.loop.scheduler.preemptions > 0
+    assert preempted == grows or (preempted and method in POLICIES)  # whose rows grow up to their budget
     assert outcome.loop.runner.rows.cache.held_bytes() == 0
 
 

@@ -130,7 +130,10 @@ class Runner:
         self._compiled_rows, self._step = compiled_rows, None
         if compiled_rows:
             self._step = CompiledStep(model, self.rows.cache)
-            logger.info("decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows)
+            if not self._step.eager:
+                logger.info(
+                    "decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows
+                )
         self.plain_token_bytes = _plain_token_bytes(model)
 
     @property

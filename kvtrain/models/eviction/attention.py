@@ -78,7 +78,7 @@ class EvictingAttention(HostAttention):
             with torch.no_grad():
                 fields = self._observe_chunk(query, key, lse, block, layer)
             layer.append(key, value, fields, block.valid, single=False)
-        layer.remember_queries(query.detach() * self.scaling, lse.detach(), block.positions)
+        layer.remember_queries(query.detach() * self.scaling, lse.detach(), block.positions, single)
         if block.evicting is not None:
             layer.evict(block.evicting)
         return output
