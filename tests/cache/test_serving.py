@@ -56,7 +56,8 @@ def test_most_steps_ask_the_device_nothing_and_others_once_beside_what_they_take
     cache = model.make_cache(**options)
     mask = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] * 5 + [1] * 4])
     model(random_ids(3, 9), attention_mask=mask, past_key_values=cache)
-    above, every, evicts = [], POLICIES[method].every if method in POLICIES else 0, False
+    every = POLICIES[method].every if method in POLICIES else 0
+    above, evicts = [], every > 0
     for token in random_ids(3, 12).split(1, 1):
         before, evicted = shapes(cache), evicts
         evicts = every > 0 and bool(((cache.tokens + 1) % every == 0).any())
