@@ -47,6 +47,15 @@ class CacheRows:
         """Bytes that rows may hold together."""
         return self._bytes.limit
 
+    @property
+    def cuts_prompts(self) -> bool:
+        """See ``RowPool``."""
+        return self.cache.cuts_prompts
+
+    def end_prompts(self, rows: Sequence[CacheRow]) -> None:
+        """Some rows have read their prompts to the end."""
+        self.cache.end_prompt([row.number for row in rows])
+
     def take(self) -> CacheRow:
         """An empty row."""
         if self._empty:
