@@ -142,10 +142,8 @@ class KVCache(GeneratingCache):
         """
         fresh = self.num_rows == 0
         if not fresh and batch != self.num_rows:
-            raise ValueError(
-                f"the input has {batch} rows and the cache {self.num_rows}; use admit, select_rows or join, "
-                "or start with model.make_cache()"
-            )
+            counts = f"the input has {batch} rows and the cache {self.num_rows}"
+            raise ValueError(f"{counts}; use admit, select_rows or join, or start with model.make_cache()")
         if self._open_prompts is not None and not fresh:
             self._end_prompts(torch.ones(batch, dtype=torch.bool) if answers is None else answers())
         if self.budget is not None and (fresh or tokens != 1):
@@ -206,6 +204,9 @@ class KVCache(GeneratingCache):
 
         Args:
             rows: Their numbers, within ``rows(...)`` among the chosen ones.
+
+        Raises:
+            CacheFullError: What is cut may need more room elsewhere than the budget has; nothing has changed.
         """
         if self._open_prompts is not None:
             chosen = torch.zeros(self.num_rows, dtype=torch.bool)
@@ -213,10 +214,12 @@ class KVCache(GeneratingCache):
             self._end_prompts(chosen)
 
     def _end_prompts(self, rows: Tensor) -> None:
-        """As ``end_prompt``, of those of the rows ``(B,)`` that have read one."""
+        """As ``end_prompt``, of the rows ``(B,)``."""
         assert self._open_prompts is not None
-        ended = self._open_prompts.end(rows)
+        ended = self._open_prompts.among(rows)
         if ended is not None:
+            self._require(self.bytes_for(0), "the end of a prompt")
+            self._open_prompts.end(ended)
             for layer in self.layers:
                 layer.end_prompt(ended, self.layers)
 
@@ -366,9 +369,7 @@ class KVCache(GeneratingCache):
         """
         past, wanted = self.tokens, torch.as_tensor(tokens, device=self.tokens.device)
         if wanted.is_floating_point() or wanted.shape not in ((), past.shape):
-            raise ValueError(
-                f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}"
-            )
+            raise ValueError(f"rollback takes a number of tokens, or one of each of {self.num_rows} rows, not {tokens}")
         largest = int(wanted.max()) if wanted.numel() else 0
         wanted = wanted.expand_as(past)
         if bool(((wanted < 0) | (wanted > past)).any()) or (largest and not self.num_rows):

@@ -59,7 +59,7 @@ class EvictingCacheLayer(KVCacheLayer):
             slot_fields={POSITION: torch.int32, **fields},
         )
         self.state = StateStore(_state_shapes(policy, shape, placement), placement)
-        self.secondary = policy.secondary_store(shape, placement)
+        self.secondary = policy.secondary_store(shape, placement, self.pages)
         super().__init__(self.pages, self.state, *([] if self.secondary is None else [self.secondary]))
 
     @property

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
+    from kvtrain.models.eviction.secondary import SecondaryStore
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,11 @@ class MiKV(H2O):
         super().__post_init__()
         check_kv_bits(self.low_bits)
 
-    def secondary_store(self, shape: "LayerShape", placement: "Placement") -> "PagedStore":
+    def secondary_store(self, shape: "LayerShape", placement: "Placement", primary: "PagedStore") -> "SecondaryStore":
         """See ``Eviction``."""
-        from kvtrain.cache.paged import PagedStore
+        from kvtrain.models.eviction.secondary import SecondaryStore
 
-        dims = {"keys": shape.head_dim, "values": shape.head_dim}
-        return PagedStore(shape.num_heads, dims, self.page_size, placement, self.low_bits)
+        return SecondaryStore(self, shape, placement, primary, self.low_bits)
 
     def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
         """See ``Eviction``."""
