@@ -19,14 +19,19 @@ def max_slots(policy: BudgetedEviction, shape: "LayerShape") -> int | None:
     return budget * (1 if policy.per_head == "same" else shape.num_heads) + policy.every
 
 
-def row_budgets(policy: BudgetedEviction, layer: "EvictingCacheLayer") -> Tensor:
-    """Slots that the heads of a layer may keep in the mean, ``(B,)``."""
-    tokens = layer.tokens
+def row_budgets(policy: BudgetedEviction, shape: "LayerShape", tokens: Tensor) -> Tensor:
+    """Slots that the heads of a layer may keep in the mean, of rows that have seen so many ``tokens (...)``."""
     if isinstance(policy.budget, int):
         mean = torch.full_like(tokens, policy.budget)
     else:
         mean = (policy.budget * tokens.double()).long()
-    return _of_layer(policy, layer.shape, mean)
+    return _of_layer(policy, shape, mean)
+
+
+def least_budgets(policy: BudgetedEviction, shape: "LayerShape", tokens: Tensor) -> Tensor:
+    """Slots that a head of a layer has left at least, of those that it had; as ``row_budgets``."""
+    budgets = row_budgets(policy, shape, tokens)
+    return (policy.floor * budgets).long() if policy.per_head == "adaptive" else budgets
 
 
 def _of_layer(policy: BudgetedEviction, shape: "LayerShape", mean: Tensor) -> Tensor:

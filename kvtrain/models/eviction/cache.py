@@ -43,6 +43,8 @@ class EvictingCacheLayer(KVCacheLayer):
         secondary: What has left ``pages`` and is attended all the same, for policies that have such a store.
     """
 
+    has_fixed_step = False  # how many slots leave, and from which pages, is asked in every step
+
     def __init__(self, policy: Eviction, shape: LayerShape, placement: Placement) -> None:
         self.policy, self.shape, self.num_heads = policy, shape, shape.num_heads
         self.cuts_prompts = policy.prompt == "dense"
@@ -58,7 +60,7 @@ class EvictingCacheLayer(KVCacheLayer):
             slot_fields={POSITION: torch.int32, **fields},
         )
         self.state = StateStore(_state_shapes(policy, shape, placement), placement)
-        self.secondary = policy.secondary_store(shape, placement)
+        self.secondary = policy.secondary_store(shape, placement, self.pages)
         super().__init__(self.pages, self.state, *([] if self.secondary is None else [self.secondary]))
 
     @property
@@ -103,20 +105,25 @@ class EvictingCacheLayer(KVCacheLayer):
         self.pages.append(entries, valid)
         self.state["tokens"] = self.tokens + valid.sum(1)
 
-    def remember_queries(self, query: Tensor, lse: Tensor, positions: Tensor) -> None:
+    def remember_queries(self, query: Tensor, lse: Tensor, positions: Tensor, single: bool) -> None:
         """Keep the latest queries of every row, where the policy looks back.
 
         Args:
             query: ``(B, H, n, D)``, scaled.
             lse: ``(B, H, n)``.
             positions: ``(B, n)``, -1 for padding, which stands before the real ones.
+            single: Every row has exactly one, a real one, which is known without asking.
         """
         window = self.policy.query_window()
         if not window:
             return
         latest = slice(-window, None)
         query, lse, positions = query[:, :, latest], lse[:, :, latest], positions[:, latest]
-        row, column = (positions >= 0).nonzero(as_tuple=True)
+        if single:
+            row = torch.arange(len(positions), device=positions.device)
+            column = torch.zeros_like(row)
+        else:
+            row, column = (positions >= 0).nonzero(as_tuple=True)
         place = positions[row, column] % window
         self.state["queries"][row, :, place] = query[row, :, column].to(self.state["queries"].dtype)
         self.state["lse"][row, :, place] = lse[row, :, column].to(self.state["lse"].dtype)

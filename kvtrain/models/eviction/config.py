@@ -85,8 +85,10 @@ class Eviction(Method):
         """How many of a row's latest queries are remembered, with their log-sum-exp."""
         return 0
 
-    def secondary_store(self, shape: "LayerShape", placement: "Placement") -> "PagedStore | None":
-        """A second store of keys and values, which is attended, too."""
+    def secondary_store(
+        self, shape: "LayerShape", placement: "Placement", primary: "PagedStore"
+    ) -> "PagedStore | None":
+        """A second store of keys and values, which is attended, too; what it may need it says before a pass begins."""
         return None
 
     def secondary_query(self, layer: "EvictingCacheLayer", query: "Tensor") -> "Tensor":
@@ -167,7 +169,7 @@ class BudgetedEviction(Eviction):
         """Slots that the heads of a layer may keep in the mean, ``(B,)``."""
         from kvtrain.models.eviction.budgets import row_budgets
 
-        return row_budgets(self, layer)
+        return row_budgets(self, layer.shape, layer.tokens)
 
     @property
     def first_eviction(self) -> int:

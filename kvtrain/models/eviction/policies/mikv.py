@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvtrain.cache.rows import Placement
     from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
     from kvtrain.models.eviction.observation import NewQueries
+    from kvtrain.models.eviction.secondary import SecondaryStore
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ class MiKV(H2O):
         for _, head_dim in key_value_shapes(host_config):
             packed_width(head_dim, self.low_bits, self.group)
 
-    def secondary_store(self, shape: "LayerShape", placement: "Placement") -> "PagedStore":
+    def secondary_store(self, shape: "LayerShape", placement: "Placement", primary: "PagedStore") -> "SecondaryStore":
         """See ``Eviction``."""
-        from kvtrain.cache.paged import PagedStore
+        from kvtrain.models.eviction.secondary import SecondaryStore
 
-        dims = {"keys": shape.head_dim, "values": shape.head_dim}
-        return PagedStore(shape.num_heads, dims, self.page_size, placement, self.low_bits, group=self.group)
+        return SecondaryStore(self, shape, placement, primary, self.low_bits, self.group)
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """See ``Eviction``; a balancer of 0 has not been set."""
