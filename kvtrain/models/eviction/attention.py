@@ -15,9 +15,10 @@ from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.eviction.blocks import Block, blocks_of
-from kvtrain.models.eviction.cache import POSITION, EvictingCacheLayer
+from kvtrain.models.eviction.cache import EvictingCacheLayer
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.eviction.observation import NewQueries, Observation
+from kvtrain.models.eviction.slots import POSITION
 from kvtrain.models.ordering import take_slots, take_tokens
 
 

@@ -6,8 +6,9 @@ from kvtrain.cache.rows import Placement
 from kvtrain.kernels.dispatch import wide_dtype
 from kvtrain.models import build
 from kvtrain.models.eviction.attention import EvictingAttention
-from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
+from kvtrain.models.eviction.cache import EvictingCacheLayer
 from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.slots import LayerShape
 from kvtrain.models.hosts import host_adapter
 
 

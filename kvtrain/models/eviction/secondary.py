@@ -5,9 +5,8 @@ from torch.nn.functional import pad
 
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement
-from kvtrain.models.eviction.budgets import least_budgets
-from kvtrain.models.eviction.cache import LayerShape
-from kvtrain.models.eviction.config import BudgetedEviction
+from kvtrain.models.eviction.budgets import BudgetedEviction, least_budgets
+from kvtrain.models.eviction.slots import LayerShape
 
 
 class SecondaryStore(PagedStore):

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from kvtrain.models.eviction.config import Eviction, check_one_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
     from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ class CORM(Eviction):
         latest = (important * (seen.positions + 1).unsqueeze(2)).amax(1)  # 0: to none
         seen.maximum("important", latest)
 
-    def evict_mask(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def evict_mask(self, layer: "LayerSlots") -> Tensor:
         """See ``Eviction``; a token counts as important to its own query."""
-        import torch
-
         latest = torch.maximum(layer.pages.field("important"), layer.pages.field("position") + 1)
         return (latest <= (layer.tokens - self.window)[:, None, None]) & ~layer.protected()
 

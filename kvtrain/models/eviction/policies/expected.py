@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvtrain.models.eviction.config import BudgetedEviction
+import torch
+from torch import Tensor
+
+from kvtrain.models.eviction.budgets import BudgetedEviction
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
     from kvtrain.models.eviction.observation import NewQueries
+    from kvtrain.models.eviction.slots import LayerShape, LayerSlots
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,11 @@ class ExpectedAttention(BudgetedEviction):
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """See ``Eviction``."""
-        import torch
-
         heads, channels = shape.num_query_heads, shape.head_dim
         spread = {"query_scatter": ((heads, channels, channels), shape.wide)} if self.use_covariance else {}
         return {"query_count": ((), torch.long), "query_mean": ((heads, channels), shape.wide), **spread}
 
-    def observe_queries(self, layer: "EvictingCacheLayer", new: "NewQueries") -> None:
+    def observe_queries(self, layer: "LayerSlots", new: "NewQueries") -> None:
         """See ``Eviction``; moments of what was seen and of what is new are merged (Chan et al. 1983)."""
         counted = new.positions >= self.sink  # (B, n)
         number, before = counted.sum(1), layer.state["query_count"]
@@ -71,10 +70,8 @@ class ExpectedAttention(BudgetedEviction):
         layer.state["query_mean"] = layer.state["query_mean"] + shift * share[:, None, None]
         layer.state["query_count"] = before + number
 
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``."""
-        import torch
-
         live, position = layer.pages.live(), layer.pages.field("position")
         places = torch.arange(live.shape[2], device=live.device).expand(live.shape)
         keys, values = (layer.read_slots(name, places).to(layer.shape.wide) for name in ("keys", "values"))
@@ -84,10 +81,8 @@ class ExpectedAttention(BudgetedEviction):
         probability = logits.softmax(-1).mean(2)
         return (probability + self.epsilon) * values.norm(dim=-1) if self.use_value_norm else probability
 
-    def _expected_logits(self, layer: "EvictingCacheLayer", keys: "Tensor") -> "Tensor":
+    def _expected_logits(self, layer: "LayerSlots", keys: Tensor) -> Tensor:
         """Logarithms of what the row's queries to come are expected to weigh keys ``(B, H_kv, K, D)`` with."""
-        import torch
-
         from kvtrain.kernels.rope import apply_rotary
 
         ahead = layer.tokens[:, None] + torch.arange(self.num_future, device=layer.tokens.device)

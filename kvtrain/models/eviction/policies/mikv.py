@@ -4,18 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from kvtrain.models.eviction.policies.h2o import H2O
 from kvtrain.models.hosts import key_value_shapes
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
-    from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
     from kvtrain.models.eviction.observation import NewQueries
     from kvtrain.models.eviction.secondary import SecondaryStore
+    from kvtrain.models.eviction.slots import LayerShape, LayerSlots
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class MiKV(H2O):
         channels = ((shape.num_heads, shape.head_dim), shape.wide)
         return {"largest_query": channels, "balancer": channels} if self.balance else {}
 
-    def observe_queries(self, layer: "EvictingCacheLayer", new: "NewQueries") -> None:
+    def observe_queries(self, layer: "LayerSlots", new: "NewQueries") -> None:
         """See ``Eviction``."""
         if not self.balance:
             return
@@ -76,12 +78,10 @@ class MiKV(H2O):
         largest = sizes.unflatten(1, (layer.num_heads, -1)).amax((2, 3))  # (B, H_kv, D)
         layer.state["largest_query"] = layer.state["largest_query"].maximum(largest)
 
-    def on_prompt_end(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
+    def on_prompt_end(self, rows: Tensor, layers: "list[LayerSlots]") -> None:
         """See ``Eviction``; a row that has answered before its first prompt, and let something go, has no balancer."""
         if not self.balance:
             return
-        import torch
-
         for layer in layers:
             assert layer.secondary is not None
             live, own, query = layer.pages.live(), layer.state["balancer"], layer.state["largest_query"]
@@ -93,7 +93,7 @@ class MiKV(H2O):
             chosen = rows.to(own.device) & unset
             layer.state["balancer"] = balancer.where(chosen[:, None, None], own)
 
-    def secondary_query(self, layer: "EvictingCacheLayer", query: "Tensor") -> "Tensor":
+    def secondary_query(self, layer: "LayerSlots", query: Tensor) -> Tensor:
         """See ``Eviction``."""
         if not self.balance:
             return query
@@ -101,7 +101,7 @@ class MiKV(H2O):
         scaled: Tensor = (by_head / _balancer(layer)[:, :, None, None]).flatten(1, 2)
         return scaled.to(query.dtype)
 
-    def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
+    def on_evict(self, layer: "LayerSlots", victims: Tensor) -> None:
         """See ``Eviction``."""
         store, (slots, real) = layer.secondary, layer.listed(victims)
         assert store is not None
@@ -111,7 +111,7 @@ class MiKV(H2O):
         store.write(entries, store.lengths.unsqueeze(-1) + real.cumsum(-1) - 1, real)
 
 
-def _balancer(layer: "EvictingCacheLayer") -> "Tensor":
+def _balancer(layer: "LayerSlots") -> Tensor:
     """What keys of the second store are multiplied by, ``(B, H_kv, D)``; 1 where nothing has been set."""
     own = layer.state["balancer"]
     return own.where(own > 0, 1.0)
