@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvtrain.errors import UsageError, in_one_line, is_mistake, require_at_least, require_file_place, unknown
+from kvtrain.errors import UsageError, in_one_line, is_mistake, require_at_least, unknown
 from kvtrain.launcher import adopt_local_rank
-from kvtrain.parser import Parser, finite
+from kvtrain.parser import Parser, add_method_argument, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
-from kvtrain.tables import cell, print_table
+from kvtrain.tables import print_table
 
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE = 2
@@ -218,6 +218,7 @@ def _prepare(arguments: list[str]) -> None:
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
+    add_method_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (64)")
     parser.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
     parser.add_argument("--top-p", type=finite, default=1.0, metavar="X", help="sample from this share of the mass (1)")
@@ -227,10 +228,12 @@ def _generate_arguments(parser: Parser) -> None:
 def _generate(arguments: list[str]) -> None:
     asked = build_parser("generate").parse_args(arguments)
     from kvtrain.inference.generate import generate_text
+    from kvtrain.models.parse_method import parse_method
 
     generation = generate_text(
         asked.model,
         asked.prompt,
+        method=None if asked.method is None else parse_method(asked.method),
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,
@@ -238,43 +241,6 @@ def _generate(arguments: list[str]) -> None:
     )
     print(generation.text)
     print(generation.facts(), file=sys.stderr)
-
-
-def _eval_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
-    parser.add_argument("--tasks", required=True, metavar="A,B", help="perplexity or passkey, or both with a comma")
-    parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
-    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
-    parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
-    parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
-    parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
-    parser.add_argument("--decode", action="store_true", help="feed token by token: the same, slowly")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
-
-
-def _eval(arguments: list[str]) -> None:
-    asked = build_parser("eval").parse_args(arguments)
-    from kvtrain.data.passkey import PasskeyTask
-    from kvtrain.evaluation.evaluate import run_tasks
-
-    if asked.json:
-        require_file_place(Path(asked.json))
-    tasks = [task.strip() for task in asked.tasks.split(",") if task.strip()]
-    rows = run_tasks(
-        asked.model,
-        tasks,
-        corpus=asked.corpus,
-        sequence_length=asked.sequence_length,
-        stride=asked.stride,
-        limit=asked.limit,
-        decode=asked.decode,
-        passkeys=PasskeyTask(asked.passkeys, asked.words),
-    )
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
-    print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 
 def _report_arguments(parser: Parser) -> None:
@@ -316,7 +282,7 @@ COMMANDS = {
     "serve": _in_module(
         "serve", "kvtrain.inference.server.command", "Serve a model to many at once, in OpenAI's form, with a page"
     ),
-    "eval": Command("Measure a model: a table, and JSON", _eval, _eval_arguments),
+    "eval": _in_module("eval", "kvtrain.evaluation.eval_command", "Measure a model: a table, and JSON"),
     "report": Command("Draw a run: loss, compression, layers and heads", _report, _report_arguments),
 }
 

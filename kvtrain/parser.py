@@ -54,6 +54,13 @@ class Parser(argparse.ArgumentParser):
         return message
 
 
+def add_method_argument(parser: Parser) -> None:
+    """Declare ``--method``, which commands take that open a plain model."""
+    parser.add_argument(
+        "--method", metavar="M", help="of a plain model's cache, such as 'H2O(budget=256, recent=128)' (Full())"
+    )
+
+
 def finite(text: str) -> float:
     """A number on a command line.
 

@@ -19,7 +19,9 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     from rich.table import Table
 
     table = Table(*columns, box=box.SIMPLE_HEAD)
-    table.columns[0].no_wrap, table.columns[0].overflow = True, "fold"  # names and paths are there to be copied
+    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"  # names, paths and figures are there to be copied
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 160

@@ -119,16 +119,22 @@ def planted(monkeypatch, module: str, **functions) -> None:
 
 def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
-    planted(monkeypatch, "kvtrain.export.hf", export_run=lambda *args: calls.append(args) or Path("out"))
+    monkeypatch.setattr("kvtrain.export.hf.export_run", lambda *args: calls.append(args))
+    monkeypatch.setattr("kvtrain.export.hf.export_plain", lambda *args: calls.append(args))
     monkeypatch.setattr("kvtrain.export.push.require_token", lambda: calls.append("token"))
     monkeypatch.setattr("kvtrain.export.push.push_folder", lambda *args: calls.append(args) or Pushed("abc", True))
     assert kvtrain_cli.main(["export", "runs/x", "out"]) == 0
     options = ["--push-to", "me/model", "--private", "--dtype", "float32", "--remote-code"]
     assert kvtrain_cli.main(["export", "runs/x", "out", *options]) == 0
+    assert kvtrain_cli.main(["export", "kvtrain:tiny", "out", "--method", "DMC(compression=2)"]) == 0
     run, out = Path("runs/x"), Path("out")
     target = PushTarget("me/model", "main", private=True)
-    assert calls == [(run, out, "bfloat16", False), "token", (run, out, "float32", True), (out, target)]
-    assert capsys.readouterr().out == "out\nout\nme/model@main: pushed in commit abc\n"
+    assert calls == [
+        (run, out, "bfloat16", False),
+        *("token", (run, out, "float32", True), (out, target)),
+        ("kvtrain:tiny", kvtrain.DMC(compression=2), out, "bfloat16", False),
+    ]
+    assert capsys.readouterr().out == "out\nout\nme/model@main: pushed in commit abc\nout\n"
 
 
 def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
@@ -139,11 +145,10 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
         return SimpleNamespace(text="once upon", facts=lambda: "12 tok/s")
 
     planted(monkeypatch, "kvtrain.inference.generate", generate_text=generate_text)
-    assert (
-        kvtrain_cli.main(["generate", "m", "--prompt", "once", "--temperature", "0.5", "--top-p=0.9", "--seed", "7"])
-        == 0
-    )
-    assert calls == [("m", "once", {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "seed": 7})]
+    words = ["--temperature", "0.5", "--top-p=0.9", "--seed", "7"]
+    assert kvtrain_cli.main(["generate", "m", "--prompt", "once", *words, "--method", "DMC()"]) == 0
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7}
+    assert calls == [("m", "once", {"method": kvtrain.DMC(), "max_new_tokens": 64, **sampling})]
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("once upon\n", "12 tok/s\n")
 
@@ -156,10 +161,10 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     calls = []
     planted(monkeypatch, "kvtrain.evaluation.evaluate", run_tasks=lambda *a, **k: calls.append((a, k)) or rows)
     file = tmp_path / "figures.json"
-    words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--json", str(file)]
+    words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--method", "DMC()", "--json", str(file)]
     assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
-    settings["passkeys"] = PasskeyTask(4, 8)
+    settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kvtrain"
 # Everyone may use these; they use nobody but each other.
 GROUND = {
     *("assets", "durable", "errors", "launcher", "logging_setup", "metrics", "parser", "recipes"),
-    *("renamed", "run_folder", "run_lock", "stop_signals", "strict_yaml"),
+    *("renamed", "run_folder", "run_lock", "stop_signals", "strict_yaml", "tables"),
 }
 
 # Part of the roof, as every other module that lies directly in the package.

@@ -97,6 +97,7 @@ def test_commands_run(checkout, capsys, monkeypatch):
         "export",
         "eval",
         "generate",
+        "eval",
         "serve",
         "push",
     ]

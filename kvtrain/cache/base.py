@@ -37,9 +37,9 @@ class KVCache(GeneratingCache):
         self.seen = 0
         self._chosen = False  # whether a pass is over some rows alone
         stores = [store for layer in layers for store in layer.stores]
-        self._rows = StateStore({"tokens": ((), torch.long)}, stores[0].placement)
-        cuts = any(layer.cuts_prompts for layer in layers)
-        self._open_prompts = OpenPrompts(stores[0].placement) if cuts else None
+        placement, cuts = stores[0].placement, any(layer.cuts_prompts for layer in layers)
+        self._rows = StateStore({"tokens": ((), torch.long)}, placement)
+        self._open_prompts = OpenPrompts(placement) if cuts else None
         self._stores = [*stores, self._rows, *filter(None, [self._open_prompts])]
 
     @property
@@ -51,6 +51,11 @@ class KVCache(GeneratingCache):
     def tokens(self) -> Tensor:
         """Real tokens that each row has seen, ``(B,)``: the position of its next one."""
         return self._rows["tokens"]
+
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether prompts stay whole until ``end_prompt``, so that what a row holds depends on where its own ended."""
+        return self._open_prompts is not None
 
     def kv_bytes(self) -> int:
         """Bytes really allocated, over all layers; pages that are reserved count from when they are taken."""
@@ -85,10 +90,8 @@ class KVCache(GeneratingCache):
     def bytes_for(self, tokens: int, rows: int = 0) -> int:
         """Bytes that the next ``tokens`` of every row may need at most, spare pages used up first.
 
-        Where a pass is over some rows, of these alone.
-
         Args:
-            tokens: New tokens a row.
+            tokens: New tokens a row; where a pass is over some rows, of these alone.
             rows: New rows besides those that are here.
         """
         return sum(store.bytes_for(tokens, rows) for store in self._stores)
@@ -139,10 +142,8 @@ class KVCache(GeneratingCache):
         """
         fresh = self.num_rows == 0
         if not fresh and batch != self.num_rows:
-            raise ValueError(
-                f"the input has {batch} rows and the cache {self.num_rows}; use admit, select_rows or join, "
-                "or start with model.make_cache()"
-            )
+            counts = f"the input has {batch} rows and the cache {self.num_rows}"
+            raise ValueError(f"{counts}; use admit, select_rows or join, or start with model.make_cache()")
         if self._open_prompts is not None and not fresh:
             self._end_prompts(torch.ones(batch, dtype=torch.bool) if answers is None else answers())
         if self.budget is not None and (fresh or tokens != 1):
@@ -198,11 +199,14 @@ class KVCache(GeneratingCache):
     def end_prompt(self, rows: Sequence[int] | None = None) -> None:
         """Say that some rows, all by default, have read their prompts to the end.
 
-        Layers that keep a prompt whole until then cut it, and give memory back. A token that a row gets as an answer
-        says the same; said here, the memory is free before it comes.
+        Layers that keep a prompt whole until then cut it. A token that a row gets as an answer says the same; said
+        here, memory is free before it comes.
 
         Args:
             rows: Their numbers, within ``rows(...)`` among the chosen ones.
+
+        Raises:
+            CacheFullError: What is cut may need more room elsewhere than the budget has; nothing has changed.
         """
         if self._open_prompts is not None:
             chosen = torch.zeros(self.num_rows, dtype=torch.bool)
@@ -210,10 +214,12 @@ class KVCache(GeneratingCache):
             self._end_prompts(chosen)
 
     def _end_prompts(self, rows: Tensor) -> None:
-        """As ``end_prompt``, of those of the rows ``(B,)`` that have read one."""
+        """As ``end_prompt``, of the rows ``(B,)``."""
         assert self._open_prompts is not None
-        ended = self._open_prompts.end(rows)
+        ended = self._open_prompts.among(rows)
         if ended is not None:
+            self._require(self.bytes_for(0), "the end of a prompt")
+            self._open_prompts.end(ended)
             for layer in self.layers:
                 layer.end_prompt(ended, self.layers)
 
@@ -303,9 +309,7 @@ class KVCache(GeneratingCache):
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
         if [store.form() for store in self._stores] != [store.form() for store in other._stores]:
-            raise ValueError(
-                "these caches keep different things; make both with the same model and options of make_cache"
-            )
+            raise ValueError("these caches keep different things; give both the same model and options of make_cache")
         pairs = list(zip(self._stores, other._stores, strict=True))
         growth = [mine.bytes_to_join(theirs) for mine, theirs in pairs]
         shared = move and other.budget is self.budget
@@ -365,9 +369,7 @@ class KVCache(GeneratingCache):
         """
         past, wanted = self.tokens, torch.as_tensor(tokens, device=self.tokens.device)
         if wanted.is_floating_point() or wanted.shape not in ((), past.shape):
-            raise ValueError(
-                f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}"
-            )
+            raise ValueError(f"rollback takes a number of tokens, or one of each of {self.num_rows} rows, not {tokens}")
         largest = int(wanted.max()) if wanted.numel() else 0
         wanted = wanted.expand_as(past)
         if bool(((wanted < 0) | (wanted > past)).any()) or (largest and not self.num_rows):

@@ -18,6 +18,7 @@ class KVCacheLayer(CacheLayerMixin):
     """
 
     cuts_prompts = False  # whether it keeps a prompt whole until ``end_prompt``
+    has_fixed_step = True  # whether all shapes of a decoding step are known before it, once pages have been taken
 
     def __init__(self, *stores: RowStore) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -25,17 +25,19 @@ class OpenPrompts(StateStore):
         self["open"] = self["open"] | rows.to(self.placement.device)
         self._some = True
 
-    def end(self, rows: Tensor) -> Tensor | None:
-        """The prompts of the rows ``(B,)`` bool are over; those that were open, or None where none was."""
+    def among(self, rows: Tensor) -> Tensor | None:
+        """Those of the rows ``(B,)`` bool whose prompts are open, or None where there are none."""
         if not self._some:
             return None
         opened = self["open"]
-        ended = opened & rows.to(opened.device)
-        left = opened & ~ended
-        some, remain = torch.stack([ended.any(), left.any()]).tolist()
-        self["open"] = left
-        self._some = remain or self._narrowed is not None  # of the other rows nothing is known here
-        return ended if some else None
+        ending = opened & rows.to(opened.device)
+        some, any_open = torch.stack([ending.any(), opened.any()]).tolist()
+        self._some = any_open or self._narrowed is not None  # of the other rows nothing is known here
+        return ending if some else None
+
+    def end(self, rows: Tensor) -> None:
+        """The prompts of the rows ``(B,)`` bool are over."""
+        self["open"] = self["open"] & ~rows
 
     def join(self, other: Self) -> None:
         """See ``RowStore``."""

@@ -61,8 +61,8 @@ class PageAllocator(RowStore):
             return None
         owned = self.rows.owned()
         after = torch.maximum(owned, self.rows.needed(self._longest(1, 0)))
-        ends = self._longest(_NEVER, 0)  # some heads stop growing
-        room = (after * self.page_size - self.lengths).masked_fill(after * self.page_size >= ends, _NEVER)
+        now, ends = self._longest(0, 0), self._longest(_NEVER, 0)  # some heads stop growing
+        room = (after * self.page_size - now).masked_fill(after * self.page_size >= ends, _NEVER)
         return torch.stack([(after - owned).sum(), room.amin() if room.numel() else room.sum()])
 
     def bytes_ahead(self, answer: list[int]) -> int:

@@ -29,8 +29,9 @@ class PagedStore(PageAllocator):
             layers whose heads have the same length.
         page_size: Slots in a page.
         placement: Where tensors lie.
-        bits: 8 or 4: what is written is quantized, every slot of every head by itself, and pages hold bytes; the dtype
-            of ``placement`` is then that of the copies that ``gather`` makes.
+        bits: 8, 4 or 2: what is written is quantized, every slot of every head by itself, and pages hold bytes; the
+            dtype of ``placement`` is then that of the copies that ``gather`` makes.
+        group: Channels that share a scale where there are ``bits``; None: all of a vector.
         max_slots: The most slots that a head ever has, because the caller evicts some or overwrites them before there
             are more: what byte budgets count with. None: every token may take one.
         num_unbounded: Heads, the first ones, for which there is no such number.
@@ -53,6 +54,7 @@ class PagedStore(PageAllocator):
         max_slots: int | None = None,
         num_unbounded: int = 0,
         slot_fields: Mapping[str, torch.dtype] | None = None,
+        group: int | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, not {page_size}")
@@ -65,10 +67,10 @@ class PagedStore(PageAllocator):
         if bits is None:
             pool = PagePool(page_size, dims, placement, self.slot_fields)
         else:
-            packed = {name: packed_width(dim, bits) for name, dim in dims.items()}
+            packed = {name: packed_width(dim, bits, group) for name, dim in dims.items()}
             pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8), self.slot_fields)
         super().__init__(num_heads, pool, placement, max_slots, num_unbounded)
-        self.bits, self.dims = bits, dict(dims)
+        self.bits, self.group, self.dims = bits, group, dict(dims)
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
@@ -125,13 +127,13 @@ class PagedStore(PageAllocator):
 
     def pack(self, states: Tensor) -> Tensor:
         """What pages hold of ``(..., channels)``: bytes, or without ``bits`` the same numbers in the pages' dtype."""
-        return states.to(self.placement.dtype) if self.bits is None else quantize(states, self.bits)
+        return states.to(self.placement.dtype) if self.bits is None else quantize(states, self.bits, self.group)
 
     def unpack(self, name: str, slots: Tensor) -> Tensor:
         """The inverse of ``pack``, as far as there is one, of what is kept by this name; zero bytes are zeros."""
         if self.bits is None or name in self.slot_fields:
             return slots
-        return dequantize(slots, self.bits, self.dims[name], self.placement.dtype)
+        return dequantize(slots, self.bits, self.dims[name], self.placement.dtype, self.group)
 
     def _held(self, name: str, states: Tensor, packed: bool = False) -> Tensor:
         """What pages hold of entries by this name, which may be that already."""

@@ -80,11 +80,13 @@ class PasskeySample(NamedTuple):
     Attributes:
         input_ids: ``(T,)``.
         labels: ``(T,)``, unshifted, ``-100`` where nothing is learnt.
+        book: Tokens before the first question.
         answers: Where each answer's words lie, in the order of the needles.
     """
 
     input_ids: Ids
     labels: Ids
+    book: int
     answers: list[slice]
 
 
@@ -132,9 +134,9 @@ class PasskeyWriter:
             keys.pop()
         if not keys:
             self._refuse(length)
-        book = np.resize(haystack, length - self._overhead(keys))
-        parts = [self._prologue, *self._hide(rng, book, keys), self._closing]
-        begin = sum(part.size for part in parts)
+        pages = np.resize(haystack, length - self._overhead(keys))
+        parts = [self._prologue, *self._hide(rng, pages, keys), self._closing]
+        begin = book = sum(part.size for part in parts)
         learnt, answers = [], []
         for (_, question), key in zip(self._frames, keys, strict=False):
             start = begin + question.size
@@ -146,7 +148,7 @@ class PasskeyWriter:
         labels = np.full_like(input_ids, IGNORE_INDEX)
         for span in learnt if self.task.supervision == "tail" else answers:
             labels[span] = input_ids[span]
-        return PasskeySample(input_ids, labels, answers)
+        return PasskeySample(input_ids, labels, book, answers)
 
     def require(self, length: int) -> None:
         """Make sure that samples of so many tokens hold a passkey, whatever its words.

@@ -1,7 +1,7 @@
 """Whether a model finds passkeys, read through the cache that serves."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from kvtrain.data.corpus import read_corpus
 from kvtrain.data.passkey import Ids, PasskeySample, PasskeyTask, PasskeyWriter
+from kvtrain.evaluation.answering import AnsweringBytes, AnsweringMeter, decode_answers, refuse_uncut
+
+Ask = Literal["after", "within"]
 
 _BATCH = 8
 _SAMPLES = 50
@@ -27,6 +30,7 @@ class PasskeyResult:
         passkeys: Asked for.
         compression: Tokens per kept slot, as total tokens over mean slots.
         kv_bytes_per_1024: Bytes allocated for 1,024 tokens of a sample, spare pages aside.
+        answering: Bytes of the cache while answers are decoded; None where a sample is read as a whole.
     """
 
     accuracy: float
@@ -34,6 +38,7 @@ class PasskeyResult:
     passkeys: int
     compression: float
     kv_bytes_per_1024: float
+    answering: AnsweringBytes | None = None
 
 
 @torch.no_grad()
@@ -46,6 +51,7 @@ def passkey(
     sequence_length: int = 1024,
     limit: int | None = None,
     chunk: int | None = None,
+    ask: Ask | None = None,
 ) -> PasskeyResult:
     """Ask a model for passkeys, the same ones every time, each sample in a cache of its own.
 
@@ -56,23 +62,25 @@ def passkey(
         task: How many there are, and how long.
         sequence_length: Tokens of a sample.
         limit: Samples; 50 where absent.
-        chunk: Tokens fed at a time; 1 decodes. 256 where absent.
+        chunk: Tokens of a whole sample fed at a time; 1 decodes. 256 where absent.
+        ask: ``"after"``: the book is a prompt, which a cache may cut before anything is known of the questions, and
+            these are decoded with their answers; ``"within"``: the first question belongs to the prompt. None: a sample
+            is read as a whole.
 
     Raises:
-        ValueError: The corpus cannot be read or holds no text, or no passkey fits into a sample.
+        ValueError: The corpus cannot be read or holds no text, no passkey fits into a sample, or a sample is to be read
+            as a whole and not decoded with a model that cuts prompts when they end.
     """
-    haystack, writer = _haystack(tokenizer, corpus), PasskeyWriter(tokenizer, task)
-    samples = [
-        _sample(writer, np.random.default_rng([0, number]), haystack, sequence_length)
-        for number in range(_SAMPLES if limit is None else limit)
-    ]
-    if not samples:
-        raise ValueError("no samples to measure on; let the limit be 1 or more")
+    check_ask(ask)
+    if ask is None:
+        refuse_uncut(model, chunk)
+    samples = _samples(tokenizer, corpus, task, sequence_length, _SAMPLES if limit is None else limit)
+    meter = AnsweringMeter(model) if ask else None
     found: list[Tensor] = []  # (tokens,) of each passkey, right or wrong
     slots = num_bytes = 0.0
     for begin in range(0, len(samples), _BATCH):
         batch = samples[begin : begin + _BATCH]
-        predicted, cache = _read(model, batch, chunk or _CHUNK)
+        predicted, cache = _answer(model, batch, ask, meter) if ask and meter else _read(model, batch, chunk or _CHUNK)
         found += [
             row[answer.start - 1 : answer.stop - 1] == torch.from_numpy(sample.input_ids[answer]).to(row.device)
             for row, sample in zip(predicted, batch, strict=True)
@@ -86,7 +94,27 @@ def passkey(
         passkeys=len(found),
         compression=len(samples) * sequence_length / slots,
         kv_bytes_per_1024=num_bytes / (len(samples) * sequence_length) * 1024,
+        answering=None if meter is None else meter.result(),
     )
+
+
+def check_ask(ask: str | None) -> None:
+    """Refuse what is no time to ask.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if ask is not None and ask not in get_args(Ask):
+        raise ValueError(f"ask must be {' or '.join(get_args(Ask))}, not {ask!r}")
+
+
+def _samples(tokenizer: Any, corpus: str, task: PasskeyTask, length: int, count: int) -> list[PasskeySample]:
+    """The first samples, always the same."""
+    haystack, writer = _haystack(tokenizer, corpus), PasskeyWriter(tokenizer, task)
+    samples = [_sample(writer, np.random.default_rng([0, number]), haystack, length) for number in range(count)]
+    if not samples:
+        raise ValueError("no samples to measure on; let the limit be 1 or more")
+    return samples
 
 
 def _haystack(tokenizer: Any, corpus: str) -> Ids:
@@ -117,4 +145,17 @@ def _read(model: Any, samples: list[PasskeySample], chunk: int) -> tuple[Tensor,
         columns = slice(max(first, begin), begin + hidden.shape[1])
         if columns.start < columns.stop:
             predicted[:, columns] = head(hidden[:, columns.start - begin :]).argmax(-1)
+    return predicted, cache
+
+
+def _answer(model: Any, samples: list[PasskeySample], ask: Ask, meter: AnsweringMeter) -> tuple[Tensor, Any]:
+    """As ``_read``, of samples that are a prompt up to some place, and are decoded from there on."""
+    prompts = [sample.book if ask == "after" else sample.answers[0].start for sample in samples]
+    rows = [torch.from_numpy(sample.input_ids) for sample in samples]
+    hidden, cache = decode_answers(model, rows, prompts, meter)
+    tokens = model.get_output_embeddings()(hidden).argmax(-1)
+    predicted = torch.full((len(samples), samples[0].input_ids.size), -1, device=tokens.device)
+    for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        count = sample.input_ids.size - prompt
+        predicted[row, prompt - 1 : prompt - 1 + count] = tokens[row, :count]
     return predicted, cache

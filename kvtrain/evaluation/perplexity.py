@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvtrain.data.corpus import read_corpus
+from kvtrain.evaluation.answering import refuse_uncut
+from kvtrain.evaluation.windows import Window, corpus_windows
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX, linear_token_losses
 
 _BATCH = 8
@@ -83,10 +84,12 @@ def perplexity(
             iterate, decoding is exact and reading a prompt is not quite.
 
     Raises:
-        ValueError: The corpus cannot be read or holds no text, or a length is out of range.
+        ValueError: The corpus cannot be read or holds no text, a length is out of range, or nothing is decoded of a
+            model that cuts prompts when they end.
     """
+    refuse_uncut(model, chunk)
     _check(sequence_length, sequence_length if stride is None else stride, chunk)
-    windows = list(islice(_windows(tokenizer, corpus, sequence_length, stride or sequence_length), limit))
+    windows = list(islice(corpus_windows(tokenizer, corpus, sequence_length, stride or sequence_length), limit))
     if not windows:
         raise ValueError(f"{corpus}: the corpus is empty: no document holds any text")
     tally = _Tally(sequence_length)
@@ -104,32 +107,7 @@ def _check(sequence_length: int, stride: int, chunk: int | None) -> None:
         raise ValueError(f"a chunk of {chunk} tokens feeds nothing; use 1 or more")
 
 
-class _Window(NamedTuple):
-    """Tokens, the index of the first that is a target, and the bytes of text that the targets stand for."""
-
-    ids: list[int]
-    first_target: int
-    num_bytes: int
-
-
-def _windows(tokenizer: Any, corpus: str, length: int, stride: int) -> Iterator[_Window]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = length - len(start)
-    for document in read_corpus(corpus):
-        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, ends = encoded["input_ids"], [0, *(end for _, end in encoded["offset_mapping"])]
-        scored = 0
-        for begin in range(0, len(ids), min(stride, body)):
-            if scored == len(ids):
-                break
-            window = [*start, *ids[begin : begin + body]]
-            first = max(1, len(start) + scored - begin)
-            scored, unscored = begin + len(window) - len(start), begin + first - len(start)
-            if first < len(window):
-                yield _Window(window, first, len(document.text[ends[unscored] : ends[scored]].encode()))
-
-
-def _batches(windows: list[_Window]) -> Iterable[list[_Window]]:
+def _batches(windows: list[Window]) -> Iterable[list[Window]]:
     """Groups of windows of similar length, the longest first."""
     ordered = sorted(windows, key=lambda window: -len(window.ids))
     full = [window for window in ordered if len(window.ids) == len(ordered[0].ids)]
@@ -139,7 +117,7 @@ def _batches(windows: list[_Window]) -> Iterable[list[_Window]]:
             yield group[begin : begin + _BATCH]
 
 
-def _pad(windows: list[_Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(windows: list[Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, mask, and the token that each one predicts, so that a column is a position."""
     length = max(len(window.ids) for window in windows)
     ids = torch.full((len(windows), length), padding)
@@ -150,7 +128,7 @@ def _pad(windows: list[_Window], padding: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, targets
 
 
-def _feed(model: Any, batch: list[_Window], padding: int, chunk: int, tally: "_Tally") -> None:
+def _feed(model: Any, batch: list[Window], padding: int, chunk: int, tally: "_Tally") -> None:
     """Read a batch of windows into a cache, and look at the cache wherever a bucket ends."""
     ids, mask, targets = (tensor.to(model.device) for tensor in _pad(batch, padding))
     cache, head = model.make_cache(), model.get_output_embeddings()
@@ -201,7 +179,7 @@ class _Tally:
         loss, targets = sum(self.losses), sum(self.targets)
         per_token = self.full_bytes / self.full_rows / self.sequence_length if self.full_rows else None
         return PerplexityResult(
-            perplexity=_exp(loss / targets),
+            perplexity=perplexity_of(loss / targets),
             bits_per_byte=loss / math.log(2) / num_bytes,
             tokens=targets,
             compression=self.seen / self.slots,
@@ -212,9 +190,9 @@ class _Tally:
     def _bucket(self, bucket: int) -> PositionBucket:
         loss, reached = self.losses[bucket] / self.targets[bucket], self.reached[bucket]
         kept = self.kept[bucket] / reached if reached else None
-        return PositionBucket(self.ends[bucket], loss, _exp(loss), self.targets[bucket], kept)
+        return PositionBucket(self.ends[bucket], loss, perplexity_of(loss), self.targets[bucket], kept)
 
 
-def _exp(loss: float) -> float:
-    """``exp`` that ends in infinity."""
+def perplexity_of(loss: float) -> float:
+    """``exp`` of a mean loss, which ends in infinity."""
     return torch.tensor(loss, dtype=torch.float64).exp().item()

@@ -4,35 +4,35 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvtrain.export.provenance import Provenance, read_provenance
+from kvtrain.export.provenance import Provenance
 from kvtrain.models.cache_size import break_even, cache_bytes, kv_bytes_per_token
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.portable import SHIM, PortableConfig
 
 
-def model_card(model: PreTrainedModel, run: Path, with_code: bool = False) -> str:
+def model_card(model: PreTrainedModel, title: str, origin: Provenance, with_code: bool = False) -> str:
     """README.md of an exported folder.
 
     Args:
         model: What is exported.
-        run: Its run folder; held-out figures are taken from its metrics where there are any.
+        title: What it is called.
+        origin: Where it comes from.
         with_code: The folder has the model's code, too.
     """
-    config, origin = model.config, read_provenance(run)
+    config = model.config
     ours = isinstance(config, PortableConfig)
     lines = [
         "---",
         _front_matter(model, origin, with_code),
         "---",
         "",
-        f"# {run.name}",
+        f"# {title}",
         "",
         _summary(model),
         "",
@@ -225,6 +225,8 @@ def _host_class(model: PreTrainedModel) -> list[str]:
             "it runs the model that was trained, with an ordinary cache that quantizes nothing: more memory, and "
             "slightly other results."
         )
+    elif not config.method.has_parallel_form:
+        outcome = "it runs the same weights with an ordinary cache, which keeps everything: more memory, other results."
     else:
         outcome = (
             "it runs the trained weights that it knows with an ordinary, uncompressed cache, which is not the model "

@@ -1,6 +1,7 @@
-"""A run folder becomes a Hugging Face folder: safetensors, configuration, tokenizer, model card."""
+"""A run, or a plain model with a method, becomes a Hugging Face folder: safetensors, configuration, tokenizer, card."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from kvtrain.assets import resolve
 from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.errors import explain_load_errors
+from kvtrain.errors import UsageError, explain_load_errors
 from kvtrain.export.card import model_card
+from kvtrain.export.provenance import Provenance, base_provenance, read_provenance
 from kvtrain.export.remote_code import remote_code, write_files
 from kvtrain.export.weights import write_model
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.gqa import gqa_state
 from kvtrain.models.host import retrofitted_class
+from kvtrain.models.method import Method
 from kvtrain.models.registry import builder, own_model_class
 from kvtrain.models.sharded import is_sharded
 from kvtrain.models.weights import StoredWeights, host_weights
@@ -50,14 +53,53 @@ def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool
     if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
+    folder = run if is_run(run) else run.parent.parent
+    return _write(stored, tokenizer, output, weight_type, with_code, (folder.name, read_provenance(folder)))
+
+
+def export_plain(name: str, method: Method, output: Path, dtype: str = "bfloat16", with_code: bool = False) -> Path:
+    """Write a plain model with a method in it as an HF folder, its weights as they are; nothing is left on failure.
+
+    Args:
+        name: Of the model: a folder, a Hub id, or ``kvtrain:tiny``.
+        method: What to put into it; ``Full()``, all settings left alone, writes the plain model.
+        output: New folder.
+        dtype: As ``export_run`` takes it.
+        with_code: As there.
+
+    Raises:
+        ValueError: There is no such model, it is no plain one or of no supported family, or as ``export_run``.
+    """
+    require_new(output)
+    weight_type = _dtype(dtype)
+    with explain_load_errors(name):
+        host_config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+    if isinstance(host_config, KVTrainConfig) or own_model_class(host_config):
+        raise UsageError(f"{name} is of type {host_config.model_type} already; a method is given to a plain model")
+    retrofitted_class(host_config)  # which refuses other families
+    config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host_config.dtype)
+    settings = {"config": json.loads(config.to_json_string(use_diff=False)), "tokenizer": name, "base": name}
+    tokenizer, origin = load_tokenizer(name), (output.name, base_provenance(name))
+    return _write(StoredModel(settings, {}), tokenizer, output, weight_type, with_code, origin)
+
+
+def _write(
+    stored: StoredModel,
+    tokenizer: Any,
+    output: Path,
+    dtype: torch.dtype,
+    with_code: bool,
+    origin: tuple[str, Provenance],
+) -> Path:
+    """Write a folder; ``origin`` is what its card is called, and where the model comes from."""
     model, weights = rebuild_model(stored)
     code = remote_code(model.config) if with_code else {}
     with new_folder(output) as folder:
-        write_model(model, weights, folder, weight_type)
+        write_model(model, weights, folder, dtype)
         write_files(code, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, run if is_run(run) else run.parent.parent, bool(code)))
+        (folder / "README.md").write_text(model_card(model, *origin, bool(code)))
     return output
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,8 @@ def read_provenance(run: Path) -> Provenance:
     base, corpus = _text(model.get("base")), _text(data.get("corpus"))
     length, phases = data.get("sequence_length"), model.get("phases")
     step, figures = _last_figures(run)
-    return Provenance(
-        base=_without_folders(base),
-        hub_base=base if base and _is_hub_id(base) else None,
-        license=base_license(base) if base else None,
+    return replace(
+        base_provenance(base) if base else Provenance(),
         corpus=_without_folders(corpus),
         dataset=corpus.removeprefix(_HUB_CORPUS).split(":")[0] if corpus and corpus.startswith(_HUB_CORPUS) else None,
         sequence_length=length if isinstance(length, int) else None,
@@ -74,6 +72,16 @@ def read_provenance(run: Path) -> Provenance:
         figures=figures,
         step=step,
     )
+
+
+def base_provenance(base: str) -> Provenance:
+    """What a base's name and card tell, of a model that is the base but for its method.
+
+    Args:
+        base: Folder, Hub id, or ``kvtrain:tiny``.
+    """
+    hub_base = base if _is_hub_id(base) else None
+    return Provenance(_without_folders(base), hub_base, base_license(base))
 
 
 def base_license(base: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from kvtrain.errors import require_at_least, require_seed
 from kvtrain.inference.load import open_model
 from kvtrain.inference.prompt import beyond_positions, prompt_ids
+from kvtrain.models.method import Method
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def generate_text(
     model: str,
     prompt: str,
     *,
+    method: Method | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -54,6 +56,7 @@ def generate_text(
     Args:
         model: Folder, Hub id, or ``kvtrain:tiny``.
         prompt: Text.
+        method: For a plain model; see ``open_model``.
         max_new_tokens: Upper bound.
         temperature: 0 is greedy.
         top_p: Nucleus of the distribution to sample from.
@@ -70,7 +73,7 @@ def generate_text(
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is not UTF-8 text; convert it first")
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, method=method)
     ids = prompt_ids(tokenizer, prompt)
     if (reason := beyond_positions(loaded.max_positions, len(ids), max_new_tokens)) is not None:
         raise ValueError(reason)

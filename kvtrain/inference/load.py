@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.errors import UsageError, explain_load_errors
+from kvtrain.models.method import Method
 from kvtrain.models.registry import own_model_class
 
 logger = logging.getLogger("kvtrain")
@@ -43,15 +44,17 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
-    """Load a model with its tokenizer; a plain host gets ``Full``, so that its cache can be measured too.
+def open_model(name: str | Path, *, method: Method | None = None, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Load a model with its tokenizer; a plain host gets a method, so that its cache can be measured too.
 
     Args:
         name: Folder, Hub id, or ``kvtrain:tiny``.
+        method: For a plain host; ``Full()`` where absent.
         **kwargs: As in ``load``; the tokenizer is looked for in the same place and runs no code of its own.
 
     Raises:
-        ValueError: There is no model or tokenizer, or the host is of no supported family.
+        ValueError: There is no model or tokenizer, or the host is of no supported family, or a method is given to what
+            is no plain host.
     """
     from kvtrain.models.full import Full
     from kvtrain.models.host import retrofit
@@ -61,7 +64,9 @@ def open_model(name: str | Path, **kwargs: Any) -> tuple[Any, PreTrainedTokenize
     if own_model_class(model.config) and not isinstance(model, CachedLanguageModel):
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no text; open it with kvtrain.load")
     if not isinstance(model, CachedLanguageModel):
-        model = retrofit(model, Full())
+        model = retrofit(model, method or Full())
+    elif method is not None:
+        raise UsageError(f"{name} is a {type(model).__name__} already; a method is given to a plain model")
     return model.eval(), load_tokenizer(str(name), **_hub_options(kwargs))
 
 

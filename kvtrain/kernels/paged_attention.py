@@ -48,6 +48,7 @@ def paged_attention(
     scale: float,
     *,
     bits: int | None = None,
+    group: int | None = None,
     layout: PageLayout | None = None,
     runs: PageRuns | None = None,
     backend: str = "auto",
@@ -61,7 +62,8 @@ def paged_attention(
         table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
         lengths: ``(B, H_kv)`` visible slots.
         scale: Factor on the scores.
-        bits: 8 or 4, of quantized keys and values.
+        bits: 8, 4 or 2, of quantized keys and values.
+        group: Channels of them that share a scale; None: all.
         layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
         runs: Of that and ``lengths.flatten()``, from a caller that attends these slots several times: by runs then,
             however few the queries are.
@@ -75,11 +77,11 @@ def paged_attention(
     """
     batch, heads, num_queries, dim = query.shape
     check_groups(heads, table.shape[1])
+    pages = _Pages(keys, values, bits, group)
     if not query.numel():
-        return query.new_zeros(batch, heads, num_queries, _Pages(keys, values, bits).value_dim), _nothing(query)
+        return query.new_zeros(batch, heads, num_queries, pages.value_dim), _nothing(query)
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
     grouped = query.reshape(batch * table.shape[1], -1, dim)
-    pages = _Pages(keys, values, bits)
     by_pages = runs is None and goes_by_pages(query, table, pages.size)
     chosen = choose_backend("paged attention", backend, _backends(grouped, pages, by_pages))
     if by_pages:
@@ -101,11 +103,13 @@ class _Pages(NamedTuple):
         keys: ``(pages, page_size, D)``, or packed.
         values: ``(pages, page_size, D_v)``, or packed.
         bits: Of packed ones.
+        group: Channels of these that share a scale; None: all.
     """
 
     keys: Tensor
     values: Tensor
     bits: int | None
+    group: int | None
 
     @property
     def num_pages(self) -> int:
@@ -121,7 +125,7 @@ class _Pages(NamedTuple):
     def value_dim(self) -> int:
         """Channels of a value, D_v."""
         width = self.values.shape[2]
-        return width if self.bits is None else packed_channels(width, self.bits)
+        return width if self.bits is None else packed_channels(width, self.bits, self.group)
 
     def read(self, where: Tensor | slice, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``(..., page_size, D)`` and values of the pages ``where (...)``, for queries ``(..., D)``."""
@@ -133,8 +137,8 @@ class _Pages(NamedTuple):
             slots.index_select(0, where.flatten()).unflatten(0, where.shape)
             for slots in (self.keys, self.values)
         )
-        key = dequantize(keys, self.bits, query.shape[-1], query.dtype)
-        return key, dequantize(values, self.bits, self.value_dim, query.dtype)
+        key = dequantize(keys, self.bits, query.shape[-1], query.dtype, self.group)
+        return key, dequantize(values, self.bits, self.value_dim, query.dtype, self.group)
 
 
 class _Partial(NamedTuple):

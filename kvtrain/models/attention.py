@@ -121,7 +121,9 @@ class HostAttention(nn.Module):
         elif goes_by_pages(query, table, pages.page_size):
             layout = pages.layout()
         keys, values = (pages.pool.slots[name] for name in names)
-        return paged_attention(query, keys, values, table, lengths, self.scaling, bits=pages.bits, layout=layout)
+        return paged_attention(
+            query, keys, values, table, lengths, self.scaling, bits=pages.bits, group=pages.group, layout=layout
+        )
 
     def attend_pages_and_new(
         self,

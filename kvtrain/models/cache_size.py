@@ -29,7 +29,7 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
         method: Its ``compression``, where it has one, says how many tokens share a slot.
         tokens: Of the row.
     """
-    return _row_bytes(config, method)(tokens)
+    return row_bytes(config, method)(tokens)
 
 
 def break_even(config: PreTrainedConfig, method: Method, most: int) -> int | None:
@@ -43,10 +43,10 @@ def break_even(config: PreTrainedConfig, method: Method, most: int) -> int | Non
     Returns:
         Tokens; None where the row still takes more at ``most``.
     """
-    per_token, row_bytes = kv_bytes_per_token(config), _row_bytes(config, method)
+    per_token, taken_after = kv_bytes_per_token(config), row_bytes(config, method)
     least, tokens = 1, 1
     while tokens <= min(most, least + _PAGES_AFTER):
-        taken = row_bytes(tokens)
+        taken = taken_after(tokens)
         if taken > per_token * tokens:
             # A longer row takes no less, so that all are above until the full cache has come up.
             least = tokens = max(tokens + 1, -(-taken // per_token))
@@ -55,9 +55,15 @@ def break_even(config: PreTrainedConfig, method: Method, most: int) -> int | Non
     return least if least <= most else None
 
 
-def _row_bytes(config: PreTrainedConfig, method: Method) -> Callable[[int], int]:
-    """Bytes of a row by its tokens."""
+def row_bytes(config: PreTrainedConfig, method: Method, dtype: torch.dtype = KV_DTYPE) -> Callable[[int], int]:
+    """Bytes of a row by its tokens, as ``cache_bytes``, for many questions.
+
+    Args:
+        config: The host.
+        method: As ``cache_bytes`` takes it.
+        dtype: Of keys and values.
+    """
     served = method.as_served(config)
-    cache = KVCache(builder(served, config).cache_layers([Placement(KV_DTYPE)] * config.num_hidden_layers))
+    cache = KVCache(builder(served, config).cache_layers([Placement(dtype)] * config.num_hidden_layers))
     compression = getattr(method, "compression", 1.0)
     return lambda tokens: cache.bytes_for(math.ceil(tokens / compression), rows=1)

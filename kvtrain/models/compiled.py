@@ -25,7 +25,8 @@ class CompiledStep:
     the list of those that rows own is padded to a power of two. What is left has the same shapes in most steps, and is
     compiled once for each: for so many rows, about as often as the longest row and all pages double.
 
-    A step that cannot be compiled runs eagerly, which is said once, and so do all after it.
+    A step that cannot be compiled runs eagerly, which is said once, and so do all after it; those of layers
+    without ``has_fixed_step`` do so from the start.
 
     Args:
         model: In evaluation mode.
@@ -34,19 +35,23 @@ class CompiledStep:
 
     Attributes:
         compilations: How many graphs have been made.
+        eager: Whether steps run eagerly from now on.
 
     Raises:
         ValueError: The cache's pages are not reserved.
     """
 
     def __init__(self, model: Any, cache: KVCache, backend: str = "inductor") -> None:
-        with cache.fixed():  # raises
-            pass
         self.model, self.cache = model, cache
+        self.eager = not all(layer.has_fixed_step for layer in cache.layers)
+        if self.eager:
+            logger.warning("decode steps run eagerly, for what this cache forgets is decided in each of them")
+        else:
+            with cache.fixed():  # raises
+                pass
         self.compilations = 0
         self._backend: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._eager = False
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ class CompiledStep:
             CacheFullError: The new tokens may not fit into its budget; nothing has changed.
         """
         self.cache.prepare(*input_ids.shape)
-        logits = _step(self.model, self.cache, input_ids) if self._eager else self._run(input_ids)
+        logits = _step(self.model, self.cache, input_ids) if self.eager else self._run(input_ids)
         self.cache.advance(torch.ones_like(input_ids, dtype=torch.bool))
         return logits
 
@@ -68,7 +73,7 @@ class CompiledStep:
             try:
                 return self._steps[shape](self.model, self.cache, input_ids)
             except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
-                self._eager = True
+                self.eager = True
                 logger.warning("decode steps run eagerly, for they cannot be compiled: %s", first_line(error))
         return _step(self.model, self.cache, input_ids)
 

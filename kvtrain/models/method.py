@@ -16,10 +16,10 @@ def check_kv_bits(kv_bits: int | None) -> None:
     """Refuse bits of a channel in which no cache is kept.
 
     Raises:
-        ValueError: They are neither 8 nor 4 nor None.
+        ValueError: They are none of 8, 4, 2 and None.
     """
-    if kv_bits not in (None, 4, 8):
-        raise ValueError(f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing")
+    if kv_bits not in (None, 2, 4, 8):
+        raise ValueError(f"kv_bits must be 8, 4 or 2, not {kv_bits!r}; leave it out to quantize nothing")
 
 
 @dataclass(frozen=True)

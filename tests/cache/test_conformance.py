@@ -311,7 +311,8 @@ def test_memory_is_bounded_by_what_is_kept(model, method):
             slot = pages.pool.page_bytes // pages.page_size
             tables = pages.table.nbytes + pages.lengths.nbytes
             assert pages.num_bytes() - tables <= (int(lengths.sum()) + pages.page_size * lengths.numel()) * slot
-            columns = -(-int(lengths.max()) // pages.page_size)
+            ahead = int(pages._ahead)  # a head that gains slots and loses some keeps the page of its next one
+            columns = -(-(int(lengths.max()) + ahead) // pages.page_size)
             assert tables <= lengths.numel() * (4 * columns + 8)
     assert cache.free_bytes() <= cache.kv_bytes() / 8
 
@@ -416,7 +417,7 @@ def test_a_second_turn_goes_on_from_the_first(model, method):
 def test_refusals_name_the_remedy(model, method):
     ids = random_ids(2, 8)
     cache = filled(model, ids)
-    if method.startswith(("dmc", "lckv", "transnormer")):  # the others take tokens back: test_rollback.py
+    if not method.startswith(("full", "duo")):  # which take tokens back: test_rollback.py
         with pytest.raises(ValueError, match="snapshot_row"):
             cache.crop(-1)
     with pytest.raises(ValueError, match="byte budget"):

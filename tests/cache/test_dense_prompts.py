@@ -17,6 +17,7 @@ TOLERANCE = 1e-9  # float64
 LENGTH = 44
 DENSE = {
     **{name: replace(policy, prompt="dense", page_size=4) for name, policy in POLICIES.items()},
+    "mikv_balanced": kvtrain.MiKV(budget=9, recent=3, every=2, balance=True, page_size=4),
     "d2o_variance": kvtrain.D2O(budget=14, recent=3, sink=2, per_layer="variance", every=2, page_size=4),
 }
 

@@ -197,14 +197,14 @@ def test_page_size_is_validated(page_size):
         PagedStore(HEADS, DIMS, page_size)
 
 
-def packed_once(states, bits, dtype=torch.float64):
-    return dequantize(quantize(states, bits), bits, states.shape[-1], dtype)
+def packed_once(states, bits, dtype=torch.float64, group=None):
+    return dequantize(quantize(states, bits, group), bits, states.shape[-1], dtype, group)
 
 
 def even_entries(numbers):
-    """As ``entries``, four channels and two: what 4 bits can hold."""
+    """As ``entries``, four channels each: what 2 bits can hold."""
     keys = numbers[..., None] + torch.tensor([0.0, 0.25, 0.5, 3.0], dtype=torch.float64)
-    return {"keys": keys, "values": -keys[..., :2]}
+    return {"keys": keys, "values": -keys.flip(-1)}
 
 
 class QuantisedMachine(PagedMachine):
@@ -212,16 +212,18 @@ class QuantisedMachine(PagedMachine):
 
     def configure(self, data):
         super().configure(data)
-        self.bits = data.draw(st.sampled_from([8, 4]))
+        self.bits, self.group = data.draw(st.sampled_from([8, 4, 2])), data.draw(st.sampled_from([None, 2]))
 
     def make_store(self):
-        return PagedStore(HEADS, {"keys": 4, "values": 2}, self.page_size, DOUBLE, self.bits)
+        return PagedStore(HEADS, {"keys": 4, "values": 4}, self.page_size, DOUBLE, self.bits, group=self.group)
 
     def written(self, numbers):
         return even_entries(numbers)
 
     def held(self, numbers):
-        return {name: packed_once(states, self.bits) for name, states in even_entries(numbers).items()}
+        return {
+            name: packed_once(states, self.bits, group=self.group) for name, states in even_entries(numbers).items()
+        }
 
 
 QuantisedMachine.TestCase.settings = settings(RUN, max_examples=20, stateful_step_count=15)
@@ -287,7 +289,9 @@ def test_pages_of_another_form_are_refused_before_anything_changes(bits):
     assert all(torch.equal(old, new) for old, new in zip(before, store.tensors(), strict=True))
 
 
-@pytest.mark.parametrize(("dims", "bits", "message"), [({"keys": 8}, 3, "must be 4 or 8"), ({"keys": 7}, 4, "is odd")])
+@pytest.mark.parametrize(
+    ("dims", "bits", "message"), [({"keys": 8}, 3, "must be 2, 4 or 8"), ({"keys": 7}, 4, "is no multiple")]
+)
 def test_bits_are_validated(dims, bits, message):
     with pytest.raises(ValueError, match=message):
         PagedStore(HEADS, dims, bits=bits)

@@ -1,4 +1,4 @@
-"""A full cache in 8 or 4 bits: what it computes to the last digit, how far that is from no quantization, what it takes.
+"""A full cache in 8, 4 or 2 bits: what it computes to the last digit, how far off that is, and what it takes.
 
 Every token reads the keys and values of all tokens, its own among them, as a cache holds them: one function, however a
 text is cut, and without a cache. Training alone does not quantize.
@@ -20,7 +20,7 @@ from tests.export.test_hf import card_of, write_run
 from tests.hosts import make_host, random_ids
 
 LAYERS, HEADS, DIM = 2, 2, 8
-BITS = [8, 4]
+BITS = [8, 4, 2]
 TOLERANCE = 1e-9  # float64
 
 
@@ -84,7 +84,9 @@ def test_training_does_not_quantize(bits):
     assert (grads[0] - grads[1]).norm() < 0.3 * grads[1].norm()
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", {8: 2e-3, 4: 3e-2}), ("olmo2", {8: 6e-3, 4: 1e-1})])
+@pytest.mark.parametrize(
+    ("family", "most"), [("llama", {8: 2e-3, 4: 3e-2, 2: 0.2}), ("olmo2", {8: 6e-3, 4: 1e-1, 2: 0.4})]
+)
 def test_logits_stay_near_the_unquantized_ones(bits, family, most):
     """As a share of their norm. Attention in these hosts is ten times too sharp."""
     ids = random_ids(2, 30, seed=3)
@@ -93,7 +95,7 @@ def test_logits_stay_near_the_unquantized_ones(bits, family, most):
 
 
 def test_the_packaged_model_keeps_its_perplexity():
-    """Measured over 8,192 tokens: 1.000 times in 8 bits, 1.011 in 4."""
+    """Measured over 8,192 tokens: 1.000 times in 8 bits, 1.011 in 4; 1.44 in 2, which want smaller groups."""
     host, losses = kvtrain.load("kvtrain:tiny", dtype=torch.float32), {}
     text = "".join(json.loads(line)["text"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()[:8])
     ids = load_tokenizer("kvtrain:tiny")(text, return_tensors="pt")["input_ids"][:, :512].view(4, 128)
@@ -101,6 +103,7 @@ def test_the_packaged_model_keeps_its_perplexity():
         logits = kvtrain.retrofit(host, kvtrain.Full(kv_bits=bits))(ids, use_cache=False).logits
         losses[bits] = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert abs(losses[8] - losses[None]) < 1e-3 and abs(losses[4] - losses[None]) < 2e-2
+    assert 0.1 < losses[2] - losses[None] < 0.4
 
 
 def alone(model, stream, prompt):
@@ -176,7 +179,7 @@ def test_bytes(bits, tokens):
     model = model_of(bits)
     _, cache = read(model, random_ids(3, tokens), tokens)
     pages = -(-tokens // 32)
-    vector = {8: DIM, 4: DIM // 2}[bits] + 4
+    vector = DIM * bits // 8 + 4
     heads = 3 * HEADS  # of which all layers have one table
     assert cache.kv_bytes() == heads * (LAYERS * pages * 32 * 2 * vector + pages * 4 + 8) + 3 * 8
     assert model.make_cache().bytes_for(tokens, rows=3) == cache.kv_bytes()
@@ -192,9 +195,11 @@ def test_a_prompt_read_without_quantization_cannot_join(bits):
 
 
 @pytest.mark.parametrize("method", [kvtrain.Full, kvtrain.Duo])
-@pytest.mark.parametrize("kv_bits", [2, 16, 0, "8"])
+@pytest.mark.parametrize("kv_bits", [3, 16, 0, "8"])
 def test_kv_bits_are_validated(method, kv_bits):
-    with pytest.raises(ValueError, match=f"kv_bits must be 8 or 4, not {kv_bits!r}; leave it out to quantize nothing"):
+    with pytest.raises(
+        ValueError, match=f"kv_bits must be 8, 4 or 2, not {kv_bits!r}; leave it out to quantize nothing"
+    ):
         method(kv_bits=kv_bits)
 
 

@@ -8,6 +8,7 @@ import kvtrain
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation import passkey as module
+from kvtrain.evaluation.answering import AnsweringMeter
 from kvtrain.evaluation.evaluate import run_tasks
 from kvtrain.evaluation.passkey import passkey
 from tests.hosts import make_host
@@ -71,6 +72,8 @@ class Oracle:
 class Seen:
     """As much of a cache as is asked for."""
 
+    layers = ()
+
     def __init__(self, rows):
         self.rows, self.seen = rows, 0
 
@@ -124,6 +127,55 @@ def test_chunks_make_no_difference(model, tokenizer):
         assert torch.equal(module._read(model, samples, chunk)[0], expected)
 
 
+@pytest.mark.parametrize("ask", ["after", "within"])
+def test_asked_while_decoding_a_model_that_keeps_all_says_the_same(tokenizer, ask):
+    host = make_host("llama", vocab_size=4096, dtype=torch.float64)
+    full, samples = kvtrain.retrofit(host, kvtrain.Full()), samples_of(tokenizer, 3)
+    whole, _ = module._read(full, samples, LENGTH)
+    predicted, cache = module._answer(full, samples, ask, AnsweringMeter(full))
+    for row, sample in enumerate(samples):
+        first, asked = (sample.book if ask == "after" else sample.answers[0].start) - 1, sample.answers[0].start - 1
+        assert torch.equal(predicted[row, asked:-1], whole[row, asked:-1])
+        assert (predicted[row, :first] == -1).all() and (predicted[row, first:-1] >= 0).all()
+    assert cache.tokens.tolist() == [LENGTH] * 3
+
+
+@pytest.mark.parametrize("ask", ["after", "within"])
+def test_the_cache_is_cut_before_the_first_question_or_behind_it(tokenizer, ask):
+    """Against a loop by hand; the question is all that a policy knows beside the book."""
+    host = make_host("llama", vocab_size=4096, dtype=torch.float64)
+    model = kvtrain.retrofit(host, kvtrain.SnapKV(budget=64, recent=32)).eval()
+    samples, expected = samples_of(tokenizer, 2), []
+    for sample in samples:
+        ids, cache, row = torch.from_numpy(sample.input_ids)[None], model.make_cache(), []
+        begin = sample.book if ask == "after" else sample.answers[0].start
+        text = tokenizer.decode(sample.input_ids[:begin])
+        assert text.endswith("</book>.\n\n" if ask == "after" else "Passkey:")
+        with torch.no_grad():
+            logits = model(ids[:, :begin], past_key_values=cache, prefill=True).logits
+            for place in range(begin, LENGTH):
+                row.append(logits[0, -1].argmax().item())
+                logits = model(ids[:, place : place + 1], past_key_values=cache).logits
+        expected.append((begin, row))
+    predicted, _ = module._answer(model, samples, ask, AnsweringMeter(model))
+    for row, (begin, tokens) in zip(predicted, expected, strict=True):
+        assert row[begin - 1 : LENGTH - 1].tolist() == tokens
+
+
+def test_what_is_gone_before_it_is_asked_for_is_not_found():
+    """The packaged model finds passkeys, and none that has left its cache; bytes are those of what stays."""
+    task, settings = PasskeyTask(passkeys=2, words=4), {"sequence_length": 320, "limit": 4, "ask": "after"}
+    (full,) = run_tasks("kvtrain:copy", ["passkey"], passkeys=task, **settings)
+    assert full["accuracy"] >= 0.75 and full["kv_share_mean"] == full["kv_share_peak"] == 1
+    window = kvtrain.StreamingLLM(budget=40, recent=36, sink=4)
+    (cut,) = run_tasks("kvtrain:copy", ["passkey"], passkeys=task, method=window, **settings)
+    assert cut["accuracy"] == 0 and cut["token_accuracy"] < 0.5
+    assert 40 / 320 < cut["kv_share_end"] < 80 / 320
+    (whole,) = run_tasks("kvtrain:copy", ["passkey"], passkeys=task, sequence_length=320, limit=4)
+    assert (whole["accuracy"], whole["token_accuracy"]) == (full["accuracy"], full["token_accuracy"])
+    assert "kv_share_end" not in whole
+
+
 def test_it_is_a_task_of_eval():
     settings = {"sequence_length": LENGTH, "limit": 1, "passkeys": TASK}
     rows = run_tasks("kvtrain:tiny", ["passkey", "perplexity"], **settings)
@@ -139,3 +191,8 @@ def test_nothing_to_measure(model, tokenizer, tmp_path):
         passkey(model, tokenizer, "heldout", TASK, limit=0)
     with pytest.raises(ValueError, match="lower words, or raise the length"):
         passkey(model, tokenizer, "heldout", TASK, sequence_length=32, limit=1)
+    with pytest.raises(ValueError, match="ask must be after or within, not 'before'"):
+        passkey(model, tokenizer, "heldout", TASK, ask="before")
+    dense = kvtrain.retrofit(kvtrain.load("kvtrain:copy"), kvtrain.H2O()).eval()
+    with pytest.raises(ValueError, match="all of a text would be one"):
+        passkey(dense, tokenizer, "heldout", TASK)

@@ -5,7 +5,7 @@ import yaml
 
 import kvtrain
 from kvtrain.export.card import model_card
-from kvtrain.export.provenance import base_license
+from kvtrain.export.provenance import base_license, read_provenance
 from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
 from tests.hosts import make_host
 
@@ -22,6 +22,10 @@ def write_run(folder, base="org/base-7b", corpus="hf:org/text:part", **data):
     return folder
 
 
+def card_of(model, run):
+    return model_card(model, run.name, read_provenance(run))
+
+
 def front_matter(card):
     _, text, _ = card.split("---\n", 2)
     return yaml.safe_load(text)
@@ -33,7 +37,7 @@ def model():
 
 
 def test_base_text_steps_and_figures(model, tmp_path):
-    card = model_card(model, write_run(tmp_path / "my-run", sequence_length=4096))
+    card = card_of(model, write_run(tmp_path / "my-run", sequence_length=4096))
     matter = front_matter(card)
     assert matter["base_model"] == "org/base-7b" and matter["datasets"] == ["org/text"]
     assert matter["library_name"] == "kvtrain" and matter["tags"] == ["kvtrain", "dmc"]
@@ -48,7 +52,7 @@ def test_base_text_steps_and_figures(model, tmp_path):
 
 
 def test_bytes_at_1024_tokens_and_at_the_trained_length(model, tmp_path):
-    card, config = model_card(model, write_run(tmp_path / "run", sequence_length=4096)), model.config
+    card, config = card_of(model, write_run(tmp_path / "run", sequence_length=4096)), model.config
     for tokens in (1024, 4096):
         plain = tokens * kv_bytes_per_token(config.host_config)
         held = cache_bytes(config.host_config, config.method, tokens)
@@ -58,7 +62,7 @@ def test_bytes_at_1024_tokens_and_at_the_trained_length(model, tmp_path):
 
 def test_full_says_that_it_takes_more(tmp_path):
     model = kvtrain.retrofit(make_host(layers=2), kvtrain.Full())
-    card = " ".join(model_card(model, write_run(tmp_path / "run")).split())
+    card = " ".join(card_of(model, write_run(tmp_path / "run")).split())
     assert "A row takes more than the host's, at least up to 1,024 tokens." in card
 
 
@@ -77,7 +81,7 @@ def test_the_licence_is_what_the_base_s_card_names(model, tmp_path, text, licens
     if text is not None:
         (base / "README.md").write_text(text)
     assert base_license(str(base)) == license
-    card = model_card(model, write_run(tmp_path / "run", base=str(base), corpus=str(tmp_path / "corpus.jsonl")))
+    card = card_of(model, write_run(tmp_path / "run", base=str(base), corpus=str(tmp_path / "corpus.jsonl")))
     assert front_matter(card).get("license") == license
     assert ("unknown: the base's card names none" in card) == (license is None)
     assert "secret-place" not in card and "`base`" in card and "`corpus.jsonl`" in card
@@ -88,10 +92,10 @@ def test_the_licence_is_what_the_base_s_card_names(model, tmp_path, text, licens
 def test_a_run_that_tells_nothing_makes_no_card_fail(model, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(content)
-    card = model_card(model, tmp_path / "run")
+    card = card_of(model, tmp_path / "run")
     assert "| base |" not in card and "| 1,024 |" in card
 
 
 def test_a_plain_host_has_no_table_of_bytes(tmp_path):
-    card = model_card(make_host(layers=2), write_run(tmp_path / "run"))
+    card = card_of(make_host(layers=2), write_run(tmp_path / "run"))
     assert front_matter(card)["library_name"] == "transformers" and "times fewer" not in card

@@ -28,6 +28,8 @@ class FakeSnapshot:
 class FakePool:
     """Keeps every token whose number is not divisible by ``merge``; an empty row holds ``state`` bytes."""
 
+    cuts_prompts = False
+
     def __init__(self, budget, merge=0, state=1):
         self.budget, self.merge, self.state = budget, merge, state
         self.rows, self.empty = [], []

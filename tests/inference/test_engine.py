@@ -2,26 +2,37 @@
 
 import functools
 import logging
+from dataclasses import replace
 from functools import cache as remember
 from math import log2
 
 import pytest
 import torch
 
+import kvtrain
 from kvtrain.inference.engine import runner
 from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
 from kvtrain.models.compiled import CompiledStep
-from tests.caches import CACHES, MAIN
+from tests.caches import CACHES, MAIN, POLICIES
 from tests.hosts import VOCAB, make_host
 from tests.inference.crowds import TIE, check, greedy, mix, serve
+from tests.thinning import thinned
 
 CANCELLED = (3, 7)
+# Policies that the gating tiers serve, and the same with prompts that are read in full and then cut.
+SERVED = ("h2o", "snapkv", "mikv")
+DENSE = {f"{name}_dense": replace(POLICIES[name], prompt="dense", page_size=4) for name in SERVED}
+METHODS = [*MAIN, *DENSE]
+SOME_METHODS = [name for name in METHODS if name not in POLICIES or name in SERVED]
+SWAPPED = [(name, None) for name in METHODS] + [(name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")]
 
 
 @remember
 def model_of(method):
+    if method in DENSE:
+        return kvtrain.retrofit(make_host(), DENSE[method])
     entry = CACHES[method]
     return entry.retrofit(make_host(layers=entry.layers))
 
@@ -32,7 +43,7 @@ def expected(method):
     return requests, greedy(model_of(method), requests)
 
 
-@pytest.fixture(params=MAIN)
+@pytest.fixture(params=thinned(METHODS, SOME_METHODS))
 def method(request):
     return request.param
 
@@ -85,9 +96,11 @@ def test_a_larger_crowd_under_every_cache(method, kept_prefixes):
     assert tight.loop.scheduler.preemptions <= 0.1 * len(requests)
 
 
-@pytest.mark.parametrize(("method", "swap_bytes"), [*((method, None) for method in MAIN), ("full", 0), ("dmc", 0)])
+@pytest.mark.parametrize(
+    ("method", "swap_bytes"), thinned(SWAPPED, [point for point in SWAPPED if point[0] in SOME_METHODS])
+)
 def test_rows_that_make_room_come_back_as_they_were(method, swap_bytes):
-    """Admission that believes in short answers lets too many in."""
+    """Admission that believes in short answers lets too many in; an answer that was forgotten comes as it came."""
     model = model_of(method)
     requests = [Request(range(3 + own, 11 + own), max_new_tokens=20, ignore_eos=True) for own in range(5)]
     wanted = greedy(model, requests)
@@ -97,11 +110,13 @@ def test_rows_that_make_room_come_back_as_they_were(method, swap_bytes):
     check(outcome, wanted)
     forecast = outcome.loop.forecast
     grows = forecast.row_bytes(1000) > 2 * forecast.row_bytes(0)
-    assert (outcome.loop.scheduler.preemptions > 0) == grows
+    preempted = outcome.loop.scheduler.preemptions > 0
+    assert preempted == grows or (preempted and method in {*POLICIES, *DENSE})  # whose rows grow up to their budget
     assert outcome.loop.runner.rows.cache.held_bytes() == 0
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", thinned(MAIN, SOME_METHODS[: -len(DENSE)]))
 def test_ten_turns_read_no_token_twice(method):
     """And every answer is what one pass over the whole conversation says."""
     model, prompt, loop, answered = model_of(method), list(range(3, 25)), None, []
@@ -117,6 +132,20 @@ def test_ten_turns_read_no_token_twice(method):
     best = logits.topk(2)
     clear = [at for at in answered if best.values[at - 1, 0] - best.values[at - 1, 1] > TIE]
     assert [prompt[at] for at in clear] == [best.indices[at - 1, 0].item() for at in clear] and len(clear) > 30
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_turns_of_a_cut_prompt_are_prompts_of_their_own(method):
+    """What a row keeps of a prompt that has ended is no beginning of a longer one; what it held before is."""
+    model, prompt, loop = model_of(method), list(range(3, 25)), None
+    for turn in range(4):
+        request = Request(prompt, max_new_tokens=4, ignore_eos=True)
+        outcome = serve(model, [request], loop=loop)
+        loop = outcome.loop
+        check(outcome, greedy(model, [request]))
+        assert all(len(kept.tokens) < len(prompt) for kept in loop.scheduler.kept._kept.values())
+        assert outcome.finishes[0].usage.cached_prompt_tokens == (0, 0, 22, 28)[turn]
+        prompt = [*prompt, *outcome.tokens[0], 30 + turn, 31]
 
 
 def test_a_common_prompt_is_read_once_and_gives_the_same_tokens(method):
@@ -148,8 +177,9 @@ def test_bytes_are_what_rows_hold(method):
     usage = outcome.finishes[0].usage
     with torch.no_grad():
         cache = model.make_cache()
-        cache_ids = torch.tensor([[*range(3, 33), *outcome.tokens[0][:-1]]])
-        model(cache_ids, past_key_values=cache)
+        model(torch.tensor([range(3, 33)]), past_key_values=cache)
+        for token in outcome.tokens[0][:-1]:
+            model(torch.tensor([[token]]), past_key_values=cache)
     assert usage.kept_tokens == pytest.approx(cache.mean_kv_tokens().item())
     assert usage.seen_tokens == 37 == cache.tokens.item()
     assert 0.7 * cache.kv_bytes() <= usage.held_bytes <= 1.3 * cache.kv_bytes()

@@ -44,21 +44,23 @@ class Pages:
     values: Tensor
     table: Tensor
     bits: int | None = None
+    group: int | None = None
 
     def run(self, backend: str = "auto", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         tensors = (self.query, self.keys, self.values)
         query, keys, values = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
-        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, bits=self.bits, backend=backend)
+        packing = {"bits": self.bits, "group": self.group}
+        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, backend=backend, **packing)
 
-    def quantized(self, bits: int) -> "Pages":
+    def quantized(self, bits: int, group: int | None = None) -> "Pages":
         """The same on packed pages; what is dense has been packed once."""
 
         def packed_once(states: Tensor) -> Tensor:
-            return dequantize(quantize(states, bits), bits, states.shape[-1], states.dtype)
+            return dequantize(quantize(states, bits, group), bits, states.shape[-1], states.dtype, group)
 
-        keys, values = quantize(self.keys, bits), quantize(self.values, bits)
+        keys, values = quantize(self.keys, bits, group), quantize(self.values, bits, group)
         key, value = packed_once(self.key), packed_once(self.value)
-        return replace(self, key=key, value=value, keys=keys, values=values, bits=bits)
+        return replace(self, key=key, value=value, keys=keys, values=values, bits=bits, group=group)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         absent = torch.arange(self.key.shape[2]) >= self.lengths.unsqueeze(-1)
@@ -304,15 +306,15 @@ def test_no_queries_no_rows_and_heads_that_do_not_group():
         paged_attention(torch.zeros(1, 3, 2, 8), pages, pages, table, lengths, scale)
 
 
-BITS = [8, 4]
+BITS = [8, 4, 2]
 
 
 @PROPERTY
-@given(pages(), st.sampled_from(BITS), st.sampled_from(BACKENDS))
-def test_quantized_pages_are_attention_over_what_they_hold(case: Pages, bits: int, backend: str):
+@given(pages(), st.sampled_from(BITS), st.sampled_from([None, 1, 2]), st.sampled_from(BACKENDS))
+def test_quantized_pages_are_attention_over_what_they_hold(case: Pages, bits: int, group: int | None, backend: str):
     """Ragged and empty heads, few queries and many, garbage elsewhere."""
-    packed = case.quantized(bits)
-    assert packed.keys.shape == (*case.keys.shape[:2], packed_width(4, bits))
+    packed = case.quantized(bits, group)
+    assert packed.keys.shape == (*case.keys.shape[:2], packed_width(4, bits, group))
     assert_close(packed.run(backend), packed.dense(), 1e-12)
     assert_close(packed.run(backend, torch.float32), packed.dense(), 1e-5)
 

@@ -100,7 +100,7 @@ MODEL = [
         "--model.method DMC --model.method.decisions guessed",
         "model.method.decisions: expected learned, random, got 'guessed'",
     ),
-    ("--model.method Full --model.method.kv_bits 3", "model.method.kv_bits: expected 4, 8 or null, got '3'"),
+    ("--model.method Full --model.method.kv_bits 3", "model.method.kv_bits: expected 2, 4, 8 or null, got '3'"),
     ("--model.method LCKV --model.method.kv_map banana", "kv_map 'banana' is not understood"),
     ("--model.method LCKV --model.method.kv_map 0_1_2_3", "kv_map '0_1_2_3' has 4 entries and the host 2 layers"),
     ("--model.method LCKV --model.method.forward_passes -1", "forward_passes must not be negative, not -1"),

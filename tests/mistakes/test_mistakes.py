@@ -19,7 +19,10 @@ _ZERO = (
     f"{_GOOD} --trainer.strategy "
     "'{{class_path: kvtrain.training.strategies.DeepSpeedZeRO, init_args: {{config: {}}}}}'"
 )
-_COMMANDS = ("OUTER", "VALIDATE", "ESTIMATE", "PREPARE", "EXPORT", "PUSH", "GENERATE", "SERVE", "EVAL", "REPORT")
+_COMMANDS = (
+    *("OUTER", "VALIDATE", "ESTIMATE", "PREPARE", "EXPORT", "PUSH"),
+    *("GENERATE", "SERVE", "EVAL", "METHOD", "REPORT"),
+)
 CASES = [
     *recipe_table.FILES,
     *((f"{_GOOD} {options}", words) for options, words in recipe_table.WORDS),

@@ -29,6 +29,10 @@ class Rule:
     floor: float = 0.2  # adaptive: share of its budget that a head cannot lose
     per_layer: str = "same"  # or "pyramid" (PyramidKV), or "variance" (D2O)
     beta: float = 20.0  # pyramid: how much narrower the top is
+    num_future: int = 512  # expected attention: next positions whose rotations are averaged
+    use_covariance: bool = True  # expected attention
+    use_value_norm: bool = True  # expected attention
+    epsilon: float = 0.02  # expected attention: added to probabilities before they are multiplied by norms
     kernel: int = 5  # SnapKV: slots that are pooled, an odd number
     window: int = 256  # CORM: latest queries that are asked
     threshold: str = "visible"  # CORM: a key is important above 1 / keys seen; "position": 1 / tokens so far
@@ -113,6 +117,38 @@ def by_window(rule: Rule, layer: Layer, head: Head) -> list[float]:
     return pooled + [math.inf] * (len(head.slots) - len(sums))
 
 
+def by_expected_attention(rule: Rule, layer: Layer, head: Head) -> list[float]:
+    """Expected attention: a Gaussian of the queries behind the sink, moved on to the next positions."""
+    seen, (groups, channels) = len(head.queries), head.queries[0].shape
+    keys, values = (torch.stack([getattr(slot, name) for slot in head.slots]) for name in ("key", "value"))
+    behind = torch.tensor([slot.position >= rule.sink for slot in head.slots])
+    chances = torch.zeros(len(head.slots), dtype=keys.dtype)
+    for group in range(groups):
+        queries = [
+            mean_turn(query[group], [at - position for at in range(seen, seen + rule.num_future)])
+            for position, query in enumerate(head.queries)
+            if position >= rule.sink
+        ]
+        if not queries:
+            return [0.0] * len(head.slots)
+        sample = torch.stack(queries)
+        logits = keys @ sample.mean(0) / math.sqrt(channels)
+        if rule.use_covariance:
+            logits += ((sample - sample.mean(0)) @ keys.T).square().mean(0) / channels / 2  # k S k by key
+        chances[behind] += logits[behind].softmax(0) / groups
+    if rule.use_value_norm:
+        chances = (chances + rule.epsilon) * values.square().sum(1).sqrt()
+    return chances.tolist()
+
+
+def mean_turn(vector: Tensor, distances: list[int]) -> Tensor:
+    """A vector ``(D)`` moved on by so many positions, mean over distances; rotary embedding with a base of 10,000."""
+    half = len(vector) // 2
+    angles = torch.tensor(distances, dtype=torch.float64)[:, None] * 1e4 ** -(torch.arange(half).double() / half)
+    turned = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones_like(angles), angles).mean(0)
+    return torch.cat([turned.real, turned.imag])
+
+
 SCORES: dict[str, Callable[[Rule, Layer, Head], list[float]]] = {
     "streaming_llm": by_position,
     "random": by_random,
@@ -121,6 +157,7 @@ SCORES: dict[str, Callable[[Rule, Layer, Head], list[float]]] = {
     "d2o": by_mass,
     "tova": by_last_query,
     "snapkv": by_window,
+    "expected_attention": by_expected_attention,
 }
 
 

@@ -1,6 +1,7 @@
 """A decode step as one graph gives the tokens of the same step without, and leaves the same behind."""
 
 import logging
+from dataclasses import replace
 from math import log2
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import kvtrain
 from kvtrain.models.compiled import CompiledStep
-from tests.caches import CACHES, MAIN, Entry, lckv
+from tests.caches import CACHES, MAIN, POLICIES, Entry, lckv
 from tests.hosts import make_host, random_ids
 
 BUDGET = 2**22
@@ -76,13 +77,26 @@ def agrees(name, prompt=33, count=4):
     close(model(more, past_key_values=other).logits, model(more, past_key_values=cache).logits)
 
 
-@pytest.mark.parametrize("name", [*MAIN, "cla2"])
+@pytest.mark.parametrize("name", [*(name for name in MAIN if name not in POLICIES), "cla2"])
 def test_a_compiled_step_gives_the_same_tokens(name):
     agrees(name)
 
 
+@pytest.mark.parametrize("name", ["h2o", "mikv", "dense"])
+def test_steps_that_decide_what_to_forget_run_eagerly_and_say_so(name, caplog):
+    method = replace(POLICIES.get(name, POLICIES["h2o"]), prompt="dense" if name == "dense" else "blocks")
+    model, ids = kvtrain.retrofit(make_host(), method), random_ids(2, 33)
+    cache, other = reading(model, ids), reading(model, ids)
+    with caplog.at_level(logging.WARNING, "kvtrain"):
+        step = CompiledStep(model, other, backend="aot_eager")
+    goes_on_alike(model, cache, other, step, ids[:, :1], 4)
+    assert step.compilations == 0 and [record.getMessage() for record in caplog.records] == [
+        "decode steps run eagerly, for what this cache forgets is decided in each of them"
+    ]
+
+
 @pytest.mark.roads
-@pytest.mark.parametrize("name", sorted({*CACHES, *FURTHER} - {*MAIN, "cla2"}))
+@pytest.mark.parametrize("name", sorted({*CACHES, *FURTHER} - {*MAIN, *POLICIES, "cla2"}))
 def test_a_compiled_step_of_every_other_cache(name):
     agrees(name)
 

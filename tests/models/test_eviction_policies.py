@@ -27,6 +27,10 @@ POLICIES = {
     "snapkv every 6": kvtrain.SnapKV(budget=12, recent=4, every=6, kernel=3),
     "snapkv pyramid": kvtrain.SnapKV(budget=16, recent=4, every=2, per_layer="pyramid", beta=4.0),
     "snapkv adaptive": kvtrain.SnapKV(budget=12, recent=4, every=2, per_head="adaptive"),
+    "expected": kvtrain.ExpectedAttention(budget=8, sink=2, num_future=16),
+    "expected every 5": kvtrain.ExpectedAttention(budget=9, sink=1, recent=2, every=5, epsilon=0.0),
+    "expected mean": kvtrain.ExpectedAttention(budget=9, sink=0, use_covariance=False, use_value_norm=False, every=3),
+    "expected adaptive": kvtrain.ExpectedAttention(budget=12, sink=4, every=2, per_head="adaptive"),
     "corm": kvtrain.CORM(recent=4, window=6),
     "corm position": kvtrain.CORM(recent=4, window=6, every=3, threshold="position"),
     "d2o": kvtrain.D2O(budget=8, recent=3, sink=1),
@@ -34,6 +38,8 @@ POLICIES = {
     "d2o variance": kvtrain.D2O(budget=12, recent=3, sink=1, every=2, per_layer="variance"),
     "mikv": kvtrain.MiKV(budget=8, recent=3),
     "mikv every 4": kvtrain.MiKV(budget=8, recent=3, every=4, low_bits=8),
+    "mikv groups": kvtrain.MiKV(budget=8, recent=3, every=3, low_bits=2, group=4),
+    "mikv balanced": kvtrain.MiKV(budget=8, recent=3, every=2, balance=True),
     "random": kvtrain.RandomEviction(budget=9, recent=2, seed=3),
 }
 CASES = [
@@ -41,7 +47,8 @@ CASES = [
     for name, policy in POLICIES.items()
     for heads in HEADS
     for prompt in ("dense", "blocks")
-    if (prompt == "dense" or name != "d2o variance") and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
+    if (prompt == "dense" or name not in ("d2o variance", "mikv balanced"))
+    and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
 ]
 SOME = [case for case in CASES if case[1] == "GQA"]
 
@@ -56,7 +63,7 @@ def rule_of(policy, model):
     known = {name: value for name, value in vars(policy).items() if name in Rule.__dataclass_fields__}
     special = {}
     if policy.name == "mikv":
-        special["codec"] = round_to_nearest(policy.low_bits)
+        special["codec"] = round_to_nearest(policy.low_bits, policy.group)
     if policy.name == "random":
         special["random"] = lots(policy, model)
     return Rule(RULES.get(policy.name, policy.name), **{**known, **special})

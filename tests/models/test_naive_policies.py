@@ -415,9 +415,11 @@ def test_the_codec_by_hand_and_as_the_package_packs():
     assert round_to_nearest(2)(grouped).tolist() != grouped.tolist()
     vectors = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     vectors[25:] += 100  # where the zero's own spacing counts
-    for bits in (4, 8):
+    for bits in (2, 4, 8):
         ours = torch.stack([round_to_nearest(bits)(vector) for vector in vectors])
         assert torch.equal(ours, read_back(vectors, bits))
+        ours = torch.stack([round_to_nearest(bits, group=4)(vector) for vector in vectors])
+        assert torch.equal(ours, read_back(vectors.unflatten(1, (2, 4)), bits).flatten(1))
 
 
 def test_random_eviction_asks_for_the_token_alone():

@@ -128,6 +128,7 @@ class EngineLoop:
         """Take a request that ``check`` allows."""
         for index in range(ticket.request.n):
             answer = Answer(ticket, index, next(self._arrivals), self._tokenizer, self._eos_token_ids)
+            answer.sequence.replays = self.runner.rows.cuts_prompts
             self._answers[answer.sequence] = answer
             self.scheduler.add(answer.sequence)
 
@@ -166,6 +167,7 @@ class EngineLoop:
         if fed is None:
             return
         batch, logits = fed
+        self._end_prompts(batch)
         for chunk in batch:
             self.scheduler.advance(chunk)
         whole = [number for number, (sequence, _) in enumerate(batch) if sequence.seen == sequence.length]
@@ -173,6 +175,12 @@ class EngineLoop:
             answers = [self._answers[batch[number].sequence] for number in whole]
             self._choose(logits if len(whole) == len(batch) else logits[whole], answers)
             self._outbox.flush()  # whoever reads on does not wait for prompts of others
+
+    def _end_prompts(self, batch: Sequence[Chunk]) -> None:
+        """Say so where a pass has read the last token of a prompt, so that memory is free at once."""
+        ended = [sequence.row for sequence, tokens in batch if 0 < len(sequence.prompt) - sequence.seen <= tokens]
+        if ended and self.runner.rows.cuts_prompts:
+            self.runner.rows.end_prompts(ended)
 
     def _choose(self, logits: Tensor, answers: Sequence[Answer]) -> None:
         """Add the next token to answers whose tokens have all been fed; logits ``(B, V)``."""

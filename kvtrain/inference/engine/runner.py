@@ -47,6 +47,15 @@ class CacheRows:
         """Bytes that rows may hold together."""
         return self._bytes.limit
 
+    @property
+    def cuts_prompts(self) -> bool:
+        """See ``RowPool``."""
+        return self.cache.cuts_prompts
+
+    def end_prompts(self, rows: Sequence[CacheRow]) -> None:
+        """Some rows have read their prompts to the end."""
+        self.cache.end_prompt([row.number for row in rows])
+
     def take(self) -> CacheRow:
         """An empty row."""
         if self._empty:
@@ -130,7 +139,10 @@ class Runner:
         self._compiled_rows, self._step = compiled_rows, None
         if compiled_rows:
             self._step = CompiledStep(model, self.rows.cache)
-            logger.info("decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows)
+            if not self._step.eager:
+                logger.info(
+                    "decoding passes over at most %d rows are compiled; the first ones take long", compiled_rows
+                )
         self.plain_token_bytes = _plain_token_bytes(model)
 
     @property

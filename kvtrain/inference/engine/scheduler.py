@@ -93,6 +93,7 @@ class Scheduler:
         row, sequence.row = sequence.row, None
         if row is None:
             return
+        keep = keep and not self.pool.cuts_prompts
         if keep and self.limits.kept_prefixes and sequence.seen >= self.limits.shared_tokens:
             self._keep(sequence.tokens(0, sequence.seen), row, branch=False)
         else:
@@ -167,7 +168,8 @@ class Scheduler:
         return True
 
     def _match(self, sequence: ServedSequence) -> Match | None:
-        return self.kept.find(sequence.tokens(0, sequence.length)) if self.limits.kept_prefixes else None
+        end = len(sequence.prompt) if sequence.replays else sequence.length
+        return self.kept.find(sequence.tokens(0, end)) if self.limits.kept_prefixes else None
 
     def _take_over(self, match: Match) -> Any:
         """A row that holds the matching tokens alone: the kept one itself, or a copy where others may want that."""

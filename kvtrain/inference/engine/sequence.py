@@ -16,6 +16,13 @@ class RowPool(Protocol):
     def budget(self) -> int:
         """Bytes that rows may hold together."""
 
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether a row that has read its prompt to the end holds less, and something else, than it did before.
+
+        Then it is no beginning of a longer prompt, and tokens of an answer are no prompt when they are read again.
+        """
+
     def take(self) -> Any:
         """An empty row."""
 
@@ -52,6 +59,8 @@ class ServedSequence:
         prompt: Token ids.
         max_new_tokens: Upper bound.
         arrival: Its number among all sequences; older ones go first.
+        replays: Whether its answer, after a preemption that forgot it, goes through the cache token by token, as it
+            came, instead of being read as a prompt.
 
     Attributes:
         output: Tokens generated so far.
@@ -67,6 +76,7 @@ class ServedSequence:
     prompt: tuple[int, ...]
     max_new_tokens: int
     arrival: int
+    replays: bool = False
     output: list[int] = field(default_factory=list)
     row: Any = None
     seen: int = 0
@@ -83,13 +93,15 @@ class ServedSequence:
 
     @property
     def unread(self) -> int:
-        """Tokens still to be read as a prompt; after a preemption, those of the answer but the last count too."""
+        """Tokens still to be read as a prompt; after a preemption, those of the answer but the last may count too."""
+        if self.replays:
+            return max(0, len(self.prompt) - self.seen)
         return self.length - self.seen - bool(self.output)
 
     @property
     def decoding(self) -> bool:
-        """Whether nothing but the latest token of the answer is to be fed."""
-        return bool(self.output) and self.seen == self.length - 1
+        """Whether the next token to be fed is one of the answer, by itself: as a rule the latest."""
+        return bool(self.output) and self.unread == 0
 
     def tokens(self, begin: int, end: int) -> tuple[int, ...]:
         """Tokens of the prompt and of the answer at these positions."""

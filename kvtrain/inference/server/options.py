@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtrain.errors import UsageError, require_at_least
-from kvtrain.parser import Parser, finite, num_bytes
+from kvtrain.parser import Parser, add_method_argument, finite, num_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from kvtrain.inference.engine import Engine
     from kvtrain.inference.server.settings import ServerSettings
+    from kvtrain.models.method import Method
 
 API_KEY = "KVTRAIN_API_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")
@@ -24,6 +25,7 @@ _SHORTEST_KEY = 16
 def add_engine_arguments(parser: Parser) -> None:
     """Declare what does not depend on where a server listens."""
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
+    add_method_argument(parser)
     parser.add_argument("--name", help="what requests call the model (MODEL, of a folder its last part)")
     parser.add_argument(
         "--budget", type=num_bytes, default=num_bytes("1GiB"), metavar="SIZE", help="bytes of cache (1GiB)"
@@ -46,11 +48,13 @@ class ServeOptions:
         asked: Options by name.
         keys: Any of them opens the server.
         template: For chats, in place of the tokenizer's.
+        method: For a plain model.
     """
 
     asked: Namespace
     keys: tuple[str, ...] = field(repr=False)
     template: str | None
+    method: "Method | None"
 
     @classmethod
     def read(cls, asked: Namespace) -> "ServeOptions":
@@ -61,7 +65,8 @@ class ServeOptions:
             OSError: A file cannot be read.
         """
         _check(asked)
-        return cls(asked, _read_keys(asked.api_key_file), _read_template(asked.chat_template))
+        keys, template = _read_keys(asked.api_key_file), _read_template(asked.chat_template)
+        return cls(asked, keys, template, _read_method(asked.method))
 
     def open_engine(self) -> "Engine":
         """Read the model and start its engine.
@@ -73,7 +78,7 @@ class ServeOptions:
         from kvtrain.inference.load import open_model
 
         asked = self.asked
-        model, tokenizer = open_model(asked.model)
+        model, tokenizer = open_model(asked.model, method=self.method)
         if self.template is not None:
             _set_template(tokenizer, self.template, asked.chat_template)
         limits = Limits(
@@ -119,6 +124,12 @@ def _read_keys(path: str | None) -> tuple[str, ...]:
             f"{where}: a key must have at least {_SHORTEST_KEY} ASCII characters; `openssl rand -hex 32` makes one"
         )
     return keys
+
+
+def _read_method(text: str | None) -> "Method | None":
+    from kvtrain.models.parse_method import parse_method
+
+    return None if text is None else parse_method(text)
 
 
 def _read_template(path: str | None) -> str | None:

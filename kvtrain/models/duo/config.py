@@ -32,9 +32,9 @@ class Duo(Method):
         full_heads: The key-value heads of each layer that keep everything, as the base numbers them; set by rounding.
         page_size: Slots in a page of the serving cache.
         compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
-        kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``, in full and in streaming heads
-            alike: one attention reads both. Training mode alone does not quantize. None keeps keys and values in the
-            model's dtype.
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``, in full and in streaming
+            heads alike: one attention reads both. Training mode alone does not quantize. None keeps keys and values in
+            the model's dtype.
 
     Raises:
         ValueError: A value is out of range.
@@ -51,7 +51,7 @@ class Duo(Method):
     full_heads: Sequence[Sequence[int]] | None = None
     page_size: int = 32
     compensation: bool = False
-    kv_bits: Literal[4, 8] | None = None
+    kv_bits: Literal[2, 4, 8] | None = None
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:

@@ -15,10 +15,11 @@ from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.eviction.blocks import Block, blocks_of
-from kvtrain.models.eviction.cache import POSITION, EvictingCacheLayer
+from kvtrain.models.eviction.cache import EvictingCacheLayer
 from kvtrain.models.eviction.config import Eviction
-from kvtrain.models.eviction.observation import Observation
-from kvtrain.models.ordering import take_slots
+from kvtrain.models.eviction.observation import NewQueries, Observation
+from kvtrain.models.eviction.slots import POSITION
+from kvtrain.models.ordering import take_slots, take_tokens
 
 
 class EvictingAttention(HostAttention):
@@ -43,29 +44,47 @@ class EvictingAttention(HostAttention):
         query, key, value = self.project(hidden_states, position_embeddings, context.parallel)
         layer = context.cache_layer(self.layer_idx)
         assert isinstance(layer, EvictingCacheLayer)
-        return self.project_out(self._serve(query, key, value, context, layer), context.parallel), None
+        output = self._serve(query, key, value, position_embeddings, context, layer)
+        return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: EvictingCacheLayer
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: Angles,
+        context: ForwardContext,
+        layer: EvictingCacheLayer,
     ) -> Tensor:
         """New tokens, block by block, ``(B, H, n, D)``."""
         key, value = (read_back(states, self.policy.kv_bits) for states in (key, value))
+        cos, sin = (angle.expand(query.shape[0], -1, -1) for angle in angles)
         blocks = blocks_of(self.policy, context)
         if len(blocks) == 1 and blocks[0].columns is None:
-            return self._run_block(query, key, value, blocks[0], layer, context.single)
+            new = NewQueries(query, (cos, sin), blocks[0].positions, self.scaling)
+            return self._run_block(new, key, value, blocks[0], layer, context.single)
         outputs = torch.zeros_like(query)
         for block in blocks:
             assert block.columns is not None
             part = [take_slots(states, block.columns) for states in (query, key, value)]
-            output = self._run_block(part[0], part[1], part[2], block, layer)
+            own_angles = take_tokens(cos, block.columns), take_tokens(sin, block.columns)
+            new = NewQueries(part[0], own_angles, block.positions, self.scaling)
+            output = self._run_block(new, part[1], part[2], block, layer)
             row, entry = block.valid.nonzero(as_tuple=True)
             outputs[row, :, block.columns[row, entry]] = output[row, :, entry]
         return outputs
 
     def _run_block(
-        self, query: Tensor, key: Tensor, value: Tensor, block: Block, layer: EvictingCacheLayer, single: bool = False
+        self,
+        queries: NewQueries,
+        key: Tensor,
+        value: Tensor,
+        block: Block,
+        layer: EvictingCacheLayer,
+        single: bool = False,
     ) -> Tensor:
+        query = queries.rotated
         if query.shape[2] == 1:
             fields = {POSITION: block.positions.unsqueeze(1).expand(-1, self.num_key_value_heads, -1)}
             layer.append(key, value, fields, block.valid, single)
@@ -78,7 +97,9 @@ class EvictingAttention(HostAttention):
             with torch.no_grad():
                 fields = self._observe_chunk(query, key, lse, block, layer)
             layer.append(key, value, fields, block.valid, single=False)
-        layer.remember_queries(query.detach() * self.scaling, lse.detach(), block.positions)
+        with torch.no_grad():
+            self.policy.observe_queries(layer, queries)
+        layer.remember_queries(query.detach() * self.scaling, lse.detach(), block.positions, single)
         if block.evicting is not None:
             layer.evict(block.evicting)
         return output
@@ -87,7 +108,7 @@ class EvictingAttention(HostAttention):
         """All slots of both stores."""
         parts = [self.attend_pages(query, layer.pages)]
         if layer.secondary is not None and layer.secondary.table.shape[2]:
-            parts.append(self.attend_pages(query, layer.secondary))
+            parts.append(self.attend_pages(self.policy.secondary_query(layer, query), layer.secondary))
         return merge_attention(parts) if len(parts) > 1 else parts[0]
 
     def _observe_chunk(

@@ -6,9 +6,10 @@ from kvtrain.cache.rows import Placement
 from kvtrain.kernels.dispatch import wide_dtype
 from kvtrain.models import build
 from kvtrain.models.eviction.attention import EvictingAttention
-from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
+from kvtrain.models.eviction.cache import EvictingCacheLayer
 from kvtrain.models.eviction.config import Eviction
-from kvtrain.models.hosts import key_value_shape
+from kvtrain.models.eviction.slots import LayerShape
+from kvtrain.models.hosts import host_adapter
 
 
 class Builder(build.Builder[Eviction]):
@@ -20,12 +21,13 @@ class Builder(build.Builder[Eviction]):
 
     def cache_layer(self, layer_idx: int, placement: Placement) -> EvictingCacheLayer:
         """See ``build.Builder``."""
-        config = self.host_config
+        config, adapter = self.host_config, host_adapter(self.host_config)
         shape = LayerShape(
             layer_idx,
             config.num_hidden_layers,
             config.num_attention_heads,
-            *key_value_shape(config, layer_idx),
+            *adapter.key_value_shape(config, layer_idx),
             wide_dtype(placement.dtype),
+            adapter.rotary_embedding(config).to(placement.device),
         )
         return EvictingCacheLayer(self.settings, shape, placement)

@@ -5,20 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from transformers import PreTrainedConfig
+from torch import Tensor
 
-from kvtrain.models.method import Method, Repeat, check_kv_bits
+from kvtrain.models.method import Method, check_kv_bits
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kvtrain.cache.paged import PagedStore
     from kvtrain.cache.rows import Placement
-    from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
-    from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.observation import NewQueries, Observation
+    from kvtrain.models.eviction.slots import LayerShape, LayerSlots
 
 PromptForm = Literal["dense", "blocks"]
-PerHead = Literal["same", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Eviction(Method):
             nor other rows change anything.
         prompt: ``"dense"``: a prompt is read in full and cut once, when it ends, as published; ``"blocks"``: it is cut
             as everything else is, and memory does not grow with it.
-        kv_bits: Bits of a channel in the serving cache, 8 or 4, as in ``kvtrain.Full``; fields are kept as they are.
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``; fields are kept as they are.
         page_size: Slots in a page of the serving cache.
 
     Raises:
@@ -55,7 +52,7 @@ class Eviction(Method):
     sink: int = 0
     every: int = 1
     prompt: PromptForm = "dense"
-    kv_bits: Literal[4, 8] | None = None
+    kv_bits: Literal[2, 4, 8] | None = None
     page_size: int = 32
 
     def __post_init__(self) -> None:
@@ -69,29 +66,38 @@ class Eviction(Method):
         check_kv_bits(self.kv_bits)
 
     @abstractmethod
-    def evict_mask(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def evict_mask(self, layer: "LayerSlots") -> Tensor:
         """Slots ``(B, H_kv, K)`` that leave where their row evicts; marks of slots that are not in use are ignored."""
 
     def observe(self, seen: "Observation") -> None:
         """Note in fields of slots what attention gave them; called for every tile of probabilities of a pass."""
 
-    def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
+    def observe_queries(self, layer: "LayerSlots", new: "NewQueries") -> None:
+        """Note in a row's state what its new queries are like, before anything leaves behind them."""
+
+    def on_evict(self, layer: "LayerSlots", victims: Tensor) -> None:
         """The slots ``(B, H_kv, K)``, all in use, are about to leave: merge them into others, or keep them apart."""
 
     def query_window(self) -> int:
         """How many of a row's latest queries are remembered, with their log-sum-exp."""
         return 0
 
-    def secondary_store(self, shape: "LayerShape", placement: "Placement") -> "PagedStore | None":
-        """A second store of keys and values, which is attended, too."""
+    def secondary_store(
+        self, shape: "LayerShape", placement: "Placement", primary: "PagedStore"
+    ) -> "PagedStore | None":
+        """A second store of keys and values, which is attended, too; what it may need it says before a pass begins."""
         return None
+
+    def secondary_query(self, layer: "LayerSlots", query: Tensor) -> Tensor:
+        """What is asked of the second store for a query ``(B, H, n, D)``, where its keys are kept in another scale."""
+        return query
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """What is kept for a row besides, as ``StateStore`` takes it."""
         return {}
 
-    def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
-        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: divide a budget over all layers."""
+    def on_prompt_end(self, rows: Tensor, layers: "list[LayerSlots]") -> None:
+        """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: decide what they decide for good."""
 
     @property
     def first_eviction(self) -> int:
@@ -101,88 +107,6 @@ class Eviction(Method):
     def max_slots(self, shape: "LayerShape") -> int | None:
         """The most slots that a head of a layer comes to between two evictions; None where nothing bounds it."""
         return None
-
-
-@dataclass(frozen=True)
-class BudgetedEviction(Eviction):
-    """Keep in every key-value head the slots that a policy scores highest.
-
-    Args:
-        budget: Slots that a key-value head keeps, ``recent`` and ``sink`` included; a float up to 1 is the share of the
-            tokens that its row has seen.
-        per_head: The ``"same"`` budget for every head, or an ``"adaptive"`` one: that of a layer goes where scores are
-            highest (Ada-KV, Feng et al. 2024, arXiv 2407.11550).
-        floor: Share of its equal part that a head keeps in any case where budgets are adaptive.
-        per_layer: The ``"same"`` budget for every layer, or one that falls linearly from the lowest layer to the
-            highest, a ``"pyramid"`` (PyramidKV, Cai et al. 2024, arXiv 2406.02069).
-        beta: Steepness of the pyramid: the highest layer keeps ``1 / beta`` of the mean budget besides ``recent``.
-
-    Raises:
-        ValueError: See ``Eviction``.
-    """
-
-    layer_budgets: ClassVar[tuple[str, ...]] = ("same", "pyramid")
-
-    budget: int | float = 256
-    per_head: PerHead = "same"
-    floor: float = 0.2
-    per_layer: str = "same"
-    beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_share = isinstance(self.budget, float)
-        if not (0 < self.budget <= 1 if is_share else self.budget >= 1):
-            raise ValueError(f"budget is a number of slots from 1 on, or a share up to 1.0, not {self.budget!r}")
-        if not is_share and self.recent + self.sink > self.budget:
-            raise ValueError(
-                f"{self.sink} first and {self.recent} latest tokens do not fit a budget of {self.budget} slots; "
-                "raise budget, or lower recent and sink"
-            )
-        check_one_of("per_head", self.per_head, get_args(PerHead))
-        check_one_of("per_layer", self.per_layer, self.layer_budgets)
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of a head's part of the budget, from 0 to 1, not {self.floor}")
-        if self.beta < 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}; 1 gives every layer the same budget")
-
-    @abstractmethod
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
-        """What every slot is worth, ``(B, H_kv, K)``; the lowest leave. What is not in use may have any score."""
-
-    def evict_mask(self, layer: "EvictingCacheLayer") -> "Tensor":
-        """See ``Eviction``: what is above the budget."""
-        from kvtrain.models.eviction.budgets import above_budget
-
-        return above_budget(self, layer, self.scores(layer))
-
-    def row_budgets(self, layer: "EvictingCacheLayer") -> "Tensor":
-        """Slots that the heads of a layer may keep in the mean, ``(B,)``."""
-        from kvtrain.models.eviction.budgets import row_budgets
-
-        return row_budgets(self, layer)
-
-    @property
-    def first_eviction(self) -> int:
-        """See ``Eviction``: the least budget of a layer."""
-        if isinstance(self.budget, float):
-            return 0
-        return self.budget if self.per_layer == "same" else int(self.recent + (self.budget - self.recent) / self.beta)
-
-    def max_slots(self, shape: "LayerShape") -> int | None:
-        """See ``Eviction``."""
-        from kvtrain.models.eviction.budgets import max_slots
-
-        return max_slots(self, shape)
-
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        kept = f"{self.budget:.0%} of the tokens" if isinstance(self.budget, float) else f"{self.budget} slots a head"
-        return f"{super().described_cache()}, {kept}"
-
-    def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
-        """See ``Method.repeats``; layers with budgets of their own are all different."""
-        return super().repeats(host_config) if self.per_layer == "same" else []
 
 
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:

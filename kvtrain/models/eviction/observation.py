@@ -1,10 +1,35 @@
-"""What a policy sees of attention: probabilities, a tile at a time, wherever the keys lie."""
+"""What a policy sees of attention: new queries, and probabilities, a tile at a time, wherever the keys lie."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from kvtrain.kernels.attention_scores import AttentionTile
+from kvtrain.kernels.dispatch import at_least_float32
+from kvtrain.kernels.rope import apply_rotary
+
+
+class NewQueries(NamedTuple):
+    """Queries of new tokens, behind each other in their rows.
+
+    Attributes:
+        rotated: ``(B, H, n, D)``.
+        angles: Cosines and sines ``(B, n, D)`` by which they were rotated.
+        positions: ``(B, n)`` in their rows, -1 for padding.
+        scaling: What a product of a query and a key is multiplied with.
+    """
+
+    rotated: Tensor
+    angles: tuple[Tensor, Tensor]
+    positions: Tensor
+    scaling: float
+
+    def before_rotation(self) -> Tensor:
+        """``(B, H, n, D)`` in at least float32; some hosts' angles scale, too, which is undone likewise."""
+        cos, sin = self.angles
+        squared = (cos.square() + sin.square()).unsqueeze(1)
+        return apply_rotary(at_least_float32(self.rotated), cos, -sin) / squared
 
 
 class Observation:

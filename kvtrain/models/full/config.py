@@ -11,9 +11,9 @@ class Full(Method):
     """Keep every key and value: the host as it was, on kvtrain's pages and kernels.
 
     Args:
-        kv_bits: Bits of a channel in the serving cache, 8 or 4; every token's key and value in every head has a scale
-            and a zero of its own, 4 bytes more. Every token reads all keys and values so, its own too: however a text
-            is cut, and in evaluation mode without a cache, a model computes the same. Training mode alone does not
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2; every token's key and value in every head has a
+            scale and a zero of its own, 4 bytes more. Every token reads all keys and values so, its own too: however a
+            text is cut, and in evaluation mode without a cache, a model computes the same. Training mode alone does not
             quantize. None keeps them in the model's dtype.
 
     Raises:
@@ -23,7 +23,7 @@ class Full(Method):
     name: ClassVar[str] = "full"
     supports_context_parallel: ClassVar[bool] = True
 
-    kv_bits: Literal[4, 8] | None = None
+    kv_bits: Literal[2, 4, 8] | None = None
 
     def __post_init__(self) -> None:
         check_kv_bits(self.kv_bits)

@@ -66,6 +66,18 @@ class HostAdapter:
 
         return GatedMLP(mlp)
 
+    def rotary_embedding(self, config: PreTrainedConfig) -> nn.Module:
+        """The decoder's angles by position, for caches, which have no model at hand.
+
+        Args:
+            config: The host's.
+        """
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        from kvtrain.models.modules import RotaryEmbedding
+
+        return RotaryEmbedding(LlamaRotaryEmbedding(config))  # type: ignore[arg-type]
+
     def extra_losses(self, config: PreTrainedConfig) -> Sequence[ExtraLoss]:
         """Losses of the family beside that of the tokens, such as a router's, with the host's coefficients."""
         return ()

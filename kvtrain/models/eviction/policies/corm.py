@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from kvtrain.models.eviction.config import Eviction, check_one_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
     from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class CORM(Eviction):
     Args:
         window: Latest queries that are asked.
         threshold: What a share is equal among: the keys that the query attends (``"visible"``), or all tokens up to it
-            (``"position"``, the paper's formula, which falls behind as keys leave).
+            (``"position"``, the paper's formula, by which ever less is enough as keys leave). At as many slots they
+            cost the same: behind 768 tokens of ``kvtrain:tiny``'s text 256 more have perplexity 17.4 with 358 slots
+            kept against 17.3 with 429 (windows of 64), 16.91 with 539 against 16.90 with 573 (of 128), 16.88 in full.
 
     Raises:
         ValueError: The window is empty, or the threshold unknown.
@@ -55,10 +58,8 @@ class CORM(Eviction):
         latest = (important * (seen.positions + 1).unsqueeze(2)).amax(1)  # 0: to none
         seen.maximum("important", latest)
 
-    def evict_mask(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def evict_mask(self, layer: "LayerSlots") -> Tensor:
         """See ``Eviction``; a token counts as important to its own query."""
-        import torch
-
         latest = torch.maximum(layer.pages.field("important"), layer.pages.field("position") + 1)
         return (latest <= (layer.tokens - self.window)[:, None, None]) & ~layer.protected()
 

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from kvtrain.models.eviction.policies.h2o import H2O
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kvtrain.models.eviction.slots import LayerShape, LayerSlots
 
-    from kvtrain.models.eviction.cache import EvictingCacheLayer, LayerShape
-
-_EVERYTHING = 1 << 40  # slots, more than a row has
+_ALL_SLOTS = 1 << 40  # slots, more than a row has
 _MOST_SHARED = 100  # of the mean budget, a layer has one part of so many in any case
 
 
@@ -48,8 +49,6 @@ class D2O(H2O):
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """See ``Eviction``."""
-        import torch
-
         budget = {"budget": ((), torch.long)} if self.per_layer == "variance" else {}
         return {"threshold": ((), shape.wide), "has_merged": ((), torch.bool), **budget}
 
@@ -58,24 +57,20 @@ class D2O(H2O):
         """See ``Eviction``."""
         return self.sink + self.recent if self.per_layer == "variance" else super().first_eviction
 
-    def row_budgets(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def row_budgets(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``; rows without a prompt have the mean one."""
-        import torch
-
         mean = super().row_budgets(layer)
         if self.per_layer != "variance":
             return mean
         if layer.shape.layer_idx in (0, 1, layer.shape.num_layers - 1):
-            return torch.full_like(mean, _EVERYTHING)
+            return torch.full_like(mean, _ALL_SLOTS)
         own = layer.state["budget"]
         return torch.where(own > 0, own, mean)
 
-    def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
+    def on_prompt_end(self, rows: Tensor, layers: "list[LayerSlots]") -> None:
         """See ``Eviction``."""
         if self.per_layer != "variance":
             return
-        import torch
-
         spread = torch.stack([_spread(self.scores(layer), layer.pages.live()).to(rows.device) for layer in layers])
         shares = torch.softmax(-spread, 0) * len(layers)  # (layers, B)
         for index, layer in enumerate(layers):
@@ -85,10 +80,8 @@ class D2O(H2O):
             wanted = torch.minimum(wanted.long(), layer.tokens)
             layer.state["budget"] = torch.where(rows.to(own.device) & (own == 0), wanted, own)
 
-    def on_evict(self, layer: "EvictingCacheLayer", victims: "Tensor") -> None:
+    def on_evict(self, layer: "LayerSlots", victims: Tensor) -> None:
         """See ``Eviction``."""
-        import torch
-
         slots, real = layer.listed(victims)  # (B, H, E)
         stays = layer.pages.live() & ~victims
         real = real & stays.any(-1, keepdim=True)
@@ -112,10 +105,8 @@ class D2O(H2O):
         }
         layer.pages.write(merged, places, stays & (parts > 1))
 
-    def _threshold(self, layer: "EvictingCacheLayer", likeness: "Tensor", count: "Tensor") -> "Tensor":
+    def _threshold(self, layer: "LayerSlots", likeness: Tensor, count: Tensor) -> Tensor:
         """The moving mean of likenesses, ``(B,)``, these included: their sum and number; rows without keep theirs."""
-        import torch
-
         old, begun, some = layer.state["threshold"], layer.state["has_merged"], count > 0
         mean = likeness / count.clamp(min=1)
         new = torch.where(begun, self.smooth * old + (1 - self.smooth) * mean, mean)
@@ -124,7 +115,7 @@ class D2O(H2O):
         return layer.state["threshold"]
 
 
-def _spread(scores: "Tensor", live: "Tensor") -> "Tensor":
+def _spread(scores: Tensor, live: Tensor) -> Tensor:
     """How much scores ``(B, H, K)`` differ, ``(B,)``: variances by head, scaled to [0, 1] over heads, in the mean."""
     count = live.sum(-1).clamp(min=1)
     mean = scores.masked_fill(~live, 0).sum(-1) / count

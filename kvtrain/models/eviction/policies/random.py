@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.eviction.config import BudgetedEviction
+import torch
+from torch import Tensor
+
+from kvtrain.models.eviction.budgets import BudgetedEviction
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,14 @@ class RandomEviction(BudgetedEviction):
 
     seed: int = 0
 
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``."""
-        import torch
-
         head = torch.arange(layer.num_heads, device=layer.tokens.device)[:, None]
         lots = layer.pages.field("position").long() + _mixed(head + (layer.shape.layer_idx << 16) + (self.seed << 32))
         return (_mixed(lots) & 0xFFFFFFFF).double()
 
 
-def _mixed(numbers: "Tensor") -> "Tensor":
+def _mixed(numbers: Tensor) -> Tensor:
     """Integers whose every bit depends on all bits of the given ones; products wrap around."""
     for factor in (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51):
         numbers = (numbers ^ (numbers >> 29)) * factor

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.eviction.config import BudgetedEviction
+import torch
+from torch import Tensor
+
+from kvtrain.models.eviction.budgets import BudgetedEviction
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,8 @@ class SnapKV(BudgetedEviction):
         """See ``BudgetedEviction``."""
         return self.recent
 
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``; neighbours are those in the text, wherever their slots are."""
-        import torch
-
         sums, position = layer.window_sums(), layer.pages.field("position")
         candidates = layer.pages.live() & (position < (layer.tokens - self.recent)[:, None, None])
         order = position.masked_fill(~candidates, torch.iinfo(position.dtype).max).argsort(dim=-1)

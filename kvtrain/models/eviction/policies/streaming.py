@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.eviction.config import BudgetedEviction
+from torch import Tensor
+
+from kvtrain.models.eviction.budgets import BudgetedEviction
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class StreamingLLM(BudgetedEviction):
 
     sink: int = 4
 
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``."""
         return layer.pages.field("position").double()
 

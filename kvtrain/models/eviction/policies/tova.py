@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtrain.models.eviction.config import BudgetedEviction
+from torch import Tensor
+
+from kvtrain.models.eviction.budgets import BudgetedEviction
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvtrain.models.eviction.cache import EvictingCacheLayer
     from kvtrain.models.eviction.observation import Observation
+    from kvtrain.models.eviction.slots import LayerSlots
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TOVA(BudgetedEviction):
         """See ``BudgetedEviction``."""
         seen.put("latest", seen.column_sums(), where=seen.positions[:, -1:] >= 0)
 
-    def scores(self, layer: "EvictingCacheLayer") -> "Tensor":
+    def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``; all heads have their slots in the same order, since all lose the same ones."""
         return layer.pages.field("latest").sum(1, keepdim=True).expand(-1, layer.num_heads, -1)
 

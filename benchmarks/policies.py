@@ -1,0 +1,267 @@
+"""What policies that need no training cost at equal bytes: perplexity of continuations, and passkeys asked afterwards.
+
+A prompt is read in full and cut when it ends, then answers are decoded and scored, all in bfloat16: ``kvtrain:tiny``
+goes on for 256 tokens behind 768, ``kvtrain:copy`` reads a book of some 900 tokens and is then asked for four passkeys.
+Every arm is brought to a half, a quarter and an eighth of the bytes that ``Full`` takes in the mean while it answers:
+its size is set by what one row is seen to take. Arms that have no size are measured as they are, and what cannot be
+made as small is left out. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+
+    python benchmarks/policies.py           # a quarter of the bytes, 8 windows and 32 passkeys: minutes on two cores
+    python benchmarks/policies.py --full    # all three, 45 windows and 192 passkeys, with speeds: an hour or more
+    python benchmarks/policies.py --full --print    # what there is
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from duo_passkey import signal
+from turns import cpu_seconds, decoding, machine, median_seconds
+
+import kvtrain
+from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
+from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.evaluation.continuation import continuation
+from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.windows import full_windows
+from kvtrain.inference.load import open_model
+from kvtrain.models.duo.gates import choose_full_heads
+from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
+from kvtrain.models.method import Method
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LENGTH, PROMPT, ROWS = 1024, 768, 8
+TASK = PasskeyTask(passkeys=4, words=8)
+SINK, WINDOW, PAGE = 4, 32, 8
+AS_IT_IS = 0  # the ratio of arms without a size
+_CLOSE, _TOLERANCE, _TRIES = 0.02, 0.1, 6  # of the share of bytes that is aimed at
+
+Figures = dict[str, Any]
+Sized = Callable[[int], Method]  # a method by its size in tokens
+
+
+class Cell(NamedTuple):
+    """One measurement: which arm, at which part of the bytes, on which task."""
+
+    arm: str
+    ratio: int
+    task: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        name: Of the results file.
+        ratios: Full's bytes over those aimed at.
+        windows: Of text that are gone on with.
+        samples: With four passkeys each.
+        speeds: Whether time is taken, too.
+    """
+
+    name: str
+    ratios: tuple[int, ...]
+    windows: int
+    samples: int
+    speeds: bool
+
+
+SMALL, WHOLE = Size("policies_small", (4,), 8, 8, False), Size("policies", (2, 4, 8), 45, 48, True)
+
+
+# --- arms
+
+
+def _snapkv(slots: int, **settings: Any) -> Method:
+    return kvtrain.SnapKV(budget=slots, recent=WINDOW, every=32, page_size=PAGE, **settings)
+
+
+SIZED: dict[str, Sized] = {
+    "StreamingLLM": lambda n: kvtrain.StreamingLLM(budget=n, sink=SINK, recent=n - SINK, page_size=PAGE),
+    "H2O": lambda n: kvtrain.H2O(budget=n, recent=n // 2, page_size=PAGE),
+    "TOVA": lambda n: kvtrain.TOVA(budget=n, page_size=PAGE),
+    "SnapKV": _snapkv,
+    "PyramidKV": functools.partial(_snapkv, per_layer="pyramid"),
+    "Ada-KV": functools.partial(_snapkv, per_head="adaptive"),
+    "CORM": lambda n: kvtrain.CORM(window=n, recent=n, page_size=PAGE),
+    "D2O": lambda n: kvtrain.D2O(budget=n, recent=n // 2, page_size=PAGE),
+    "MiKV, 4 bits": lambda n: kvtrain.MiKV(budget=n, recent=n // 2, page_size=PAGE),
+    "random eviction": lambda n: kvtrain.RandomEviction(budget=n, recent=WINDOW, page_size=PAGE),
+}
+FIXED: dict[str, Method] = {
+    "Full": kvtrain.Full(),
+    "8 bits": kvtrain.Full(kv_bits=8),
+    "4 bits": kvtrain.Full(kv_bits=4),
+}
+HEADS = ("Duo, free signal", "RazorAttention")
+ARMS = (*FIXED, *SIZED, *HEADS)
+
+
+@functools.cache
+def gates(arm: str, base: str) -> torch.Tensor:
+    """What every key-value head of a base is worth, ``(layers, H_kv)``."""
+    model = kvtrain.retrofit(kvtrain.load(base, dtype=torch.float32), kvtrain.Duo(sink=SINK, recent=WINDOW)).eval()
+    is_copy = base == "kvtrain:copy"
+    if arm == "RazorAttention":  # over the words that the model copies, where it copies nothing else
+        words = torch.from_numpy(PasskeyWriter(load_tokenizer(base), TASK).vocabulary) if is_copy else None
+        return razor_gates(razor_scores(model, vocabulary=words))
+    if is_copy:
+        return signal(model)
+    text = "\n".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
+    ids = torch.tensor(load_tokenizer(base)(text)["input_ids"][: ROWS * LENGTH]).view(ROWS, LENGTH)
+    return free_signal(model, ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def streaming(arm: str, base: str, share: float) -> Sized:
+    """As many full heads as leave the others the least window within a share of the bytes, by its latest tokens."""
+    worth, least = gates(arm, base), (SINK + WINDOW) / LENGTH
+    num_full = int((share - least) / (1 - least) * worth.numel())
+    full_heads = choose_full_heads(worth, 1 - num_full / worth.numel())
+    return lambda n: kvtrain.Duo(sink=SINK, recent=max(1, n - SINK), full_heads=full_heads, page_size=PAGE)
+
+
+# --- tasks
+
+
+def go_on(model: Any, tokenizer: Any, limit: int) -> Figures:
+    """Perplexity of the ends of windows."""
+    result = continuation(model, full_windows(tokenizer, "heldout", LENGTH, limit), PROMPT)
+    return {"score": result.perplexity, "scored": result.tokens, **asdict(result.answering)}
+
+
+def find(model: Any, tokenizer: Any, limit: int) -> Figures:
+    """Share of the passkeys that are found."""
+    result = passkey(model, tokenizer, "heldout", TASK, sequence_length=LENGTH, limit=limit, ask="after")
+    assert result.answering is not None
+    return {"score": result.accuracy, "scored": result.passkeys, **asdict(result.answering)}
+
+
+TASKS: dict[str, tuple[str, Callable[[Any, Any, int], Figures]]] = {
+    "continuation": ("kvtrain:tiny", go_on),
+    "passkeys": ("kvtrain:copy", find),
+}
+
+
+def measure(method: Method, task: str, limit: int) -> Figures:
+    """Figures of a method on a task."""
+    base, run = TASKS[task]
+    return run(*open_model(base, method=method, dtype=torch.bfloat16), limit)
+
+
+def fit(sized: Sized, task: str, share: float) -> Method | None:
+    """The method whose size takes a share of Full's bytes in the mean; None where none comes within a tenth."""
+    size, seen = round(share * LENGTH), dict[int, float]()
+    for _ in range(_TRIES):
+        size = max(SINK + WINDOW, min(size, LENGTH))
+        if size in seen:
+            break
+        seen[size] = measure(sized(size), task, 1)["kv_share_mean"]
+        if abs(seen[size] / share - 1) <= _CLOSE:
+            break
+        first, *others = sorted(seen, key=lambda n: abs(seen[n] - share))
+        if others and seen[others[0]] != seen[first]:
+            slope = (others[0] - first) / (seen[others[0]] - seen[first])
+            size = round(first + slope * (share - seen[first]))
+        else:
+            size = round(first * share / seen[first])
+    best = min(seen, key=lambda n: abs(seen[n] - share))
+    return sized(best) if abs(seen[best] / share - 1) <= _TOLERANCE else None
+
+
+def method_of(cell: Cell) -> Method | None:
+    """The method of a cell; None where it cannot be made as small."""
+    if cell.arm in FIXED:
+        return FIXED[cell.arm]
+    share = 1 / cell.ratio
+    sized = streaming(cell.arm, TASKS[cell.task][0], share) if cell.arm in HEADS else SIZED[cell.arm]
+    return fit(sized, cell.task, share)
+
+
+@torch.no_grad()
+def speeds(method: Method) -> Figures:
+    """CPU time of reading prompts and of a decoding step behind them, over Full's."""
+    models = {name: open_model("kvtrain:tiny", method=one)[0] for name, one in (("", method), ("Full", kvtrain.Full()))}
+    ids, caches = torch.randint(2, 4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)), dict[str, Any]()
+
+    def read(name: str) -> None:
+        caches[name] = models[name].make_cache()
+        models[name].get_decoder()(ids, past_key_values=caches[name], prefill=True)
+        caches[name].end_prompt()
+
+    prefill = median_seconds({name: functools.partial(read, name) for name in models}, 1, 3, cpu_seconds)
+    steps = {name: decoding(models[name], caches[name], ROWS) for name in models}
+    decode = median_seconds(steps, 4, 32, cpu_seconds)
+    return {"prefill_ratio": prefill[""] / prefill["Full"], "decode_ratio": decode[""] / decode["Full"]}
+
+
+# --- results
+
+
+def cells(size: Size) -> Iterator[Cell]:
+    """All cells of a size."""
+    for arm in ARMS:
+        for ratio in (AS_IT_IS,) if arm in FIXED else size.ratios:
+            for task in TASKS:
+                yield Cell(arm, ratio, task)
+
+
+def run(cell: Cell, size: Size) -> Figures:
+    """One cell; without a method where it cannot be made as small."""
+    method = method_of(cell)
+    if method is None:
+        return {**cell._asdict(), "method": None}
+    limit = size.windows if cell.task == "continuation" else size.samples
+    figures = measure(method, cell.task, limit)
+    times = speeds(method) if size.speeds and cell.task == "continuation" else {}
+    return {**cell._asdict(), "method": repr(method), **figures, **times}
+
+
+def table(results: list[Figures]) -> str:
+    """A row an arm and ratio, both tasks beside each other."""
+    head = ("policy", "bytes aimed at", "perplexity", "passkeys found", "bytes, mean", "end", "peak")
+    lines = [f"| {' | '.join((*head, 'prefill', 'decode'))} |", "|---" * (len(head) + 2) + "|"]
+    by_cell = {Cell(*(result[name] for name in Cell._fields)): result for result in results if result["method"]}
+    for arm, ratio in dict.fromkeys(cell[:2] for cell in by_cell):
+        both = [by_cell.get(Cell(arm, ratio, task), {}) for task in TASKS]
+        shares = [
+            " / ".join(_shown(one, name, "{:.1%}") for one in both)
+            for name in ("kv_share_mean", "kv_share_end", "kv_share_peak")
+        ]
+        times = [_shown(both[0], name, "{:.2f}x") for name in ("prefill_ratio", "decode_ratio")]
+        scores = [_shown(both[0], "score", "{:.2f}"), _shown(both[1], "score", "{:.3f}")]
+        lines.append(f"| {' | '.join([arm, f'1/{ratio}' if ratio else '-', *scores, *shares, *times])} |")
+    return "\n".join(lines)
+
+
+def _shown(figures: Mapping[str, Any], name: str, form: str) -> str:
+    return form.format(figures[name]) if figures.get(name) is not None else "-"
+
+
+def main() -> None:
+    """Fill in what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all ratios, windows and passkeys, and speeds")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="these alone")
+    asked = parser.parse_args()
+    size = WHOLE if asked.full else SMALL
+    path = RESULTS / f"{size.name}.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {Cell(*(result[name] for name in Cell._fields)) for result in results}
+    for cell in cells(size) if not asked.print else ():
+        if cell.arm in asked.arms and cell not in done:
+            results.append(run(cell, size))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    print(f"{machine()}; bytes of continuations / of passkeys, as shares of Full's\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()

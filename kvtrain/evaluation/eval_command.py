@@ -1,0 +1,65 @@
+"""``kvtrain eval``: what is wrong with the command line is said before a model is read."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from kvtrain.errors import require_file_place
+from kvtrain.parser import Parser, add_method_argument
+from kvtrain.tables import cell, print_table
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
+    parser.add_argument(
+        "--tasks", required=True, metavar="A,B", help="perplexity, continuation, passkey; several with commas"
+    )
+    add_method_argument(parser)
+    parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
+    parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
+    parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
+    parser.add_argument(
+        "--prompt", type=int, metavar="N", help="tokens that continuation reads before it decodes (3/4 of a window)"
+    )
+    parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
+    parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
+    parser.add_argument(
+        "--ask", metavar="WHEN", help="decode passkeys: after the prompt is read, or within it the first question (no)"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="perplexity, and passkeys without --ask, token by token, slowly"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
+
+
+def run(asked: Namespace) -> None:
+    """Measure, print a table, and write JSON where that is asked for.
+
+    Raises:
+        ValueError: Something about the command line is wrong, or the model.
+    """
+    from kvtrain.data.passkey import PasskeyTask
+    from kvtrain.evaluation.evaluate import run_tasks
+    from kvtrain.models.parse_method import parse_method
+
+    if asked.json:
+        require_file_place(Path(asked.json))
+    rows = run_tasks(
+        asked.model,
+        [task.strip() for task in asked.tasks.split(",") if task.strip()],
+        method=None if asked.method is None else parse_method(asked.method),
+        corpus=asked.corpus,
+        sequence_length=asked.sequence_length,
+        stride=asked.stride,
+        limit=asked.limit,
+        prompt=asked.prompt,
+        ask=asked.ask,
+        decode=asked.decode,
+        passkeys=PasskeyTask(asked.passkeys, asked.words),
+    )
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
+    print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
