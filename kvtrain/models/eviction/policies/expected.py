@@ -34,7 +34,7 @@ class ExpectedAttention(BudgetedEviction):
         ValueError: There is no future, or ``epsilon`` is negative.
     """
 
-    name: ClassVar[str] = "expected_attention"
+    name: ClassVar[str] = "expectedattention"
 
     sink: int = 4
     num_future: int = 512
