@@ -14,7 +14,7 @@ from tests.thinning import thinned
 
 LENGTH, PROMPT = 48, 29
 HEADS = {"MHA": {"heads": 4, "kv_heads": 4}, "GQA": {"heads": 8, "kv_heads": 4}, "MQA": {"heads": 4, "kv_heads": 1}}
-RULES = {"streamingllm": "streaming_llm"}
+RULES = {"streamingllm": "streaming_llm", "expectedattention": "expected_attention"}
 POLICIES = {
     "streamingllm": kvtrain.StreamingLLM(budget=8, sink=2),
     "h2o": kvtrain.H2O(budget=8, recent=3),

@@ -1,5 +1,7 @@
 """Modules and caches of eviction policies."""
 
+from functools import partial
+
 from torch import nn
 
 from kvtrain.cache.rows import Placement
@@ -28,6 +30,6 @@ class Builder(build.Builder[Eviction]):
             config.num_attention_heads,
             *adapter.key_value_shape(config, layer_idx),
             wide_dtype(placement.dtype),
-            adapter.rotary_embedding(config).to(placement.device),
+            partial(adapter.rotary_embedding, config),
         )
         return EvictingCacheLayer(self.settings, shape, placement)

@@ -1,6 +1,7 @@
 """Slots of one layer: keys and values of ragged length on pages, fields beside them, and what is kept for a row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ class LayerShape(NamedTuple):
     num_heads: int  # of keys and values
     head_dim: int
     wide: torch.dtype  # of what is summed
-    rotary: nn.Module  # the host's rotary embedding
+    make_rotary: Callable[[], nn.Module]  # the host's rotary embedding
 
 
 class LayerSlots(KVCacheLayer):
@@ -64,10 +65,13 @@ class LayerSlots(KVCacheLayer):
         """See ``KVCacheLayer``."""
         return self.pages.lengths if self.secondary is None else self.pages.lengths + self.secondary.lengths
 
+    @cached_property
+    def _rotary(self) -> nn.Module:
+        return self.shape.make_rotary().to(self.tokens.device)
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``(B, n, D)`` by which the host rotates what stands at ``positions (B, n)``."""
-        like = torch.empty((), dtype=self.shape.wide, device=positions.device)
-        angles: tuple[Tensor, Tensor] = self.shape.rotary(like, positions)
+        angles: tuple[Tensor, Tensor] = self._rotary(positions.new_empty((), dtype=self.shape.wide), positions)
         return angles
 
     def fresh_fields(self, positions: Tensor) -> dict[str, Tensor]:

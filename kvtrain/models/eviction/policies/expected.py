@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvtrain.models.eviction.observation import NewQueries
     from kvtrain.models.eviction.slots import LayerShape, LayerSlots
 
+_SLOTS_AT_A_TIME = 256
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(BudgetedEviction):
@@ -33,7 +35,7 @@ class ExpectedAttention(BudgetedEviction):
         ValueError: There is no future, or ``epsilon`` is negative.
     """
 
-    name: ClassVar[str] = "expected_attention"
+    name: ClassVar[str] = "expectedattention"
 
     sink: int = 4
     num_future: int = 512
@@ -96,8 +98,9 @@ class ExpectedAttention(BudgetedEviction):
             covariance = layer.state["query_scatter"] / count  # (B, H, D, D)
             for _ in range(2):  # its rows, and then its columns
                 covariance = apply_rotary(covariance, cos, sin).mT
-            by_group = keys.unsqueeze(2)  # (B, H_kv, 1, K, D)
-            logits += ((by_group @ covariance.unflatten(1, groups)) * by_group).sum(-1) / 2
+            covariance, by_group = covariance.unflatten(1, groups), keys.unsqueeze(2)  # (B, H_kv, 1, K, D)
+            runs = by_group.split(_SLOTS_AT_A_TIME, 3)  # every query head makes vectors of them
+            logits += torch.cat([((run @ covariance) * run).sum(-1) for run in runs], 3) / 2
         return logits
 
 
