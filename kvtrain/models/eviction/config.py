@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -95,6 +95,20 @@ class Eviction(Method):
     def share_budgets(self, rows: "Tensor", layers: "list[EvictingCacheLayer]") -> None:
         """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: divide a budget over all layers."""
 
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        bits = [] if self.kv_bits is None else [f"{self.kv_bits} bits a channel"]
+        whole = ["prompts whole until they end"] if self.prompt == "dense" else []
+        return ", ".join([type(self).__name__, *bits, *self.described_slots(), *whole])
+
+    def described_slots(self) -> list[str]:
+        """What is kept, in a few words each."""
+        return []
+
+    def as_served(self, host_config: PreTrainedConfig) -> "Eviction":
+        """See ``Method.as_served``: a row as it is when its prompt has been cut."""
+        return replace(self, prompt="blocks")
+
     @property
     def first_eviction(self) -> int:
         """Number of a row's tokens up to which nothing leaves, whatever they are."""
@@ -177,10 +191,18 @@ class BudgetedEviction(Eviction):
 
         return max_slots(self, shape)
 
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        kept = f"{self.budget:.0%} of the tokens" if isinstance(self.budget, float) else f"{self.budget} slots a head"
-        return f"{super().described_cache()}, {kept}"
+    def described_slots(self) -> list[str]:
+        """See ``Eviction``."""
+        return [f"{self.budget:.0%} of the tokens" if isinstance(self.budget, float) else f"{self.budget} slots a head"]
+
+    @property
+    def compression(self) -> float:
+        """Tokens that share a slot in the mean, where the budget is a share of them."""
+        return 1 / self.budget if isinstance(self.budget, float) else 1.0
+
+    def as_served(self, host_config: PreTrainedConfig) -> "Eviction":
+        """See ``Method.as_served``; heads with budgets of their own have the same ones in the mean."""
+        return replace(self, prompt="blocks", per_head="same")
 
     def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """See ``Method.repeats``; layers with budgets of their own are all different."""
