@@ -52,7 +52,7 @@ class MethodModule(TrainingModule):
         name = type(self.method).__name__
         if not self.method.has_parallel_form:
             raise UsageError(
-                f"{name} decides while it serves what it keeps, and has nothing to train: train with another method, or "
+                f"{name} decides while it serves what it keeps, and has nothing to train: train with another method or "
                 f"none, and serve what comes out by kvtrain.retrofit(model, kvtrain.{name}(...))"
             )
         config = self.host_config()

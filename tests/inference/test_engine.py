@@ -15,17 +15,17 @@ from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
 from kvtrain.models.compiled import CompiledStep
-from tests.caches import CACHES, MAIN, POLICIES
+from tests.caches import CACHES, MAIN, POLICIES, SOME_CACHES
 from tests.hosts import VOCAB, make_host
 from tests.inference.crowds import TIE, check, greedy, mix, serve
 from tests.thinning import thinned
 
 CANCELLED = (3, 7)
-# Policies that the gating tiers serve, and the same with prompts that are read in full and then cut.
-SERVED = ("h2o", "snapkv", "mikv")
+# The same with prompts that are read in full and then cut.
+SERVED = [name for name in SOME_CACHES if name in POLICIES]
 DENSE = {f"{name}_dense": replace(POLICIES[name], prompt="dense", page_size=4) for name in SERVED}
 METHODS = [*MAIN, *DENSE]
-SOME_METHODS = [name for name in METHODS if name not in POLICIES or name in SERVED]
+SOME_METHODS = [name for name in METHODS if name in SOME_CACHES or name in DENSE]
 SWAPPED = [(name, None) for name in METHODS] + [(name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")]
 
 

@@ -46,7 +46,7 @@ ON_THE_LINE = [
     (["--model.model_config", "/nowhere.json"], "no model configuration at '/nowhere.json'"),
     (
         ["--model.method", "H2O"],
-        "H2O decides while it serves what it keeps, and has nothing to train: train with another",
+        "H2O decides while it serves what it keeps, and has nothing to train: train with",
     ),
     (["--trainer.max_steps", "500"], "trainer.max_steps is 500, the phases have 12 steps"),
 ]
