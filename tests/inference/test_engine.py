@@ -189,3 +189,17 @@ def test_bytes_are_what_rows_hold(method):
 def test_a_budget_below_a_token_is_refused_with_both_figures(method):
     with pytest.raises(ValueError, match=r"a budget of 100 bytes is below one token, which takes [\d,]+; raise it"):
         EngineLoop(model_of(method), None, 100, Limits())
+
+
+@pytest.mark.parametrize("prompt", ["blocks", "dense"])
+def test_answers_of_any_length_are_let_in_where_rows_are_bounded(prompt):
+    """Known before a row has come to its bound; a prompt that is read in full must fit as it is."""
+    model = kvtrain.retrofit(make_host(), kvtrain.H2O(budget=256, recent=16, prompt=prompt, page_size=8))
+    loop = EngineLoop(model, None, 1 << 18, Limits())
+    loop.check(Request(range(3, 33), max_new_tokens=9000))
+    long = Request([3] * 9000, max_new_tokens=2)
+    if prompt == "blocks":
+        loop.check(long)
+        return
+    with pytest.raises(ValueError, match=r"prompt comes to 9,000 tokens, which take about .* shorten the prompt$"):
+        loop.check(long)
