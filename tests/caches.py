@@ -86,6 +86,8 @@ CACHES: dict[str, Entry] = {
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),
 }
+# Of all policies those that heavy tests run in the gating tiers: fields, a ring of queries, a second store.
+SOME_CACHES = [name for name in CACHES if name not in POLICIES or name in ("h2o", "snapkv", "mikv")]
 # The first of each method, without its variants.
 MAIN = tuple({name.split("_")[0]: name for name in reversed(CACHES)}.values())
 

@@ -105,6 +105,7 @@ def estimate(
     Raises:
         ValueError: The host's configuration cannot be had, the method refuses it, or the precision is unknown.
     """
+    module.check_model()
     name, model = full_precision_name(precision), module.build_meta_model()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(module.is_trainable(parameter_name))

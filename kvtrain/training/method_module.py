@@ -48,7 +48,13 @@ class MethodModule(TrainingModule):
         return self.host_config()
 
     def check_model(self) -> None:
-        """See ``TrainingModule``: a host of a supported family, which the method can work with."""
+        """See ``TrainingModule``: a host of a supported family, which the method can work with, and one that trains."""
+        name = type(self.method).__name__
+        if not self.method.has_parallel_form:
+            raise UsageError(
+                f"{name} decides while it serves what it keeps, and has nothing to train: train with another method or "
+                f"none, and serve what comes out by kvtrain.retrofit(model, kvtrain.{name}(...))"
+            )
         config = self.host_config()
         retrofitted_class(config)
         self.method.validate(config)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvtrain.cache.budget import ByteBudget, CacheFullError
 from kvtrain.cache.paged import PagedStore
 from kvtrain.models.registry import methods
-from tests.caches import CACHES, MAIN, PAIRS, SOME_PAIRS
+from tests.caches import CACHES, MAIN, PAIRS, POLICIES, SOME_CACHES, SOME_PAIRS
 from tests.hosts import make_host, random_ids
 from tests.thinning import thinned
 
@@ -226,6 +226,15 @@ TestReservedRowsOfCompensatedDuo, TestReservedRowsOfT1, TestReservedRowsOfT2 = (
 )
 
 
+# Policies: what fields, rings of queries, states and second stores go through.
+TestRowsOfH2O, TestRowsOfSnapKV, TestRowsOfMiKV, TestRowsOfAdaptiveH2O = (
+    _machine(name, 5) for name in ("h2o", "snapkv", "mikv", "h2o_adaptive")
+)
+TestReservedRowsOfSnapKV, TestReservedRowsOfMiKV = (
+    _machine(name, 4, budget=2**20, preallocate=True) for name in ("snapkv", "mikv")
+)
+
+
 @pytest.mark.parametrize(("method", "family"), thinned(PAIRS, SOME_PAIRS))
 def test_any_chunks_are_the_parallel_form(method, family):
     ids, expected = streams(method, family)
@@ -267,6 +276,7 @@ def test_padded_rows_are_rows_alone(method, family, data):
     ids=["head_dim 6", "head_dim 20", "biases"],
 )
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", thinned(CACHES, SOME_CACHES))
 def test_heads_of_any_width_biases_and_ties(method, shape, tied):
     """``head_dim`` is not hidden size over heads."""
     model, ids = model_of(method, tie_word_embeddings=tied, **shape), random_ids(2, 30)
@@ -327,6 +337,7 @@ def test_reset_gives_the_memory_back(model):
     assert cache.kv_bytes() == first
 
 
+@pytest.mark.parametrize("method", thinned(CACHES, SOME_CACHES))
 def test_a_budget_is_kept_and_refuses_before_anything_changes(model, method):
     ids, expected = streams(method)
     budget = ByteBudget(filled(model, ids[:2]).kv_bytes() * 2)
@@ -384,7 +395,11 @@ WAYS = {
     "chunked prefill": {"prefill_chunk_size": 5},
 }
 GENERATING = [(method, way) for method in CACHES for way in WAYS]
-SOME_GENERATING = [pair for pair in GENERATING if pair[0] in MAIN or pair[1] == "several beams"]
+SOME_GENERATING = [
+    (method, way)
+    for method, way in GENERATING
+    if way == "several beams" or (method in MAIN and (method == "h2o" or method not in POLICIES))
+]
 
 
 @pytest.mark.parametrize(("method", "way"), thinned(GENERATING, SOME_GENERATING))

@@ -15,17 +15,17 @@ from kvtrain.inference.engine.limits import Limits
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.engine.request import Request, Sampling
 from kvtrain.models.compiled import CompiledStep
-from tests.caches import CACHES, MAIN, POLICIES
+from tests.caches import CACHES, MAIN, POLICIES, SOME_CACHES
 from tests.hosts import VOCAB, make_host
 from tests.inference.crowds import TIE, check, greedy, mix, serve
 from tests.thinning import thinned
 
 CANCELLED = (3, 7)
-# Policies that the gating tiers serve, and the same with prompts that are read in full and then cut.
-SERVED = ("h2o", "snapkv", "mikv")
+# The same with prompts that are read in full and then cut.
+SERVED = [name for name in SOME_CACHES if name in POLICIES]
 DENSE = {f"{name}_dense": replace(POLICIES[name], prompt="dense", page_size=4) for name in SERVED}
 METHODS = [*MAIN, *DENSE]
-SOME_METHODS = [name for name in METHODS if name not in POLICIES or name in SERVED]
+SOME_METHODS = [name for name in METHODS if name in SOME_CACHES or name in DENSE]
 SWAPPED = [(name, None) for name in METHODS] + [(name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")]
 
 
@@ -189,3 +189,17 @@ def test_bytes_are_what_rows_hold(method):
 def test_a_budget_below_a_token_is_refused_with_both_figures(method):
     with pytest.raises(ValueError, match=r"a budget of 100 bytes is below one token, which takes [\d,]+; raise it"):
         EngineLoop(model_of(method), None, 100, Limits())
+
+
+@pytest.mark.parametrize("prompt", ["blocks", "dense"])
+def test_answers_of_any_length_are_let_in_where_rows_are_bounded(prompt):
+    """Known before a row has come to its bound; a prompt that is read in full must fit as it is."""
+    model = kvtrain.retrofit(make_host(), kvtrain.H2O(budget=256, recent=16, prompt=prompt, page_size=8))
+    loop = EngineLoop(model, None, 1 << 18, Limits())
+    loop.check(Request(range(3, 33), max_new_tokens=9000))
+    long = Request([3] * 9000, max_new_tokens=2)
+    if prompt == "blocks":
+        loop.check(long)
+        return
+    with pytest.raises(ValueError, match=r"prompt comes to 9,000 tokens, which take about .* shorten the prompt$"):
+        loop.check(long)

@@ -44,6 +44,10 @@ ON_THE_LINE = [
     (["--ckpt_path", "/nowhere.ckpt"], "no checkpoint at '/nowhere.ckpt'"),
     (["--data.corpus", "/nowhere"], "/nowhere: no such file or folder"),
     (["--model.model_config", "/nowhere.json"], "no model configuration at '/nowhere.json'"),
+    (
+        ["--model.method", "H2O"],
+        "H2O decides while it serves what it keeps, and has nothing to train: train with",
+    ),
     (["--trainer.max_steps", "500"], "trainer.max_steps is 500, the phases have 12 steps"),
 ]
 
@@ -54,6 +58,10 @@ ON_THE_LINE = [
 def test_a_mistake_on_the_command_line(capsys, recipe, options, answer):
     assert refused(capsys, "fit", "--config", str(recipe), *options).startswith(answer)
     assert not (recipe.parent / "run" / "checkpoints").exists()
+
+
+def test_what_is_not_trained_has_no_cost_of_training(capsys, recipe):
+    assert refused(capsys, "estimate", "--config", str(recipe), "--model.method", "H2O").startswith("H2O decides while")
 
 
 def test_a_class_of_the_wrong_kind(capsys, recipe):

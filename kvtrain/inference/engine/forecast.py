@@ -1,5 +1,6 @@
 """What a sequence will hold in the end: bytes a token as they are seen, and answers as long as they are seen."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,10 +29,11 @@ class Forecast:
     Args:
         fixed: Bytes of a row before its first token.
         slope: Bytes a token, to begin with.
+        most: Bytes that a row comes to, however many tokens it gets.
     """
 
-    def __init__(self, fixed: float, slope: float) -> None:
-        self._fixed, self._slope, self._least = fixed, slope, slope
+    def __init__(self, fixed: float, slope: float, most: float = math.inf) -> None:
+        self._fixed, self._slope, self._least, self._most = fixed, slope, slope, most
         self._tokens = self._bytes = 0.0
         self._share = 1.0
         self.caution = _BOLDEST
@@ -54,11 +56,11 @@ class Forecast:
 
     def row_bytes(self, tokens: int) -> float:
         """Bytes expected of a row with so many tokens."""
-        return self._fixed + self._slope * tokens
+        return min(self._fixed + self._slope * tokens, self._most)
 
     def least_bytes(self, tokens: int) -> int:
         """Bytes of a row with so many tokens that shrink as well as any that was seen."""
-        return round(self._fixed + self._least * tokens)
+        return round(min(self._fixed + self._least * tokens, self._most))
 
     def tokens_to_come(self, new_tokens: int, max_new_tokens: int) -> float:
         """Tokens expected of an answer that has so many already; one that outlives the others is half-way on."""

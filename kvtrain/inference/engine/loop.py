@@ -87,7 +87,7 @@ class EngineLoop:
         rows.release(sequence.row)
         rows.trim()
         slope = (sizes[-1] - sizes[-2]) / half if half else 0.0
-        return Forecast(max(0.0, sizes[-1] - slope * sequence.seen), slope)
+        return Forecast(max(0.0, sizes[-1] - slope * sequence.seen), slope, rows.most_bytes())
 
     def check(self, request: Request) -> None:
         """Refuse what cannot be served here; from any thread.
@@ -117,11 +117,14 @@ class EngineLoop:
             raise UsageError(f"n must be at most {limits.max_queue} here, which is how many answers may wait")
         if (reason := beyond_positions(self.max_positions, len(request.prompt), request.max_new_tokens)) is not None:
             raise TooLargeError(reason)
-        needed, budget = self.forecast.least_bytes(request.most_tokens), self.runner.rows.budget
+        tokens, what, lower = request.most_tokens, "prompt and max_new_tokens come", " or lower max_new_tokens"
+        if self.runner.rows.cuts_prompts:  # the end of the prompt is when the row holds most
+            tokens, what, lower = len(request.prompt), "prompt comes", ""
+        needed, budget = self.forecast.least_bytes(tokens), self.runner.rows.budget
         if needed > budget:
             raise TooLargeError(
-                f"prompt and max_new_tokens come to {request.most_tokens:,} tokens, which take about {needed:,} bytes "
-                f"of cache, above the budget of {budget:,}; shorten the prompt or lower max_new_tokens"
+                f"{what} to {tokens:,} tokens, which take about {needed:,} bytes of cache, above the budget of "
+                f"{budget:,}; shorten the prompt{lower}"
             )
 
     def submit(self, ticket: Ticket) -> None:

@@ -1,6 +1,7 @@
 """Forward passes over some rows of the cache where they lie, and the rows themselves."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from kvtrain.models.compiled import CompiledStep
 from kvtrain.models.hosts import key_value_shapes
 
 logger = logging.getLogger("kvtrain")
+_ANY_TOKENS = 1 << 40  # more than any row gets
 
 
 @dataclass(eq=False)
@@ -118,6 +120,11 @@ class CacheRows:
         """Bytes that the next tokens of each of some rows take at most."""
         with self.cache.rows([row.number for row in rows]):
             return self.cache.bytes_for(tokens)
+
+    def most_bytes(self) -> float:
+        """Bytes that a row comes to at most, however many tokens it gets; infinite where that is above the budget."""
+        most = self.cache.bytes_for(_ANY_TOKENS, 1)
+        return most if most <= self.budget else math.inf
 
 
 class Runner:

@@ -1,7 +1,7 @@
 """How many slots each head of each layer keeps, and which are above that."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -83,10 +83,18 @@ class BudgetedEviction(Eviction):
         """See ``Eviction``."""
         return _max_slots(self, shape)
 
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        kept = f"{self.budget:.0%} of the tokens" if isinstance(self.budget, float) else f"{self.budget} slots a head"
-        return f"{super().described_cache()}, {kept}"
+    def described_slots(self) -> list[str]:
+        """See ``Eviction``."""
+        return [f"{self.budget:.0%} of the tokens" if isinstance(self.budget, float) else f"{self.budget} slots a head"]
+
+    @property
+    def compression(self) -> float:
+        """Tokens that share a slot in the mean, where the budget is a share of them."""
+        return 1 / self.budget if isinstance(self.budget, float) else 1.0
+
+    def as_served(self, host_config: PreTrainedConfig) -> Eviction:
+        """See ``Method.as_served``; heads with budgets of their own have the same ones in the mean."""
+        return replace(self, prompt="blocks", per_head="same")
 
     def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """See ``Method.repeats``; layers with budgets of their own are all different."""

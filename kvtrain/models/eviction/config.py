@@ -2,10 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from kvtrain.models.method import Method, check_kv_bits
 
@@ -98,6 +99,20 @@ class Eviction(Method):
 
     def on_prompt_end(self, rows: Tensor, layers: "list[LayerSlots]") -> None:
         """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: decide what they decide for good."""
+
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        bits = [] if self.kv_bits is None else [f"{self.kv_bits} bits a channel"]
+        whole = ["prompts whole until they end"] if self.prompt == "dense" else []
+        return ", ".join([type(self).__name__, *bits, *self.described_slots(), *whole])
+
+    def described_slots(self) -> list[str]:
+        """What is kept, in a few words each."""
+        return []
+
+    def as_served(self, host_config: PreTrainedConfig) -> "Eviction":
+        """See ``Method.as_served``: a row as it is when its prompt has been cut."""
+        return replace(self, prompt="blocks")
 
     @property
     def first_eviction(self) -> int:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.eviction.policies.h2o import H2O
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class D2O(H2O):
             raise ValueError(f"smooth is a weight from 0 to 1, not {self.smooth}")
         if self.per_layer == "variance" and self.prompt != "dense":
             raise ValueError("per_layer='variance' divides the budget when a prompt ends: give it prompt='dense'")
+
+    def as_served(self, host_config: PreTrainedConfig) -> Eviction:
+        """See ``Method.as_served``; what the text makes of budgets is not known, and some layers keep everything."""
+        return self if self.per_layer == "variance" else super().as_served(host_config)
 
     def row_state(self, shape: "LayerShape") -> Mapping[str, Any]:
         """See ``Eviction``."""

@@ -59,6 +59,15 @@ class MiKV(H2O):
         for _, head_dim in key_value_shapes(host_config):
             packed_width(head_dim, self.low_bits, self.group)
 
+    def described_slots(self) -> list[str]:
+        """See ``Eviction``."""
+        return [*super().described_slots(), f"all others in {self.low_bits} bits"]
+
+    @property
+    def compression(self) -> float:
+        """See ``BudgetedEviction``; every token has a slot."""
+        return 1.0
+
     def secondary_store(self, shape: "LayerShape", placement: "Placement", primary: "PagedStore") -> "SecondaryStore":
         """See ``Eviction``."""
         from kvtrain.models.eviction.secondary import SecondaryStore
