@@ -64,7 +64,7 @@ POLICIES: dict[str, Eviction] = {
     "tova": kvtrain.TOVA(budget=9),
     "snapkv": kvtrain.SnapKV(budget=12, recent=4, every=8),
     "snapkv_pyramid": kvtrain.SnapKV(budget=12, recent=4, every=5, per_layer="pyramid", beta=3.0),
-    "expectedattention": kvtrain.ExpectedAttention(budget=9, sink=2, num_future=16),
+    "expectedattention": kvtrain.ExpectedAttention(budget=9, recent=2, sink=2, num_future=16),
     "corm": kvtrain.CORM(recent=5, window=6),
     "d2o": kvtrain.D2O(budget=9, recent=3, sink=2),
     "mikv": kvtrain.MiKV(budget=9, recent=3),

@@ -103,7 +103,8 @@ def dequantize(packed: Tensor, bits: int, head_dim: int, dtype: torch.dtype, gro
     size = width - head_dim * bits // 8
     # A copy: float16 can be read only where it is aligned, which a slot of odd width is not.
     constants = packed[..., -size:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(compute)
-    scale, zero = constants.unsqueeze(-1).chunk(2, -2)  # (..., D / group, 1)
+    # Apart: what broadcasts from a piece of something larger takes several times as long.
+    scale, zero = (part.contiguous().unsqueeze(-1) for part in constants.chunk(2, -1))  # (..., D / group, 1)
     codes = _codes(packed, bits, size).to(compute).unflatten(-1, (-1, group or head_dim))
     vectors: Tensor = codes.mul_(scale).add_(zero).flatten(-2)
     return vectors.to(dtype)

@@ -27,10 +27,12 @@ POLICIES = {
     "snapkv every 6": kvtrain.SnapKV(budget=12, recent=4, every=6, kernel=3),
     "snapkv pyramid": kvtrain.SnapKV(budget=16, recent=4, every=2, per_layer="pyramid", beta=4.0),
     "snapkv adaptive": kvtrain.SnapKV(budget=12, recent=4, every=2, per_head="adaptive"),
-    "expected": kvtrain.ExpectedAttention(budget=8, sink=2, num_future=16),
+    "expected": kvtrain.ExpectedAttention(budget=8, recent=0, sink=2, num_future=16),
     "expected every 5": kvtrain.ExpectedAttention(budget=9, sink=1, recent=2, every=5, epsilon=0.0),
-    "expected mean": kvtrain.ExpectedAttention(budget=9, sink=0, use_covariance=False, use_value_norm=False, every=3),
-    "expected adaptive": kvtrain.ExpectedAttention(budget=12, sink=4, every=2, per_head="adaptive"),
+    "expected mean": kvtrain.ExpectedAttention(
+        budget=9, recent=0, sink=0, use_covariance=False, use_value_norm=False, every=3
+    ),
+    "expected adaptive": kvtrain.ExpectedAttention(budget=12, recent=3, sink=4, every=2, per_head="adaptive"),
     "corm": kvtrain.CORM(recent=4, window=6),
     "corm position": kvtrain.CORM(recent=4, window=6, every=3, threshold="position"),
     "d2o": kvtrain.D2O(budget=8, recent=3, sink=1),

@@ -12,7 +12,7 @@ from tests.hosts import FAMILIES, make_host, random_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 ROPES = [{"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, YARN]
-POLICY = kvtrain.ExpectedAttention(budget=9, num_future=16)
+POLICY = kvtrain.ExpectedAttention(budget=9, recent=0, num_future=16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,10 +17,10 @@ POLICIES = {
     "streaming_llm": (kvtrain.StreamingLLM, {}),
     "snapkv": (kvtrain.SnapKV, {}),
     "snapkv_adaptive": (kvtrain.SnapKV, {"per_head": "adaptive"}),
-    "expected_attention": (kvtrain.ExpectedAttention, {}),
+    "expected_attention": (kvtrain.ExpectedAttention, {"recent": 0}),
     "expected_attention_mean": (
         kvtrain.ExpectedAttention,
-        {"use_covariance": False, "use_value_norm": False, "epsilon": 0.0},
+        {"recent": 0, "use_covariance": False, "use_value_norm": False, "epsilon": 0.0},
     ),
 }
 

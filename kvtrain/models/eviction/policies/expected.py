@@ -25,6 +25,9 @@ class ExpectedAttention(BudgetedEviction):
     ``k mu + k S k / 2`` (section 3), of which a softmax over the slots behind the sink is taken. Mean and covariance of
     every query head are state of the row: ``head_dim * (head_dim + 1)`` numbers a head, in at least float32.
 
+    The paper evicts once, when a prompt ends, and nothing of what follows; where that is cut as well, the latest tokens
+    need protection (``recent``), of which the paper knows none.
+
     Args:
         num_future: Next positions whose rotations are averaged.
         use_covariance: Whether the covariance counts; without it, ``head_dim`` numbers are kept a query head.
@@ -37,6 +40,7 @@ class ExpectedAttention(BudgetedEviction):
 
     name: ClassVar[str] = "expectedattention"
 
+    recent: int = 128
     sink: int = 4
     num_future: int = 512
     use_covariance: bool = True
