@@ -3,8 +3,8 @@
 A prompt is read in full and cut when it ends, then answers are decoded and scored, all in bfloat16: ``kvtrain:tiny``
 goes on for 256 tokens behind 768, ``kvtrain:copy`` reads a book of some 900 tokens and is then asked for four passkeys.
 Every arm is brought to a half, a quarter and an eighth of the bytes that ``Full`` takes in the mean while it answers:
-its size is set by what one row is seen to take. Arms that have no size are measured as they are, and what cannot be
-made as small is left out. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+its size is set by what a few rows are seen to take. Arms that have no size are measured as they are, and what cannot be
+made as small is named below the table. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
 
     python benchmarks/policies.py           # a quarter of the bytes, 8 windows and 32 passkeys: minutes on two cores
     python benchmarks/policies.py --full    # all three, 45 windows and 192 passkeys, with speeds: an hour or more
@@ -40,6 +40,7 @@ TASK = PasskeyTask(passkeys=4, words=8)
 SINK, WINDOW, PAGE = 4, 32, 8
 AS_IT_IS = 0  # the ratio of arms without a size
 _CLOSE, _TOLERANCE, _TRIES = 0.02, 0.1, 6  # of the share of bytes that is aimed at
+_FITTED = 4  # rows on which a size is tried: what some policies keep depends on the text
 
 Figures = dict[str, Any]
 Sized = Callable[[int], Method]  # a method by its size in tokens
@@ -161,7 +162,7 @@ def fit(sized: Sized, task: str, share: float) -> Method | None:
         size = max(SINK + WINDOW, min(size, LENGTH))
         if size in seen:
             break
-        seen[size] = measure(sized(size), task, 1)["kv_share_mean"]
+        seen[size] = measure(sized(size), task, _FITTED)["kv_share_mean"]
         if abs(seen[size] / share - 1) <= _CLOSE:
             break
         first, *others = sorted(seen, key=lambda n: abs(seen[n] - share))
@@ -236,6 +237,8 @@ def table(results: list[Figures]) -> str:
         times = [_shown(both[0], name, "{:.2f}x") for name in ("prefill_ratio", "decode_ratio")]
         scores = [_shown(both[0], "score", "{:.2f}"), _shown(both[1], "score", "{:.3f}")]
         lines.append(f"| {' | '.join([arm, f'1/{ratio}' if ratio else '-', *scores, *shares, *times])} |")
+    absent = [f"{r['arm']} at 1/{r['ratio']} ({r['task']})" for r in results if not r["method"]]
+    lines += [f"\nNot within a tenth of the bytes at any size: {', '.join(absent)}."] if absent else []
     return "\n".join(lines)
 
 
