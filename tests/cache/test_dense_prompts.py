@@ -100,3 +100,24 @@ def test_the_end_of_a_prompt_gives_memory_back(name):
         heads = pages.lengths.numel()
         table = pages.table.nbytes + pages.lengths.nbytes
         assert pages.num_bytes() - table <= (budget + pages.page_size) * heads * slot
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "mikv"])
+def test_a_second_turn_reads_densely_over_what_was_kept_and_cuts_again(name):
+    model, ids, more = model_of(name), random_ids(1, 21, seed=5), random_ids(1, 15, seed=8)
+    ask = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cache, fresh = model.make_cache(), model.make_cache()
+    first = model.generate(ids, past_key_values=cache, **ask)
+    text = torch.cat([first, more], 1)
+    second = model.generate(text, past_key_values=cache, **ask)
+    model(ids, past_key_values=fresh, prefill=True)
+    for token in first[:, 21:-1].split(1, 1):
+        model(token, past_key_values=fresh)
+    logits = model(text[:, 24:], past_key_values=fresh, prefill=True).logits
+    assert (fresh.kv_tokens() >= 16).all()  # the second prompt is there, whole
+    for token in second[0, 40:]:
+        expected = logits[0, -1].index_fill(0, torch.tensor([model.generation_config.eos_token_id]), -torch.inf)
+        assert expected.argmax() == token
+        logits = model(token.view(1, 1), past_key_values=fresh).logits
+    most = 44 if name == "mikv" else DENSE[name].budget + DENSE[name].every
+    assert (cache.kv_tokens() <= most).all() and (fresh.kv_tokens() <= most).all()

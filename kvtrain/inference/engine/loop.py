@@ -117,13 +117,13 @@ class EngineLoop:
             raise UsageError(f"n must be at most {limits.max_queue} here, which is how many answers may wait")
         if (reason := beyond_positions(self.max_positions, len(request.prompt), request.max_new_tokens)) is not None:
             raise TooLargeError(reason)
-        tokens, what, lower = request.most_tokens, "prompt and max_new_tokens come", " or lower max_new_tokens"
+        length, what, lower = request.most_tokens, "prompt and max_new_tokens come", " or lower max_new_tokens"
         if self.runner.rows.cuts_prompts:  # the end of the prompt is when the row holds most
-            tokens, what, lower = len(request.prompt), "prompt comes", ""
-        needed, budget = self.forecast.least_bytes(tokens), self.runner.rows.budget
+            length, what, lower = len(request.prompt), "prompt comes", ""
+        needed, budget = self.forecast.least_bytes(length), self.runner.rows.budget
         if needed > budget:
             raise TooLargeError(
-                f"{what} to {tokens:,} tokens, which take about {needed:,} bytes of cache, above the budget of "
+                f"{what} to {length:,} tokens, which take about {needed:,} bytes of cache, above the budget of "
                 f"{budget:,}; shorten the prompt{lower}"
             )
 
