@@ -4,7 +4,8 @@ A prompt is read in full and cut when it ends, then answers are decoded and scor
 goes on for 256 tokens behind 768, ``kvtrain:copy`` reads a book of some 900 tokens and is then asked for four passkeys.
 Every arm is brought to a half, a quarter and an eighth of the bytes that ``Full`` takes in the mean while it answers:
 its size is set by what a few rows are seen to take. Arms that have no size are measured as they are, and what cannot be
-made as small is named below the table. Cells that the results file holds already are left alone, so a stopped benchmark goes on.
+made as small is named below the table. Cells that the results file holds already are left alone, so a stopped
+benchmark goes on.
 
     python benchmarks/policies.py           # a quarter of the bytes, 8 windows and 32 passkeys: minutes on two cores
     python benchmarks/policies.py --full    # all three, 45 windows and 192 passkeys, with speeds: an hour or more
