@@ -10,8 +10,9 @@ import torch
 
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.prompt import prompt_ids
-from tests.caches import MAIN
+from tests.caches import MAIN, SOME_CACHES
 from tests.inference.server.servers import KEY, ended, model_of, serve, tokenizer_with, until
+from tests.thinning import thinned
 
 PROMPTS = ["import os\n", "def walk(path):\n    return", "x"]
 GREEDY = {"model": "small", "temperature": 0, "max_tokens": 12}
@@ -43,7 +44,7 @@ def streamed(stream):
     return texts, ends, usage
 
 
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", thinned(MAIN, {*MAIN} & {*SOME_CACHES}))
 def test_texts_over_http_are_those_of_generate(method):
     model, tokenizer = model_of(method), tokenizer_with()
     expected = [generated(model, tokenizer, prompt) for prompt in PROMPTS]
@@ -167,7 +168,7 @@ def test_turns_of_a_chat_read_no_token_twice(served, client):
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", thinned(MAIN, {*MAIN} & {*SOME_CACHES}))
 def test_ten_turns_are_one_pass_over_the_whole_conversation(method):
     """Every answer is what ``generate`` gives to all that was said before, read anew."""
     model, tokenizer = model_of(method), tokenizer_with()
