@@ -32,19 +32,19 @@ def pages(bits: int | None, num_queries: int, dtype: torch.dtype) -> Pages:
 
 def on(case: Pages, device: str, dtype: torch.dtype) -> Pages:
     """A case with its tensors there, those that are not packed in that dtype."""
-    tensors = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "bits"}
+    tensors = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("bits", "group")}
     moved = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
     return replace(case, **moved)
 
 
 def attended(case: Pages) -> tuple[torch.Tensor, torch.Tensor]:
-    options = {"bits": case.bits, "backend": "auto"}
+    options = {"bits": case.bits, "group": case.group, "backend": "auto"}
     return paged_attention(case.query, case.keys, case.values, case.table, case.lengths, SCALE, **options)
 
 
 @DTYPES
 @pytest.mark.parametrize("num_queries", [1, 40])
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, 4, 2])
 def test_it_is_attention_over_what_the_pages_hold(bits: int | None, num_queries: int, dtype: torch.dtype, device: str):
     """Few queries read every page where it lies, many read copies of runs; either way queries get their gradients."""
     case = pages(bits, num_queries, dtype)

@@ -323,7 +323,7 @@ METHOD = [
     ("generate kvtrain:copy --prompt x --method ' '", "no method: ''; write such as 'H2O(budget=256, recent=128)'"),
     ("generate kvtrain:copy --prompt x --method H2O", "a method has brackets: write 'H2O()'"),
     ("generate kvtrain:copy --prompt x --method 'H20()'", "unknown method 'H20'. Did you mean 'H2O'?"),
-    ("generate kvtrain:copy --prompt x --method 'zip()'", "unknown method 'zip'. There are CORM, D2O, DMC, Duo, Full"),
+    ("generate kvtrain:copy --prompt x --method 'zip()'", "unknown method 'zip'. There are CORM, D2O, DMC, Duo, Exp"),
     ("generate kvtrain:copy --prompt x --method 'H2O('", "no method: 'H2O('; write such as"),
     ("generate kvtrain:copy --prompt x --method 'H2O() if 1 else 2'", "no method: 'H2O() if 1 else 2'"),
     ("generate kvtrain:copy --prompt x --method '(lambda: 1)()'", "no method: '(lambda: 1)()'"),
@@ -345,7 +345,7 @@ METHOD = [
     ),
     ("generate kvtrain:copy --prompt x --method 'H2O(every=1.5)'", "'every': expected an integer, got '1.5'"),
     ("generate kvtrain:copy --prompt x --method 'H2O(every=True)'", "'every': expected an integer, got 'True'"),
-    ("generate kvtrain:copy --prompt x --method 'Full(kv_bits=3)'", "'kv_bits': expected 4 or 8 or None, got '3'"),
+    ("generate kvtrain:copy --prompt x --method 'Full(kv_bits=3)'", "'kv_bits': expected 2 or 4 or 8 or None, got '3'"),
     ("generate kvtrain:copy --prompt x --method 'Duo(full_heads=[1])'", "expected a list of a list of an integer or"),
     ("generate kvtrain:copy --prompt x --method 'Duo()'", "'Duo()' has no cache before training has completed"),
     (
