@@ -369,9 +369,7 @@ class KVCache(GeneratingCache):
         """
         past, wanted = self.tokens, torch.as_tensor(tokens, device=self.tokens.device)
         if wanted.is_floating_point() or wanted.shape not in ((), past.shape):
-            raise ValueError(
-                f"rollback takes a number of tokens, or one for each of {self.num_rows} rows, not {tokens}"
-            )
+            raise ValueError(f"rollback takes a number, or one for each of {self.num_rows} rows, not {tokens}")
         largest = int(wanted.max()) if wanted.numel() else 0
         wanted = wanted.expand_as(past)
         if bool(((wanted < 0) | (wanted > past)).any()) or (largest and not self.num_rows):
