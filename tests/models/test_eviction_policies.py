@@ -52,7 +52,12 @@ CASES = [
     if (prompt == "dense" or name not in ("d2o variance", "mikv balanced"))
     and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
 ]
-SOME = [case for case in CASES if case[1] == "GQA"]
+# Both forms of every policy; of its further settings one, in turns.
+SOME = [
+    (name, heads, prompt)
+    for name, heads, prompt in CASES
+    if heads == "GQA" and (" " not in name or prompt == ("dense", "blocks")[len(name) % 2] or "variance" in name)
+]
 
 
 @remember
