@@ -128,7 +128,7 @@ def refuse_uncut(model: Any, chunk: int | None) -> None:
     Raises:
         ValueError: Nothing would ever leave its cache.
     """
-    if chunk != 1 and any(layer.cuts_prompts for layer in model.make_cache().layers):
+    if chunk != 1 and model.make_cache().cuts_prompts:
         raise ValueError(
             'this method cuts a prompt when it ends (prompt="dense"), and all of a text would be one: add --decode, '
             'choose the task continuation or passkeys with --ask after, or set prompt="blocks"'
