@@ -158,14 +158,15 @@ class PagedStore(PageAllocator):
         return torch.arange(self.num_slots, device=self.lengths.device) < self.lengths.unsqueeze(-1)
 
     def field(self, name: str) -> Tensor:
-        """A copy of a field, ``(B, H, K)``: of every slot in use, and 0 of others."""
-        pages, table = self.pool.slots[name], self.table.flatten()
+        """A copy of a field, ``(B, H, K)`` by slot; 0 beyond what a head has."""
+        return self.by_slot(self.pool.slots[name])
+
+    def by_slot(self, pages: Tensor) -> Tensor:
+        """What there is for every slot of the pool, ``(pages, page_size)``, as ``field`` gives it."""
         if not len(pages):
             return pages.new_zeros(*self.lengths.shape, self.num_slots)
-        values = pages.index_select(0, table.clamp(min=0))
-        return torch.where((table < 0).unsqueeze(-1), values.new_zeros(()), values).view(
-            *self.lengths.shape, self.num_slots
-        )
+        nobody = (self.table < 0).unsqueeze(-1)  # such a number stands for the last page of all, and what that holds
+        return pages[self.table].masked_fill_(nobody, 0).flatten(2)
 
     @bookkeeping
     def set_field(self, name: str, values: Tensor) -> None:

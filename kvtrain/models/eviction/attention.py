@@ -99,7 +99,7 @@ class EvictingAttention(HostAttention):
             layer.append(key, value, fields, block.valid, single=False)
         with torch.no_grad():
             self.policy.observe_queries(layer, queries)
-        layer.remember_queries(query.detach() * self.scaling, lse.detach(), block.positions, single)
+        layer.remember_queries(queries, lse, single)
         if block.evicting is not None:
             layer.evict(block.evicting)
         return output

@@ -12,6 +12,7 @@ from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import bookkeeping
 from kvtrain.cache.state import StateStore
 from kvtrain.kernels.paged_scores import paged_tiles
+from kvtrain.models.eviction.observation import NewQueries
 
 POSITION = "position"
 
@@ -101,20 +102,20 @@ class LayerSlots(KVCacheLayer):
         self.pages.append(entries, valid)
         self.state["tokens"] = self.tokens + valid.sum(1)
 
-    def remember_queries(self, query: Tensor, lse: Tensor, positions: Tensor, single: bool) -> None:
+    def remember_queries(self, new: NewQueries, lse: Tensor, single: bool) -> None:
         """Keep the latest queries of every row, where the policy looks back.
 
         Args:
-            query: ``(B, H, n, D)``, scaled.
+            new: The queries; padding stands before the real ones.
             lse: ``(B, H, n)``.
-            positions: ``(B, n)``, -1 for padding, which stands before the real ones.
             single: Every row has exactly one, a real one, which is known without asking.
         """
         window = self.window
         if not window:
             return
         latest = slice(-window, None)
-        query, lse, positions = query[:, :, latest], lse[:, :, latest], positions[:, latest]
+        query, positions = new.rotated[:, :, latest].detach() * new.scaling, new.positions[:, latest]
+        lse = lse[:, :, latest].detach()
         if single:
             row = torch.arange(len(positions), device=positions.device)
             column = torch.zeros_like(row)
@@ -146,12 +147,17 @@ class LayerSlots(KVCacheLayer):
         )
         for tile in tiles:
             tile.add(sums, tile.column_sums())
-        return sums[pages.table.clamp(min=0)].flatten(2)
+        return pages.by_slot(sums)
 
     def read_slots(self, name: str, slots: Tensor) -> Tensor:
         """Copies ``(B, H, n, channels)`` of slots ``(B, H, n)``; of those that heads do not own, of anything."""
         pages = self.pages.table.gather(2, slots // self.pages.page_size).clamp(min=0)
         return self.pages.unpack(name, self.pages.pool.slots[name][pages, slots % self.pages.page_size])
+
+    def read_all(self, name: str) -> Tensor:
+        """Copies ``(B, H, K, channels)`` of all slots, in at least float32; as ``read_slots``."""
+        places = torch.arange(self.pages.num_slots, device=self.tokens.device)
+        return self.read_slots(name, places.expand(*self.pages.lengths.shape, -1)).to(self.shape.wide)
 
     def listed(self, victims: Tensor) -> tuple[Tensor, Tensor]:
         """Marked slots as ``(B, H, E)`` numbers in the order of their positions, and which of these there are.

@@ -94,7 +94,7 @@ class D2O(H2O):
         if not slots.shape[2]:
             return
         places = torch.arange(stays.shape[2], device=stays.device).expand(stays.shape)
-        kept = {name: layer.read_slots(name, places).to(layer.shape.wide) for name in layer.pages.dims}
+        kept = {name: layer.read_all(name) for name in layer.pages.dims}
         index = slots.unsqueeze(-1).expand(-1, -1, -1, layer.shape.head_dim)
         unit = torch.nn.functional.normalize(kept["keys"], dim=-1)
         alike = (unit.gather(2, index) @ unit.mT).masked_fill(~stays.unsqueeze(2), -torch.inf)  # (B, H, E, K)

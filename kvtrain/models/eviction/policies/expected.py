@@ -79,8 +79,7 @@ class ExpectedAttention(BudgetedEviction):
     def scores(self, layer: "LayerSlots") -> Tensor:
         """See ``BudgetedEviction``."""
         live, position = layer.pages.live(), layer.pages.field("position")
-        places = torch.arange(live.shape[2], device=live.device).expand(live.shape)
-        keys, values = (layer.read_slots(name, places).to(layer.shape.wide) for name in ("keys", "values"))
+        keys, values = layer.read_all("keys"), layer.read_all("values")
         logits = self._expected_logits(layer, keys)  # (B, H_kv, G, K)
         counted = live & (position >= self.sink)
         logits = logits.masked_fill(~counted.unsqueeze(2), torch.finfo(logits.dtype).min)

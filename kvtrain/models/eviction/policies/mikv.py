@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from kvtrain.models.eviction.policies.h2o import H2O
@@ -94,8 +93,7 @@ class MiKV(H2O):
         for layer in layers:
             assert layer.secondary is not None
             live, own, query = layer.pages.live(), layer.state["balancer"], layer.state["largest_query"]
-            places = torch.arange(live.shape[2], device=live.device).expand(live.shape)
-            sizes = layer.read_slots("keys", places).to(own.dtype).abs().masked_fill(~live.unsqueeze(-1), 0)
+            sizes = layer.read_all("keys").abs().masked_fill(~live.unsqueeze(-1), 0)
             key = sizes.amax(2)  # (B, H_kv, D)
             balancer = (query / key).sqrt().where((query > 0) & (key > 0), 1.0)
             unset = (own == 0).all(-1).all(-1) & (layer.secondary.lengths == 0).all(-1)
