@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from contenders import plain_host, random_ids
-from turns import cpu_seconds, decoding, machine, median_seconds
+from turns import at_most, cpu_seconds, decoding, machine, median_seconds
 
 import kvtrain
 
@@ -42,9 +42,9 @@ def report(times: dict[str, float], bars: dict[str, float], what: str) -> None:
     """Print a line a contender."""
     print(f"{what}:")
     for name, seconds in times.items():
-        ratio, bar = seconds / times["full"], bars.get(name)
-        wanted = "" if bar is None else f", at most {bar} wanted{'' if ratio <= bar else ': MISSED'}"
-        print(f"  {name:14} {1e3 * seconds:8.1f} ms, {ratio:.2f} of the full cache's{wanted}")
+        ratio = seconds / times["full"]
+        said = at_most(ratio, bars.get(name))
+        print(f"  {name:14} {1e3 * seconds:8.1f} ms, {ratio:.2f} of the full cache's{said}")
 
 
 @torch.no_grad()

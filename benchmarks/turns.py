@@ -39,6 +39,11 @@ def median_seconds(
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
+def at_most(ratio: float, bar: float | None) -> str:
+    """What is said behind a ratio that should not be above a bar, if there is one."""
+    return "" if bar is None else f", at most {bar} wanted{'' if ratio <= bar else ': MISSED'}"
+
+
 def decoding(model: Any, cache: Any, rows: int) -> Callable[[], Any]:
     """A call that feeds one token a row; the cache grows by it."""
     token = torch.full((rows, 1), 7, device=model.device)
