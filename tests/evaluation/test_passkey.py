@@ -72,7 +72,7 @@ class Oracle:
 class Seen:
     """As much of a cache as is asked for."""
 
-    layers = ()
+    cuts_prompts = False
 
     def __init__(self, rows):
         self.rows, self.seen = rows, 0
