@@ -91,6 +91,7 @@ SIZED: dict[str, Sized] = {
     "SnapKV": _snapkv,
     "PyramidKV": functools.partial(_snapkv, per_layer="pyramid"),
     "Ada-KV": functools.partial(_snapkv, per_head="adaptive"),
+    "ExpectedAttention": lambda n: kvtrain.ExpectedAttention(budget=n, recent=WINDOW, every=32, page_size=PAGE),
     "CORM": lambda n: kvtrain.CORM(window=n, recent=n, page_size=PAGE),
     "D2O": lambda n: kvtrain.D2O(budget=n, recent=n // 2, page_size=PAGE),
     "MiKV, 4 bits": lambda n: kvtrain.MiKV(budget=n, recent=n // 2, page_size=PAGE),
