@@ -10,6 +10,10 @@ benchmark goes on.
     python benchmarks/policies.py           # a quarter of the bytes, 8 windows and 32 passkeys: minutes on two cores
     python benchmarks/policies.py --full    # all three, 45 windows and 192 passkeys, with speeds: an hour or more
     python benchmarks/policies.py --full --print    # what there is
+    python benchmarks/policies.py --full --kvpress  # only kvpress' presses, where that is installed; see pressed.py
+
+Presses cut prompts to a half, a quarter and an eighth of their tokens, and what is decoded stays: their bytes are those
+that their caches hold.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from duo_passkey import signal
+from pressed import PRESSES, PressedModel
 from turns import cpu_seconds, decoding, machine, median_seconds
 
 import kvtrain
@@ -103,7 +108,7 @@ FIXED: dict[str, Method] = {
     "4 bits": kvtrain.Full(kv_bits=4),
 }
 HEADS = ("Duo, free signal", "RazorAttention")
-ARMS = (*FIXED, *SIZED, *HEADS)
+ARMS = (*FIXED, *SIZED, *HEADS, *PRESSES)
 
 
 @functools.cache
@@ -186,6 +191,14 @@ def method_of(cell: Cell) -> Method | None:
     return fit(sized, cell.task, share)
 
 
+def pressed(cell: Cell, limit: int) -> Figures:
+    """Figures of a press at a share of the prompt's tokens."""
+    base, run = TASKS[cell.task]
+    model = PressedModel(base, cell.arm, 1 - 1 / cell.ratio)
+    figures = run(model, load_tokenizer(base), limit)
+    return {"method": repr(model.press), "masked": model.masks, **figures}
+
+
 @torch.no_grad()
 def speeds(method: Method) -> Figures:
     """CPU time of reading prompts and of a decoding step behind them, over Full's."""
@@ -216,10 +229,12 @@ def cells(size: Size) -> Iterator[Cell]:
 
 def run(cell: Cell, size: Size) -> Figures:
     """One cell; without a method where it cannot be made as small."""
+    limit = size.windows if cell.task == "continuation" else size.samples
+    if cell.arm in PRESSES:
+        return {**cell._asdict(), **pressed(cell, limit)}
     method = method_of(cell)
     if method is None:
         return {**cell._asdict(), "method": None}
-    limit = size.windows if cell.task == "continuation" else size.samples
     figures = measure(method, cell.task, limit)
     times = speeds(method) if size.speeds and cell.task == "continuation" else {}
     return {**cell._asdict(), "method": repr(method), **figures, **times}
@@ -236,6 +251,7 @@ def table(results: list[Figures]) -> str:
             " / ".join(_shown(one, name, "{:.1%}") for one in both)
             for name in ("kv_share_mean", "kv_share_end", "kv_share_peak")
         ]
+        shares[0] += ", masked, nothing freed" if any(one.get("masked") for one in both) else ""
         times = [_shown(both[0], name, "{:.2f}x") for name in ("prefill_ratio", "decode_ratio")]
         scores = [_shown(both[0], "score", "{:.2f}"), _shown(both[1], "score", "{:.3f}")]
         lines.append(f"| {' | '.join([arm, f'1/{ratio}' if ratio else '-', *scores, *shares, *times])} |")
@@ -253,14 +269,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all ratios, windows and passkeys, and speeds")
     parser.add_argument("--print", action="store_true", help="measure nothing")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="these alone")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these alone")
+    parser.add_argument("--kvpress", action="store_true", help="kvpress' presses alone: it patches the whole process")
     asked = parser.parse_args()
+    arms = asked.arms or [arm for arm in ARMS if (arm in PRESSES) == asked.kvpress]
     size = WHOLE if asked.full else SMALL
     path = RESULTS / f"{size.name}.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {Cell(*(result[name] for name in Cell._fields)) for result in results}
     for cell in cells(size) if not asked.print else ():
-        if cell.arm in asked.arms and cell not in done:
+        if cell.arm in arms and cell not in done:
             results.append(run(cell, size))
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:

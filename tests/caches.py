@@ -86,10 +86,13 @@ CACHES: dict[str, Entry] = {
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),
 }
-# Of all policies those that heavy tests run in the gating tiers: fields, a ring of queries, a second store.
+# Of all policies those that stand for the others in the gating tiers: fields, a ring of queries, a second store. That
+# any chunks are the parallel form, and padded rows rows alone, is asked there of every policy.
 SOME_CACHES = [name for name in CACHES if name not in POLICIES or name in ("h2o", "snapkv", "mikv")]
 # The first of each method, without its variants.
 MAIN = tuple({name.split("_")[0]: name for name in reversed(CACHES)}.values())
+# Of those one policy alone, where a whole server or folder is made of each.
+SOME_MAIN = tuple(name for name in MAIN if name == "h2o" or name not in POLICIES)
 
 # Every cache in every family; and every cache in one family, and every family with one cache.
 PAIRS = [(name, family) for name, entry in CACHES.items() for family in entry.families]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.caches import CACHES
+from tests.caches import CACHES, SOME_CACHES
+from tests.thinning import thinned
 
 
 @pytest.fixture
@@ -12,6 +13,6 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=list(CACHES))
+@pytest.fixture(params=thinned(CACHES, SOME_CACHES))
 def method(request):
     return request.param

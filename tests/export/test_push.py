@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 import kvtrain
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain_cli import main
-from tests.caches import CACHES, MAIN
+from tests.caches import CACHES, MAIN, SOME_MAIN
 from tests.export.test_hf import write_run
 from tests.hosts import make_host, random_ids
 from tests.hub.client import local_hub
 from tests.hub.server import READER, WRITER, Repository, oid
+from tests.thinning import thinned
 
 NAME = "org/model"
 
@@ -67,7 +68,7 @@ def pushes(hub):
     return [call for call in hub.calls if call.startswith("PUT") or "/commit/" in call]
 
 
-@pytest.mark.parametrize("name", [*MAIN, "host"])
+@pytest.mark.parametrize("name", thinned([*MAIN, "host"], [*SOME_MAIN, "host"]))
 def test_what_is_pushed_comes_back(hub, tmp_path, capsys, name):
     model = write_folder(tmp_path / "out", name)
     assert main(["push", str(tmp_path / "out"), NAME, "--private"]) == 0

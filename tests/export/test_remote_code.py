@@ -20,11 +20,12 @@ from kvtrain.export.flatten import PRESENT
 from kvtrain.export.hf import export_run
 from kvtrain.export.remote_code import remote_code, write_remote_code
 from kvtrain.models.portable import SHIM
-from tests.caches import CACHES, MAIN
+from tests.caches import CACHES, MAIN, SOME_MAIN
 from tests.export.test_hf import card_of, write_run
 from tests.export.test_portable import SIZES
 from tests.hosts import FAMILIES, make_host, random_ids
 from tests.processes import ROOT
+from tests.thinning import thinned
 
 READER = Path(__file__).with_name("reader.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -118,7 +119,7 @@ def test_two_models_open_in_one_process_without_kvtrain_and_are_saved_with_their
     print(f"DMC's code: {len(prepared['dmc'][0])} files, {size / 1024:.0f} KiB")
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", thinned(MAIN, SOME_MAIN))
 def test_every_file_is_one_that_transformers_takes(tmp_path, name):
     """It copies what it finds named by a pattern, and looks for every package that is named outside of ``try``."""
     config = cached(name).config

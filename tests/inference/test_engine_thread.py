@@ -21,7 +21,7 @@ from kvtrain.inference.engine.request import (
     Sampling,
     TooLargeError,
 )
-from tests.caches import CACHES, MAIN, SOME_CACHES
+from tests.caches import CACHES, SOME_MAIN
 from tests.hosts import make_host
 
 BUDGET = 1 << 22
@@ -321,9 +321,7 @@ def test_what_was_said_before_is_not_read_again(engine):
     assert engine.stats().kept_prefixes == 0 == engine.stats().held_bytes
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in MAIN and n in SOME_CACHES else pytest.mark.roads) for n in CACHES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOME_MAIN else pytest.mark.roads) for n in CACHES])
 def test_sixteen_prompts_that_begin_alike_read_that_once(name, monkeypatch):
     """Counted where the model is fed; what comes later finds it, too."""
     model, common = CACHES[name].retrofit(make_host(layers=CACHES[name].layers)), tuple(range(3, 40))

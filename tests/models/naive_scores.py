@@ -3,6 +3,7 @@
 Every score is computed anew from all probabilities that there have been (``Head.looks``), never kept up to date.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def by_expected_attention(rule: Rule, layer: Layer, head: Head) -> list[float]:
     chances = torch.zeros(len(head.slots), dtype=keys.dtype)
     for group in range(groups):
         queries = [
-            mean_turn(query[group], [at - position for at in range(seen, seen + rule.num_future)])
+            mean_turn(query[group], seen - position, rule.num_future)
             for position, query in enumerate(head.queries)
             if position >= rule.sink
         ]
@@ -141,12 +142,19 @@ def by_expected_attention(rule: Rule, layer: Layer, head: Head) -> list[float]:
     return chances.tolist()
 
 
-def mean_turn(vector: Tensor, distances: list[int]) -> Tensor:
-    """A vector ``(D)`` moved on by so many positions, mean over distances; rotary embedding with a base of 10,000."""
+def mean_turn(vector: Tensor, nearest: int, count: int) -> Tensor:
+    """A vector ``(D)`` moved on by ``nearest`` positions and more, mean over ``count`` of them."""
     half = len(vector) // 2
-    angles = torch.tensor(distances, dtype=torch.float64)[:, None] * 1e4 ** -(torch.arange(half).double() / half)
-    turned = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones_like(angles), angles).mean(0)
+    turned = torch.complex(vector[:half], vector[half:]) * turns(half, nearest, count)
     return torch.cat([turned.real, turned.imag])
+
+
+@functools.cache
+def turns(half: int, nearest: int, count: int) -> Tensor:
+    """Mean rotations ``(D / 2)``; rotary embedding with a base of 10,000."""
+    distances = torch.arange(nearest, nearest + count, dtype=torch.float64)
+    angles = distances[:, None] * 1e4 ** -(torch.arange(half).double() / half)
+    return torch.polar(torch.ones_like(angles), angles).mean(0)
 
 
 SCORES: dict[str, Callable[[Rule, Layer, Head], list[float]]] = {

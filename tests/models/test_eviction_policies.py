@@ -52,11 +52,11 @@ CASES = [
     if (prompt == "dense" or name not in ("d2o variance", "mikv balanced"))
     and not (heads == "MQA" and policy.name == "d2o" and "var" in name)
 ]
-# Both forms of every policy; of its further settings one, in turns.
+# Every policy as it is in blocks, and behind dense prompts with further settings.
 SOME = [
     (name, heads, prompt)
     for name, heads, prompt in CASES
-    if heads == "GQA" and (" " not in name or prompt == ("dense", "blocks")[len(name) % 2] or "variance" in name)
+    if heads == "GQA" and prompt == ("dense" if " " in name else "blocks")
 ]
 
 

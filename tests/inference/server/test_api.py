@@ -10,7 +10,7 @@ import torch
 
 from kvtrain.inference.engine.loop import EngineLoop
 from kvtrain.inference.prompt import prompt_ids
-from tests.caches import MAIN, SOME_CACHES
+from tests.caches import MAIN, SOME_MAIN
 from tests.inference.server.servers import KEY, ended, model_of, serve, tokenizer_with, until
 from tests.thinning import thinned
 
@@ -44,7 +44,7 @@ def streamed(stream):
     return texts, ends, usage
 
 
-@pytest.mark.parametrize("method", thinned(MAIN, {*MAIN} & {*SOME_CACHES}))
+@pytest.mark.parametrize("method", thinned(MAIN, SOME_MAIN))
 def test_texts_over_http_are_those_of_generate(method):
     model, tokenizer = model_of(method), tokenizer_with()
     expected = [generated(model, tokenizer, prompt) for prompt in PROMPTS]
@@ -168,7 +168,7 @@ def test_turns_of_a_chat_read_no_token_twice(served, client):
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("method", thinned(MAIN, {*MAIN} & {*SOME_CACHES}))
+@pytest.mark.parametrize("method", thinned(MAIN, SOME_MAIN))
 def test_ten_turns_are_one_pass_over_the_whole_conversation(method):
     """Every answer is what ``generate`` gives to all that was said before, read anew."""
     model, tokenizer = model_of(method), tokenizer_with()
