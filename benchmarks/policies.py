@@ -240,6 +240,24 @@ def run(cell: Cell, size: Size) -> Figures:
     return {**cell._asdict(), "method": repr(method), **figures, **times}
 
 
+def summary(results: list[Figures]) -> str:
+    """A row an arm: what each task comes to at every part of the bytes, and a line for arms without a size."""
+    found = {Cell(*(result[name] for name in Cell._fields)): result for result in results if result["method"]}
+    ratios = sorted({cell.ratio for cell in found} - {AS_IT_IS})
+    titles = [f"{title} at 1/{ratio}" for title in ("perplexity", "found") for ratio in ratios]
+    lines = [f"| {' | '.join(('policy', *titles))} |", "|---" * (len(titles) + 1) + "|"]
+    rest = []
+    for arm in dict.fromkeys(cell.arm for cell in found):
+        own = [AS_IT_IS] if arm in FIXED else ratios
+        scores = [[_shown(found.get(Cell(arm, one, task), {}), "score", "{:.2f}") for one in own] for task in TASKS]
+        if arm in FIXED:
+            share = found[Cell(arm, AS_IT_IS, "passkeys")]["kv_share_mean"]
+            rest.append(f"{arm} ({share:.0%} of the bytes): {scores[0][0]} and {scores[1][0]}")
+        else:
+            lines.append(f"| {' | '.join((arm, *scores[0], *scores[1]))} |")
+    return "\n".join([*lines, "", "; ".join(rest)])
+
+
 def table(results: list[Figures]) -> str:
     """A row an arm and ratio, both tasks beside each other."""
     head = ("policy", "bytes aimed at", "perplexity", "passkeys found", "bytes, mean", "end", "peak")
@@ -283,7 +301,9 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
+    results.sort(key=lambda result: (ARMS.index(result["arm"]), result["ratio"]))
     print(f"{machine()}; bytes of continuations / of passkeys, as shares of Full's\n\n{table(results)}")
+    print(f"\nIn short:\n\n{summary(results)}")
 
 
 if __name__ == "__main__":
