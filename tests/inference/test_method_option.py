@@ -32,7 +32,7 @@ def test_it_is_read_as_python_reads_it(text, method):
 
 
 def test_it_is_written_without_what_goes_without_saying():
-    assert method_text(kvtrain.SnapKV(budget=256, kernel=5)) == "SnapKV(budget=256)"
+    assert method_text(kvtrain.H2O(budget=128, page_size=32)) == "H2O(budget=128)"
 
 
 @pytest.mark.parametrize("prompt", ["blocks", "dense"])
