@@ -243,20 +243,6 @@ def _generate(arguments: list[str]) -> None:
     print(generation.facts(), file=sys.stderr)
 
 
-def _report_arguments(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder of kvtrain fit")
-    parser.add_argument("--output", metavar="DIR", help="where the pictures go (RUN/report)")
-    parser.epilog = "Where RUN holds an eval.json of kvtrain eval --json, losses and slots by position are drawn too."
-
-
-def _report(arguments: list[str]) -> None:
-    asked = build_parser("report").parse_args(arguments)
-    from kvtrain.evaluation.report import report_run
-
-    for path in report_run(Path(asked.run), Path(asked.output) if asked.output else None):
-        print(path)
-
-
 def _in_module(name: str, module: str, summary: str) -> Command:
     """A command that a module holds by itself, as ``add_arguments`` and ``run``; imported when it is asked for."""
 
@@ -283,7 +269,9 @@ COMMANDS = {
         "serve", "kvtrain.inference.server.command", "Serve a model to many at once, in OpenAI's form, with a page"
     ),
     "eval": _in_module("eval", "kvtrain.evaluation.eval_command", "Measure a model: a table, and JSON"),
-    "report": Command("Draw a run: loss, compression, layers and heads", _report, _report_arguments),
+    "report": _in_module(
+        "report", "kvtrain.evaluation.report_command", "Draw a run, or what several methods lose and save"
+    ),
 }
 
 

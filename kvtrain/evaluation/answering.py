@@ -19,13 +19,17 @@ class AnsweringBytes:
     """Bytes of the cache while answers are decoded, spare pages aside, beside those of ``Full`` after as many tokens.
 
     Attributes:
+        kv_bytes_mean: Of a row, in the mean over all steps of the answers.
         kv_bytes_end: Of a row when the last token has been read, in the mean.
+        kv_bytes_peak: Of a row, the most after any pass, those over the prompt included, in the mean over batches.
         kv_share_mean: Over all steps of the answers, as a share of ``Full``'s; None of a model that has no host.
         kv_share_end: After the last step, likewise.
-        kv_share_peak: The most after any pass, those over the prompt included, as a share of ``Full``'s at the end.
+        kv_share_peak: ``kv_bytes_peak`` as a share of ``Full``'s at the end.
     """
 
+    kv_bytes_mean: float
     kv_bytes_end: float
+    kv_bytes_peak: float
     kv_share_mean: float | None
     kv_share_end: float | None
     kv_share_peak: float | None
@@ -41,7 +45,8 @@ class AnsweringMeter:
     def __init__(self, model: Any) -> None:
         host = getattr(model.config, "host_config", None)
         self._full: Callable[[int], int] | None = None if host is None else row_bytes(host, Full(), model.dtype)
-        self._rows = self._held = self._full_held = self._end = self._full_end = self._peak = self._batch_peak = 0
+        self._rows = self._end = self._full_end = self._peak = self._batch_peak = 0
+        self._looks = self._held = self._full_held = 0  # looks: steps of answers, times rows
 
     def begin(self) -> None:
         """A batch of rows is about to be read into an empty cache."""
@@ -52,6 +57,7 @@ class AnsweringMeter:
         held = cache.held_bytes()
         self._batch_peak = max(self._batch_peak, held)
         if answering:
+            self._looks += cache.num_rows
             self._held += held
             self._full_held += self._full_bytes(cache)
 
@@ -69,7 +75,8 @@ class AnsweringMeter:
     def result(self) -> AnsweringBytes:
         """Over all batches."""
         pairs = ((self._held, self._full_held), (self._end, self._full_end), (self._peak, self._full_end))
-        return AnsweringBytes(self._end / self._rows, *(held / full if full else None for held, full in pairs))
+        shares = (held / full if full else None for held, full in pairs)
+        return AnsweringBytes(self._held / self._looks, self._end / self._rows, self._peak / self._rows, *shares)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from kvtrain.errors import require_file_place
 from kvtrain.parser import Parser, add_method_argument
 from kvtrain.tables import cell, print_table
 
+_ASKED = ("method", "trained", "corpus", "length")  # what the JSON says besides, and whoever asks knows
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the options."""
@@ -61,5 +63,6 @@ def run(asked: Namespace) -> None:
     )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
+    keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
+    columns = [key for key in dict.fromkeys(keys) if key not in _ASKED]
     print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])

@@ -14,6 +14,7 @@ from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
+from kvtrain.models.parse_method import method_text
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,17 @@ def run_tasks(
     loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
     if "perplexity" in tasks or ("passkey" in tasks and asked.ask is None):  # said before another task takes its time
         refuse_uncut(loaded, asked.chunk)
-    return [{"task": task, "model": model, **_figures(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
+    named = {"model": model, **_method_of(loaded, method), "corpus": asked.corpus, "length": asked.sequence_length}
+    return [{"task": task, **named, **_figures(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
+
+
+def _method_of(model: Any, given: Method | None) -> dict[str, Any]:
+    """What shrinks a model's cache, as ``--method`` takes it, and whether weights were trained with it in them."""
+    method = getattr(model.config, "method", None)
+    if method is None:
+        return {"method": type(model.config).__name__.removesuffix("Config") + "()", "trained": True}
+    trained = given is None and method.has_parallel_form and not method.trains_as_host
+    return {"method": method_text(method), "trained": trained}
 
 
 def _figures(result: Any) -> dict[str, Any]:

@@ -1,8 +1,5 @@
 """``kvtrain report RUN``: the pictures of a run, and one page that holds them all."""
 
-import base64
-import html
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from kvtrain.evaluation import plots
+from kvtrain.evaluation.page import facts_table, write_page
 from kvtrain.evaluation.plots import Bucket
 from kvtrain.metrics import METRICS, Rows, Table, read_metrics
 from kvtrain.models import registry
@@ -21,33 +19,6 @@ from kvtrain.run_folder import read_config
 FOLDER = "report"
 EVALUATION = "eval.json"
 PAGE = "report.html"
-_DPI = 150
-
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 760px; margin: 2rem auto;
-  padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }}
-table {{ border-collapse: collapse; margin-bottom: 1.5rem; }}
-th, td {{ padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #ddd; text-align: left; font-weight: normal; }}
-td {{ font-variant-numeric: tabular-nums; text-align: right; padding-right: 0; }}
-img {{ width: 100%; margin-bottom: 1.5rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>
-{facts}
-</table>
-{pictures}
-</body>
-</html>
-"""
 
 
 def report_run(run: Path, output: Path | None = None) -> list[Path]:
@@ -65,15 +36,8 @@ def report_run(run: Path, output: Path | None = None) -> list[Path]:
     """
     tables = load_tables(run)
     drawn = figures(tables, load_positions(run), distilled=learns_from_a_teacher(run))
-    pictures = {name: png(figure) for name, figure in drawn.items()}
-    page = render(run.resolve().name, facts(tables[METRICS]), pictures)
-    folder = output or run / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"{name}.png" for name in pictures]
-    for path, data in zip(written, pictures.values(), strict=True):
-        path.write_bytes(data)
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    return [*written, folder / PAGE]
+    before = facts_table(facts(tables[METRICS]))
+    return write_page(output or run / FOLDER, PAGE, run.resolve().name, drawn, before=before)
 
 
 def load_tables(run: Path) -> dict[Table, Rows]:
@@ -172,27 +136,3 @@ def _last(rows: Rows, column: str, form: str) -> str | None:
     """The latest value of a column, written out; None where it was never logged."""
     curve = Curve.of(rows, column)
     return format(curve.last, form) if curve else None
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's content."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def render(run_name: str, found: dict[str, str], pictures: dict[str, bytes]) -> str:
-    """The page.
-
-    Args:
-        run_name: Title; may hold any character.
-        found: Names and values of the table.
-        pictures: PNG contents by name.
-    """
-    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in found.items()]
-    images = [
-        f'<img alt="{html.escape(name.replace("_", " "))}"'
-        f' src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        for name, data in pictures.items()
-    ]
-    return _TEMPLATE.format(title=html.escape(run_name), facts="\n".join(lines), pictures="\n".join(images))

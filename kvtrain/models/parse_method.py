@@ -39,6 +39,18 @@ def parse_method(text: str) -> Method:
     return method
 
 
+def method_text(method: Method) -> str:
+    """A method as ``parse_method`` reads it, with the settings that are not its defaults.
+
+    Args:
+        method: Its settings.
+    """
+    own = {field.name: getattr(method, field.name) for field in fields(method)}
+    usual = {field.name: field.default for field in fields(method)}
+    settings = [f"{name}={value!r}" for name, value in own.items() if value != usual[name]]
+    return f"{type(method).__name__}({', '.join(settings)})"
+
+
 def _read_call(text: str) -> tuple[str, ast.Call]:
     """The name that is called, and the call."""
     try:

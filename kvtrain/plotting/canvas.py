@@ -9,6 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, distinct to the colour-blind and in print
+# Seven of Okabe and Ito's, and as many marks less one, so that a color comes back with another mark.
+COLOR_CYCLE = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY)
+MARKER_CYCLE = ("o", "s", "^", "D", "v", "P")
 COLORS = matplotlib.colormaps["viridis"]  # even in lightness, and distinct to the colour-blind
 WIDTH, HEIGHT = 7.2, 4.2  # inches
 MOST_MARKS = 16  # for which an axis has room

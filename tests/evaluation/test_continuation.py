@@ -70,6 +70,8 @@ def test_of_a_policy_it_is_what_rows_alone_give(windows, prompt, batch):
     held, full_held = sum(sum(row[1]) for row in rows), 3 * sum(full(PROMPT + n + 1) for n in range(LENGTH - PROMPT))
     ends, peaks = sum(row[1][-1] for row in rows), sum(max(row[2], *row[1]) for row in rows)
     answering = result.answering
+    assert answering.kv_bytes_mean == pytest.approx(held / 3 / (LENGTH - PROMPT), rel=0.01)
+    assert answering.kv_bytes_peak == pytest.approx(peaks / 3, rel=0.01)
     assert answering.kv_bytes_end == pytest.approx(ends / 3, rel=0.01)  # tables of rows side by side are as wide
     assert answering.kv_share_mean == pytest.approx(held / full_held, rel=0.01)
     assert answering.kv_share_end == pytest.approx(ends / 3 / full(LENGTH), rel=0.01)

@@ -9,7 +9,7 @@ import kvtrain
 from kvtrain.inference.engine import Request
 from kvtrain.inference.load import open_model
 from kvtrain.inference.server.options import ServeOptions, add_engine_arguments
-from kvtrain.models.parse_method import parse_method
+from kvtrain.models.parse_method import method_text, parse_method
 from kvtrain.parser import Parser
 from kvtrain_cli import main
 
@@ -28,7 +28,11 @@ from kvtrain_cli import main
     ],
 )
 def test_it_is_read_as_python_reads_it(text, method):
-    assert parse_method(text) == method
+    assert parse_method(text) == method == parse_method(method_text(method))
+
+
+def test_it_is_written_without_what_goes_without_saying():
+    assert method_text(kvtrain.H2O(budget=128, page_size=32)) == "H2O(budget=128)"
 
 
 @pytest.mark.parametrize("prompt", ["blocks", "dense"])

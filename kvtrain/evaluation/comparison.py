@@ -1,0 +1,58 @@
+"""``kvtrain report --compare``: what several methods lose and hold, side by side, from what ``kvtrain eval`` wrote."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvtrain.errors import UsageError
+from kvtrain.evaluation.comparison_plots import quality_figure
+from kvtrain.evaluation.comparison_points import PANELS, Panel, Point, label, read_points, require_one_measure
+from kvtrain.evaluation.page import wide_table, write_page
+
+FOLDER, PAGE = "comparison", "comparison.html"
+_TITLE, _WIDTH = "Quality over KV bytes", 960
+_MIB = 2**20
+
+
+def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
+    """Draw quality over bytes, one panel a task and a line a method, and write a page that needs no other file.
+
+    Args:
+        files: JSON of ``kvtrain eval``, or ``NAME=FILE`` to name its line.
+        output: Where figure and page go; ``comparison`` where absent.
+
+    Returns:
+        The files written: the PNG, then the page.
+
+    Raises:
+        ValueError: A file is missing or damaged, nothing in them says what a cache holds while it answers, or two were
+            not measured on the same.
+    """
+    points = [point for file in files for point in read_points(file)]
+    if not points:
+        raise UsageError(
+            "none of the files says what a cache holds while it answers; measure with kvtrain eval "
+            "--tasks continuation, or --tasks passkey --ask after"
+        )
+    require_one_measure(points)
+    figure = quality_figure(points)
+    folder = Path(FOLDER) if output is None else output
+    tables = [_table(PANELS[task], [point for point in points if point.task == task]) for task in PANELS]
+    return write_page(folder, PAGE, _TITLE, {"quality": figure}, after="\n".join(filter(None, tables)), width=_WIDTH)
+
+
+def _table(panel: Panel, points: Sequence[Point]) -> str:
+    """A task's points as HTML, line by line; empty where there are none."""
+    if not points:
+        return ""
+    columns = ("method", "", panel.title, "KV MiB, mean", "at the end", "peak", "of a full cache")
+    rows = [
+        (
+            point.method if point.label == label(point.method) else f"{point.label}: {point.method}",
+            "plain" if point.plain else "trained" if point.trained else "not trained",
+            f"{point.quality:.4g}",
+            *(f"{number / _MIB:.3f}" for number in (point.mean, point.end, point.peak)),
+            "" if point.share is None else f"{point.share:.1%}",
+        )
+        for point in sorted(points, key=lambda one: (not one.plain, not one.trained, one.label, -one.mean))
+    ]
+    return wide_table(panel.title[0].upper() + panel.title[1:], columns, rows)

@@ -1,0 +1,85 @@
+"""Quality over bytes: a panel a task, a line a method."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kvtrain.evaluation.comparison_points import PANELS, Panel, Point
+from kvtrain.plotting.canvas import COLOR_CYCLE, GREY, HEIGHT, MARKER_CYCLE, WIDTH, dress
+
+_MIB = 2**20
+_LEGEND_WIDTH = 2.6  # inches
+_APART = 1.02  # a peak is another mark where it is so much above the mean
+_ROW = 0.26  # inches that a line of the legend takes
+
+
+def quality_figure(points: Sequence[Point]) -> Figure:
+    """A panel a task that any point has, under each other, and one legend for all.
+
+    Args:
+        points: At least one.
+    """
+    tasks = [task for task in PANELS if any(point.task == task for point in points)]
+    labels = sorted({point.label for point in points if not point.plain})
+    styles = dict(zip(labels, zip(cycle(COLOR_CYCLE), cycle(MARKER_CYCLE), strict=False), strict=False))
+    height = max(len(tasks) * HEIGHT, _ROW * (len(labels) + 6))
+    figure = Figure(figsize=(WIDTH + _LEGEND_WIDTH, height), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+        _draw_panel(axes, PANELS[task], [point for point in points if point.task == task], styles)
+    figure.legend(handles=_legend(points, styles), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, points: Sequence[Point], styles: Mapping[str, tuple[str, str]]) -> None:
+    """Lines of methods, the plain model as a star, and a thin mark where a peak lies apart from its mean."""
+    title = f"{panel.title[0].upper()}{panel.title[1:]}"
+    dress(axes, title, f"{panel.title} ({panel.better} is better)", "KV cache of a row while it answers, mean, MiB")
+    for name, (color, marker) in styles.items():
+        for trained in (False, True):
+            line = sorted((p for p in points if (p.label, p.trained) == (name, trained)), key=lambda p: p.mean)
+            axes.plot(
+                [point.mean / _MIB for point in line],
+                [point.quality for point in line],
+                **_style(color, marker, trained),
+            )
+    for point in points:
+        color = GREY if point.plain else styles[point.label][0]
+        if point.plain:
+            axes.plot(point.mean / _MIB, point.quality, "*", color="black", markersize=13, zorder=4)
+        if point.peak > _APART * point.mean:
+            axes.plot(point.peak / _MIB, point.quality, "|", color=color, markersize=9, alpha=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _style(color: str, marker: str, trained: bool) -> dict[str, Any]:
+    """What is trained is drawn through and filled."""
+    filled = color if trained else "white"
+    return {
+        "color": color,
+        "marker": marker,
+        "markerfacecolor": filled,
+        "linestyle": "-" if trained else "--",
+        "linewidth": 1.6,
+        "markersize": 6,
+    }
+
+
+def _legend(points: Sequence[Point], styles: Mapping[str, tuple[str, str]]) -> list[Line2D]:
+    """A line a method, trained ones first, and what the marks mean."""
+    kinds = sorted({(not point.trained, point.label) for point in points if not point.plain})
+    handles = [Line2D([], [], label=name, **_style(*styles[name], not untrained)) for untrained, name in kinds]
+    if any(point.plain for point in points):
+        handles.insert(0, Line2D([], [], label="plain model", color="black", marker="*", markersize=11, linestyle=""))
+    meanings = {"trained": True, "not trained": False}
+    handles += [Line2D([], [], label=text, **_style(GREY, "", filled)) for text, filled in meanings.items()]
+    if any(point.peak > _APART * point.mean for point in points):
+        handles.append(Line2D([], [], label="most bytes ever held", color=GREY, marker="|", markersize=9, linestyle=""))
+    return handles

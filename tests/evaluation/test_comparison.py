@@ -1,0 +1,123 @@
+"""What eval writes of several methods becomes one figure and one page; what cannot stand side by side is refused."""
+
+import json
+import re
+
+import pytest
+
+import kvtrain_cli
+from kvtrain.evaluation.comparison import compare
+from kvtrain.evaluation.comparison_plots import quality_figure
+from kvtrain.evaluation.comparison_points import label, read_points
+
+MEASURED = {"model": "m", "corpus": "heldout", "length": 64, "kv_bytes_end": 5e5, "kv_share_mean": 0.5}
+
+
+def continuation(method, perplexity, mean, peak=None, **changes):
+    row = {"task": "continuation", "method": method, "trained": False, "perplexity": perplexity, "tokens": 48}
+    return {**MEASURED, **row, "kv_bytes_mean": mean, "kv_bytes_peak": peak or mean, **changes}
+
+
+def passkey(method, accuracy, mean, **changes):
+    row = {"task": "passkey", "method": method, "trained": False, "accuracy": accuracy, "passkeys": 8}
+    return {**MEASURED, **row, "kv_bytes_mean": mean, "kv_bytes_peak": mean, **changes}
+
+
+H2O = [continuation(f"H2O(budget={budget}, recent=8)", 30 - budget / 8, 2**14 * budget, 2**20) for budget in (32, 16)]
+ROWS = {
+    "full": [continuation("Full()", 18.0, 2**20), passkey("Full()", 0.9, 2**20)],
+    "h2o": [*H2O, passkey("H2O(budget=32, recent=8)", 0.5, 2**19)],
+    "dmc": [continuation("DMC(compression=2)", 19.0, 2**19, trained=True)],
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in ROWS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return [str(tmp_path / f"{name}.json") for name in ROWS]
+
+
+def drawn(points, panel):
+    """Lines of a panel with several points, or marked, as label, xs and ys."""
+    axes = quality_figure(points).axes[panel]
+    return [(line.get_marker(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+
+
+def test_lines_are_of_methods_by_their_bytes(files):
+    points = [point for file in files for point in read_points(file)]
+    lines = drawn(points, 0)
+    assert [(xs, ys) for marker, xs, ys in lines if marker == "s" and xs] == [([0.25, 0.5], [28.0, 26.0])]
+    assert [(xs, ys) for marker, xs, ys in lines if marker == "o" and xs] == [([0.5], [19.0])]
+    assert [(xs, ys) for marker, xs, ys in lines if marker == "*"] == [([1.0], [18.0])]
+    assert sorted((xs, ys) for marker, xs, ys in lines if marker == "|") == [([1.0], [26.0]), ([1.0], [28.0])]
+    assert [(xs, ys) for marker, xs, ys in drawn(points, 1) if xs] == [([0.5], [0.5]), ([1.0], [0.9])]
+
+
+def test_what_is_trained_is_filled_and_drawn_through(files):
+    figure = quality_figure([point for file in files for point in read_points(file)])
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["plain model", "DMC", "H2O", "trained", "not trained", "most bytes ever held"]
+    _, dmc, h2o, *_ = legend.get_lines()
+    assert (dmc.get_linestyle(), h2o.get_linestyle()) == ("-", "--")
+    assert dmc.get_markerfacecolor() == dmc.get_color() and h2o.get_markerfacecolor() == "white"
+
+
+def test_the_page_stands_alone_and_is_the_same_again(files, tmp_path, capsys):
+    assert kvtrain_cli.main(["report", "--compare", *files, "--output", str(tmp_path / "out")]) == 0
+    names = ("quality.png", "comparison.html")
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in names]
+    text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!data:)', text) == []
+    (row,) = re.findall(r"<tr><th>DMC\(compression=2\)</th>(.*?)</tr>", text)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["trained", "19", "0.500", "0.477", "0.500", "50.0%"]
+    again = compare(files, tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [(tmp_path / "out" / path.name).read_bytes() for path in again]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("H2O(budget=256, recent=128)", "H2O"),
+        ("SnapKV(budget=64, per_head='adaptive')", "SnapKV, per_head=adaptive"),
+        ("Full(kv_bits=4)", "plain, fewer bits"),
+        ("TransNormer()", "TransNormer"),
+    ],
+)
+def test_a_line_is_named_by_its_method_without_sizes(text, expected):
+    assert label(text) == expected
+
+
+def test_a_file_can_name_its_line(files):
+    assert {point.label for point in read_points(f"mine={files[1]}")} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"task": "perplexity", "perplexity": 3.0}], "none of the files says what a cache holds while it answers"),
+        ([passkey("Full()", 1.0, None)], "none of the files says"),
+        ([*H2O, continuation("Full()", 18.0, 2**20, tokens=96)], "measured on different tokens (48 and 96)"),
+        ([*H2O, continuation("Full()", 18.0, 2**20, corpus="stdlib")], "different corpus (heldout and stdlib)"),
+        ([{"task": "continuation", "kv_bytes_mean": 3.0}], "not what this version of kvtrain eval --json writes"),
+        ({"task": "continuation"}, "not what this version of kvtrain eval --json writes"),
+    ],
+)
+def test_what_cannot_stand_side_by_side_is_one_line(tmp_path, capsys, rows, message):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows))
+    assert kvtrain_cli.main(["report", "--compare", str(file), "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["report"], ["report", "runs/x", "--compare", "a.json"]])
+def test_a_run_or_files(arguments, capsys):
+    assert kvtrain_cli.main(arguments) == 2
+    assert "See kvtrain report --help" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_one_line(tmp_path, capsys):
+    assert kvtrain_cli.main(["report", "--compare", str(tmp_path / "a.json")]) == 2
+    assert "there is no such file; kvtrain eval MODEL --tasks ... --json FILE writes one" in capsys.readouterr().err
