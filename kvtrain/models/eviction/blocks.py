@@ -39,7 +39,7 @@ def _make(policy: Eviction, context: ForwardContext) -> list[Block]:
     valid, past = context.valid, context.cache.tokens.to(context.valid.device)
     positions = (past[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)
     after, before = past + valid.sum(1), policy.first_eviction // policy.every
-    ends = valid.any(1) & (after % policy.every == 0) & (after > policy.first_eviction)
+    ends = _evicting(policy, after, valid)
     if policy.prompt == "dense" or valid.shape[1] == 1:
         if policy.prompt == "dense" and not context.decodes:
             ends &= ~context.prefill
@@ -51,7 +51,11 @@ def _make(policy: Eviction, context: ForwardContext) -> list[Block]:
     for step in range(int(number.max()) + 1):
         columns, inside = block_columns(number == step)
         at = positions.gather(1, columns).masked_fill(~inside, -1)
-        last = at.amax(1) + 1
-        evicting = inside.any(1) & (last % policy.every == 0) & (last > policy.first_eviction)
+        evicting = _evicting(policy, at.amax(1) + 1, inside)
         blocks.append(Block(columns, inside, at, evicting if bool(evicting.any()) else None))
     return blocks
+
+
+def _evicting(policy: Eviction, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Rows ``(B,)`` that evict when they have seen so many tokens ``(B,)``, of which new ones ``(B, W)`` are real."""
+    return valid.any(1) & (tokens % policy.every == 0) & (tokens > policy.first_eviction)
