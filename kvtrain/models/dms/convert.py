@@ -1,4 +1,4 @@
-"""From weights to DMS's: adapters that decide nothing yet, and the layouts in which DMS models are published."""
+"""A host's weights with adapters that decide nothing yet."""
 
 import torch
 from torch import Tensor
