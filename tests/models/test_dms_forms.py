@@ -116,9 +116,7 @@ def test_the_definition_on_plain_lists(family, heads, kv_heads, borrows, window)
     else:
         model = dms_at_rate(host, 0.6, window=window, page_size=4)
         attentions = [layer.self_attn for layer in model.model.layers]
-        adapters = [
-            (a.dms_proj_alpha_norm.weight, a.dms_proj_alpha.weight, a.dms_proj_alpha.bias) for a in attentions
-        ]
+        adapters = [(a.dms_proj_alpha_norm.weight, a.dms_proj_alpha.weight, a.dms_proj_alpha.bias) for a in attentions]
     rule = Rule(window, model.method.decision_scale, model.method.init_bias, borrows)
     logits, held = naive_dms(exact(host), rule, ids[0], adapters)
     cache, rows = model.make_cache(), []
@@ -141,7 +139,9 @@ def formula(query, key, value, logits, method):
         for q in range(length):
             scores = (query[:, head, q, None] * key[:, group, : q + 1]).sum(-1) * query.shape[-1] ** -0.5
             bias = [
-                torch.log1p(-torch.sigmoid(z[:, group, k + 1])) if q - k > method.window else torch.zeros_like(z[:, 0, 0])
+                torch.log1p(-torch.sigmoid(z[:, group, k + 1]))
+                if q - k > method.window
+                else torch.zeros_like(z[:, 0, 0])
                 for k in range(q + 1)
             ]
             weights = (scores + torch.stack(bias, -1)).softmax(-1)
@@ -172,7 +172,8 @@ def test_the_training_form_is_the_formula(kv_heads, monkeypatch):
     leaves = [*seen["inputs"], logits[0]]
     expected, weights = formula(*leaves, model.method), torch.randn(seen["output"].shape, dtype=torch.float64)
     ours, theirs = (
-        torch.autograd.grad((states * weights).sum(), leaves, retain_graph=True) for states in (seen["output"], expected)
+        torch.autograd.grad((states * weights).sum(), leaves, retain_graph=True)
+        for states in (seen["output"], expected)
     )
     torch.testing.assert_close(seen["output"], expected, atol=1e-11, rtol=0)
     for one, other in zip(ours, theirs, strict=True):
@@ -243,9 +244,9 @@ def test_a_token_that_is_marked_hides_alone():
         model(ids[:, 10:15], past_key_values=cache)  # the last of these still sees it
         assert held_positions(cache) == [[[[*range(15)], [*range(15)]]]]
         model(ids[:, 15:16], past_key_values=cache)
-        assert held_positions(cache) == [[[[*range(16)], [*range(8)] + [*range(9, 16)]]]]
+        assert held_positions(cache) == [[[[*range(16)], [*range(8), *range(9, 16)]]]]
         model(ids[:, 16:], past_key_values=cache)
-    assert held_positions(cache) == [[[[*range(24)], [*range(8)] + [*range(9, 24)]]]]
+    assert held_positions(cache) == [[[[*range(24)], [*range(8), *range(9, 24)]]]]
 
 
 def test_the_order_of_slots_means_nothing():

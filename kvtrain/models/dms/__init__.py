@@ -1,4 +1,4 @@
-"""Dynamic Memory Sparsification: every head learns which tokens it will not need once they have gone out of a window."""
+"""Dynamic Memory Sparsification: heads learn which tokens they do not need once these have left a window."""
 
 from kvtrain.models.dms.config import DMS
 from kvtrain.models.registry import MethodArchitecture

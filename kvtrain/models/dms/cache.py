@@ -1,4 +1,4 @@
-"""DMS's serving cache: ragged slots on pages, each with its position and a mark, and eviction when its delay is over."""
+"""DMS's serving cache: ragged slots on pages, each with a position and a mark; marked ones leave after a delay."""
 
 from typing import NamedTuple
 

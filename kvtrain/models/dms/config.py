@@ -72,6 +72,6 @@ class DMS(Method):
         check_kv_bits(self.kv_bits)
 
     def expected_slots(self, tokens: int) -> float:
-        """See ``Method.expected_slots``: everything in the window, and of what is older the share that is not marked."""
+        """See ``Method.expected_slots``: the window, and of what is older the share that is not marked."""
         old = max(0, tokens - self.window - 1)
         return tokens - old + old / self.compression
