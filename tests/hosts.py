@@ -96,12 +96,16 @@ def dmc_at_rate(host: PreTrainedModel, rate: float, ids: Tensor, **settings: obj
     return model
 
 
-@torch.no_grad()
 def dms_at_rate(host: PreTrainedModel, rate: float, seed: int = 0, **settings: object) -> PreTrainedModel:
     """Retrofit DMS with random adapters, about ``rate`` of whose decisions mark the token before them."""
     threshold = NormalDist().inv_cdf(1 - rate) if 0 < rate < 1 else 100.0 - 200.0 * rate
-    model = kvtrain.retrofit(host, kvtrain.DMS(**{"init_bias": threshold, **settings}))
-    scale = model.method.decision_scale * host.config.hidden_size**0.5
+    return random_adapters(kvtrain.retrofit(host, kvtrain.DMS(**{"init_bias": threshold, **settings})), seed)
+
+
+@torch.no_grad()
+def random_adapters(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Let adapters decide by what is about normal with deviation 1."""
+    scale = model.method.decision_scale * model.config.host_config.hidden_size**0.5
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         weight = layer.self_attn.dms_proj_alpha.weight

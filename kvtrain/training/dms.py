@@ -36,8 +36,8 @@ class DMSModule(CompressionModule):
         compression_weight: See ``CompressionModule`` (released code: 1).
         distill: As in ``RetrofitModule``; ``true`` is ``KL(student || teacher)``, which the released code minimises.
         weight_decay: On matrices (released recipe: 0).
-        **training: See ``CompressionModule`` and what it derives from; phases carry the three names, in this order, each at
-            most once: ``zero_out``, ``retrofit``, ``finetune``.
+        **training: See ``CompressionModule`` and what it derives from; phases are called ``zero_out``, ``retrofit`` and
+            ``finetune``, in that order, each at most once.
 
     Raises:
         ValueError: Phases of other names or in another order, one that frees a channel where none is borrowed, or

@@ -200,17 +200,17 @@ class DMSAttention(HostAttention):
         past = context.cache.tokens.to(query.device)
         first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
         marks = decide_hard(logits, (~valid | (first & (past == 0)[:, None])).unsqueeze(1))
+        if query.shape[2] == 1:
+            layer.write_token(key, value, marks[..., 0] > 0, past, None if context.single else valid)
+            return self.attend_pages(query, layer.pages)[0]
         leaving = layer.advance((marks * first.unsqueeze(1)).amax(-1) > 0, past, valid)
         marked = next_token(marks) > 0
-        if query.shape[2] == 1:
-            layer.append(key, value, marked, past, valid, single=context.single)
-            return self.attend_pages(query, layer.pages)[0]
         parts = [self._attend_new(query, key, value, marked, context)]
         if layer.pages.table.shape[2]:
             parts.append(self.attend_pages(query, layer.pages))
         if leaving is not None:
             parts.append(self._attend_leaving(query, leaving))
-        layer.append(key, value, marked, past, valid, single=False)
+        layer.append(key, value, marked, past, valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
     def _attend_new(

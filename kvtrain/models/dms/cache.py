@@ -43,8 +43,6 @@ class DMSCacheLayer(KVCacheLayer):
         kv_bits: Of a channel in quantized pages; None keeps keys and values as they are.
     """
 
-    has_fixed_step = False  # how many slots leave, and from which pages, is asked in every step
-
     def __init__(
         self,
         num_heads: int,
@@ -64,8 +62,32 @@ class DMSCacheLayer(KVCacheLayer):
         """See ``KVCacheLayer``."""
         return self.pages.lengths
 
+    def write_token(self, keys: Tensor, values: Tensor, marks: Tensor, past: Tensor, valid: Tensor | None) -> None:
+        """Keep a new token of every row in the place of the one that leaves now, or where none does behind all others.
+
+        Nothing moves, and the device is asked nothing where ``valid`` is None.
+
+        Args:
+            keys: ``(B, H, 1, D)``.
+            values: ``(B, H, 1, D)``.
+            marks: ``(B, H)`` whether the token marks the one before it.
+            past: ``(B,)`` tokens that rows have seen.
+            valid: ``(B, 1)`` which tokens are real; None: all, and room has been taken ahead.
+        """
+        slot = previous = self.pages.lengths.unsqueeze(-1)
+        if self.pages.num_slots:
+            position, before, live = self.pages.field(POSITION), past[:, None, None], self.pages.live()
+            is_previous = live & (position == before - 1)
+            marked = self.pages.field(MARKED) | (is_previous & marks.unsqueeze(-1))
+            slot = _first(marked & (position < before - self.window), slot)
+            previous = _first(is_previous, slot)  # a row's first token has none before it, and marks nothing
+        keep = None if valid is None else valid.unsqueeze(1).expand(slot.shape)
+        self.pages.write({MARKED: marks.unsqueeze(-1)}, previous, keep)
+        entries = {"keys": keys, "values": values, MARKED: torch.zeros_like(marks).unsqueeze(-1)}
+        self.pages.write({**entries, POSITION: past[:, None, None].expand(slot.shape)}, slot, keep)
+
     def advance(self, marks: Tensor, past: Tensor, valid: Tensor) -> LeavingSlots | None:
-        """Before new tokens enter: mark the one before them, and evict what the last of them no longer sees.
+        """Before several new tokens enter: mark the one before them, and evict what the last of them does not see.
 
         Args:
             marks: ``(B, H)`` whether the first new token of a row marks the one before it; False where there is none.
@@ -81,14 +103,11 @@ class DMSCacheLayer(KVCacheLayer):
         is_previous = self.pages.live() & (position == before - 1)
         marked = self.pages.field(MARKED) | (is_previous & marks.unsqueeze(-1))
         self.pages.set_field(MARKED, marked)
-        new, num_columns = valid.sum(1)[:, None, None], valid.shape[1]
-        oldest_seen = before - self.window  # by the first new token
+        new = valid.sum(1)[:, None, None]
+        oldest_seen = before - self.window  # by the first new token, which stands behind the row's padding
         victims = marked & (position < oldest_seen + new - 1)
-        leaving = None
-        if num_columns > 1:
-            # That token stands in the column of the new ones that were real.
-            column = position - oldest_seen + (num_columns - new)
-            leaving = self._read(victims & (position >= oldest_seen), column)
+        column = position - oldest_seen + (valid.shape[1] - new)
+        leaving = self._read(victims & (position >= oldest_seen), column)
         self.pages.evict(victims)
         return leaving
 
@@ -110,9 +129,7 @@ class DMSCacheLayer(KVCacheLayer):
             copies.append(dense)
         return LeavingSlots(copies[0], copies[1], present)
 
-    def append(
-        self, keys: Tensor, values: Tensor, marked: Tensor, past: Tensor, valid: Tensor, *, single: bool
-    ) -> None:
+    def append(self, keys: Tensor, values: Tensor, marked: Tensor, past: Tensor, valid: Tensor) -> None:
         """Keep new tokens, but for those that are marked and too far behind the last of them already.
 
         Args:
@@ -121,14 +138,15 @@ class DMSCacheLayer(KVCacheLayer):
             marked: ``(B, H, n)`` bool; the last token of a row is not.
             past: ``(B,)`` tokens before them.
             valid: ``(B, n)`` real tokens; padding stands before them.
-            single: Every row has exactly one, a real one, for which room has been taken ahead.
         """
         positions = past[:, None] + valid.cumsum(1) - 1  # (B, n)
-        entries = {"keys": keys, "values": values, MARKED: marked}
-        entries[POSITION] = positions.unsqueeze(1).expand(marked.shape)
-        if single:
-            self.pages.write(entries, self.pages.lengths.unsqueeze(-1))
-            return
         last = (past + valid.sum(1) - 1)[:, None]
         keep = valid.unsqueeze(1) & ~(marked & (last - positions > self.window).unsqueeze(1))
+        entries = {"keys": keys, "values": values, MARKED: marked}
+        entries[POSITION] = positions.unsqueeze(1).expand(marked.shape)
         self.pages.write(entries, self.pages.lengths.unsqueeze(-1) + keep.cumsum(-1) - 1, keep)
+
+
+def _first(marked: Tensor, otherwise: Tensor) -> Tensor:
+    """The first marked slot of ``(B, H, K)``, or where there is none another ``(B, H, 1)``."""
+    return torch.where(marked.any(-1, keepdim=True), marked.int().argmax(-1, keepdim=True), otherwise)
