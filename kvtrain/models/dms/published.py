@@ -9,7 +9,7 @@ from kvtrain.models.host import retrofit
 from kvtrain.models.weights import map_weights
 
 
-def load_released(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_published(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Open a model in the released code's layout: a Qwen3 with ``dms_`` settings, whose own code is not run.
 
     Its decisions come from adapters among its weights, or from a channel of its queries (nvidia/Qwen3-8B-DMS-8x).
@@ -22,7 +22,7 @@ def load_released(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         ValueError: Evictions are switched off, or adapters are missing from its weights.
     """
     host = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    settings = released_settings(host.config, path)
+    settings = published_settings(host.config, path)
     for name in [name for name in vars(host.config) if name.startswith("dms_")]:
         delattr(host.config, name)
     model = retrofit(host, settings)
@@ -35,7 +35,7 @@ def load_released(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     return model
 
 
-def released_settings(config: PreTrainedConfig, path: str) -> DMS:
+def published_settings(config: PreTrainedConfig, path: str) -> DMS:
     """Settings from the ``dms_`` fields of a released configuration; where one is absent, what the code takes it for.
 
     Args:

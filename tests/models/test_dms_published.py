@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvtrain
-from kvtrain.models.dms.released import load_released
+from kvtrain.models.dms.published import load_published
 from tests.hosts import make_host, random_ids
 
 
 def released(folder, adapters=False, **fields):
-    """A Qwen3 saved as the released code does: its fields in the configuration, its code named, adapters in the file."""
+    """A Qwen3 as the released code saves it: its fields in the configuration, its code named, adapters in the file."""
     host = make_host("qwen3", dtype=torch.float32)
     host.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -33,7 +33,7 @@ def released(folder, adapters=False, **fields):
 def test_decisions_come_from_a_channel_of_the_queries(tmp_path):
     """The layout of Qwen3-8B-DMS-8x: a Qwen3's weights, and fields of which some may be absent."""
     host = released(tmp_path, dms_window_size=6, dms_initial_alpha_offset=1.0, dms_cr=8)
-    model, ids = load_released(str(tmp_path)), random_ids(2, 30)
+    model, ids = load_published(str(tmp_path)), random_ids(2, 30)
     assert model.method == kvtrain.DMS(window=6, init_bias=1.0, decide_by="query_channel", trainable="all")
     assert not [name for name in vars(model.config.host_config) if name.startswith("dms_")]
     expected = kvtrain.retrofit(host, model.method)
@@ -49,9 +49,15 @@ def test_decisions_come_from_a_channel_of_the_queries(tmp_path):
 
 def test_adapters_are_taken_as_they_are(tmp_path):
     released(
-        tmp_path, adapters=True, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=5, dms_tau=0.2, dms_cr=4
+        tmp_path,
+        adapters=True,
+        dms_separate_alpha=True,
+        dms_alpha_per="layer",
+        dms_window_size=5,
+        dms_tau=0.2,
+        dms_cr=4,
     )
-    model = load_released(str(tmp_path), dtype=torch.float32)
+    model = load_published(str(tmp_path), dtype=torch.float32)
     assert model.method == kvtrain.DMS(compression=4.0, window=5, temperature=0.2, shared_decisions=True)
     weights, outputs = load_file(tmp_path / "model.safetensors"), {}
     for name, tensor in model.state_dict().items():
@@ -62,8 +68,12 @@ def test_adapters_are_taken_as_they_are(tmp_path):
 
 def test_what_is_no_such_model_is_refused(tmp_path):
     released(tmp_path, dms_separate_alpha=True)
-    with pytest.raises(ValueError, match=r"decisions come from adapters, and it has no model\.layers\.0\.self_attn\.dms"):
-        load_released(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"decisions come from adapters, and it has no model\.layers\.0\.self_attn\.dms"
+    ):
+        load_published(str(tmp_path))
     released(tmp_path / "plain", dms_disable_eviction=True)
-    with pytest.raises(ValueError, match=r"dms_disable_eviction is set, this is a plain model; open it with kvtrain\.load"):
-        load_released(str(tmp_path / "plain"))
+    with pytest.raises(
+        ValueError, match=r"dms_disable_eviction is set, this is a plain model; open it with kvtrain\.load"
+    ):
+        load_published(str(tmp_path / "plain"))
