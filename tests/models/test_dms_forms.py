@@ -1,7 +1,9 @@
 """The heart: DMS's training form, its prefill in chunks and its token-by-token decode are one function."""
 
 import copy
+from random import Random
 from statistics import NormalDist
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import kvtrain
 from kvtrain.kernels.attention import attention
+from kvtrain.models.dms import attention as dms_attention
 from kvtrain.models.dms.attention import DMSStep
 from tests.hosts import dms_at_rate, exact, make_host, random_ids
 from tests.models.naive_dms import Rule, naive_dms
@@ -99,7 +102,31 @@ def test_forms_agree_on_random_shapes(data):
     sizes = []
     while sum(sizes) < length:
         sizes.append(data.draw(st.integers(1, length - sum(sizes))))
-    assert_forms_agree(model, random_ids(data.draw(st.integers(1, 3)), length, seed), sizes)
+    with mock.patch.object(dms_attention, "BLOCK", data.draw(st.integers(1, 50))):
+        assert_forms_agree(model, random_ids(data.draw(st.integers(1, 3)), length, seed), sizes)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 9), st.integers(1, 20), st.integers(0, 999))
+def test_padding_changes_nothing(window, block, seed):
+    """Rows of any number of tokens in a chunk, padding before them, through blocks of any size."""
+    model = dms_at_rate(make_host("llama"), 0.7, window=window, page_size=4)
+    ids, cache = random_ids(3, 40), model.make_cache()
+    seen, logits, draw = [0, 0, 0], [[], [], []], Random(seed)
+    with torch.no_grad(), mock.patch.object(dms_attention, "BLOCK", block):
+        while min(seen) < 40:
+            counts = [min(draw.randint(0, 16), 40 - begin) for begin in seen]
+            width = max(1, *counts)
+            part, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+            for row, count in enumerate(counts):
+                part[row, width - count :], mask[row, width - count :] = ids[row, seen[row] : seen[row] + count], 1
+            found = model(part, attention_mask=mask, past_key_values=cache).logits
+            for row, count in enumerate(counts):
+                logits[row].append(found[row, width - count :])
+                seen[row] += count
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.stack([torch.cat(rows) for rows in logits]), expected, atol=EXACT, rtol=0)
+    assert torch.equal(cache.kv_tokens(), live_slots(decisions_of(model, ids), model.method.window))
 
 
 @pytest.mark.parametrize(
@@ -154,15 +181,13 @@ def formula(query, key, value, logits, method):
 def test_the_training_form_is_the_formula(kv_heads, monkeypatch):
     """Values, and gradients of queries, keys, values and decisions."""
     model = dms_at_rate(make_host("qwen3", 4, kv_heads, layers=1), 0.5, window=4, temperature=0.7).train()
-    from kvtrain.models.dms import attention as module
-
     seen = {}
 
     def watched(query, key, value, **kwargs):
         seen.update(inputs=[query, key, value], output=attention(query, key, value, **kwargs)[0])
         return seen["output"], None
 
-    monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(dms_attention, "attention", watched)
     outputs, ids = {}, random_ids(2, 14)
     own = model.model.layers[0].self_attn
     logits = []

@@ -7,7 +7,7 @@ none that come later: ``k`` is visible to ``q`` if ``q - k <= window``, or else 
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.context_parallel import ContextParallel
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off
+from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.quantization import read_back
 from kvtrain.kernels.rope import apply_rotary
@@ -27,6 +28,11 @@ from kvtrain.models.dms.cache import DMSCacheLayer, LeavingSlots
 from kvtrain.models.dms.config import DMS
 from kvtrain.models.gating import Decisions, DecisionStep, decide, decide_hard, has_choice, next_token
 from kvtrain.models.modules import RMSNorm
+
+# Tokens of a prompt that go through a layer at a time: what has left by then is never attended again. On a CPU 8,192
+# tokens at 8 for each that stays took a sixth of the time that they take at once, and blocks of half or twice the size
+# as long.
+BLOCK = 512
 
 logger = logging.getLogger("kvtrain")
 
@@ -42,6 +48,22 @@ class DMSStep(DecisionStep):
 
     full_attention: bool = False
     channel_scale: float | None = None
+
+
+class Block(NamedTuple):
+    """New tokens that go through a layer together.
+
+    Attributes:
+        columns: Where in the pass they stand.
+        valid: ``(B, n)`` which of them are real; padding stands before them.
+        past: ``(B,)`` tokens before them.
+        documents: Real ones belong together, and so does padding.
+    """
+
+    columns: slice
+    valid: Tensor
+    past: Tensor
+    documents: Documents
 
 
 class DecisionProjection(nn.Module):
@@ -198,23 +220,34 @@ class DMSAttention(HostAttention):
         layer, valid = context.cache_layer(self.layer_idx), context.valid
         assert isinstance(layer, DMSCacheLayer) and context.cache is not None and valid is not None
         past = context.cache.tokens.to(query.device)
-        first = valid & (valid.cumsum(-1) == 1)  # (B, n), each row's first real token here
-        marks = decide_hard(logits, (~valid | (first & (past == 0)[:, None])).unsqueeze(1))
+        real = valid.unsqueeze(1)
+        marks = decide_hard(logits, ~real | (past[:, None, None] + real.cumsum(-1) == 1)) > 0  # not by a row's first
         if query.shape[2] == 1:
-            layer.write_token(key, value, marks[..., 0] > 0, past, None if context.single else valid)
+            layer.write_token(key, value, marks.squeeze(-1), past, None if context.single else valid)
             return self.attend_pages(query, layer.pages)[0]
-        leaving = layer.advance((marks * first.unsqueeze(1)).amax(-1) > 0, past, valid)
-        marked = next_token(marks) > 0
-        parts = [self._attend_new(query, key, value, marked, context)]
+        outputs = []
+        for block in context.keep("blocks", lambda: _blocks(past, valid)):
+            own = (slice(None), slice(None), block.columns)
+            outputs.append(self._serve_block(query[own], key[own], value[own], marks[own], block, layer))
+        return torch.cat(outputs, 2)
+
+    def _serve_block(
+        self, query: Tensor, key: Tensor, value: Tensor, marks: Tensor, block: Block, layer: DMSCacheLayer
+    ) -> Tensor:
+        """Several new tokens ``(B, H, n, D)`` over themselves, and over what is left of those before them."""
+        first = (block.valid & (block.valid.cumsum(-1) == 1)).unsqueeze(1)  # each row's first real token here
+        leaving = layer.advance((marks & first).any(-1), block.past, block.valid)
+        marked = next_token(marks)
+        parts = [self._attend_new(query, key, value, marked, block.documents)]
         if layer.pages.table.shape[2]:
             parts.append(self.attend_pages(query, layer.pages))
         if leaving is not None:
             parts.append(self._attend_leaving(query, leaving))
-        layer.append(key, value, marked, past, valid)
+        layer.append(key, value, marked, block.past, block.valid)
         return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
 
     def _attend_new(
-        self, query: Tensor, key: Tensor, value: Tensor, marked: Tensor, context: ForwardContext
+        self, query: Tensor, key: Tensor, value: Tensor, marked: Tensor, documents: Documents
     ) -> tuple[Tensor, Tensor]:
         """New tokens over themselves, those that are marked hidden where the window has ended."""
         reaches = query.shape[2] > self.settings.window + 1
@@ -224,7 +257,7 @@ class DMSAttention(HostAttention):
             value,
             key_bias=_hiding(marked, query) if reaches else None,
             bias_after=self.settings.window + 1,
-            documents=context.entering(),
+            documents=documents,
             scale=self.scaling,
         )
 
@@ -241,6 +274,17 @@ class DMSAttention(HostAttention):
             scale=self.scaling,
         )
         return output.flip(2), lse.flip(2)
+
+
+def _blocks(past: Tensor, valid: Tensor) -> list[Block]:
+    """The blocks of a pass whose tokens ``valid (B, n)`` follow ``past (B,)``."""
+    blocks = []
+    for start in range(0, valid.shape[1], BLOCK):
+        columns = slice(start, start + BLOCK)
+        inside = valid[:, columns]
+        blocks.append(Block(columns, inside, past, Documents(inside.long())))
+        past = past + inside.sum(1)
+    return blocks
 
 
 def _hiding(hidden: Tensor, like: Tensor) -> Tensor:
