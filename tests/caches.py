@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
-from tests.hosts import FAMILIES, dmc_at_rate, random_ids
+from tests.hosts import FAMILIES, dmc_at_rate, dms_at_rate, random_ids
 
 
 class Entry(NamedTuple):
@@ -75,6 +75,7 @@ POLICIES: dict[str, Eviction] = {
 CACHES: dict[str, Entry] = {
     "full": Entry(lambda host: kvtrain.retrofit(host, kvtrain.Full())),
     "dmc": Entry(lambda host: dmc_at_rate(host, 0.6, random_ids(2, 40, seed=7), page_size=4, window=5)),
+    "dms": Entry(lambda host: dms_at_rate(host, 0.7, window=6, page_size=4)),
     "lckv": lckv("0_2_2_2"),
     "lckv_sliding": lckv("0s_2s_2s_3", sliding_window=7),
     "lckv_fused": lckv("0_1_1", value_map="first", residual=True),

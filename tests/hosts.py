@@ -1,8 +1,9 @@
-"""Tiny hosts of every supported family, and DMC models whose decisions merge at a chosen rate."""
+"""Tiny hosts of every supported family, and DMC and DMS models that decide at a chosen rate."""
 
 import copy
 import functools
 from dataclasses import replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -92,6 +93,23 @@ def dmc_at_rate(host: PreTrainedModel, rate: float, ids: Tensor, **settings: obj
         middle = (low + high) / 2
         set_bias(model, middle)
         low, high = (middle, high) if merge_rate(model, ids) > rate else (low, middle)
+    return model
+
+
+def dms_at_rate(host: PreTrainedModel, rate: float, seed: int = 0, **settings: object) -> PreTrainedModel:
+    """Retrofit DMS with random adapters, about ``rate`` of whose decisions mark the token before them."""
+    threshold = NormalDist().inv_cdf(1 - rate) if 0 < rate < 1 else 100.0 - 200.0 * rate
+    return random_adapters(kvtrain.retrofit(host, kvtrain.DMS(**{"init_bias": threshold, **settings})), seed)
+
+
+@torch.no_grad()
+def random_adapters(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Let adapters decide by what is about normal with deviation 1."""
+    scale = model.method.decision_scale * model.config.host_config.hidden_size**0.5
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        weight = layer.self_attn.dms_proj_alpha.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) / scale)
     return model
 
 

@@ -14,7 +14,17 @@ from kvtrain_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SOME = ("dmc", "duo", "gqa", "lckv", "listops", "pretrain", "transnormer_t1", "dmc_llama7b")  # one a module, one large
+SOME = (
+    "dmc",
+    "dms",
+    "duo",
+    "gqa",
+    "lckv",
+    "listops",
+    "pretrain",
+    "transnormer_t1",
+    "dmc_llama7b",
+)  # one a module, one large
 FEWEST = 2
 
 

@@ -17,7 +17,7 @@ Target = Literal["logits", "hidden"]
 class Distillation:
     """How a student learns from a teacher (Hinton et al. 2015, section 2).
 
-    The defaults are pure ``KL(teacher || student)``, what DMS retrofits with.
+    The defaults are pure ``KL(teacher || student)``.
 
     Attributes:
         weight: Share of the divergence in the loss, above 0 and up to 1; cross-entropy has the rest.

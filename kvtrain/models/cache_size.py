@@ -26,7 +26,7 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
 
     Args:
         config: The host.
-        method: Its ``compression``, where it has one, says how many tokens share a slot.
+        method: Its ``expected_slots`` says how many of them a head keeps.
         tokens: Of the row.
     """
     return row_bytes(config, method)(tokens)
@@ -65,5 +65,4 @@ def row_bytes(config: PreTrainedConfig, method: Method, dtype: torch.dtype = KV_
     """
     served = method.as_served(config)
     cache = KVCache(builder(served, config).cache_layers([Placement(dtype)] * config.num_hidden_layers))
-    compression = getattr(method, "compression", 1.0)
-    return lambda tokens: cache.bytes_for(math.ceil(tokens / compression), rows=1)
+    return lambda tokens: cache.bytes_for(math.ceil(method.expected_slots(tokens)), rows=1)

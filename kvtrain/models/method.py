@@ -102,6 +102,16 @@ class Method(ABC):
         """Settings of a model that these train, as far as they decide its cache's size."""
         return self
 
+    def expected_slots(self, tokens: int) -> float:
+        """Slots that a head is expected to keep of a row's tokens, as far as settings say; all heads are taken alike.
+
+        Where one of the settings is ``compression``, so many tokens share a slot, and otherwise the cache itself knows.
+
+        Args:
+            tokens: Of the row.
+        """
+        return tokens / float(getattr(self, "compression", 1.0))
+
     def validate(self, host_config: PreTrainedConfig) -> None:
         """Refuse a host that this method cannot serve.
 

@@ -35,9 +35,8 @@ class RetrofitModule(MethodModule):
         base: Folder, Hub id or ``kvtrain:tiny``.
         method: The method; ``Full`` leaves the host as it is.
         base_config: Configuration file of the base, for estimates where its weights are not at hand.
-        distill: Learn from the untouched base's distribution instead of from the next token alone
-            (as DMS does); costs a forward pass of the base, needs far fewer tokens. ``true``, or the settings of
-            a ``Distillation``.
+        distill: Learn from the untouched base's distribution instead of from the next token alone; costs a forward pass
+            of the base, needs far fewer tokens. ``true``, or the settings of a ``Distillation``.
         num_key_value_heads: Convert the base to so many first (``kvtrain.convert_gqa``); the teacher stays as it was.
         **training: See ``TrainingModule``.
     """

@@ -210,6 +210,7 @@ def _machine(name, examples=40, **options):
 
 
 TestRowsOfFull, TestRowsOfDMC = _machine("full"), _machine("dmc")
+TestRowsOfDMS, TestReservedRowsOfDMS = _machine("dms", 20), _machine("dms", 10, budget=2**20, preallocate=True)
 TestRowsOfLCKV, TestRowsOfSlidingLCKV = _machine("lckv", 15), _machine("lckv_sliding", 15)  # whose steps take longest
 TestRowsOfCompensatedDuo = _machine("duo_compensated")
 TestRowsOfT1, TestRowsOfT2 = _machine("transnormer_t1"), _machine("transnormer_t2")

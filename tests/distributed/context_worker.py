@@ -20,10 +20,11 @@ from kvtrain.losses.compression import compressed_fraction, compression_hinge
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.context import LayerOutputs
 from kvtrain.models.dmc.attention import DMCStep
+from kvtrain.models.dms.attention import DMSStep
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.gating import has_choice
 from kvtrain.training.teachers import teach
-from tests.hosts import make_host, random_ids
+from tests.hosts import make_host, random_adapters, random_ids
 
 FULL = kvtrain.Full()
 # Documents that begin and end in either half and across both, and padding; rows of 24 tokens.
@@ -55,7 +56,7 @@ class Case:
     method: Any = FULL
     told: dict[str, Any] = field(default_factory=packed)
     host: dict[str, Any] = field(default_factory=dict)
-    teacher: DuoStep | bool = False
+    teacher: DuoStep | DMSStep | bool = False
     distillation: Distillation | None = None
     hinge: bool = False
     training: bool = True
@@ -71,6 +72,12 @@ def with_gates(model: Any) -> Any:
 def dmc(case: dict[str, Any], **settings: Any) -> Case:
     method = kvtrain.DMC(**{"compression": 4.0, "window": 3, "init_bias": 0.0, "temperature": 0.7, **settings})
     return Case(method, hinge=True, **case)
+
+
+def dms(case: dict[str, Any] | None = None, **settings: Any) -> Case:
+    method = kvtrain.DMS(**{"compression": 4.0, "window": 3, "init_bias": 0.0, "temperature": 0.7, **settings})
+    usual = {"told": packed(step=DMSStep(**NOISE)), "host": {"family": "qwen3"}, "prepare": random_adapters}
+    return Case(method, hinge=True, **{**usual, **(case or {})})
 
 
 def duo(case: dict[str, Any] | None = None, **settings: Any) -> Case:
@@ -100,6 +107,11 @@ CASES = {
     "dmc, evaluated": dmc({"training": False}),
     "dmc, random decisions, evaluated": dmc({"training": False}, decisions="random"),
     "dmc, a second model teaches": dmc({**NOISY, "teacher": True, "distillation": Distillation()}),
+    "dms": dms(),
+    "dms, shared decisions": dms(shared_decisions=True),
+    "dms, evaluated": dms({"training": False}),
+    "dms, teaches itself": dms({"teacher": DMSStep(full_attention=True), "distillation": Distillation()}),
+    "dms, a query channel": dms({"prepare": lambda model: model}, decide_by="query_channel"),
     "duo": duo(),
     "duo, compensation": duo(compensation=True),
     "duo, hard-concrete": duo(gates="hard_concrete"),
@@ -133,7 +145,7 @@ def answers(case: Case, parallel: Any) -> dict[str, Tensor]:
     elif case.teacher:
         seen = LayerOutputs()
         told |= {"teacher": teach(model, batch, step=case.teacher, outputs=seen), "distillation": case.distillation}
-        if case.method.mixing == "teacher":
+        if getattr(case.method, "mixing", None) == "teacher":
             told["step"] = DuoStep(seed=3, step=5, teacher=dict(seen))
     outputs = LayerOutputs()
     labels = ids.masked_fill(DOCUMENTS == 0, -100)

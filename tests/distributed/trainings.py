@@ -18,10 +18,12 @@ from kvtrain.data.packing import PackedRows
 from kvtrain.data.shards import TokenShards
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.dmc import DMC
+from kvtrain.models.dms import DMS
 from kvtrain.models.duo import Duo
 from kvtrain.models.lckv import LCKV
 from kvtrain.training import (
     DMCModule,
+    DMSModule,
     DuoModule,
     LCKVModule,
     LCKVPretrainModule,
@@ -102,6 +104,15 @@ TRAININGS: dict[str, Training] = {
     "converted": Training(
         lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1),
         needs_whole_rows="context_parallel is 2, and the model has 1 key-value heads",
+    ),
+    "dms": Training(
+        lambda base: DMSModule(
+            base,
+            DMS(compression=4.0, window=3, init_bias=1.0),
+            phases=[Phase("retrofit", BOUNDARY, 5e-4), Phase("finetune", 17, 5e-4)],
+            activation_checkpointing=True,
+        ),
+        QWEN,
     ),
     "duo": Training(
         lambda base: DuoModule(base, Duo(sink=1, recent=3), phases=[Phase("gates", 20, 0.5)], regularization=0.2),

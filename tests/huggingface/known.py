@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-RETROFITS = ("full", "dmc", "lckv", "duo")
+RETROFITS = ("full", "dmc", "dms", "lckv", "duo")
 OURS = (*RETROFITS, "transnormer")
 
 ASSISTED = (
@@ -79,7 +79,7 @@ WEIGHTS = ("attention weights are never materialised", "set output_attentions=Fa
 MODEL = (
     refusal(*WEIGHTS, OURS, "test_attention_outputs"),
     refusal(*WEIGHTS, RETROFITS, "test_capture_outputs_decorator"),
-    refusal(*WEIGHTS, ("dmc",), "test_sliding_window_mask"),
+    refusal(*WEIGHTS, ("dmc", "dms"), "test_sliding_window_mask"),
     refusal(
         "attention is the method's own, and no other is to be had",
         "would do nothing",
@@ -101,7 +101,7 @@ MODEL = (
     refusal(
         "reentrant checkpointing loses the gradients of what layers hand over beside their hidden states",
         "use_reentrant=False",
-        ("dmc", "lckv"),
+        ("dmc", "dms", "lckv"),
         "test_training_gradient_checkpointing_use_reentrant_true",
     ),
     internals(
@@ -146,7 +146,7 @@ GENERATION = (
     refusal(
         "what has been merged cannot be taken back",
         "assisted decoding must take tokens back",
-        ("dmc", "lckv", "transnormer"),
+        ("dmc", "dms", "lckv", "transnormer"),
         *ASSISTED,
     ),
     internals(

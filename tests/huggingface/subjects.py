@@ -72,6 +72,7 @@ SUBJECTS = {
         host("llama"),
         retrofit("llama", kvtrain.Full()),
         retrofit("qwen3", kvtrain.DMC(init_bias=0.0)),  # about half of the tokens merge
+        retrofit("qwen3", kvtrain.DMS(window=2, init_bias=-1.0)),  # every token is marked
         retrofit("mistral", kvtrain.LCKV(kv_map="lckv-w2"), layers=4, iterated=(2,)),
         retrofit("llama", kvtrain.Duo(full_heads=((0,), (1,)), sink=2, recent=4)),
         transnormer("T2"),

@@ -50,6 +50,7 @@ COMPARED = {"loss", "gradient_norm", "mean_gate", "val_loss", "val_compression",
 # One line an architecture.
 ROADS = {
     "dmc": Road("dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
+    "dms": Road("dms", {"retrofit": 8, "finetune": 6}, (6, 9), settings={"init_bias": 1.0, "window": 5}),
     "lckv": Road("lckv", {"train": 3, "settle": 7}, (3,), 4, {"kv_map": "0_2_2_3", "forward_passes": 2}),
     "duo": Road(
         "duo",
@@ -142,7 +143,8 @@ def assert_same_run(road, resumed, whole):
 @pytest.mark.parametrize(
     ("name", "start"),
     [
-        *((name, Forked) for name in ROADS),
+        *((name, Forked) for name in ROADS if name != "dms"),
+        pytest.param("dms", Forked, marks=pytest.mark.roads),  # a base that stays, and a ramp: duo's and dmc's
         pytest.param("dmc", Fresh, marks=[pytest.mark.roads, pytest.mark.timeout(900)]),
     ],
 )

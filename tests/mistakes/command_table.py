@@ -323,7 +323,10 @@ METHOD = [
     ("generate kvtrain:copy --prompt x --method ' '", "no method: ''; write such as 'H2O(budget=256, recent=128)'"),
     ("generate kvtrain:copy --prompt x --method H2O", "a method has brackets: write 'H2O()'"),
     ("generate kvtrain:copy --prompt x --method 'H20()'", "unknown method 'H20'. Did you mean 'H2O'?"),
-    ("generate kvtrain:copy --prompt x --method 'zip()'", "unknown method 'zip'. There are CORM, D2O, DMC, Duo, Exp"),
+    (
+        "generate kvtrain:copy --prompt x --method 'zip()'",
+        "unknown method 'zip'. There are CORM, D2O, DMC, DMS, Duo, Exp",
+    ),
     ("generate kvtrain:copy --prompt x --method 'H2O('", "no method: 'H2O('; write such as"),
     ("generate kvtrain:copy --prompt x --method 'H2O() if 1 else 2'", "no method: 'H2O() if 1 else 2'"),
     ("generate kvtrain:copy --prompt x --method '(lambda: 1)()'", "no method: '(lambda: 1)()'"),

@@ -8,7 +8,7 @@ from kvtrain.models.cache_size import break_even, cache_bytes, kv_bytes_per_toke
 from tests.hosts import make_host, random_ids
 
 
-@pytest.mark.parametrize("method", [kvtrain.DMC(compression=4.0), kvtrain.Full(kv_bits=8)])
+@pytest.mark.parametrize("method", [kvtrain.DMC(compression=4.0), kvtrain.DMS(window=64), kvtrain.Full(kv_bits=8)])
 def test_from_its_break_even_on_a_row_never_takes_more(method):
     config = make_host(layers=3).config
     per_token = kv_bytes_per_token(config)

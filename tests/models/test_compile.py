@@ -50,12 +50,12 @@ def learns_the_same(name, backend, layers=None):
     torch.testing.assert_close(step(torch.compile(model, backend=backend)), expected)
 
 
-@pytest.mark.parametrize("name", ["dmc", "duo_compensated", "transnormer_t2"])
+@pytest.mark.parametrize("name", ["dmc", "dms", "duo_compensated", "transnormer_t2"])
 def test_reading(name):
     reads_the_same(name, "eager", layers=2)
 
 
-@pytest.mark.parametrize("name", ["dmc", "transnormer_t2"])
+@pytest.mark.parametrize("name", ["dmc", "dms", "transnormer_t2"])
 def test_learning(name):
     """As far as the graphs that a compiler would get, in which what is written to may not overlap."""
     learns_the_same(name, "aot_eager", layers=2)

@@ -127,14 +127,22 @@ AUDIT = {
         "test_evaluation_decides_by_the_sign_of_the_channel",
         "models/test_dmc_training_form::test_zeroing_rows_after_zero_out_changes_nothing",
     ),
-    "P19": "No test: the cache of DMS must hold one token more than its window. DMC delays nothing and has no window.",
-    "P20": "No test: DMS keeps all of its window, and so most of a short text. DMC compresses from the start.",
+    "P19": (
+        "The cache of DMS holds no token more than its window. (DMC delays nothing and has no window.)",
+        "models/test_dms_forms::test_rows_within_the_window_are_the_hosts",
+        "models/test_dms_forms::test_the_definition_on_plain_lists",
+    ),
+    "P20": (
+        "Compression is taken for what is aimed at, where DMS keeps all of its window, and so most of a short text.",
+        "models/test_dms_forms::test_expected_slots_and_bytes",
+    ),
     "P21": (
         "DMS reads its decisions at 100 times their weight, so that step 0 must start from zero. Here the factor is "
         "``decision_scale``, and the rows that it multiplies start from zero too.",
         "test_evaluation_decides_by_the_sign_of_the_channel",
         "training/test_dmc_module::test_a_recipe_without_zero_out_starts_from_zero_rows",
         "models/test_dmc_forms::test_rows_already_zero_make_the_host_itself",
+        "training/test_dms_module::test_the_first_step_is_the_teacher_but_for_noise",
     ),
     "P22": (
         "Going back to a prefix forgets the open segment, into which later tokens have merged meanwhile.",

@@ -187,7 +187,7 @@ def test_settings_are_validated(field, value):
 def test_unknown_settings_in_a_checkpoint_say_so():
     with pytest.raises(ValueError, match="update kvtrain"):
         kvtrain.DMC.from_dict({"name": "dmc", "colour": 1})
-    with pytest.raises(ValueError, match="dmc, duo, expectedattention, full"):
+    with pytest.raises(ValueError, match="dmc, dms, duo, expectedattention, full"):
         KVTrainConfig(text_config={"model_type": "llama"}, method_config={"name": "none"}).method  # noqa: B018
 
 

@@ -4,10 +4,12 @@ import pytest
 from transformers import LlamaConfig, Qwen3Config
 
 from kvtrain.models.dmc import DMC
+from kvtrain.models.dms import DMS
 from kvtrain.models.duo import Duo
 from kvtrain.models.lckv import LCKV
 from kvtrain.training import (
     DMCModule,
+    DMSModule,
     DuoModule,
     LCKVModule,
     LCKVPretrainModule,
@@ -76,6 +78,9 @@ FAST = {
     "dmc": lambda folder, depth=DEPTH: DMCModule(
         folder(depth=depth), DMC(), phases=PHASES[:2], distill=True, activation_checkpointing=True
     ),
+    "dms": lambda folder, depth=DEPTH: DMSModule(
+        folder(depth=depth), DMS(window=8), phases=PHASES[1:], activation_checkpointing=True
+    ),
     "duo": duo(activation_checkpointing=True),
     "lckv": sharing("lckv-w2", checkpointing=True),
     "lckv-pretrain": lambda folder, depth=2 * DEPTH: LCKVPretrainModule(
@@ -90,6 +95,11 @@ MORE = {
     "dmc-kept": lambda folder: DMCModule(folder(), DMC(), phases=PHASES),
     "dmc-quiet": lambda folder: DMCModule(folder(), DMC(decisions="random"), phases=PHASES, noisy_finetune=False),
     "dmc-zero-out": lambda folder: DMCModule(folder(), DMC(shared_decisions=True), phases=PHASES[:1]),
+    "dms-kept": lambda folder: DMSModule(folder(), DMS(window=8), phases=PHASES[1:]),
+    "dms-all": lambda folder: DMSModule(folder(), DMS(window=8, trainable="all"), phases=PHASES[1:]),
+    "dms-channel": lambda folder: DMSModule(
+        folder(), DMS(window=8, decide_by="query_channel", trainable="all"), phases=PHASES
+    ),
     "duo-kept": duo(),
     "duo-teacher": duo(mixing="teacher"),
     "duo-hard": duo(gates="hard_concrete", distill=False, weights="bfloat16"),
