@@ -60,13 +60,15 @@ class Draft(NamedTuple):
 class SampleWriter(ABC):
     """Writes samples of a task with one tokenizer.
 
-    Subclasses say what may be hidden and asked for (``drafts``), and what the least of it is called.
+    Subclasses say what may be hidden and asked for (``drafts``), and what the least of it is.
 
     Args:
         tokenizer: Fast tokenizer.
 
     Attributes:
         vocabulary: Ids that answers consist of.
+        prologue: Text before the haystack.
+        closing: Text behind it.
         learns_questions: Whether labels stand on all behind the haystack, and not on the answers alone.
     """
 
@@ -96,7 +98,7 @@ class SampleWriter(ABC):
     @property
     @abstractmethod
     def least(self) -> str:
-        """What the least is, and what to change where it does not fit: two phrases with a semicolon between them."""
+        """What the least is and, behind a semicolon, what to do where it does not fit."""
 
     def ids(self, text: str) -> Ids:
         """Tokens of some words."""
@@ -114,11 +116,11 @@ class SampleWriter(ABC):
         Raises:
             ValueError: Not even the least that the task asks for fits.
         """
-        for draft in self.drafts(rng):
-            spare = length - self._overhead(draft)
-            if spare >= 0:
-                return self._write(draft, _hide(rng, np.resize(haystack, spare), draft.needles))
-        self._refuse(length)
+        draft = next((draft for draft in self.drafts(rng) if self._overhead(draft) <= length), None)
+        if draft is None:
+            self._refuse(length)
+        pages = np.resize(haystack, length - self._overhead(draft))
+        return self._write(draft, _hide(rng, pages, draft.needles))
 
     def require(self, length: int) -> None:
         """Make sure that samples of so many tokens hold what the task asks for, whatever its words.
@@ -130,7 +132,7 @@ class SampleWriter(ABC):
             self._refuse(length)
 
     def _refuse(self, length: int) -> NoReturn:
-        raise ValueError(f"a sample of {length} tokens cannot hold {self.least}, or raise the length")
+        raise ValueError(f"a sample of {length} tokens cannot hold {self.least}")
 
     def _overhead(self, draft: Draft) -> int:
         """Tokens of a sample beside the haystack's."""

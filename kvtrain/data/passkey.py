@@ -110,7 +110,7 @@ class PasskeyWriter(SampleWriter):
     @property
     def least(self) -> str:
         """See ``SampleWriter``."""
-        return f"a passkey of {self.task.words} words; lower words"
+        return f"a passkey of {self.task.words} words; lower words, or raise the length"
 
     def _draft(self, keys: list[Ids]) -> Draft:
         framed = list(zip(self._frames, keys, strict=False))

@@ -1,4 +1,4 @@
-"""Batches of tasks that need a long memory: passkeys or names in a haystack, runs to be copied, and text between them."""
+"""Batches of tasks that need a long memory, passkeys or names in a haystack and runs to be copied, and of text."""
 
 import math
 from typing import Any
@@ -156,8 +156,15 @@ class RecallLoader(EndlessLoader):
             self.writer.require(_rounded(data.shortest))  # complain before the training begins
         self._text: PackedLoader | None = None
         if data.text_share and self.validation_rows is None:
-            shard = {"window": self.window, "rank": self.rank, "world_size": self.world_size}
-            self._text = PackedLoader(data.rows(data.corpora), data.batch_size, seed=data.seed, **shard)
+            rows = data.rows(data.corpora)
+            self._text = PackedLoader(
+                rows,
+                data.batch_size,
+                seed=data.seed,
+                window=self.window,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
 
     def identity(self) -> Identity:
         """See ``EndlessLoader``."""

@@ -20,16 +20,17 @@ Kind = Literal["single", "multikey", "multiquery", "multihop"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Common words, each one token of kvtrain:tiny with the space before it, as of most vocabularies.
-_ADJECTIVES = (
-    "active clean clear custom different direct double empty exact global high last local long main multiple normal old "
-    "public real right safe short simple single special standard static strict useful"
-).split()
-_NOUNS = (
+_ADJECTIVE_LIST = (
+    "active clean clear custom different direct double empty exact global high last local long main multiple normal "
+    "old public real right safe short simple single special standard static strict useful"
+)
+_NOUN_LIST = (
     "action address base block body button canvas case child client code color column command day document entry "
     "family field file font function group hand image item key label letter library line list lock map memory "
     "message month name object order pair path place point queue record screen server shape shell signal stack string "
     "table task thread token tree value version week window word year"
-).split()
+)
+_ADJECTIVES, _NOUNS = _ADJECTIVE_LIST.split(), _NOUN_LIST.split()
 _NUM_NAMES = len(_ADJECTIVES) * len(_NOUNS)
 _MOST_KEYS = 200  # of a sample, which takes up to twice as many names
 
@@ -55,7 +56,7 @@ class RetrievalTask:
 
     keys: int = 6
     questions: int = 3
-    kinds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
+    kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
 
     def __post_init__(self) -> None:
         if not 1 <= self.keys <= _MOST_KEYS:
@@ -66,7 +67,7 @@ class RetrievalTask:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no kind of retrieval; there are {', '.join(KINDS)}")
         if min(self.kinds.values(), default=0.0) < 0 or not 0 < sum(self.kinds.values()) < np.inf:
-            raise ValueError(f"kinds must have shares that are not negative, and not all 0, not {self.kinds}")
+            raise ValueError(f"kinds must have shares, none negative and one of them above 0, of {', '.join(KINDS)}")
         if self.keys < 2 and self.kinds.get("multihop"):
             raise ValueError("a multihop chain takes two keys; set keys to 2 or more, or leave the kind out")
 
@@ -117,7 +118,9 @@ class RetrievalWriter(SampleWriter):
     @property
     def least(self) -> str:
         """See ``SampleWriter``."""
-        return "the fewest names that its kind can ask for; leave out the kind multihop"
+        if self.task.kinds.get("multihop"):
+            return "a chain of two names and its question; raise the length, or leave out the kind multihop"
+        return "a name and its question; raise the length"
 
     def _name(self, number: int) -> Ids:
         adjective, noun = divmod(number, len(_NOUNS))
