@@ -26,7 +26,7 @@ import kvtrain
 from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.recall import recall
 from kvtrain.models.duo.gates import HEAD_GATES, pattern_of
 from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
 
@@ -141,7 +141,7 @@ def main() -> None:
         work = asked.work or Path(temporary)
         for cell in cells(asked.seeds, asked.sparsities) if asked.seeds else ():
             if cell not in done:
-                figures = passkey(choose(cell, work), tokenizer, "heldout", TASK, sequence_length=LENGTH)
+                figures = recall(choose(cell, work), tokenizer, "heldout", TASK, sequence_length=LENGTH)
                 results.append({**cell._asdict(), **figures.__dict__})
                 RESULTS.parent.mkdir(parents=True, exist_ok=True)
                 with RESULTS.open("a") as file:

@@ -33,7 +33,7 @@ import kvtrain
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.continuation import continuation
-from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.recall import recall
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
 from kvtrain.models.duo.gates import choose_full_heads
@@ -145,9 +145,9 @@ def go_on(model: Any, tokenizer: Any, limit: int) -> Figures:
 
 def find(model: Any, tokenizer: Any, limit: int) -> Figures:
     """Share of the passkeys that are found."""
-    result = passkey(model, tokenizer, "heldout", TASK, sequence_length=LENGTH, limit=limit, ask="after")
+    result = recall(model, tokenizer, "heldout", TASK, sequence_length=LENGTH, limit=limit, ask="after")
     assert result.answering is not None
-    return {"score": result.accuracy, "scored": result.passkeys, **asdict(result.answering)}
+    return {"score": result.accuracy, "scored": result.answers, **asdict(result.answering)}
 
 
 TASKS: dict[str, tuple[str, Callable[[Any, Any, int], Figures]]] = {

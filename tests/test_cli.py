@@ -15,6 +15,7 @@ import kvtrain
 import kvtrain_cli
 from kvtrain.cli import COMMANDS
 from kvtrain.data.passkey import PasskeyTask
+from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.errors import UsageError, causes, explain_load_errors, nearest, raised_by_kvtrain, unknown
 from kvtrain.export.push import Pushed, PushTarget
 from kvtrain.help import FOLDER, generated_pages
@@ -162,9 +163,11 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     planted(monkeypatch, "kvtrain.evaluation.evaluate", run_tasks=lambda *a, **k: calls.append((a, k)) or rows)
     file = tmp_path / "figures.json"
     words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--method", "DMC()", "--json", str(file)]
+    words += ["--keys", "9", "--questions", "2", "--kinds", "multikey,multihop"]
     assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
     settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
+    settings["retrieval"] = RetrievalTask(9, 2, {"multikey": 1.0, "multihop": 1.0})
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

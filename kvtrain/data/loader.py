@@ -92,16 +92,21 @@ class PackedLoader:
             self.cursor = 0
         elif self.cursor >= len(self):
             self.epoch, self.cursor = self.epoch + 1, 0
-        order = self._order()
+        order = self._order(self.epoch)
         while self.cursor < len(self):
             step = self.cursor
             self.cursor += 1
             yield self._batch(order, step)
 
-    def _order(self) -> npt.NDArray[np.int64]:
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if self.seed is None:
             return np.arange(self._num_rows)
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def training_batch(self, number: int) -> Batch:
+        """Any batch of the endless training, epoch after epoch, whatever this loader's place."""
+        epoch, step = divmod(number, len(self))
+        return self._batch(self._order(epoch), step)
 
     def _batch(self, order: npt.NDArray[np.int64], step: int) -> Batch:
         size = self.batch_size * self.world_size

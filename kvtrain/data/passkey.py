@@ -1,23 +1,18 @@
-"""The passkey task (DuoAttention, arXiv 2410.10819, section 2.2): words hidden in a long text, asked for at its end.
-
-Only the haystack is real text, as tokens; needles and questions are written anew for every sample. A sample is
-exactly as long as it is asked to be.
-"""
+"""The passkey task (DuoAttention, arXiv 2410.10819, section 2.2): words hidden in a long text, asked for at its end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from kvtrain.data.haystack import Draft, Ids, Question, SampleWriter
 from kvtrain.data.packing import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Ids = npt.NDArray[np.int64]
 Supervision = Literal["passkey", "tail"]
 
 _ALPHABET = (
@@ -34,7 +29,6 @@ _QUESTION = "Based on the content of the book, what is the {} passkey to the vau
 _SEPARATOR = "\n\n"
 _TEXTS = 2000
 _TEXT_SHARE = 0.25  # of the runs to be copied
-_DEPTHS = np.linspace(0.05, 0.95, 1000)  # where needles may stand, as shares of the haystack
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,10 @@ class PasskeyTask:
         if self.supervision not in get_args(Supervision):
             raise ValueError(f"supervision must be {' or '.join(get_args(Supervision))}, not {self.supervision!r}")
 
+    def writer(self, tokenizer: "PreTrainedTokenizerFast") -> "PasskeyWriter":
+        """Who writes samples of it."""
+        return PasskeyWriter(tokenizer, self)
+
 
 def passkey_texts() -> Iterator[str]:
     """Needles with their questions and no haystack, always the same: what a tokenizer learns the words from."""
@@ -74,117 +72,52 @@ def passkey_texts() -> Iterator[str]:
         yield _PROLOGUE + "".join(needles) + _CLOSING + _SEPARATOR.join(answers)
 
 
-class PasskeySample(NamedTuple):
-    """One sample.
-
-    Attributes:
-        input_ids: ``(T,)``.
-        labels: ``(T,)``, unshifted, ``-100`` where nothing is learnt.
-        book: Tokens before the first question.
-        answers: Where each answer's words lie, in the order of the needles.
-    """
-
-    input_ids: Ids
-    labels: Ids
-    book: int
-    answers: list[slice]
-
-
-class PasskeyWriter:
-    """Writes samples of a task with one tokenizer.
+class PasskeyWriter(SampleWriter):
+    """Writes samples of a task with one tokenizer; see ``SampleWriter``.
 
     Args:
         tokenizer: Fast tokenizer.
         task: The task.
-
-    Attributes:
-        vocabulary: Ids that passkeys consist of.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: PasskeyTask) -> None:
-        self.tokenizer, self.task = tokenizer, task
-        beginning = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        self._prologue = np.concatenate([np.asarray(beginning, dtype=np.int64), self._ids(_PROLOGUE)])
-        self._closing, self._separator = self._ids(_CLOSING), self._ids(_SEPARATOR)
-        self._words = [self._ids(" " + word) for word in WORDS]
-        self.vocabulary = np.unique(np.concatenate(self._words))
+    prologue, closing = _PROLOGUE, _CLOSING
 
-    def _ids(self, text: str) -> Ids:
-        encoded: Any = self.tokenizer(text, add_special_tokens=False)
-        return np.asarray(encoded["input_ids"], dtype=np.int64)
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: PasskeyTask) -> None:
+        super().__init__(tokenizer)
+        self.task, self.learns_questions = task, task.supervision == "tail"
+        self._separator = self.ids(_SEPARATOR)
+        self._words = [self.ids(" " + word) for word in WORDS]
+        self.vocabulary = np.unique(np.concatenate(self._words))
 
     @cached_property
     def _frames(self) -> list[tuple[Ids, Ids]]:
         """Needle and question of every ordinal, up to where the words begin."""
-        return [(self._ids(_NEEDLE.format(ordinal)), self._ids(_QUESTION.format(ordinal))) for ordinal in ORDINALS]
+        return [(self.ids(_NEEDLE.format(ordinal)), self.ids(_QUESTION.format(ordinal))) for ordinal in ORDINALS]
 
-    def sample(self, rng: np.random.Generator, haystack: Ids, length: int) -> PasskeySample:
-        """Write one sample.
+    def drafts(self, rng: np.random.Generator) -> Iterator[Draft]:
+        """See ``SampleWriter``; the first passkeys stay."""
+        keys = [
+            np.concatenate([self._words[word] for word in rng.integers(len(WORDS), size=self.task.words)])
+            for _ in range(self.task.passkeys)
+        ]
+        for count in range(len(keys), 0, -1):
+            yield self._draft(keys[:count])
 
-        Args:
-            rng: Decides words and depths.
-            haystack: Tokens to hide needles in; repeated where there are too few.
-            length: Tokens of the sample.
+    def longest(self) -> Draft:
+        """See ``SampleWriter``; one passkey."""
+        return self._draft([np.tile(max(self._words, key=len), self.task.words)])
 
-        Raises:
-            ValueError: Not even one passkey fits.
-        """
-        keys = [self._passkey(rng) for _ in range(self.task.passkeys)]
-        while keys and self._overhead(keys) > length:
-            keys.pop()
-        if not keys:
-            self._refuse(length)
-        pages = np.resize(haystack, length - self._overhead(keys))
-        parts = [self._prologue, *self._hide(rng, pages, keys), self._closing]
-        begin = book = sum(part.size for part in parts)
-        learnt, answers = [], []
-        for (_, question), key in zip(self._frames, keys, strict=False):
-            start = begin + question.size
-            answers.append(slice(start, start + key.size))
-            parts += [question, key, self._separator]
-            learnt.append(slice(begin, start + key.size + self._separator.size))
-            begin = learnt[-1].stop
-        input_ids = np.concatenate(parts)
-        labels = np.full_like(input_ids, IGNORE_INDEX)
-        for span in learnt if self.task.supervision == "tail" else answers:
-            labels[span] = input_ids[span]
-        return PasskeySample(input_ids, labels, book, answers)
+    @property
+    def least(self) -> str:
+        """See ``SampleWriter``."""
+        return f"a passkey of {self.task.words} words; lower words, or raise the length"
 
-    def require(self, length: int) -> None:
-        """Make sure that samples of so many tokens hold a passkey, whatever its words.
-
-        Raises:
-            ValueError: Some would not.
-        """
-        longest = max(self._words, key=len)
-        if self._overhead([np.tile(longest, self.task.words)]) > length:
-            self._refuse(length)
-
-    def _refuse(self, length: int) -> NoReturn:
-        raise ValueError(
-            f"a sample of {length} tokens cannot hold a passkey of {self.task.words} words; "
-            "lower words, or raise the length"
+    def _draft(self, keys: list[Ids]) -> Draft:
+        framed = list(zip(self._frames, keys, strict=False))
+        return Draft(
+            [np.concatenate([needle, key, self._separator]) for (needle, _), key in framed],
+            [Question(question, key, self._separator) for (_, question), key in framed],
         )
-
-    def _passkey(self, rng: np.random.Generator) -> Ids:
-        return np.concatenate([self._words[word] for word in rng.integers(len(WORDS), size=self.task.words)])
-
-    def _overhead(self, keys: list[Ids]) -> int:
-        """Tokens of a sample beside the haystack's."""
-        frames = sum(
-            needle.size + question.size + 2 * (key.size + self._separator.size)
-            for (needle, question), key in zip(self._frames, keys, strict=False)
-        )
-        return self._prologue.size + self._closing.size + frames
-
-    def _hide(self, rng: np.random.Generator, book: Ids, keys: list[Ids]) -> list[Ids]:
-        """The book in pieces, with a needle after each but the last."""
-        depths = np.sort(rng.choice(_DEPTHS, size=len(keys), replace=False))
-        pieces = np.split(book, (book.size * depths).astype(int))
-        hidden: list[Ids] = []
-        for piece, (needle, _), key in zip(pieces, self._frames, keys, strict=False):
-            hidden += [piece, needle, key, self._separator]
-        return [*hidden, pieces[-1]]
 
 
 def copy_sample(rng: np.random.Generator, haystack: Ids, length: int, vocabulary: Ids) -> tuple[Ids, Ids]:

@@ -1,4 +1,4 @@
-"""Batches of tasks that need a long memory: passkeys in a haystack, and runs to be copied."""
+"""Batches of tasks that need a long memory, passkeys or names in a haystack and runs to be copied, and of text."""
 
 import math
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtrain.data.loader import EndlessLoader
+from kvtrain.data.haystack import HaystackTask, Ids
+from kvtrain.data.loader import EndlessLoader, PackedLoader
 from kvtrain.data.module import PackedDataModule
 from kvtrain.data.packing import IGNORE_INDEX, Batch
-from kvtrain.data.passkey import Ids, PasskeyTask, PasskeyWriter, copy_sample
+from kvtrain.data.passkey import PasskeyTask, copy_sample
 from kvtrain.data.resume import Identity
+from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.data.shards import TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
 
@@ -18,22 +20,24 @@ _MULTIPLE = 16  # lengths are multiples of it
 _VALIDATION_ROWS = 64
 
 
-class RecallDataModule(PackedDataModule):
-    """Passkey samples over a corpus as haystack, with copying mixed in where asked for.
+class HaystackDataModule(PackedDataModule):
+    """Samples of a task over a corpus as haystack, with copying and plain text mixed in where asked for.
 
     Every batch has one length, and as many rows as keep its tokens at ``batch_size * sequence_length`` or just below.
     A sample depends on the seed, the batch's number and the row alone.
 
     Args:
-        tokenizer: Folder, Hub id or ``kvtrain:copy``.
+        tokenizer: Folder, Hub id, or a model of the package.
         corpus: Text of the haystacks, as for ``PackedDataModule``.
         validation_corpus: Held-out text, likewise.
-        task: The passkeys.
+        task: What is hidden and asked for.
         shortest: Tokens of the shortest samples; lengths are uniform from here to ``sequence_length``. None: all
             samples have ``sequence_length``.
         growth_batches: Batches over which the longest length grows from ``shortest``, by equal factors; 0: none.
-        copy_share: Share of samples that are runs to be copied, instead of passkeys; samples too short for a passkey
+        copy_share: Share of samples that are runs to be copied, instead of the task's; samples too short for the task
             are runs in any case, where the share is above 0.
+        text_share: Share of optimizer steps that learn packed rows of the corpus, every token of them, instead of
+            samples: a step is of one sort, so that each sort has its own mean loss.
         **packed: See ``PackedDataModule``.
 
     Raises:
@@ -42,25 +46,28 @@ class RecallDataModule(PackedDataModule):
 
     def __init__(
         self,
-        tokenizer: str = "kvtrain:copy",
-        corpus: str | list[str] = "stdlib",
-        validation_corpus: str | list[str] = "heldout",
-        task: PasskeyTask | None = None,
+        tokenizer: str,
+        corpus: str | list[str],
+        validation_corpus: str | list[str],
+        task: HaystackTask,
         shortest: int | None = None,
         growth_batches: int = 0,
         copy_share: float = 0.0,
+        text_share: float = 0.0,
         **packed: Any,
     ) -> None:
         super().__init__(tokenizer, corpus, validation_corpus, **packed)
-        self.task = task or PasskeyTask()
+        self.task = task
         self.shortest = self.sequence_length if shortest is None else shortest
-        self.growth_batches, self.copy_share = growth_batches, copy_share
+        self.growth_batches, self.copy_share, self.text_share = growth_batches, copy_share, text_share
         if not _MULTIPLE <= self.shortest <= self.sequence_length:
             raise ValueError(
                 f"shortest must be from {_MULTIPLE} to sequence_length ({self.sequence_length}), not {self.shortest}"
             )
         if not 0.0 <= copy_share <= 1.0:
             raise ValueError(f"copy_share is a share, from 0 to 1, not {copy_share}")
+        if not 0.0 <= text_share < 1.0:
+            raise ValueError(f"text_share is a share, from 0 to below 1, not {text_share}")
         if growth_batches < 0:
             raise ValueError(f"growth_batches must not be negative, not {growth_batches}")
 
@@ -74,7 +81,7 @@ class RecallDataModule(PackedDataModule):
         return RecallLoader(self, self.shards(self.corpora), **self.training_shard)
 
     def val_dataloader(self) -> "RecallLoader":  # type: ignore[override]
-        """The same passkey samples of full length every time."""
+        """The same samples of the task, of full length, every time."""
         rows = self.validation_rows or _VALIDATION_ROWS
         return RecallLoader(self, self.shards(self.validation_corpora), validation_rows=rows, **self.validation_shard)
 
@@ -83,26 +90,81 @@ class RecallDataModule(PackedDataModule):
         return self.rows(corpora).shards
 
 
+class RecallDataModule(HaystackDataModule):
+    """Passkeys over a corpus as haystack; see ``HaystackDataModule``.
+
+    Args:
+        tokenizer: Folder, Hub id or ``kvtrain:copy``.
+        corpus: Text of the haystacks, as for ``PackedDataModule``.
+        validation_corpus: Held-out text, likewise.
+        task: The passkeys.
+        **haystack: See ``HaystackDataModule``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "kvtrain:copy",
+        corpus: str | list[str] = "stdlib",
+        validation_corpus: str | list[str] = "heldout",
+        task: PasskeyTask | None = None,
+        **haystack: Any,
+    ) -> None:
+        super().__init__(tokenizer, corpus, validation_corpus, task or PasskeyTask(), **haystack)
+
+
+class RetrievalDataModule(HaystackDataModule):
+    """Keyed retrieval over a corpus as haystack; see ``HaystackDataModule``.
+
+    Args:
+        tokenizer: Folder, Hub id or ``kvtrain:tiny``.
+        corpus: Text of the haystacks and of the steps on text, as for ``PackedDataModule``.
+        validation_corpus: Held-out text, likewise.
+        task: The names.
+        **haystack: See ``HaystackDataModule``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "kvtrain:tiny",
+        corpus: str | list[str] = "stdlib",
+        validation_corpus: str | list[str] = "heldout",
+        task: RetrievalTask | None = None,
+        **haystack: Any,
+    ) -> None:
+        super().__init__(tokenizer, corpus, validation_corpus, task or RetrievalTask(), **haystack)
+
+
 class RecallLoader(EndlessLoader):
-    """Passkeys, and runs to be copied.
+    """Samples of a task, runs to be copied, and steps on text.
 
     Args:
         data: Settings of the samples.
         shards: The haystack.
-        **place: See ``EndlessLoader``; validation has passkey samples of full length alone.
+        **place: See ``EndlessLoader``; validation has the task's samples of full length alone.
 
     Raises:
         ValueError: A sample cannot hold what the task asks for.
     """
 
-    def __init__(self, data: RecallDataModule, shards: TokenShards, **place: Any) -> None:
+    def __init__(self, data: HaystackDataModule, shards: TokenShards, **place: Any) -> None:
         super().__init__(data.batch_size, **place)
         assert data.tokenizer_name is not None
         self.data, self.shards = data, shards
-        self.writer = PasskeyWriter(load_tokenizer(data.tokenizer_name), data.task)
+        self.writer = data.task.writer(load_tokenizer(data.tokenizer_name))
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
         if not data.copy_share:
             self.writer.require(_rounded(data.shortest))  # complain before the training begins
+        self._text: PackedLoader | None = None
+        if data.text_share and self.validation_rows is None:
+            rows = data.rows(data.corpora)
+            self._text = PackedLoader(
+                rows,
+                data.batch_size,
+                seed=data.seed,
+                window=self.window,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
 
     def identity(self) -> Identity:
         """See ``EndlessLoader``."""
@@ -111,6 +173,9 @@ class RecallLoader(EndlessLoader):
 
     def training_batch(self, number: int) -> Batch:
         """See ``EndlessLoader``; ``num_items`` counts the targets of all batches of the window, over all ranks."""
+        text = self._text_batch(number)
+        if text is not None:
+            return text
         batch = self._batch(number, self.rank)
         first = number - number % self.window
         places = [(n, rank) for n in range(first, first + self.window) for rank in range(self.world_size)]
@@ -121,8 +186,16 @@ class RecallLoader(EndlessLoader):
     def validation_batch(self, rows: range, first_row: int) -> Batch:
         """See ``EndlessLoader``."""
         length = self.data.sequence_length
-        samples = [self._passkey(np.random.default_rng([0, row]), length) for row in rows]
+        samples = [self._sample(np.random.default_rng([0, row]), length) for row in rows]
         return _collate(samples or [_nothing(length)], first_row=first_row)
+
+    def _text_batch(self, number: int) -> Batch | None:
+        """A batch of text, where the step that it belongs to is one on text; those are spread evenly."""
+        step, place = divmod(number, self.window)
+        before, after = (math.floor(steps * self.data.text_share) for steps in (step, step + 1))
+        if self._text is None or before == after:
+            return None
+        return self._text.training_batch(before * self.window + place)
 
     def length(self, number: int) -> int:
         """Tokens of the samples of a batch."""
@@ -146,13 +219,13 @@ class RecallLoader(EndlessLoader):
     def _mixed(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
         if rng.random() >= self.data.copy_share:
             try:
-                return self._passkey(rng, length)
+                return self._sample(rng, length)
             except ValueError:
                 if not self.data.copy_share:
                     raise
         return copy_sample(rng, self._haystack(rng, length), length, self.writer.vocabulary)
 
-    def _passkey(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
+    def _sample(self, rng: np.random.Generator, length: int) -> tuple[Ids, Ids]:
         return self.writer.sample(rng, self._haystack(rng, length), length)[:2]
 
     def _haystack(self, rng: np.random.Generator, length: int) -> Ids:

@@ -138,5 +138,5 @@ def refuse_uncut(model: Any, chunk: int | None) -> None:
     if chunk != 1 and model.make_cache().cuts_prompts:
         raise ValueError(
             'this method cuts a prompt when it ends (prompt="dense"), and all of a text would be one: add --decode, '
-            'choose the task continuation or passkeys with --ask after, or set prompt="blocks"'
+            'choose the task continuation, or ask with --ask after, or set prompt="blocks"'
         )

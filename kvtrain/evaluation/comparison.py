@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvtrain.errors import UsageError
 from kvtrain.evaluation.comparison_plots import quality_figure
-from kvtrain.evaluation.comparison_points import PANELS, Panel, Point, label, read_points, require_one_measure
+from kvtrain.evaluation.comparison_points import Panel, Point, label, panels_of, read_points, require_one_measure
 from kvtrain.evaluation.page import wide_table, write_page
 
 FOLDER, PAGE = "comparison", "comparison.html"
@@ -31,19 +31,17 @@ def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
     if not points:
         raise UsageError(
             "none of the files says what a cache holds while it answers; measure with kvtrain eval "
-            "--tasks continuation, or --tasks passkey --ask after"
+            "--tasks continuation, or --tasks passkey,retrieval --ask after"
         )
     require_one_measure(points)
     figure = quality_figure(points)
     folder = Path(FOLDER) if output is None else output
-    tables = [_table(PANELS[task], [point for point in points if point.task == task]) for task in PANELS]
-    return write_page(folder, PAGE, _TITLE, {"quality": figure}, after="\n".join(filter(None, tables)), width=_WIDTH)
+    tables = [_table(panel, part) for panel, part in panels_of(points).items()]
+    return write_page(folder, PAGE, _TITLE, {"quality": figure}, after="\n".join(tables), width=_WIDTH)
 
 
 def _table(panel: Panel, points: Sequence[Point]) -> str:
-    """A task's points as HTML, line by line; empty where there are none."""
-    if not points:
-        return ""
+    """A panel's points as HTML, line by line."""
     columns = ("method", "", panel.title, "KV MiB, mean", "at the end", "peak", "of a full cache")
     rows = [
         (

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from kvtrain.evaluation.comparison_points import PANELS, Panel, Point
+from kvtrain.evaluation.comparison_points import Panel, Point, panels_of
 from kvtrain.plotting.canvas import COLOR_CYCLE, GREY, HEIGHT, MARKER_CYCLE, WIDTH, dress
 
 _MIB = 2**20
@@ -19,18 +19,18 @@ _ROW = 0.26  # inches that a line of the legend takes
 
 
 def quality_figure(points: Sequence[Point]) -> Figure:
-    """A panel a task that any point has, under each other, and one legend for all.
+    """The panels that there are points of, under each other, and one legend for all.
 
     Args:
         points: At least one.
     """
-    tasks = [task for task in PANELS if any(point.task == task for point in points)]
+    panels = panels_of(points)
     labels = sorted({point.label for point in points if not point.plain})
     styles = dict(zip(labels, zip(cycle(COLOR_CYCLE), cycle(MARKER_CYCLE), strict=False), strict=False))
-    height = max(len(tasks) * HEIGHT, _ROW * (len(labels) + 6))
+    height = max(len(panels) * HEIGHT, _ROW * (len(labels) + 6))
     figure = Figure(figsize=(WIDTH + _LEGEND_WIDTH, height), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
-        _draw_panel(axes, PANELS[task], [point for point in points if point.task == task], styles)
+    for axes, (panel, part) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        _draw_panel(axes, panel, part, styles)
     figure.legend(handles=_legend(points, styles), loc="outside right upper", frameon=False, fontsize=9)
     return figure
 

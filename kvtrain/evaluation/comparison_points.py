@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from kvtrain.errors import UsageError
 from kvtrain.models.parse_method import parse_method
 
-_SAME = ("corpus", "length", "windows", "tokens", "passkeys")  # what rows of one task must have in common
+_SAME = ("corpus", "length", "windows", "tokens", "answers")  # what rows of one task must have in common
 
 
 @dataclass(frozen=True)
 class Panel:
-    """How the quality of a task is shown.
+    """How the quality of a task is shown, or of one kind of it.
 
     Attributes:
         key: Of a task's figures, the one that is shown.
@@ -30,6 +30,7 @@ class Panel:
 PANELS = {
     "continuation": Panel("perplexity", "perplexity of continuations", "lower"),
     "passkey": Panel("accuracy", "share of passkeys found", "higher"),
+    "retrieval": Panel("accuracy", "share of values found", "higher"),
 }
 
 
@@ -38,7 +39,7 @@ class Point:
     """One method on one task.
 
     Attributes:
-        task: Name of the task.
+        panel: Where it belongs.
         label: Of its line: the method without its sizes, or the name that its file was given.
         method: With its settings.
         trained: Whether weights were trained with the method in them.
@@ -51,7 +52,7 @@ class Point:
         measured_on: What figures must have in common to stand side by side.
     """
 
-    task: str
+    panel: Panel
     label: str
     method: str
     trained: bool
@@ -89,15 +90,24 @@ def _named(file: str) -> tuple[str | None, Path]:
     return (name, Path(path)) if equals and not Path(file).exists() else (None, Path(file))
 
 
+def panels_of(points: Sequence[Point]) -> dict[Panel, list[Point]]:
+    """Points by their panels, which are in the order of ``PANELS``."""
+    there = dict.fromkeys(point.panel for point in points)
+    ordered = [panel for known in PANELS.values() for panel in there if panel.title.startswith(known.title)]
+    return {panel: [point for point in points if point.panel == panel] for panel in ordered}
+
+
 def _point(row: dict[str, Any], name: str | None) -> Point:
-    text = str(row["method"])
+    text, panel = str(row["method"]), PANELS[row["task"]]
+    if "kind" in row:
+        panel = replace(panel, title=f"{panel.title}, {row['kind']}")
     return Point(
-        task=row["task"],
+        panel=panel,
         label=name or label(text),
         method=text,
         trained=bool(row["trained"]),
         plain=text == "Full()",
-        quality=float(row[PANELS[row["task"]].key]),
+        quality=float(row[panel.key]),
         mean=float(row["kv_bytes_mean"]),
         end=float(row["kv_bytes_end"]),
         peak=float(row["kv_bytes_peak"]),
@@ -126,14 +136,17 @@ def label(text: str) -> str:
 
 
 def require_one_measure(points: Sequence[Point]) -> None:
-    """Refuse points of one task that were measured on different texts, lengths or numbers of samples."""
-    first: dict[str, Point] = {}
-    for point in points:
-        other = first.setdefault(point.task, point)
-        apart = [key for key in _SAME if point.measured_on.get(key) != other.measured_on.get(key)]
-        if apart:
-            values = " and ".join(str(one.measured_on.get(apart[0])) for one in (other, point))
-            raise UsageError(
-                f"{point.task}: {other.method} and {point.method} were measured on different {apart[0]} ({values}); "
-                "give kvtrain eval the same options for all"
-            )
+    """Refuse points of one panel that were measured on different texts, lengths or numbers of samples.
+
+    Raises:
+        ValueError: There are such.
+    """
+    for panel, (first, *others) in panels_of(points).items():
+        for point in others:
+            apart = [key for key in _SAME if point.measured_on.get(key) != first.measured_on.get(key)]
+            if apart:
+                values = " and ".join(str(one.measured_on.get(apart[0])) for one in (first, point))
+                raise UsageError(
+                    f"{panel.title}: {first.method} and {point.method} were measured on different {apart[0]} "
+                    f"({values}); give kvtrain eval the same options for all"
+                )

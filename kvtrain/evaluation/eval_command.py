@@ -15,10 +15,13 @@ def add_arguments(parser: Parser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument(
-        "--tasks", required=True, metavar="A,B", help="perplexity, continuation, passkey; several with commas"
+        "--tasks",
+        required=True,
+        metavar="A,B",
+        help="perplexity, continuation, passkey, retrieval; several with commas",
     )
     add_method_argument(parser)
-    parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide passkeys in (heldout)")
+    parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide things in (heldout)")
     parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
     parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N windows or samples alone")
@@ -27,11 +30,21 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
     parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
+    parser.add_argument("--keys", type=int, default=6, metavar="N", help="names that a retrieval sample explains (6)")
     parser.add_argument(
-        "--ask", metavar="WHEN", help="decode passkeys: after the prompt is read, or within it the first question (no)"
+        "--questions", type=int, default=3, metavar="N", help="of them asked for, where a kind asks for several (3)"
     )
     parser.add_argument(
-        "--decode", action="store_true", help="perplexity, and passkeys without --ask, token by token, slowly"
+        "--kinds",
+        default="single,multikey,multiquery,multihop",
+        metavar="A,B",
+        help="of retrieval: single, multikey (the other keys distract), multiquery, multihop (all)",
+    )
+    parser.add_argument(
+        "--ask", metavar="WHEN", help="decode answers: after the prompt is read, or within it the first question (no)"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="perplexity, and answers without --ask, token by token, slowly"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 
@@ -43,6 +56,7 @@ def run(asked: Namespace) -> None:
         ValueError: Something about the command line is wrong, or the model.
     """
     from kvtrain.data.passkey import PasskeyTask
+    from kvtrain.data.retrieval import RetrievalTask
     from kvtrain.evaluation.evaluate import run_tasks
     from kvtrain.models.parse_method import parse_method
 
@@ -50,7 +64,7 @@ def run(asked: Namespace) -> None:
         require_file_place(Path(asked.json))
     rows = run_tasks(
         asked.model,
-        [task.strip() for task in asked.tasks.split(",") if task.strip()],
+        _names(asked.tasks),
         method=None if asked.method is None else parse_method(asked.method),
         corpus=asked.corpus,
         sequence_length=asked.sequence_length,
@@ -60,9 +74,14 @@ def run(asked: Namespace) -> None:
         ask=asked.ask,
         decode=asked.decode,
         passkeys=PasskeyTask(asked.passkeys, asked.words),
+        retrieval=RetrievalTask(asked.keys, asked.questions, dict.fromkeys(_names(asked.kinds), 1.0)),
     )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
     columns = [key for key in dict.fromkeys(keys) if key not in _ASKED]
     print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]

@@ -1,16 +1,18 @@
-"""``kvtrain eval``: tasks by name, one row of figures each."""
+"""``kvtrain eval``: tasks by name, a row of figures each, or one for each kind of question."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvtrain.data.corpus import require_corpus
+from kvtrain.data.haystack import HaystackTask
 from kvtrain.data.passkey import PasskeyTask
+from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.errors import require_at_least
 from kvtrain.evaluation.answering import refuse_uncut
-from kvtrain.evaluation.continuation import ContinuationResult, check_prompt, continuation
-from kvtrain.evaluation.passkey import Ask, PasskeyResult, check_ask, passkey
-from kvtrain.evaluation.perplexity import PerplexityResult, perplexity
+from kvtrain.evaluation.continuation import check_prompt, continuation
+from kvtrain.evaluation.perplexity import perplexity
+from kvtrain.evaluation.recall import Ask, check_ask, recall
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
@@ -22,14 +24,15 @@ class Settings:
     """What tasks measure on; each takes what concerns it.
 
     Attributes:
-        corpus: Text to measure on, or to hide passkeys in.
+        corpus: Text to measure on, or to hide things in.
         sequence_length: Tokens in a window or sample.
         stride: Tokens from one window to the next; None leaves no overlap.
         limit: Windows or samples to read; None reads all windows, or as many samples as the task has.
         prompt: Tokens of a window that are read before the rest is decoded; None takes three quarters of it.
-        ask: When passkeys are asked for; see ``passkey``. None reads book and questions as a whole.
+        ask: When questions are asked about a text; see ``recall``. None reads text and questions as a whole.
         decode: Feed what is read as a whole token by token, as generation does, instead of in stretches.
-        passkeys: What is hidden in a sample.
+        passkeys: What is hidden in a sample of the task ``passkey``.
+        retrieval: Likewise of ``retrieval``; each of its kinds is measured by itself.
 
     Raises:
         ValueError: A number is out of range, there is no such corpus, or no such time to ask.
@@ -43,6 +46,7 @@ class Settings:
     ask: Ask | None = None
     decode: bool = False
     passkeys: PasskeyTask = field(default_factory=PasskeyTask)
+    retrieval: RetrievalTask = field(default_factory=RetrievalTask)
 
     def __post_init__(self) -> None:
         require_at_least(2, "sequence_length", self.sequence_length)
@@ -58,37 +62,52 @@ class Settings:
         return 1 if self.decode else None
 
 
-def _perplexity(model: Any, tokenizer: Any, asked: Settings) -> PerplexityResult:
-    length, stride = asked.sequence_length, asked.stride
-    return perplexity(
-        model, tokenizer, asked.corpus, sequence_length=length, stride=stride, limit=asked.limit, chunk=asked.chunk
-    )
+Figures = dict[str, Any]
 
 
-def _passkey(model: Any, tokenizer: Any, asked: Settings) -> PasskeyResult:
-    length, limit = asked.sequence_length, asked.limit
-    return passkey(
-        model,
-        tokenizer,
-        asked.corpus,
-        asked.passkeys,
-        sequence_length=length,
-        limit=limit,
-        chunk=asked.chunk,
-        ask=asked.ask,
-    )
+def _perplexity(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
+    settings: dict[str, Any] = {"stride": asked.stride, "limit": asked.limit, "chunk": asked.chunk}
+    return [_figures(perplexity(model, tokenizer, asked.corpus, sequence_length=asked.sequence_length, **settings))]
 
 
-def _continuation(model: Any, tokenizer: Any, asked: Settings) -> ContinuationResult:
+def _continuation(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
     windows = full_windows(tokenizer, asked.corpus, asked.sequence_length, asked.limit)
-    return continuation(model, windows, asked.sequence_length * 3 // 4 if asked.prompt is None else asked.prompt)
+    prompt = asked.sequence_length * 3 // 4 if asked.prompt is None else asked.prompt
+    return [_figures(continuation(model, windows, prompt))]
 
 
-TASKS: dict[str, Callable[[Any, Any, Settings], Any]] = {
+def _passkey(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
+    return [_recall(model, tokenizer, asked, asked.passkeys)]
+
+
+def _retrieval(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
+    tasks = {
+        kind: replace(asked.retrieval, kinds={kind: 1.0}) for kind, share in asked.retrieval.kinds.items() if share
+    }
+    return [{"kind": kind, **_recall(model, tokenizer, asked, task)} for kind, task in tasks.items()]
+
+
+def _recall(model: Any, tokenizer: Any, asked: Settings, task: HaystackTask) -> Figures:
+    length, limit = asked.sequence_length, asked.limit
+    settings: dict[str, Any] = {"sequence_length": length, "limit": limit, "chunk": asked.chunk, "ask": asked.ask}
+    return _figures(recall(model, tokenizer, asked.corpus, task, **settings))
+
+
+def _figures(result: Any) -> Figures:
+    """All figures of a result, those of its answers among the others."""
+    figures = asdict(result)
+    return figures | (figures.pop("answering", None) or {})
+
+
+# What each task measures: a row of figures, or several of them.
+TASKS: dict[str, Callable[[Any, Any, Settings], list[Figures]]] = {
     "perplexity": _perplexity,
     "continuation": _continuation,
     "passkey": _passkey,
+    "retrieval": _retrieval,
 }
+_READ_WHOLE = {"perplexity"}  # as one prompt
+_ASKED = {"passkey", "retrieval"}  # likewise, unless it is said when to ask
 
 
 def run_tasks(
@@ -113,10 +132,10 @@ def run_tasks(
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     asked = Settings(**settings)
     loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
-    if "perplexity" in tasks or ("passkey" in tasks and asked.ask is None):  # said before another task takes its time
+    if _READ_WHOLE & {*tasks} or (_ASKED & {*tasks} and asked.ask is None):  # said before another task takes its time
         refuse_uncut(loaded, asked.chunk)
     named = {"model": model, **_method_of(loaded, method), "corpus": asked.corpus, "length": asked.sequence_length}
-    return [{"task": task, **named, **_figures(TASKS[task](loaded, tokenizer, asked))} for task in tasks]
+    return [{"task": task, **named, **figures} for task in tasks for figures in TASKS[task](loaded, tokenizer, asked)]
 
 
 def _method_of(model: Any, given: Method | None) -> dict[str, Any]:
@@ -126,9 +145,3 @@ def _method_of(model: Any, given: Method | None) -> dict[str, Any]:
         return {"method": type(model.config).__name__.removesuffix("Config") + "()", "trained": True}
     trained = given is None and method.has_parallel_form and not method.trains_as_host
     return {"method": method_text(method), "trained": trained}
-
-
-def _figures(result: Any) -> dict[str, Any]:
-    """All figures of a result, those of its answers among the others."""
-    figures = asdict(result)
-    return figures | (figures.pop("answering", None) or {})

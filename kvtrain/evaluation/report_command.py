@@ -20,8 +20,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--output", metavar="DIR", help="where the pictures go (RUN/report; comparison)")
     parser.epilog = (
         "Where RUN holds an eval.json of kvtrain eval --json, losses and slots by position are drawn too. A comparison "
-        "takes tasks that are decoded (continuation; passkey with --ask). A model counts as trained with its method "
-        "unless that came from --method, or is one that is never trained."
+        "takes tasks that are decoded (continuation; passkey and retrieval with --ask). A model counts as trained with "
+        "its method unless that came from --method, or is one that is never trained."
     )
 
 

@@ -18,7 +18,7 @@ from kvtrain import run_folder, run_lock, strict_yaml
 from kvtrain.data.listops import ListOpsDataModule
 from kvtrain.data.masking import MaskedDataModule
 from kvtrain.data.module import DataModule, PackedDataModule
-from kvtrain.data.recall import RecallDataModule
+from kvtrain.data.recall import RecallDataModule, RetrievalDataModule
 from kvtrain.errors import UsageError, causes
 from kvtrain.logging_setup import configure_logging
 from kvtrain.recipes import read_recipe_file
@@ -36,7 +36,7 @@ from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers, chec
 HELP_ALL = "--help-all"
 logger = logging.getLogger("kvtrain")
 # Imported here, so that a recipe may name them without their modules.
-_SOURCES = (PackedDataModule, MaskedDataModule, RecallDataModule, ListOpsDataModule)
+_SOURCES = (PackedDataModule, MaskedDataModule, RecallDataModule, RetrievalDataModule, ListOpsDataModule)
 _CONFIG_FLAGS = ("--config", "-c")
 # Of Trainer.fit and Trainer.validate: given by us, or of no use on a command line.
 _NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only", "verbose"}

@@ -13,7 +13,7 @@ import torch
 import kvtrain
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.recall import recall
 from kvtrain.models.duo.attention import DuoStep
 from tests.cache.packed import packing, read
 from tests.hosts import make_host, random_ids
@@ -95,7 +95,7 @@ def test_passkeys_are_found_in_8_and_4_bits():
     chosen = ((1, 2), (), (0, 1, 2, 3), (2, 3))
     for bits in (None, 8, 4):
         model = kvtrain.retrofit(host, kvtrain.Duo(sink=4, recent=32, full_heads=chosen, kv_bits=bits))
-        found[bits] = passkey(model, tokenizer, "heldout", task, sequence_length=512, limit=6, chunk=64)
+        found[bits] = recall(model, tokenizer, "heldout", task, sequence_length=512, limit=6, chunk=64)
     assert found[None].token_accuracy > 0.98
     assert found[8].token_accuracy == found[None].token_accuracy
     assert found[4].token_accuracy > found[None].token_accuracy - 0.02

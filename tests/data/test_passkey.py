@@ -1,5 +1,6 @@
 """Passkey samples as a reader would check them: their text, their length, where needles stand, and what is learnt."""
 
+import hashlib
 import re
 from types import SimpleNamespace
 
@@ -97,6 +98,22 @@ def test_the_same_seed_writes_the_same_sample(write):
     assert np.array_equal(first.input_ids, again.input_ids) and first.answers == again.answers
     assert np.array_equal(first.labels, again.labels)
     assert not np.array_equal(first.input_ids, write(900, 6).input_ids)
+
+
+def test_samples_are_those_that_the_packaged_model_learnt_from(tokenizer):
+    """To the bit, at every length: what is measured on them today can be compared with what was."""
+    digests = {}
+    for supervision in ("passkey", "tail"):
+        writer, digest = PasskeyWriter(tokenizer, PasskeyTask(4, 8, supervision)), hashlib.sha256()
+        for number in range(40):
+            sample = writer.sample(np.random.default_rng([0, number]), np.arange(5000, 9000), 200 + 17 * number)
+            digest.update(sample.input_ids.tobytes() + sample.labels.tobytes())
+            digest.update(repr((sample.book, [(answer.start, answer.stop) for answer in sample.answers])).encode())
+        digests[supervision] = digest.hexdigest()
+    assert digests == {
+        "passkey": "bc7f0e6741991d50248786d6779da7c417cda518bfbddb19b6e1b07d30fe7ab7",
+        "tail": "cc03196723d8b6d5d90f1e633c8e165d09175ae59ae878e284fbdce8a3eb013d",
+    }
 
 
 def test_nothing_is_drawn_from_the_global_generator(write):

@@ -1,4 +1,4 @@
-"""Batches of passkeys and runs: their place, their sizes, their targets, and what each rank is served."""
+"""Batches of passkeys, names, runs and text: their place, sizes and targets, and what each rank is served."""
 
 import functools
 from itertools import islice, pairwise
@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtrain.data import recall
+from kvtrain.data.loader import PackedLoader
 from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.data.passkey import WORDS, PasskeyTask
-from kvtrain.data.recall import RecallDataModule, RecallLoader
+from kvtrain.data.recall import RecallDataModule, RecallLoader, RetrievalDataModule
+from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.data.tokenizer import load_tokenizer
 
 from .conftest import fill
@@ -150,6 +152,46 @@ def columns(batch):
     return batch["input_ids"], batch["labels"]
 
 
+@pytest.mark.parametrize(
+    ("share", "window", "expected"), [(0.5, 1, "sTsTsTsT"), (0.25, 2, "ssssssTT"), (0.75, 1, "sTTTsTTT")]
+)
+def test_steps_on_text_stand_between_those_on_samples(make, share, window, expected):
+    """All micro-batches of a step are of one sort; text is packed rows in the order of a run on text alone."""
+    data = make(text_share=share)
+    batches = take(loader_of(data, window=window), 8)
+    sorts = ["s" if is_passkey(batch["input_ids"][0].tolist()) else "T" for batch in batches]
+    assert "".join(sorts) == expected
+    text = [batch for batch, sort in zip(batches, sorts, strict=True) if sort == "T"]
+    alone = PackedLoader(data.rows(data.corpora), BATCH, seed=data.seed, window=window)
+    assert all(map(same, text, take(alone, len(text))))
+
+
+def test_text_goes_on_with_the_next_epoch(make):
+    """In another order, as it does for a run on text alone."""
+    data = make(text_share=0.5)
+    rows = data.rows(data.corpora)
+    epoch = len(PackedLoader(rows, BATCH, seed=data.seed))
+    text = take(loader_of(data), 4 * epoch)[1::2]
+    seen = [[row for batch in text[begin : begin + epoch] for row in batch["row_ids"].tolist()] for begin in (0, epoch)]
+    assert seen[0] != seen[1] and all(len(set(rows)) == len(rows) == BATCH * epoch for rows in seen)
+    alone = PackedLoader(rows, BATCH, seed=data.seed)
+    assert all(map(same, text, [*alone, *alone]))
+
+
+def test_names_are_hidden_as_passkeys_are(folders, tokenizer):
+    """Another task in the same batches, and validation on all of its kinds."""
+    task = RetrievalTask(keys=4, questions=4)
+    data = RetrievalDataModule("kvtrain:tiny", *folders, task=task, sequence_length=LONGEST, batch_size=BATCH)
+    batches = [*take(loader_of(data), 20), *loader_of(data, validation_rows=8)]
+    expected = RetrievalTask(keys=4, questions=4).writer(tokenizer)
+    rng = np.random.default_rng([data.seed, 3, 1])
+    rng.random()
+    haystack = loader_of(data)._haystack(rng, LONGEST)
+    assert np.array_equal(batches[3]["input_ids"][1], expected.sample(rng, haystack, LONGEST).input_ids)
+    answers = [tokenizer.decode(row[row >= 0]) for batch in batches for row in batch["labels"]]
+    assert all(answers) and any(" means" in answer for answer in answers)
+
+
 def test_samples_too_short_for_a_passkey_are_runs(make):
     loader = loader_of(make(sequence_length=128, shortest=16, copy_share=0.01))
     shapes = {True: set(), False: set()}
@@ -169,10 +211,12 @@ def test_samples_too_short_for_a_passkey_are_runs(make):
     world_size=st.integers(1, 3),
     growth=st.sampled_from([0, 7]),
     copy_share=st.sampled_from([0.0, 0.5]),
+    text_share=st.sampled_from([0.0, 0.5]),
 )
-def test_resuming_anywhere(make, taken, window, world_size, growth, copy_share):
+def test_resuming_anywhere(make, taken, window, world_size, growth, copy_share, text_share):
     """The batches after an interruption are those of a run without one, to the bit."""
-    data = make(shortest=96, growth_batches=growth, copy_share=copy_share, seed=taken)
+    mixed = {"growth_batches": growth, "copy_share": copy_share, "text_share": text_share, "seed": taken}
+    data = make(shortest=96, **mixed)
     place = {"window": window, "world_size": world_size, "rank": world_size - 1}
     straight = loader_of(data, **place)
     straight.load_state_dict({"cursor": max(0, taken - 3)})
@@ -181,7 +225,7 @@ def test_resuming_anywhere(make, taken, window, world_size, growth, copy_share):
     first.load_state_dict({"cursor": max(0, taken - 1)})
     take(first, min(1, taken))
     assert first.state_dict()["cursor"] == taken
-    resumed = loader_of(make(shortest=96, growth_batches=growth, copy_share=copy_share, seed=taken), **place)
+    resumed = loader_of(make(shortest=96, **mixed), **place)
     resumed.load_state_dict(first.state_dict())
     torch.manual_seed(taken)
     found = take(resumed, 3)
@@ -307,6 +351,8 @@ def test_the_data_module_asks_its_trainer(make):
         ({"shortest": 257}, r"from 16 to sequence_length \(256\), not 257"),
         ({"copy_share": -0.1}, "from 0 to 1, not -0.1"),
         ({"copy_share": 1.1}, "from 0 to 1, not 1.1"),
+        ({"text_share": 1.0}, "from 0 to below 1, not 1.0"),
+        ({"text_share": -0.5}, "from 0 to below 1, not -0.5"),
         ({"growth_batches": -1}, "must not be negative, not -1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"validation_rows": 0}, "validation_rows must be at least 1"),

@@ -19,7 +19,7 @@ def continuation(method, perplexity, mean, peak=None, **changes):
 
 
 def passkey(method, accuracy, mean, **changes):
-    row = {"task": "passkey", "method": method, "trained": False, "accuracy": accuracy, "passkeys": 8}
+    row = {"task": "passkey", "method": method, "trained": False, "accuracy": accuracy, "answers": 8}
     return {**MEASURED, **row, "kv_bytes_mean": mean, "kv_bytes_peak": mean, **changes}
 
 
@@ -74,6 +74,15 @@ def test_the_page_stands_alone_and_is_the_same_again(files, tmp_path, capsys):
     assert re.findall(r"<td>(.*?)</td>", row) == ["trained", "19", "0.500", "0.477", "0.500", "50.0%"]
     again = compare(files, tmp_path / "again")
     assert [path.read_bytes() for path in again] == [(tmp_path / "out" / path.name).read_bytes() for path in again]
+
+
+def test_kinds_of_retrieval_are_panels_of_their_own(tmp_path):
+    rows = [passkey("Full()", 0.9, 2**20)]
+    rows += [{**passkey("Full()", 0.5, 2**20), "task": "retrieval", "kind": kind} for kind in ("single", "hops")]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, continuation("Full()", 18.0, 2**20)]))
+    titles = [axes.get_title(loc="left") for axes in quality_figure(read_points(str(tmp_path / "a.json"))).axes]
+    parts = [f"Share of values found, {kind}" for kind in ("single", "hops")]
+    assert titles == ["Perplexity of continuations", "Share of passkeys found", *parts]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ DATA = [
     ("--data RecallDataModule --data.task '{passkeys: 99}'", "passkeys must be from 1 to 10, not 99"),
     ("--data RecallDataModule --data.task '{words: 0}'", "words must be at least 1, not 0"),
     ("--data RecallDataModule --data.tokenizer null", "train.jsonl: text needs a tokenizer"),
+    ("--data RetrievalDataModule --data.text_share 1", "text_share is a share, from 0 to below 1, not 1.0"),
+    ("--data RetrievalDataModule --data.task '{keys: 0}'", "keys must be from 1 to 200, not 0"),
+    ("--data RetrievalDataModule --data.task '{kinds: {multivalue: 1}}'", "'multivalue' is no kind of retrieval"),
     ("--data ListOpsDataModule --data.longest 3", "longest must be at least 500"),
     ("--data ListOpsDataModule --data.corpus null --data.seed -1", "unknown option 'data.corpus'"),
 ]

@@ -9,7 +9,7 @@ import torch
 import kvtrain
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.recall import recall
 from kvtrain.models.duo.gates import choose_full_heads
 from kvtrain.models.duo.scores import RazorScores, free_signal, razor_gates, razor_scores
 from tests.hosts import VOCAB, make_host, random_ids
@@ -129,7 +129,7 @@ def test_a_model_that_copies_some_words_shows_its_heads_on_those():
         model = kvtrain.retrofit(host, kvtrain.Duo(sink=4, recent=32))
         scores = razor_scores(model, period=16, rows=8, vocabulary=vocabulary)
         model.binarize(0.5, gates=razor_gates(scores))
-        found.append(passkey(model, tokenizer, "heldout", task, sequence_length=512, limit=8).accuracy)
+        found.append(recall(model, tokenizer, "heldout", task, sequence_length=512, limit=8).accuracy)
     assert found[0] < 0.1 and found[1] > 0.7, found
 
 

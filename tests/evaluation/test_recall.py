@@ -1,4 +1,6 @@
-"""Passkeys through the serving cache: against greedy decoding by hand, and on what a planted model must find."""
+"""Passkeys and names through the serving cache: against greedy decoding by hand, and what a model must find."""
+
+import copy
 
 import numpy as np
 import pytest
@@ -6,11 +8,13 @@ import torch
 
 import kvtrain
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
+from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.evaluation import passkey as module
+from kvtrain.evaluation import evaluate
+from kvtrain.evaluation import recall as module
 from kvtrain.evaluation.answering import AnsweringMeter
 from kvtrain.evaluation.evaluate import run_tasks
-from kvtrain.evaluation.passkey import passkey
+from kvtrain.evaluation.recall import recall
 from tests.hosts import make_host
 
 TASK = PasskeyTask(passkeys=2, words=2)
@@ -95,12 +99,12 @@ def samples_of(tokenizer, count):
 def test_an_oracle_finds_all_and_one_wrong_token_costs_its_passkey(tokenizer):
     samples = samples_of(tokenizer, 3)
     settings = {"sequence_length": LENGTH, "limit": 3, "chunk": 50}
-    best = passkey(Oracle(samples), tokenizer, "heldout", TASK, **settings)
-    assert (best.accuracy, best.token_accuracy, best.passkeys) == (1.0, 1.0, 6)
+    best = recall(Oracle(samples), tokenizer, "heldout", TASK, **settings)
+    assert (best.accuracy, best.token_accuracy, best.answers) == (1.0, 1.0, 6)
     assert best.compression == pytest.approx(2.0)
     assert best.kv_bytes_per_1024 == pytest.approx(100 / LENGTH * 1024)
     place = samples[1].answers[1].start
-    worse = passkey(Oracle(samples, {(1, place), (1, place - 1)}), tokenizer, "heldout", TASK, **settings)
+    worse = recall(Oracle(samples, {(1, place), (1, place - 1)}), tokenizer, "heldout", TASK, **settings)
     tokens = sum(answer.stop - answer.start for sample in samples for answer in sample.answers)
     assert worse.accuracy == pytest.approx(5 / 6)
     assert worse.token_accuracy == pytest.approx(1 - 1 / tokens)
@@ -180,19 +184,51 @@ def test_it_is_a_task_of_eval():
     settings = {"sequence_length": LENGTH, "limit": 1, "passkeys": TASK}
     rows = run_tasks("kvtrain:tiny", ["passkey", "perplexity"], **settings)
     assert [row["task"] for row in rows] == ["passkey", "perplexity"]
-    assert rows[0]["passkeys"] == 2 and 0 <= rows[0]["token_accuracy"] <= 1
+    assert rows[0]["answers"] == 2 and 0 <= rows[0]["token_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("ask", [None, "after", "within"])
+def test_each_kind_of_retrieval_is_measured_by_itself(model, tokenizer, monkeypatch, ask):
+    """A row each, whose shares are those of a pass without a cache, by a model that knows three words alone."""
+    guessing = copy.deepcopy(model)
+    known = tokenizer(" means, and", add_special_tokens=False)["input_ids"]
+    guessing.lm_head.weight.data[[token for token in range(4096) if token not in known]] = 0
+    monkeypatch.setattr(evaluate, "open_model", lambda *_, **__: (guessing, tokenizer))
+    kinds = {"multiquery": 1.0, "single": 0.0, "multihop": 2.0}
+    task = RetrievalTask(keys=4, questions=3, kinds=kinds)
+    settings = {"sequence_length": LENGTH, "limit": 3, "ask": ask}
+    rows = run_tasks("m", ["retrieval"], retrieval=task, **settings)
+    assert [(row["task"], row["kind"], row["answers"]) for row in rows] == [
+        ("retrieval", "multiquery", 9),
+        ("retrieval", "multihop", 6),
+    ]
+    assert 0 < rows[1]["token_accuracy"] < 0.5
+    haystack = module._haystack(tokenizer, "heldout")
+    for row in rows:
+        writer = RetrievalTask(4, 3, {row["kind"]: 1.0}).writer(tokenizer)
+        right = []
+        for number in range(3):
+            sample = module._sample(writer, np.random.default_rng([0, number]), haystack, LENGTH)
+            logits = guessing(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0].detach()
+            right += [
+                (logits[answer.start - 1 : answer.stop - 1].argmax(-1).numpy() == sample.input_ids[answer])
+                for answer in sample.answers
+            ]
+        assert row["accuracy"] == np.mean([answer.all() for answer in right])
+        assert row["token_accuracy"] == pytest.approx(np.mean(np.concatenate(right)))
+        assert ("kv_share_mean" in row) == (ask is not None)
 
 
 def test_nothing_to_measure(model, tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="the corpus is empty"):
-        passkey(model, tokenizer, str(tmp_path / "empty.txt"), TASK)
+        recall(model, tokenizer, str(tmp_path / "empty.txt"), TASK)
     with pytest.raises(ValueError, match="let the limit be 1 or more"):
-        passkey(model, tokenizer, "heldout", TASK, limit=0)
+        recall(model, tokenizer, "heldout", TASK, limit=0)
     with pytest.raises(ValueError, match="lower words, or raise the length"):
-        passkey(model, tokenizer, "heldout", TASK, sequence_length=32, limit=1)
+        recall(model, tokenizer, "heldout", TASK, sequence_length=32, limit=1)
     with pytest.raises(ValueError, match="ask must be after or within, not 'before'"):
-        passkey(model, tokenizer, "heldout", TASK, ask="before")
+        recall(model, tokenizer, "heldout", TASK, ask="before")
     dense = kvtrain.retrofit(kvtrain.load("kvtrain:copy"), kvtrain.H2O()).eval()
     with pytest.raises(ValueError, match="all of a text would be one"):
-        passkey(dense, tokenizer, "heldout", TASK)
+        recall(dense, tokenizer, "heldout", TASK)

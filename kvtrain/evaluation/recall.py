@@ -1,4 +1,4 @@
-"""Whether a model finds passkeys, read through the cache that serves."""
+"""Whether a model finds what is hidden in a text, passkeys or what names mean, read through the cache that serves."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvtrain.data.corpus import read_corpus
-from kvtrain.data.passkey import Ids, PasskeySample, PasskeyTask, PasskeyWriter
+from kvtrain.data.haystack import HaystackTask, Ids, Sample, SampleWriter
 from kvtrain.evaluation.answering import AnsweringBytes, AnsweringMeter, decode_answers, refuse_uncut
 
 Ask = Literal["after", "within"]
@@ -20,14 +20,14 @@ _HAYSTACK = 1 << 18  # tokens of the corpus that are read
 
 
 @dataclass(frozen=True)
-class PasskeyResult:
-    """How many passkeys a model finds.
+class RecallResult:
+    """How much a model finds of what it is asked for.
 
     Attributes:
-        accuracy: Share of passkeys that greedy decoding gives whole: every token is the most likely one after the
+        accuracy: Share of answers that greedy decoding gives whole: every token is the most likely one after the
             right ones before it.
         token_accuracy: Share of their tokens.
-        passkeys: Asked for.
+        answers: Asked for.
         compression: Tokens per kept slot, as total tokens over mean slots.
         kv_bytes_per_1024: Bytes allocated for 1,024 tokens of a sample, spare pages aside.
         answering: Bytes of the cache while answers are decoded; None where a sample is read as a whole.
@@ -35,31 +35,31 @@ class PasskeyResult:
 
     accuracy: float
     token_accuracy: float
-    passkeys: int
+    answers: int
     compression: float
     kv_bytes_per_1024: float
     answering: AnsweringBytes | None = None
 
 
 @torch.no_grad()
-def passkey(
+def recall(
     model: Any,
     tokenizer: Any,
     corpus: str,
-    task: PasskeyTask,
+    task: HaystackTask,
     *,
     sequence_length: int = 1024,
     limit: int | None = None,
     chunk: int | None = None,
     ask: Ask | None = None,
-) -> PasskeyResult:
-    """Ask a model for passkeys, the same ones every time, each sample in a cache of its own.
+) -> RecallResult:
+    """Ask a model for what is hidden, the same every time, each sample in a cache of its own.
 
     Args:
         model: From ``open_model``.
         tokenizer: Its tokenizer.
-        corpus: Text to hide them in; see ``kvtrain.data.corpus.read_corpus``.
-        task: How many there are, and how long.
+        corpus: Text to hide it in; see ``kvtrain.data.corpus.read_corpus``.
+        task: What is hidden and asked for.
         sequence_length: Tokens of a sample.
         limit: Samples; 50 where absent.
         chunk: Tokens of a whole sample fed at a time; 1 decodes. 256 where absent.
@@ -68,7 +68,7 @@ def passkey(
             is read as a whole.
 
     Raises:
-        ValueError: The corpus cannot be read or holds no text, no passkey fits into a sample, or a sample is to be read
+        ValueError: The corpus cannot be read or holds no text, nothing fits into a sample, or a sample is to be read
             as a whole and not decoded with a model that cuts prompts when they end.
     """
     check_ask(ask)
@@ -76,7 +76,7 @@ def passkey(
         refuse_uncut(model, chunk)
     samples = _samples(tokenizer, corpus, task, sequence_length, _SAMPLES if limit is None else limit)
     meter = AnsweringMeter(model) if ask else None
-    found: list[Tensor] = []  # (tokens,) of each passkey, right or wrong
+    found: list[Tensor] = []  # (tokens,) of each answer, right or wrong
     slots = num_bytes = 0.0
     for begin in range(0, len(samples), _BATCH):
         batch = samples[begin : begin + _BATCH]
@@ -88,10 +88,10 @@ def passkey(
         ]
         slots += cache.mean_kv_tokens().sum().item()
         num_bytes += cache.kv_bytes() - cache.free_bytes()
-    return PasskeyResult(
+    return RecallResult(
         accuracy=sum(bool(right.all()) for right in found) / len(found),
         token_accuracy=torch.cat(found).double().mean().item(),
-        passkeys=len(found),
+        answers=len(found),
         compression=len(samples) * sequence_length / slots,
         kv_bytes_per_1024=num_bytes / (len(samples) * sequence_length) * 1024,
         answering=None if meter is None else meter.result(),
@@ -108,9 +108,9 @@ def check_ask(ask: str | None) -> None:
         raise ValueError(f"ask must be {' or '.join(get_args(Ask))}, not {ask!r}")
 
 
-def _samples(tokenizer: Any, corpus: str, task: PasskeyTask, length: int, count: int) -> list[PasskeySample]:
+def _samples(tokenizer: Any, corpus: str, task: HaystackTask, length: int, count: int) -> list[Sample]:
     """The first samples, always the same."""
-    haystack, writer = _haystack(tokenizer, corpus), PasskeyWriter(tokenizer, task)
+    haystack, writer = _haystack(tokenizer, corpus), task.writer(tokenizer)
     samples = [_sample(writer, np.random.default_rng([0, number]), haystack, length) for number in range(count)]
     if not samples:
         raise ValueError("no samples to measure on; let the limit be 1 or more")
@@ -128,12 +128,12 @@ def _haystack(tokenizer: Any, corpus: str) -> Ids:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _sample(writer: PasskeyWriter, rng: np.random.Generator, haystack: Ids, length: int) -> PasskeySample:
+def _sample(writer: SampleWriter, rng: np.random.Generator, haystack: Ids, length: int) -> Sample:
     begin = int(rng.integers(max(1, haystack.size - length)))
     return writer.sample(rng, haystack[begin : begin + length], length)
 
 
-def _read(model: Any, samples: list[PasskeySample], chunk: int) -> tuple[Tensor, Any]:
+def _read(model: Any, samples: list[Sample], chunk: int) -> tuple[Tensor, Any]:
     """The token that each prefix makes most likely, ``(B, T)``, from the first question on; and the full cache."""
     ids = torch.from_numpy(np.stack([sample.input_ids for sample in samples])).to(model.device)
     first = min(sample.answers[0].start for sample in samples) - 1
@@ -148,7 +148,7 @@ def _read(model: Any, samples: list[PasskeySample], chunk: int) -> tuple[Tensor,
     return predicted, cache
 
 
-def _answer(model: Any, samples: list[PasskeySample], ask: Ask, meter: AnsweringMeter) -> tuple[Tensor, Any]:
+def _answer(model: Any, samples: list[Sample], ask: Ask, meter: AnsweringMeter) -> tuple[Tensor, Any]:
     """As ``_read``, of samples that are a prompt up to some place, and are decoded from there on."""
     prompts = [sample.book if ask == "after" else sample.answers[0].start for sample in samples]
     rows = [torch.from_numpy(sample.input_ids) for sample in samples]
