@@ -251,8 +251,8 @@ def summary(results: list[Figures]) -> str:
         own = [AS_IT_IS] if arm in FIXED else ratios
         scores = [[_shown(found.get(Cell(arm, one, task), {}), "score", "{:.2f}") for one in own] for task in TASKS]
         if arm in FIXED:
-            share = found[Cell(arm, AS_IT_IS, "passkeys")]["kv_share_mean"]
-            rest.append(f"{arm} ({share:.0%} of the bytes): {scores[0][0]} and {scores[1][0]}")
+            share = _shown(found.get(Cell(arm, AS_IT_IS, "passkeys"), {}), "kv_share_mean", "{:.0%}")
+            rest.append(f"{arm} ({share} of the bytes): {scores[0][0]} and {scores[1][0]}")
         else:
             lines.append(f"| {' | '.join((arm, *scores[0], *scores[1]))} |")
     return "\n".join([*lines, "", "; ".join(rest)])

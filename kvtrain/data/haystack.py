@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int64]
 _DEPTHS = np.linspace(0.05, 0.95, 1000)  # where needles may stand, as shares of the haystack
-MOST_NEEDLES = len(_DEPTHS)
 
 
 class Sample(NamedTuple):

@@ -152,8 +152,7 @@ class RecallLoader(EndlessLoader):
         self.data, self.shards = data, shards
         self.writer = data.task.writer(load_tokenizer(data.tokenizer_name))
         self._sizes = np.asarray(shards.manifest.shards, dtype=np.float64)
-        if not data.copy_share:
-            self.writer.require(_rounded(data.shortest))  # complain before the training begins
+        self.writer.require(data.sequence_length if data.copy_share else _rounded(data.shortest))  # before it trains
         self._text: PackedLoader | None = None
         if data.text_share and self.validation_rows is None:
             rows = data.rows(data.corpora)
@@ -169,7 +168,9 @@ class RecallLoader(EndlessLoader):
     def identity(self) -> Identity:
         """See ``EndlessLoader``."""
         corpus = self.shards.manifest.fingerprint
-        return {"corpus": corpus, "sequence_length": self.data.sequence_length, "seed": self.data.seed}
+        mixture = {"task": self.data.task, "copy_share": self.data.copy_share, "text_share": self.data.text_share}
+        own: Identity = {"corpus": corpus, "sequence_length": self.data.sequence_length, "seed": self.data.seed}
+        return {**own, **{name: str(value) for name, value in mixture.items()}}
 
     def training_batch(self, number: int) -> Batch:
         """See ``EndlessLoader``; ``num_items`` counts the targets of all batches of the window, over all ranks."""

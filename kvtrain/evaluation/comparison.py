@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtrain.errors import UsageError
 from kvtrain.evaluation.comparison_plots import quality_figure
-from kvtrain.evaluation.comparison_points import Panel, Point, label, panels_of, read_points, require_one_measure
+from kvtrain.evaluation.comparison_points import MIB, Panel, Point, panels_of, read_points, require_one_measure
 from kvtrain.evaluation.page import wide_table, write_page
 
 FOLDER, PAGE = "comparison", "comparison.html"
 _TITLE, _WIDTH = "Quality over KV bytes", 960
-_MIB = 2**20
 
 
 def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
@@ -24,15 +22,10 @@ def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
         The files written: the PNG, then the page.
 
     Raises:
-        ValueError: A file is missing or damaged, nothing in them says what a cache holds while it answers, or two were
+        ValueError: A file is missing or damaged, nothing in one says what a cache holds while it answers, or two were
             not measured on the same.
     """
     points = [point for file in files for point in read_points(file)]
-    if not points:
-        raise UsageError(
-            "none of the files says what a cache holds while it answers; measure with kvtrain eval "
-            "--tasks continuation, or --tasks passkey,retrieval --ask after"
-        )
     require_one_measure(points)
     figure = quality_figure(points)
     folder = Path(FOLDER) if output is None else output
@@ -42,15 +35,18 @@ def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
 
 def _table(panel: Panel, points: Sequence[Point]) -> str:
     """A panel's points as HTML, line by line."""
-    columns = ("method", "", panel.title, "KV MiB, mean", "at the end", "peak", "of a full cache")
+    columns = ("", "model", "method", "", panel.key, "KV MiB, mean", "at the end", "peak", "of a full cache")
     rows = [
         (
-            point.method if point.label == label(point.method) else f"{point.label}: {point.method}",
+            point.label,
+            point.model,
+            point.method,
             "plain" if point.plain else "trained" if point.trained else "not trained",
             f"{point.quality:.4g}",
-            *(f"{number / _MIB:.3f}" for number in (point.mean, point.end, point.peak)),
+            *(f"{number / MIB:.3f}" for number in (point.mean, point.end, point.peak)),
             "" if point.share is None else f"{point.share:.1%}",
         )
         for point in sorted(points, key=lambda one: (not one.plain, not one.trained, one.label, -one.mean))
     ]
-    return wide_table(panel.title[0].upper() + panel.title[1:], columns, rows)
+    asked = ", ".join(f"{key} {value}" for key, value in points[0].measured_on.items() if value is not None)
+    return wide_table(panel.heading, columns, rows, note=f"Measured on: {asked}.")

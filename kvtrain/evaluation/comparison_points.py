@@ -9,7 +9,12 @@ from typing import Any, Literal
 from kvtrain.errors import UsageError
 from kvtrain.models.parse_method import parse_method
 
-_SAME = ("corpus", "length", "windows", "tokens", "answers")  # what rows of one task must have in common
+MIB = 2**20
+PLAIN = "plain model"
+_NO_BYTES = (
+    "{path}: nothing in it says what a cache holds while it answers; measure with kvtrain eval --tasks continuation, "
+    "or --tasks passkey,retrieval --ask after"
+)
 
 
 @dataclass(frozen=True)
@@ -20,17 +25,24 @@ class Panel:
         key: Of a task's figures, the one that is shown.
         title: What it is.
         better: Which way.
+        kind: Where the task has several.
     """
 
     key: str
     title: str
     better: Literal["lower", "higher"]
+    kind: str | None = None
+
+    @property
+    def heading(self) -> str:
+        """Above it."""
+        return self.title if self.kind is None else f"{self.title}: {self.kind}"
 
 
 PANELS = {
-    "continuation": Panel("perplexity", "perplexity of continuations", "lower"),
-    "passkey": Panel("accuracy", "share of passkeys found", "higher"),
-    "retrieval": Panel("accuracy", "share of values found", "higher"),
+    "continuation": Panel("perplexity", "Perplexity of continuations", "lower"),
+    "passkey": Panel("accuracy", "Share of passkeys found", "higher"),
+    "retrieval": Panel("accuracy", "Share of values found", "higher"),
 }
 
 
@@ -41,6 +53,7 @@ class Point:
     Attributes:
         panel: Where it belongs.
         label: Of its line: the method without its sizes, or the name that its file was given.
+        model: As it was opened.
         method: With its settings.
         trained: Whether weights were trained with the method in them.
         plain: Whether nothing shrinks.
@@ -54,6 +67,7 @@ class Point:
 
     panel: Panel
     label: str
+    model: str
     method: str
     trained: bool
     plain: bool
@@ -72,47 +86,60 @@ def read_points(file: str) -> list[Point]:
         file: ``FILE`` or ``NAME=FILE``.
 
     Raises:
-        ValueError: It is missing, or not what ``kvtrain eval --json`` writes.
+        ValueError: It is missing, not what ``kvtrain eval --json`` writes, or holds no such task.
     """
     name, path = _named(file)
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; kvtrain eval MODEL --tasks ... --json FILE writes one")
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [_point(row, name) for row in rows if row["task"] in PANELS and row.get("kv_bytes_mean") is not None]
+        points = [_point(row, name) for row in rows if row["task"] in PANELS and row.get("kv_bytes_mean") is not None]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not what this version of kvtrain eval --json writes ({error})") from error
+    if not points:
+        raise UsageError(_NO_BYTES.format(path=path))
+    return points
 
 
 def _named(file: str) -> tuple[str | None, Path]:
-    """The name that a file is given, and the file."""
-    name, equals, path = file.partition("=")
-    return (name, Path(path)) if equals and not Path(file).exists() else (None, Path(file))
+    """The name that a file is given, and the file; either may hold equals signs.
+
+    Raises:
+        ValueError: There is no such file, or an empty name.
+    """
+    if Path(file).is_file():
+        return None, Path(file)
+    places = [place for place, letter in enumerate(file) if letter == "="]
+    for place in places:
+        if place and Path(file[place + 1 :]).is_file():
+            return file[:place], Path(file[place + 1 :])
+    raise UsageError(
+        f"{file}: there is no such file, nor one behind a name and an equals sign; kvtrain eval MODEL --tasks ... "
+        "--json FILE writes one"
+    )
 
 
 def panels_of(points: Sequence[Point]) -> dict[Panel, list[Point]]:
     """Points by their panels, which are in the order of ``PANELS``."""
     there = dict.fromkeys(point.panel for point in points)
-    ordered = [panel for known in PANELS.values() for panel in there if panel.title.startswith(known.title)]
+    ordered = [panel for known in PANELS.values() for panel in there if panel.title == known.title]
     return {panel: [point for point in points if point.panel == panel] for panel in ordered}
 
 
 def _point(row: dict[str, Any], name: str | None) -> Point:
-    text, panel = str(row["method"]), PANELS[row["task"]]
-    if "kind" in row:
-        panel = replace(panel, title=f"{panel.title}, {row['kind']}")
+    text, panel = str(row["method"]), replace(PANELS[row["task"]], kind=row.get("kind"))
+    plain = text == "Full()"
     return Point(
         panel=panel,
-        label=name or label(text),
+        label=name or (PLAIN if plain else label(text)),
+        model=str(row["model"]),
         method=text,
         trained=bool(row["trained"]),
-        plain=text == "Full()",
+        plain=plain,
         quality=float(row[panel.key]),
         mean=float(row["kv_bytes_mean"]),
         end=float(row["kv_bytes_end"]),
         peak=float(row["kv_bytes_peak"]),
         share=None if row["kv_share_mean"] is None else float(row["kv_share_mean"]),
-        measured_on={key: row[key] for key in _SAME if key in row},
+        measured_on=dict(row["measured_on"]),
     )
 
 
@@ -126,13 +153,15 @@ def label(text: str) -> str:
         method = parse_method(text)
     except ValueError:
         return text.removesuffix("()")
-    kinds = [
-        f"{field.name}={getattr(method, field.name)}"
-        for field in fields(method)
-        if isinstance(getattr(method, field.name), str | bool) and getattr(method, field.name) != field.default
-    ]
-    name = "plain, fewer bits" if method.trains_as_host else type(method).__name__
-    return ", ".join([name, *kinds])
+    if method.trains_as_host:
+        return "plain, fewer bits"
+    kinds = []
+    for field in fields(method):
+        value = getattr(method, field.name)
+        names_a_kind = isinstance(value, str | bool) or field.name.endswith("bits")
+        if names_a_kind and value != field.default:
+            kinds.append(f"{field.name}={value}")
+    return ", ".join([type(method).__name__, *kinds])
 
 
 def require_one_measure(points: Sequence[Point]) -> None:
@@ -143,10 +172,10 @@ def require_one_measure(points: Sequence[Point]) -> None:
     """
     for panel, (first, *others) in panels_of(points).items():
         for point in others:
-            apart = [key for key in _SAME if point.measured_on.get(key) != first.measured_on.get(key)]
-            if apart:
-                values = " and ".join(str(one.measured_on.get(apart[0])) for one in (first, point))
+            ours, theirs = first.measured_on, point.measured_on
+            apart = next((key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)), None)
+            if apart is not None:
                 raise UsageError(
-                    f"{panel.title}: {first.method} and {point.method} were measured on different {apart[0]} "
-                    f"({values}); give kvtrain eval the same options for all"
+                    f"{panel.heading}: {first.method} and {point.method} were measured on different things ({apart}: "
+                    f"{ours.get(apart)} and {theirs.get(apart)}); give kvtrain eval the same options for all"
                 )

@@ -8,7 +8,7 @@ from kvtrain.errors import require_file_place
 from kvtrain.parser import Parser, add_method_argument
 from kvtrain.tables import cell, print_table
 
-_ASKED = ("method", "trained", "corpus", "length")  # what the JSON says besides, and whoever asks knows
+_JSON_ALONE = ("method", "trained", "measured_on", "kv_bytes_mean", "kv_bytes_end", "kv_bytes_peak")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,7 +30,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="passkeys hidden in a sample (10)")
     parser.add_argument("--words", type=int, default=32, metavar="N", help="words in a passkey (32)")
-    parser.add_argument("--keys", type=int, default=6, metavar="N", help="names that a retrieval sample explains (6)")
+    parser.add_argument(
+        "--keys", type=int, default=6, metavar="N", help="most names that a retrieval sample explains (6)"
+    )
     parser.add_argument(
         "--questions", type=int, default=3, metavar="N", help="of them asked for, where a kind asks for several (3)"
     )
@@ -79,7 +81,7 @@ def run(asked: Namespace) -> None:
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
-    columns = [key for key in dict.fromkeys(keys) if key not in _ASKED]
+    columns = [key for key in dict.fromkeys(keys) if key not in _JSON_ALONE]
     print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 

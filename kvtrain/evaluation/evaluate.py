@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvtrain.data.corpus import require_corpus
-from kvtrain.data.haystack import HaystackTask
 from kvtrain.data.passkey import PasskeyTask
+from kvtrain.data.prepare import tokenizer_digest
 from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.errors import require_at_least
 from kvtrain.evaluation.answering import refuse_uncut
@@ -63,17 +63,19 @@ class Settings:
 
 
 Figures = dict[str, Any]
+MEASURED_ON = "measured_on"  # what figures of a task must have in common to stand side by side
 
 
 def _perplexity(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
     settings: dict[str, Any] = {"stride": asked.stride, "limit": asked.limit, "chunk": asked.chunk}
-    return [_figures(perplexity(model, tokenizer, asked.corpus, sequence_length=asked.sequence_length, **settings))]
+    result = perplexity(model, tokenizer, asked.corpus, sequence_length=asked.sequence_length, **settings)
+    return [{**_figures(result), MEASURED_ON: settings}]
 
 
 def _continuation(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
     windows = full_windows(tokenizer, asked.corpus, asked.sequence_length, asked.limit)
     prompt = asked.sequence_length * 3 // 4 if asked.prompt is None else asked.prompt
-    return [_figures(continuation(model, windows, prompt))]
+    return [{**_figures(continuation(model, windows, prompt)), MEASURED_ON: {"prompt": prompt}}]
 
 
 def _passkey(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
@@ -87,10 +89,11 @@ def _retrieval(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
     return [{"kind": kind, **_recall(model, tokenizer, asked, task)} for kind, task in tasks.items()]
 
 
-def _recall(model: Any, tokenizer: Any, asked: Settings, task: HaystackTask) -> Figures:
+def _recall(model: Any, tokenizer: Any, asked: Settings, task: PasskeyTask | RetrievalTask) -> Figures:
     length, limit = asked.sequence_length, asked.limit
     settings: dict[str, Any] = {"sequence_length": length, "limit": limit, "chunk": asked.chunk, "ask": asked.ask}
-    return _figures(recall(model, tokenizer, asked.corpus, task, **settings))
+    figures = _figures(recall(model, tokenizer, asked.corpus, task, **settings))
+    return {**figures, MEASURED_ON: {"ask": asked.ask, "chunk": asked.chunk, **asdict(task)}}
 
 
 def _figures(result: Any) -> Figures:
@@ -134,14 +137,23 @@ def run_tasks(
     loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
     if _READ_WHOLE & {*tasks} or (_ASKED & {*tasks} and asked.ask is None):  # said before another task takes its time
         refuse_uncut(loaded, asked.chunk)
-    named = {"model": model, **_method_of(loaded, method), "corpus": asked.corpus, "length": asked.sequence_length}
-    return [{"task": task, **named, **figures} for task in tasks for figures in TASKS[task](loaded, tokenizer, asked)]
+    named = {"model": model, **_method_of(loaded, method)}
+    common = {"corpus": asked.corpus, "sequence_length": asked.sequence_length, "limit": asked.limit}
+    common["tokenizer"] = tokenizer_digest(tokenizer)
+    return [
+        {"task": task, **named, **figures, MEASURED_ON: {**common, **figures[MEASURED_ON]}}
+        for task in tasks
+        for figures in TASKS[task](loaded, tokenizer, asked)
+    ]
 
 
 def _method_of(model: Any, given: Method | None) -> dict[str, Any]:
-    """What shrinks a model's cache, as ``--method`` takes it, and whether weights were trained with it in them."""
+    """What shrinks a model's cache, and whether it was trained: neither given here nor put in by an export alone.
+
+    Methods read as ``--method`` takes them; a model without a host has its own name in place of one.
+    """
     method = getattr(model.config, "method", None)
     if method is None:
         return {"method": type(model.config).__name__.removesuffix("Config") + "()", "trained": True}
-    trained = given is None and method.has_parallel_form and not method.trains_as_host
-    return {"method": method_text(method), "trained": trained}
+    learns = method.has_parallel_form and not method.trains_as_host
+    return {"method": method_text(method), "trained": learns and given is None and not model.config.untrained}

@@ -84,14 +84,15 @@ def facts_table(facts: Mapping[str, str]) -> str:
     return "\n".join(["<table>", *lines, "</table>"])
 
 
-def wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A title, and rows below headings, as HTML; the first cell of each names it."""
+def wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
+    """A title, a note, and rows below headings, as HTML; the first cell of each names it."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     lines = []
     for name, *cells in rows:
         values = "".join(f"<td>{html.escape(value)}</td>" for value in cells)
         lines.append(f"<tr><th>{html.escape(name)}</th>{values}</tr>")
-    return "\n".join([f"<h2>{html.escape(title)}</h2>", "<table>", f"<tr>{head}</tr>", *lines, "</table>"])
+    above = [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(note)}</p>"]
+    return "\n".join([*above, "<table>", f"<tr>{head}</tr>", *lines, "</table>"])
 
 
 def _render(title: str, pictures: Mapping[str, bytes], **parts: str) -> str:

@@ -98,8 +98,8 @@ def _cache(model: PreTrainedModel, origin: Provenance) -> list[str]:
     if least is None:
         shorter = f"A row takes more than the host's, at least up to {lengths[-1]:,} tokens."
     note = (
-        "Bytes of one row in half precision, pages and tables included, where every head keeps the share of tokens "
-        f"that the method's settings ask for. {shorter}"
+        "Bytes of one row in half precision, pages and tables included, where every head keeps as many tokens "
+        f"as the method's settings let expect. {shorter}"
     )
     header = ("tokens", "host's cache, bytes", "this one's, bytes", "times fewer")
     return [*_table(header, rows), *_paragraph(note)]

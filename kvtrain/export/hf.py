@@ -77,7 +77,8 @@ def export_plain(name: str, method: Method, output: Path, dtype: str = "bfloat16
     if isinstance(host_config, KVTrainConfig) or own_model_class(host_config):
         raise UsageError(f"{name} is of type {host_config.model_type} already; a method is given to a plain model")
     retrofitted_class(host_config)  # which refuses other families
-    config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host_config.dtype)
+    own = {"method_config": method.to_dict(), "dtype": host_config.dtype, "untrained": True}
+    config = KVTrainConfig(text_config=host_config, **own)
     settings = {"config": json.loads(config.to_json_string(use_diff=False)), "tokenizer": name, "base": name}
     tokenizer, origin = load_tokenizer(name), (output.name, base_provenance(name))
     return _write(StoredModel(settings, {}), tokenizer, output, weight_type, with_code, origin)

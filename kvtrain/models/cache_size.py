@@ -22,7 +22,7 @@ def kv_bytes_per_token(config: PreTrainedConfig) -> int:
 
 
 def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
-    """Bytes that a row takes in a method's cache, every head taken to keep the same share of its tokens.
+    """Bytes that a row takes in a method's cache, every head taken to keep as many of its tokens.
 
     Args:
         config: The host.

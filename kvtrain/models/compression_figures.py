@@ -27,7 +27,7 @@ def compression_figure(rows: Rows) -> Figure | None:
     reached, target = Curve.of(rows, "compression"), Curve.of(rows, "compression_target")
     if not reached:
         return None
-    figure, axes = canvas("Compression of the key-value cache", "tokens per kept entry")
+    figure, axes = canvas("Compression that heads decide", "tokens per slot, in the long run")
     axes.plot(reached.steps, reached.values, color=BLUE, linewidth=2, label="reached")
     if target:
         axes.plot(target.steps, target.values, color=GREY, linewidth=1.5, linestyle="--", label="target")

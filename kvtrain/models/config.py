@@ -24,12 +24,14 @@ class KVTrainConfig(PortableConfig):
     Args:
         text_config: The whole host configuration.
         method_config: The method's settings, ``{"name": "dmc", ...}``.
+        untrained: Whether ``kvtrain export --method`` has put the method into a host that knows nothing of it.
     """
 
     model_type = MODEL_TYPE
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     method_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
+    untrained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

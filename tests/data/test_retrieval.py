@@ -154,8 +154,7 @@ def test_words_of_names_are_a_token_each(tokenizer):
     [
         ({"keys": 0}, "keys must be from 1 to 200, not 0"),
         ({"keys": 201}, "keys must be from 1 to 200, not 201"),
-        ({"questions": 0}, r"from 1 to the number of keys \(6\), not 0"),
-        ({"keys": 2}, r"questions must be from 1 to the number of keys \(2\), not 3"),
+        ({"questions": 0}, "questions must be at least 1, not 0"),
         ({"kinds": {"multivalue": 1}}, "'multivalue' is no kind of retrieval; there are single, multikey"),
         ({"kinds": {"single": -1, "multikey": 3}}, "kinds must have shares, none negative"),
         ({"kinds": {"single": 0}}, "one of them above 0"),

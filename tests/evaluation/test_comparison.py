@@ -10,16 +10,17 @@ from kvtrain.evaluation.comparison import compare
 from kvtrain.evaluation.comparison_plots import quality_figure
 from kvtrain.evaluation.comparison_points import label, read_points
 
-MEASURED = {"model": "m", "corpus": "heldout", "length": 64, "kv_bytes_end": 5e5, "kv_share_mean": 0.5}
+ON = {"corpus": "heldout", "sequence_length": 64, "tokenizer": "a1"}
+MEASURED = {"model": "m", "kv_bytes_end": 5e5, "kv_share_mean": 0.5, "measured_on": ON}
 
 
 def continuation(method, perplexity, mean, peak=None, **changes):
-    row = {"task": "continuation", "method": method, "trained": False, "perplexity": perplexity, "tokens": 48}
+    row = {"task": "continuation", "method": method, "trained": False, "perplexity": perplexity}
     return {**MEASURED, **row, "kv_bytes_mean": mean, "kv_bytes_peak": peak or mean, **changes}
 
 
 def passkey(method, accuracy, mean, **changes):
-    row = {"task": "passkey", "method": method, "trained": False, "accuracy": accuracy, "answers": 8}
+    row = {"task": "passkey", "method": method, "trained": False, "accuracy": accuracy}
     return {**MEASURED, **row, "kv_bytes_mean": mean, "kv_bytes_peak": mean, **changes}
 
 
@@ -57,7 +58,7 @@ def test_lines_are_of_methods_by_their_bytes(files):
 def test_what_is_trained_is_filled_and_drawn_through(files):
     figure = quality_figure([point for file in files for point in read_points(file)])
     (legend,) = figure.legends
-    texts = [text.get_text() for text in legend.get_texts()]
+    texts = [text.get_text().strip() for text in legend.get_texts()]
     assert texts == ["plain model", "DMC", "H2O", "trained", "not trained", "most bytes ever held"]
     _, dmc, h2o, *_ = legend.get_lines()
     assert (dmc.get_linestyle(), h2o.get_linestyle()) == ("-", "--")
@@ -70,8 +71,10 @@ def test_the_page_stands_alone_and_is_the_same_again(files, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in names]
     text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:)', text) == []
-    (row,) = re.findall(r"<tr><th>DMC\(compression=2\)</th>(.*?)</tr>", text)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["trained", "19", "0.500", "0.477", "0.500", "50.0%"]
+    (row,) = re.findall(r"<tr><th>DMC</th>(.*?)</tr>", text)
+    expected = ["m", "DMC(compression=2)", "trained", "19", "0.500", "0.477", "0.500", "50.0%"]
+    assert re.findall(r"<td>(.*?)</td>", row) == expected
+    assert text.count("Measured on: corpus heldout, sequence_length 64, tokenizer a1.") == 2
     again = compare(files, tmp_path / "again")
     assert [path.read_bytes() for path in again] == [(tmp_path / "out" / path.name).read_bytes() for path in again]
 
@@ -81,7 +84,7 @@ def test_kinds_of_retrieval_are_panels_of_their_own(tmp_path):
     rows += [{**passkey("Full()", 0.5, 2**20), "task": "retrieval", "kind": kind} for kind in ("single", "hops")]
     (tmp_path / "a.json").write_text(json.dumps([*rows, continuation("Full()", 18.0, 2**20)]))
     titles = [axes.get_title(loc="left") for axes in quality_figure(read_points(str(tmp_path / "a.json"))).axes]
-    parts = [f"Share of values found, {kind}" for kind in ("single", "hops")]
+    parts = [f"Share of values found: {kind}" for kind in ("single", "hops")]
     assert titles == ["Perplexity of continuations", "Share of passkeys found", *parts]
 
 
@@ -91,6 +94,8 @@ def test_kinds_of_retrieval_are_panels_of_their_own(tmp_path):
         ("H2O(budget=256, recent=128)", "H2O"),
         ("SnapKV(budget=64, per_head='adaptive')", "SnapKV, per_head=adaptive"),
         ("Full(kv_bits=4)", "plain, fewer bits"),
+        ("H2O(budget=64, recent=8, kv_bits=4)", "H2O, kv_bits=4"),
+        ("MiKV(budget=64, recent=8, low_bits=2)", "MiKV, low_bits=2"),
         ("TransNormer()", "TransNormer"),
     ],
 )
@@ -98,17 +103,36 @@ def test_a_line_is_named_by_its_method_without_sizes(text, expected):
     assert label(text) == expected
 
 
-def test_a_file_can_name_its_line(files):
-    assert {point.label for point in read_points(f"mine={files[1]}")} == {"mine"}
+@pytest.mark.parametrize("name", ["mine", "H2O(budget=64)", r"_a $\frac$ b"])
+def test_a_file_can_name_its_line(files, name, tmp_path):
+    points = read_points(f"{name}={files[1]}")
+    assert {point.label for point in points} == {name}
+    figure = quality_figure(points)
+    assert figure.legends[0].get_texts()[0].get_text().strip().replace(r"\$", "$") == name
+    figure.savefig(tmp_path / "a.png")  # where a formula would be read
+
+
+def test_a_file_whose_name_has_an_equals_sign(tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    file = tmp_path / "lr=1" / "x=y.json"
+    file.write_text(json.dumps(ROWS["full"]))
+    assert [point.label for point in read_points(str(file))] == ["plain model"] * 2
+    assert [point.label for point in read_points(f"b={file}")] == ["b"] * 2
+
+
+def test_plain_models_keep_the_names_of_their_files(files):
+    points = [*read_points(f"small={files[0]}"), *read_points(files[0])]
+    texts = [text.get_text().strip() for text in quality_figure(points).legends[0].get_texts()]
+    assert texts[:2] == ["plain model", "small"]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"task": "perplexity", "perplexity": 3.0}], "none of the files says what a cache holds while it answers"),
-        ([passkey("Full()", 1.0, None)], "none of the files says"),
-        ([*H2O, continuation("Full()", 18.0, 2**20, tokens=96)], "measured on different tokens (48 and 96)"),
-        ([*H2O, continuation("Full()", 18.0, 2**20, corpus="stdlib")], "different corpus (heldout and stdlib)"),
+        ([{"task": "perplexity", "perplexity": 3.0}], "a.json: nothing in it says what a cache holds while it answers"),
+        ([passkey("Full()", 1.0, None)], "a.json: nothing in it says"),
+        ([*H2O, continuation("Full()", 18.0, 2**20, measured_on={**ON, "prompt": 8})], "(prompt: None and 8)"),
+        ([*H2O, continuation("Full()", 18.0, 2**20, measured_on={**ON, "corpus": "stdlib"})], "heldout and stdlib"),
         ([{"task": "continuation", "kv_bytes_mean": 3.0}], "not what this version of kvtrain eval --json writes"),
         ({"task": "continuation"}, "not what this version of kvtrain eval --json writes"),
     ],
@@ -128,5 +152,7 @@ def test_a_run_or_files(arguments, capsys):
 
 
 def test_a_missing_file_is_one_line(tmp_path, capsys):
-    assert kvtrain_cli.main(["report", "--compare", str(tmp_path / "a.json")]) == 2
-    assert "there is no such file; kvtrain eval MODEL --tasks ... --json FILE writes one" in capsys.readouterr().err
+    for file in ("a.json", "=a.json", "x=a.json"):
+        assert kvtrain_cli.main(["report", "--compare", str(tmp_path / file)]) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: there is no such file" in error and "kvtrain eval MODEL --tasks ... --json FILE" in error

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kvtrain
+from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.inference.engine import Request
 from kvtrain.inference.load import open_model
 from kvtrain.inference.server.options import ServeOptions, add_engine_arguments
@@ -72,6 +73,32 @@ def test_an_export_opens_with_its_method(tmp_path, method, capsys):
     assert not opened.generation_config.do_sample
     card = (out / "README.md").read_text()
     assert card.count("# out\n") == 1 and "| base | `kvtrain:copy` |" in card
+
+
+def said(tmp_path, *words):
+    """What eval writes of a model's method."""
+    ask = ["--tasks", "continuation,passkey", "--ask", "after", "--passkeys", "1", "--words", "2"]
+    ask += ["--sequence-length", "96", "--limit", "1", "--json", str(tmp_path / "j.json")]
+    assert main(["eval", *words, *ask]) == 0
+    rows = json.loads((tmp_path / "j.json").read_text())
+    assert {(row["method"], row["trained"]) for row in rows} == {(rows[0]["method"], rows[0]["trained"])}
+    return rows[0]["method"], rows[0]["trained"], [row["measured_on"] for row in rows]
+
+
+def test_eval_says_what_it_measured_and_whether_that_was_trained(tmp_path):
+    duo = "Duo(sink=4, recent=8, full_heads=[[0], [1], [2], [3]])"
+    assert main(["export", "kvtrain:copy", str(tmp_path / "put in"), "--method", duo]) == 0
+    kvtrain.retrofit(kvtrain.load("kvtrain:copy"), parse_method(duo)).save_pretrained(tmp_path / "learnt")
+    load_tokenizer("kvtrain:copy").save_pretrained(tmp_path / "learnt")
+    method, trained, measured = said(tmp_path, str(tmp_path / "put in"))
+    assert (parse_method(method), trained) == (parse_method(duo), False)
+    assert said(tmp_path, str(tmp_path / "learnt"))[:2] == (method, True)
+    assert said(tmp_path, "kvtrain:copy", "--method", duo) == (method, False, measured)
+    assert said(tmp_path, "kvtrain:copy")[:2] == ("Full()", False)
+    common = {"corpus": "heldout", "sequence_length": 96, "limit": 1, "tokenizer": measured[0]["tokenizer"]}
+    assert measured[0] == {**common, "prompt": 72}
+    asked = {"ask": "after", "chunk": None, "passkeys": 1, "words": 2, "supervision": "passkey"}
+    assert measured[1] == {**common, **asked}
 
 
 def test_an_export_of_full_is_the_plain_model(tmp_path):

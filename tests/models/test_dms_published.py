@@ -72,6 +72,9 @@ def test_what_is_no_such_model_is_refused(tmp_path):
         ValueError, match=r"decisions come from adapters, and it has no model\.layers\.0\.self_attn\.dms"
     ):
         load_published(str(tmp_path))
+    released(tmp_path / "another")
+    with pytest.raises(ValueError, match=r"config\.json has no dms_ settings; open it with kvtrain\.load"):
+        load_published(str(tmp_path / "another"))
     released(tmp_path / "plain", dms_disable_eviction=True)
     with pytest.raises(
         ValueError, match=r"dms_disable_eviction is set, this is a plain model; open it with kvtrain\.load"

@@ -19,7 +19,7 @@ def load_published(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedMo
         dtype: Of the weights; as stored by default.
 
     Raises:
-        ValueError: Evictions are switched off, or adapters are missing from its weights.
+        ValueError: It has no settings of DMS, evictions are switched off, or adapters are missing from its weights.
     """
     host = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     settings = published_settings(host.config, path)
@@ -30,7 +30,10 @@ def load_published(path: str, dtype: torch.dtype | str = "auto") -> PreTrainedMo
         expected = {name for name in model.state_dict() if f".{PROJECTION}" in name}  # both names begin with it
         found = {name: tensor for name, tensor in map_weights(path).items() if name in expected}
         if missing := sorted(expected - found.keys()):
-            raise ValueError(f"{path}: its settings say that decisions come from adapters, and it has no {missing[0]}")
+            raise ValueError(
+                f"{path}: its settings say that decisions come from adapters, and it has no {missing[0]}; fetch the "
+                "folder anew, all of its files"
+            )
         model.load_state_dict(found, strict=False)
     return model
 
@@ -43,8 +46,10 @@ def published_settings(config: PreTrainedConfig, path: str) -> DMS:
         path: Where it comes from, for messages.
 
     Raises:
-        ValueError: Evictions are switched off.
+        ValueError: There are none, or evictions are switched off.
     """
+    if not any(name.startswith("dms_") for name in vars(config)):
+        raise ValueError(f"{path}: its config.json has no dms_ settings; open it with kvtrain.load")
     if getattr(config, "dms_disable_eviction", False):
         raise ValueError(f"{path}: dms_disable_eviction is set, this is a plain model; open it with kvtrain.load")
     separate = bool(getattr(config, "dms_separate_alpha", False))
