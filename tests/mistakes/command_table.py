@@ -288,8 +288,8 @@ EVAL = [
     ),
     ("eval kvtrain:tiny --tasks retrieval --kinds ,", "kinds must have shares, none negative and one of them above 0"),
     ("eval kvtrain:tiny --tasks retrieval --keys 0", "keys must be from 1 to 200, not 0"),
-    ("eval kvtrain:tiny --tasks retrieval --keys 2", "questions must be from 1 to the number of keys (2), not 3"),
-    ("eval kvtrain:tiny --tasks retrieval --keys 1 --questions 1", "a multihop chain takes two keys; set keys to 2"),
+    ("eval kvtrain:tiny --tasks retrieval --questions 0", "questions must be at least 1, not 0"),
+    ("eval kvtrain:tiny --tasks retrieval --keys 1", "a multihop chain takes two keys; set keys to 2"),
     (
         "eval kvtrain:tiny --tasks retrieval --kinds single --sequence-length 32",
         "a sample of 32 tokens cannot hold a name and its question; raise the length",
