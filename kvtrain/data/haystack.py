@@ -28,12 +28,14 @@ class Sample(NamedTuple):
         labels: ``(T,)``, unshifted, ``-100`` where nothing is learnt.
         book: Tokens before the first question.
         answers: Where each answer lies, in the order of the questions.
+        needles: How much is hidden: no more than what the task asks for, where the sample is short.
     """
 
     input_ids: Ids
     labels: Ids
     book: int
     answers: list[slice]
+    needles: int
 
 
 class Question(NamedTuple):
@@ -150,7 +152,7 @@ class SampleWriter(ABC):
         labels = np.full_like(input_ids, IGNORE_INDEX)
         for span in [slice(book, end)] if self.learns_questions else answers:
             labels[span] = input_ids[span]
-        return Sample(input_ids, labels, book, answers)
+        return Sample(input_ids, labels, book, answers, len(draft.needles))
 
 
 class HaystackTask(Protocol):

@@ -28,6 +28,7 @@ class RecallResult:
             right ones before it.
         token_accuracy: Share of their tokens.
         answers: Asked for.
+        hidden: Needles in a sample, mean; fewer than the task's where samples are too short for all.
         compression: Tokens per kept slot, as total tokens over mean slots.
         kv_bytes_per_1024: Bytes allocated for 1,024 tokens of a sample, spare pages aside.
         answering: Bytes of the cache while answers are decoded; None where a sample is read as a whole.
@@ -36,6 +37,7 @@ class RecallResult:
     accuracy: float
     token_accuracy: float
     answers: int
+    hidden: float
     compression: float
     kv_bytes_per_1024: float
     answering: AnsweringBytes | None = None
@@ -92,6 +94,7 @@ def recall(
         accuracy=sum(bool(right.all()) for right in found) / len(found),
         token_accuracy=torch.cat(found).double().mean().item(),
         answers=len(found),
+        hidden=sum(sample.needles for sample in samples) / len(samples),
         compression=len(samples) * sequence_length / slots,
         kv_bytes_per_1024=num_bytes / (len(samples) * sequence_length) * 1024,
         answering=None if meter is None else meter.result(),

@@ -60,7 +60,7 @@ def test_answers_are_what_the_text_says(tokenizer, write, length, kind, seed, ke
     assert ids.shape == sample.labels.shape == (length,) and ids.dtype == sample.labels.dtype == np.int64
     facts, depths, asked = parse(tokenizer, sample)
     means = dict(facts)
-    assert len(means) == len(facts) == (1 if kind == "single" else keys)
+    assert len(means) == len(facts) == sample.needles == (1 if kind == "single" else keys)
     assert depths == sorted(depths)
     several = {"multiquery": questions, "multihop": min(questions, keys // 2)}
     assert len(asked) == len({key for key, *_ in asked}) == several.get(kind, 1)

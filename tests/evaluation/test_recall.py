@@ -100,7 +100,7 @@ def test_an_oracle_finds_all_and_one_wrong_token_costs_its_passkey(tokenizer):
     samples = samples_of(tokenizer, 3)
     settings = {"sequence_length": LENGTH, "limit": 3, "chunk": 50}
     best = recall(Oracle(samples), tokenizer, "heldout", TASK, **settings)
-    assert (best.accuracy, best.token_accuracy, best.answers) == (1.0, 1.0, 6)
+    assert (best.accuracy, best.token_accuracy, best.answers, best.hidden) == (1.0, 1.0, 6, TASK.passkeys)
     assert best.compression == pytest.approx(2.0)
     assert best.kv_bytes_per_1024 == pytest.approx(100 / LENGTH * 1024)
     place = samples[1].answers[1].start
