@@ -53,6 +53,8 @@ def _draw_panel(axes: Axes, panel: Panel, points: Sequence[Point], styles: Mappi
             axes.plot(point.mean / MIB, point.quality, "*", color="black", markersize=13, zorder=4)
         if point.peak > _APART * point.mean:
             axes.plot(point.peak / MIB, point.quality, "|", color=color, markersize=9, alpha=0.8)
+    if panel.better == "higher":  # a share
+        axes.set_ylim(-0.04, 1.04)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -139,7 +139,7 @@ def run_tasks(
         refuse_uncut(loaded, asked.chunk)
     named = {"model": model, **_method_of(loaded, method)}
     common = {"corpus": asked.corpus, "sequence_length": asked.sequence_length, "limit": asked.limit}
-    common["tokenizer"] = tokenizer_digest(tokenizer)
+    common["tokenizer"] = tokenizer_digest(tokenizer)[:12]
     return [
         {"task": task, **named, **figures, MEASURED_ON: {**common, **figures[MEASURED_ON]}}
         for task in tasks
