@@ -104,7 +104,7 @@ TRAINER = [
     ("--trainer.log_every_n_steps -1", "trainer.log_every_n_steps must be at least 0, not -1"),
     ("--trainer.log_every_n_steps x", "trainer.log_every_n_steps: expected an integer or null, got 'x'"),
     ("--trainer.val_check_interval 0", "trainer.val_check_interval is 0"),
-    ("--trainer.val_check_interval -1", "You have passed invalid value -1 for val_check_interval, it has"),
+    ("--trainer.val_check_interval -1", "for val_check_interval, it has to be in [0.0, 1.0] or an int"),
     ("--trainer.val_check_interval 1.5", "`val_check_interval` should be an integer or a time-based"),
     ("--trainer.val_check_interval banana", "Invalid time format for `val_check_interval`: 'banana'"),
     (
@@ -119,7 +119,7 @@ TRAINER = [
     ("--trainer.limit_val_batches -1", "for limit_val_batches, it has to be in [0.0, 1.0] or an int"),
     ("--trainer.limit_val_batches 1.5", "for limit_val_batches, it has to be in [0.0, 1.0] or an int"),
     ("--trainer.num_sanity_val_steps -2", "trainer.num_sanity_val_steps must be at least -1, not -2"),
-    ("--trainer.overfit_batches -1", "You have passed invalid value -1 for overfit_batches, it has to"),
+    ("--trainer.overfit_batches -1", "for overfit_batches, it has to be in [0.0, 1.0] or an int"),
     ("--trainer.fast_dev_run -1", "fast_dev_run=-1 is not a valid configuration"),
     ("--trainer.detect_anomaly banana", "trainer.detect_anomaly: expected true or false, got 'banana'"),
     ("--trainer.deterministic banana", "trainer.deterministic: expected true or false or warn or null,"),
