@@ -70,6 +70,7 @@ class PackedLoader:
         self.epoch = self.cursor = 0
         self.seconds_waited = 0.0
         self._num_rows = len(rows) if limit is None else min(limit, len(rows))
+        self._drawn: tuple[int, npt.NDArray[np.int64]] | None = None  # an epoch and its order
         self._windows = len(rows) // (batch_size * world_size * window)
         if seed is not None and self._windows == 0:
             raise ValueError(
@@ -101,7 +102,9 @@ class PackedLoader:
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if self.seed is None:
             return np.arange(self._num_rows)
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        if self._drawn is None or self._drawn[0] != epoch:  # of as many numbers as the corpus has rows
+            self._drawn = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self._drawn[1]
 
     def training_batch(self, number: int) -> Batch:
         """Any batch of the endless training, epoch after epoch, whatever this loader's place."""
