@@ -10,24 +10,13 @@ from hypothesis import strategies as st
 import kvtrain
 from kvtrain.models.dmc.attention import DMCStep
 from tests.hosts import dmc_at_rate, make_host, merge_rate, random_ids
+from tests.models.chunks import run_chunks
 from tests.thinning import thinned
 
 RATES = (0.0, 0.1, 0.5, 0.9, 1.0)
 # Every rate in one shape, and every family and number of heads at one rate.
 SHAPES = [*product(("llama", "qwen3"), (4, 2, 1), RATES)]
 SOME_SHAPES = [shape for shape in SHAPES if shape[:2] == ("llama", 2) or shape[2] == 0.5]
-
-
-def run_chunks(model, ids, sizes, attention_mask=None):
-    """Feed ``ids`` in chunks of the given sizes through one cache; logits of all, and the cache."""
-    cache, logits, begin = model.make_cache(), [], 0
-    for size in sizes:
-        end = begin + size
-        mask = None if attention_mask is None else attention_mask[:, :end]
-        logits.append(model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits)
-        begin = end
-    assert begin == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def assert_forms_agree(model, ids, tolerance, split):

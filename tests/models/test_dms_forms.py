@@ -15,22 +15,11 @@ from kvtrain.kernels.attention import attention
 from kvtrain.models.dms import attention as dms_attention
 from kvtrain.models.dms.attention import DMSStep
 from tests.hosts import dms_at_rate, exact, make_host, random_ids
+from tests.models.chunks import run_chunks
 from tests.models.naive_dms import Rule, naive_dms
 
 EXACT = 1e-12  # float64
 CHANNEL = {"decide_by": "query_channel", "trainable": "all"}
-
-
-def run_chunks(model, ids, sizes, attention_mask=None):
-    """Feed ``ids`` in chunks of the given sizes through one cache; logits of all, and the cache."""
-    cache, logits, begin = model.make_cache(), [], 0
-    for size in sizes:
-        end = begin + size
-        mask = None if attention_mask is None else attention_mask[:, :end]
-        logits.append(model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits)
-        begin = end
-    assert begin == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def decisions_of(model, ids):
