@@ -3,24 +3,17 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.losses.distillation import Distillation
-from kvtrain.models.context import LayerOutputs
 from kvtrain.models.dms import DMS
-from kvtrain.models.dms.attention import DMSAttention, DMSStep
+from kvtrain.models.dms.attention import DMSStep
 from kvtrain.models.dms.convert import PROJECTION
-from kvtrain.training.compression import CompressionModule
-from kvtrain.training.parameters import zero_rows
-from kvtrain.training.schedules import Phase, PhaseStep
+from kvtrain.training.borrowed_channel import ZERO_OUT, BorrowedChannelModule
 from kvtrain.training.teachers import teach
 
-ZERO_OUT, RETROFIT, FINETUNE = "zero_out", "retrofit", "finetune"
-_ORDER = (ZERO_OUT, RETROFIT, FINETUNE)
 
-
-class DMSModule(CompressionModule):
+class DMSModule(BorrowedChannelModule):
     """Raises the target from 1 to the method's ``compression`` in ``retrofit``, and holds it in ``finetune``.
 
     With ``trainable: adapter`` the decisions' own parameters alone train. The teacher is the model itself with nothing
@@ -36,8 +29,7 @@ class DMSModule(CompressionModule):
         compression_weight: See ``CompressionModule`` (released code: 1).
         distill: As in ``RetrofitModule``; ``true`` is ``KL(student || teacher)``, which the released code minimises.
         weight_decay: On matrices (released recipe: 0).
-        **training: See ``CompressionModule`` and what it derives from; phases are called ``zero_out``, ``retrofit`` and
-            ``finetune``, in that order, each at most once.
+        **training: See ``BorrowedChannelModule`` and what it derives from.
 
     Raises:
         ValueError: Phases of other names or in another order, one that frees a channel where none is borrowed, or
@@ -62,21 +54,12 @@ class DMSModule(CompressionModule):
         borrows, names = self.method.decide_by == "query_channel", [phase.name for phase in self.schedule.phases]
         if borrows and self._trains_adapter:
             raise ValueError("a query channel has no parameters of its own; set the method's trainable to all")
-        if names != [name for name in _ORDER if name in names]:
-            raise ValueError(f"DMS's phases are {', '.join(_ORDER)}, in that order; the recipe has {', '.join(names)}")
         if ZERO_OUT in names and not borrows:
             raise ValueError(f"adapters borrow no channel; leave the phase {ZERO_OUT} out")
 
     @property
     def _trains_adapter(self) -> bool:
         return self.method.trainable == "adapter"
-
-    def build_model(self) -> PreTrainedModel:
-        """See ``RetrofitModule``; what does not train is frozen."""
-        model = super().build_model()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.is_trainable(name))
-        return model
 
     def is_trainable(self, name: str) -> bool:
         """See ``TrainingModule``."""
@@ -106,58 +89,6 @@ class DMSModule(CompressionModule):
         teacher = teach(self.model, batch, step=DMSStep(full_attention=True))
         return batch, {"teacher": teacher, "distillation": self.distillation}
 
-    def channel_scale(self, phase_step: PhaseStep) -> float | None:
-        """Factor on the borrowed channel: from 1 to 0 while it is freed, None afterwards."""
-        if phase_step.phase.name != ZERO_OUT:
-            return None
-        return 1.0 - phase_step.step / phase_step.phase.steps
-
-    def target(self, phase_step: PhaseStep) -> float:
-        """Compression aimed at: ``1 + (compression - 1) * step / steps`` in the retrofit, the method's own after it."""
-        if phase_step.phase.name == ZERO_OUT:
-            return 1.0
-        if phase_step.phase.name == FINETUNE:
-            return self.method.compression
-        return 1.0 + (self.method.compression - 1.0) * phase_step.step / phase_step.phase.steps
-
-    def model_arguments(self, batch: Batch) -> dict[str, Any]:
-        """Noise key and a place for the decisions."""
-        phase_step = self.phase_step()
-        step = DMSStep(
-            seed=self.seed,
-            step=self.global_step,
-            row_ids=batch["row_ids"],
-            compression=self.target(phase_step),
-            channel_scale=self.channel_scale(phase_step),
-        )
-        return {**super().model_arguments(batch), "step": step, "outputs": LayerOutputs()}
-
-    def unlike_phases(self) -> list[int]:
-        """See ``TrainingModule``; no phase holds more than those that decide."""
-        names = [phase.name for phase in self.schedule.phases]
-        return [next(names.index(name) for name in (RETROFIT, FINETUNE, ZERO_OUT) if name in names)]
-
-    def export_warning(self) -> str | None:
-        """A borrowed channel decides nothing until it is free."""
-        if self.schedule.phase_step(self._seen_step()).phase.name != ZERO_OUT:
-            return None
-        return f"the run is in its {ZERO_OUT} phase, whose channel decides nothing yet; train on into the next"
-
-    def on_train_start(self) -> None:
-        """A recipe that does not free its channel starts with the borrowed rows cleared."""
-        if self.global_step == 0 and self.schedule.phases[0].name != ZERO_OUT:
-            self._zero_borrowed_rows()
-
-    def begin_phase(self, phase: Phase) -> None:
-        """Clear the optimizer; of a channel that has been freed, clear the rows that made it."""
-        super().begin_phase(phase)
-        if self.schedule.phases[self.phase_step().index - 1].name == ZERO_OUT:
-            self._zero_borrowed_rows()
-
-    def _zero_borrowed_rows(self) -> None:
-        if self.method.decide_by != "query_channel":
-            return
-        for module in self.model.modules():
-            if isinstance(module, DMSAttention):
-                for parameter, rows in module.borrowed_rows():
-                    zero_rows(parameter, rows)
+    def decision_step(self, **settings: Any) -> DMSStep:
+        """See ``BorrowedChannelModule``."""
+        return DMSStep(**settings)

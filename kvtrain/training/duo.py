@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
@@ -90,13 +89,6 @@ class DuoModule(RetrofitModule):
         self._rounded: dict[int, Tensor] = {}
         if self.method.gates == "hard_concrete":
             self.multipliers = nn.Parameter(torch.zeros(2))
-
-    def build_model(self) -> PreTrainedModel:
-        """The base with gates, of which the gates alone train."""
-        model = super().build_model()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.is_trainable(name))
-        return model
 
     def is_trainable(self, name: str) -> bool:
         """See ``TrainingModule``."""

@@ -107,11 +107,15 @@ class RetrofitModule(MethodModule):
         return batch, {"teacher": teach(self._teacher[0], batch), "distillation": self.distillation}
 
     def build_model(self) -> PreTrainedModel:
-        """Load the base, convert its heads and retrofit it."""
+        """Load the base, convert its heads and retrofit it; what does not train is frozen."""
         host = self._load_base()
         if self.num_key_value_heads:
             host = convert_gqa(host, self.num_key_value_heads)
-        return retrofit(host, self.method)
+        model = retrofit(host, self.method)
+        if self.frozen_base() is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self.is_trainable(name))
+        return model
 
     def pretrained_weights(self) -> Tensors:
         """See ``TrainingModule``; what the conversion of heads and the method make anew is in memory."""

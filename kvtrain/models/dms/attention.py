@@ -106,6 +106,8 @@ class DMSAttention(HostAttention):
 
     def borrowed_rows(self) -> list[tuple[nn.Parameter, slice]]:
         """Where a borrowed channel comes from: rows of weights and biases, of the first query head of every group."""
+        if self.settings.decide_by != "query_channel":
+            return []
         rows = slice(self.head_dim - 1, None, self.num_groups * self.head_dim)
         return [(parameter, rows) for parameter in self.q_proj.parameters()]
 
