@@ -1,6 +1,7 @@
 """What the package carries: a small pretrained Llama, a smaller one that copies, their tokenizers, held-out text.
 
-``kvtrain:tiny`` and ``kvtrain:copy`` name the model folders wherever a model or tokenizer path is asked for.
+``kvtrain:tiny``, the same trained on to find what names mean (``kvtrain:recall``), and ``kvtrain:copy`` name the model
+folders wherever a model or tokenizer path is asked for.
 """
 
 from pathlib import Path

@@ -232,3 +232,13 @@ def test_nothing_to_measure(model, tokenizer, tmp_path):
     dense = kvtrain.retrofit(kvtrain.load("kvtrain:copy"), kvtrain.H2O()).eval()
     with pytest.raises(ValueError, match="all of a text would be one"):
         recall(dense, tokenizer, "heldout", TASK)
+
+
+@pytest.mark.slow
+def test_the_packaged_base_finds_names_and_still_reads_text():
+    """As its README says: six keys in 1,024 tokens, and hardly more perplexity than the model that it comes from."""
+    rows = run_tasks("kvtrain:recall", ["retrieval", "perplexity"], limit=50)
+    (before,) = run_tasks("kvtrain:tiny", ["perplexity"], limit=50)
+    found = {row["kind"]: row["accuracy"] for row in rows if row["task"] == "retrieval"}
+    assert len(found) == 4 and min(found.values()) >= 0.9
+    assert rows[-1]["perplexity"] <= 1.05 * before["perplexity"]
