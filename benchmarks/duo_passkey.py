@@ -19,20 +19,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from arms import answers_signal, learnt_worth, open_gates
 
 import kvtrain
-from kvtrain.data.packing import IGNORE_INDEX
 from kvtrain.data.passkey import PasskeyTask, PasskeyWriter
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.evaluation.recall import recall
-from kvtrain.models.duo.gates import HEAD_GATES, pattern_of
-from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
+from kvtrain.models.duo.gates import pattern_of
+from kvtrain.models.duo.scores import razor_gates, razor_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "duo_passkey.jsonl"
-BASE, TASK, SINK, RECENT, LENGTH = "kvtrain:copy", PasskeyTask(passkeys=4, words=8), 4, 32, 1024
+BASE, TASK, LENGTH = "kvtrain:copy", PasskeyTask(passkeys=4, words=8), 1024
 ONCE, SEEDED = ("razor", "razor, random ids", "free signal"), ("learnt gates", "random heads")
 
 
@@ -56,11 +55,6 @@ def cells(seeds: list[int], sparsities: list[float]) -> Iterator[Cell]:
                 yield Cell(arm, sparsity, seed)
 
 
-def gated() -> Any:
-    """The base with open gates."""
-    return kvtrain.retrofit(kvtrain.load(BASE, dtype=torch.float32), kvtrain.Duo(sink=SINK, recent=RECENT)).eval()
-
-
 def learnt(seed: int, work: Path) -> torch.Tensor:
     """Gates of the recipe, with another seed for everything."""
     exported, run = work / f"exported-{seed}", work / f"run-{seed}"
@@ -69,27 +63,12 @@ def learnt(seed: int, work: Path) -> torch.Tensor:
     fit = ["fit", "--config", "recipes/tiny/duo.yaml", "--trainer.default_root_dir", str(run), *words]
     for arguments in (fit, ["export", str(run), str(exported)]) if not exported.exists() else ():
         subprocess.run([sys.executable, str(ROOT / "kvtrain_cli.py"), *arguments], cwd=ROOT, check=True)
-    rows = HEAD_GATES.read(run)
-    last = max(row["step"] for row in rows)
-    values = [row["gate"] for row in rows if row["step"] == last]
-    return torch.tensor(values).view(len(gated().model.layers), -1)
-
-
-def signal(model: Any) -> torch.Tensor:
-    """What every head would lose on the answers of a few samples, from one pass."""
-    tokenizer = load_tokenizer(BASE)
-    writer, rng = PasskeyWriter(tokenizer, TASK), np.random.default_rng(1)
-    text = "".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
-    book = np.asarray(tokenizer(text)["input_ids"])
-    samples = [writer.sample(rng, np.roll(book, 500 * number), LENGTH) for number in range(8)]
-    ids = torch.tensor(np.stack([sample.input_ids for sample in samples]))
-    labels = torch.tensor(np.stack([sample.labels for sample in samples]))
-    return free_signal(model, ids, labels.roll(-1, 1) != IGNORE_INDEX)  # tokens that predict an answer's
+    return learnt_worth(run)
 
 
 def choose(cell: Cell, work: Path) -> Any:
     """The model of a cell."""
-    model = gated()
+    model = open_gates(BASE)
     shape = (len(model.model.layers), model.config.num_key_value_heads)
     if cell.arm == "base":
         return kvtrain.retrofit(kvtrain.load(BASE, dtype=torch.float32), kvtrain.Full()).eval()
@@ -103,7 +82,7 @@ def choose(cell: Cell, work: Path) -> Any:
     elif cell.arm == "razor, random ids":
         gates = razor_gates(razor_scores(model))
     elif cell.arm == "free signal":
-        gates = signal(model)
+        gates = answers_signal(model, BASE, TASK, LENGTH)
     else:
         gates = pattern_of([()] * shape[0], shape[1])
     return model.binarize(cell.sparsity, gates=gates)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from duo_passkey import signal
+from arms import FIXED, HEADS, SIZED, fit, head_worth, streaming
 from pressed import PRESSES, PressedModel
 from turns import cpu_seconds, decoding, machine, median_seconds
 
@@ -36,20 +36,16 @@ from kvtrain.evaluation.continuation import continuation
 from kvtrain.evaluation.recall import recall
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
-from kvtrain.models.duo.gates import choose_full_heads
-from kvtrain.models.duo.scores import free_signal, razor_gates, razor_scores
 from kvtrain.models.method import Method
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LENGTH, PROMPT, ROWS = 1024, 768, 8
 TASK = PasskeyTask(passkeys=4, words=8)
-SINK, WINDOW, PAGE = 4, 32, 8
 AS_IT_IS = 0  # the ratio of arms without a size
-_CLOSE, _TOLERANCE, _TRIES = 0.02, 0.1, 6  # of the share of bytes that is aimed at
+ARMS = (*FIXED, *SIZED, *HEADS, *PRESSES)
 _FITTED = 4  # rows on which a size is tried: what some policies keep depends on the text
 
 Figures = dict[str, Any]
-Sized = Callable[[int], Method]  # a method by its size in tokens
 
 
 class Cell(NamedTuple):
@@ -85,53 +81,13 @@ SMALL, WHOLE = Size("policies_small", (4,), 8, 8, False), Size("policies", (2, 4
 # --- arms
 
 
-def _snapkv(slots: int, **settings: Any) -> Method:
-    return kvtrain.SnapKV(budget=slots, recent=WINDOW, every=32, page_size=PAGE, **settings)
-
-
-SIZED: dict[str, Sized] = {
-    "StreamingLLM": lambda n: kvtrain.StreamingLLM(budget=n, sink=SINK, recent=n - SINK, page_size=PAGE),
-    "H2O": lambda n: kvtrain.H2O(budget=n, recent=n // 2, page_size=PAGE),
-    "TOVA": lambda n: kvtrain.TOVA(budget=n, page_size=PAGE),
-    "SnapKV": _snapkv,
-    "PyramidKV": functools.partial(_snapkv, per_layer="pyramid"),
-    "Ada-KV": functools.partial(_snapkv, per_head="adaptive"),
-    "ExpectedAttention": lambda n: kvtrain.ExpectedAttention(budget=n, recent=WINDOW, every=32, page_size=PAGE),
-    "CORM": lambda n: kvtrain.CORM(window=n, recent=n, page_size=PAGE),
-    "D2O": lambda n: kvtrain.D2O(budget=n, recent=n // 2, page_size=PAGE),
-    "MiKV, 4 bits": lambda n: kvtrain.MiKV(budget=n, recent=n // 2, page_size=PAGE),
-    "random eviction": lambda n: kvtrain.RandomEviction(budget=n, recent=WINDOW, page_size=PAGE),
-}
-FIXED: dict[str, Method] = {
-    "Full": kvtrain.Full(),
-    "8 bits": kvtrain.Full(kv_bits=8),
-    "4 bits": kvtrain.Full(kv_bits=4),
-}
-HEADS = ("Duo, free signal", "RazorAttention")
-ARMS = (*FIXED, *SIZED, *HEADS, *PRESSES)
-
-
 @functools.cache
-def gates(arm: str, base: str) -> torch.Tensor:
-    """What every key-value head of a base is worth, ``(layers, H_kv)``."""
-    model = kvtrain.retrofit(kvtrain.load(base, dtype=torch.float32), kvtrain.Duo(sink=SINK, recent=WINDOW)).eval()
-    is_copy = base == "kvtrain:copy"
-    if arm == "RazorAttention":  # over the words that the model copies, where it copies nothing else
-        words = torch.from_numpy(PasskeyWriter(load_tokenizer(base), TASK).vocabulary) if is_copy else None
-        return razor_gates(razor_scores(model, vocabulary=words))
-    if is_copy:
-        return signal(model)
-    text = "\n".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
-    ids = torch.tensor(load_tokenizer(base)(text)["input_ids"][: ROWS * LENGTH]).view(ROWS, LENGTH)
-    return free_signal(model, ids, torch.ones_like(ids, dtype=torch.bool))
-
-
-def streaming(arm: str, base: str, share: float) -> Sized:
-    """As many full heads as leave the others the least window within a share of the bytes, by its latest tokens."""
-    worth, least = gates(arm, base), (SINK + WINDOW) / LENGTH
-    num_full = int((share - least) / (1 - least) * worth.numel())
-    full_heads = choose_full_heads(worth, 1 - num_full / worth.numel())
-    return lambda n: kvtrain.Duo(sink=SINK, recent=max(1, n - SINK), full_heads=full_heads, page_size=PAGE)
+def worth(arm: str, base: str) -> torch.Tensor:
+    """What every key-value head of a base is worth, ``(layers, H_kv)``: the copy model shows it on passkeys alone."""
+    if base != "kvtrain:copy":
+        return head_worth(arm, base, LENGTH)
+    words = torch.from_numpy(PasskeyWriter(load_tokenizer(base), TASK).vocabulary)
+    return head_worth(arm, base, LENGTH, TASK, words)
 
 
 # --- tasks
@@ -162,33 +118,14 @@ def measure(method: Method, task: str, limit: int) -> Figures:
     return run(*open_model(base, method=method, dtype=torch.bfloat16), limit)
 
 
-def fit(sized: Sized, task: str, share: float) -> Method | None:
-    """The method whose size takes a share of Full's bytes in the mean; None where none comes within a tenth."""
-    size, seen = round(share * LENGTH), dict[int, float]()
-    for _ in range(_TRIES):
-        size = max(SINK + WINDOW, min(size, LENGTH))
-        if size in seen:
-            break
-        seen[size] = measure(sized(size), task, _FITTED)["kv_share_mean"]
-        if abs(seen[size] / share - 1) <= _CLOSE:
-            break
-        first, *others = sorted(seen, key=lambda n: abs(seen[n] - share))
-        if others and seen[others[0]] != seen[first]:
-            slope = (others[0] - first) / (seen[others[0]] - seen[first])
-            size = round(first + slope * (share - seen[first]))
-        else:
-            size = round(first * share / seen[first])
-    best = min(seen, key=lambda n: abs(seen[n] - share))
-    return sized(best) if abs(seen[best] / share - 1) <= _TOLERANCE else None
-
-
 def method_of(cell: Cell) -> Method | None:
     """The method of a cell; None where it cannot be made as small."""
     if cell.arm in FIXED:
         return FIXED[cell.arm]
     share = 1 / cell.ratio
-    sized = streaming(cell.arm, TASKS[cell.task][0], share) if cell.arm in HEADS else SIZED[cell.arm]
-    return fit(sized, cell.task, share)
+    is_heads = cell.arm in HEADS
+    sized = streaming(worth(cell.arm, TASKS[cell.task][0]), share, LENGTH) if is_heads else SIZED[cell.arm]
+    return fit(sized, lambda method: measure(method, cell.task, _FITTED)["kv_share_mean"], share, LENGTH)
 
 
 def pressed(cell: Cell, limit: int) -> Figures:
