@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 import yaml
-from arms import HEADS, PAGE, head_worth, learnt_worth
-from cells import AS_IT_IS, UNTRAINED, Bench, Cell, Task, slug, untrained_cells
+from arms import FIXED, HEADS, PAGE, head_worth, learnt_worth
+from cell_tables import SHARES, details, summary
+from cells import AS_IT_IS, UNTRAINED, Bench, Cell, Figures, Task, slug, untrained_cells
 from transformers import AutoConfig
+from turns import machine
 
 from kvtrain.assets import resolve
 from kvtrain.data.retrieval import RetrievalTask
+from kvtrain.evaluation.comparison import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, RESULTS = ROOT / "runs" / "compare", ROOT / "benchmarks" / "results" / "compare"
@@ -182,8 +185,16 @@ def measure(cell: Cell, bench: Bench) -> None:
         if not exported.exists():
             kvtrain("export", str(run), str(exported))
         rows = [row for task in bench.tasks for row in bench.measure(task, str(exported))]
-        rows = [{**row, "model": f"{bench.base}, {cell.arm}"} for row in rows]  # and no folder of this machine
+        rows = [named(row, cell, bench.base) for row in rows]
     bench.keep(cell, rows, tokens=STEPS * BATCH * LENGTH)
+
+
+def named(row: Figures, cell: Cell, base: str) -> Figures:
+    """A row of a trained arm: by its base in place of a folder, and beside the base's cache where heads are fewer."""
+    cut = {"GQA": cell.ratio, "DMC on GQA": cell.ratio // 2}.get(cell.arm, 1)
+    shares = {name: row[name] / cut for name in SHARES}
+    own = {"method": f"GQA, 1/{cut} of the heads", "trained": True} if cell.arm == "GQA" else {}
+    return {**row, **shares, **own, "model": f"{base}, {cell.arm}"}
 
 
 @functools.cache
@@ -206,6 +217,18 @@ def main() -> None:
     for cell in cells if not asked.print else ():
         if cell.arm in wanted and cell not in bench.done():
             measure(cell, bench)
+    show(bench)
+
+
+def show(bench: Bench) -> None:
+    """Print the tables, and draw the chart."""
+    rows, arms = bench.rows(), ["control", *FIXED, *(arm for arm in ARMS if arm not in ("control", *FIXED))]
+    if not rows:
+        raise SystemExit(f"{bench.base}: nothing measured yet")
+    print(f"{machine()}; {bench.base}\n\n{details(rows, arms)}\n\nIn short:\n\n{summary(rows, arms)}\n")
+    files = [f"{'plain model' if arm == 'Full' else arm}={bench.file(arm)}" for arm in arms if bench.file(arm).exists()]
+    for path in compare(files, RUNS / slug(bench.base) / "comparison"):
+        print(path)
 
 
 def arms_of(names: list[str]) -> set[str]:
