@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format bench clean
+.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format bench compare clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,9 +49,12 @@ format: setup ## Apply the style
 	$(BIN)/ruff format .
 
 bench: setup ## Every benchmark, in the size that fits this machine
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
+
+compare: setup ## Every method at the same bytes on one base: trains, measures and draws what is missing, for hours
+	$(BIN)/python benchmarks/compare.py
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvtrain.errors import UsageError, in_one_line, is_mistake, require_at_least, unknown
 from kvtrain.launcher import adopt_local_rank
-from kvtrain.parser import Parser, add_method_argument, finite
+from kvtrain.parser import Parser, add_device_argument, add_method_argument, finite
 from kvtrain.stop_signals import INTERRUPTED_EXIT_CODE, StopSignals
 from kvtrain.tables import print_table
 
@@ -219,6 +219,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
     add_method_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (64)")
     parser.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
     parser.add_argument("--top-p", type=finite, default=1.0, metavar="X", help="sample from this share of the mass (1)")
@@ -234,6 +235,7 @@ def _generate(arguments: list[str]) -> None:
         asked.model,
         asked.prompt,
         method=None if asked.method is None else parse_method(asked.method),
+        device=asked.device,
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,

@@ -61,6 +61,11 @@ def add_method_argument(parser: Parser) -> None:
     )
 
 
+def add_device_argument(parser: Parser) -> None:
+    """Declare ``--device``, which commands take that run a model."""
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
+
+
 def finite(text: str) -> float:
     """A number on a command line.
 

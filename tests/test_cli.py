@@ -149,7 +149,7 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
     words = ["--temperature", "0.5", "--top-p=0.9", "--seed", "7"]
     assert kvtrain_cli.main(["generate", "m", "--prompt", "once", *words, "--method", "DMC()"]) == 0
     sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7}
-    assert calls == [("m", "once", {"method": kvtrain.DMC(), "max_new_tokens": 64, **sampling})]
+    assert calls == [("m", "once", {"method": kvtrain.DMC(), "device": "auto", "max_new_tokens": 64, **sampling})]
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("once upon\n", "12 tok/s\n")
 
@@ -165,7 +165,14 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--method", "DMC()", "--json", str(file)]
     words += ["--keys", "9", "--questions", "2", "--kinds", "multikey,multihop"]
     assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
-    settings = {"corpus": "heldout", "sequence_length": 1024, "stride": None, "limit": 3, "decode": False}
+    settings = {
+        "corpus": "heldout",
+        "sequence_length": 1024,
+        "stride": None,
+        "limit": 3,
+        "decode": False,
+        "device": "auto",
+    }
     settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
     settings["retrieval"] = RetrievalTask(9, 2, {"multikey": 1.0, "multihop": 1.0})
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]

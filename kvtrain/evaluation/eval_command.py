@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from kvtrain.errors import require_file_place
-from kvtrain.parser import Parser, add_method_argument
+from kvtrain.parser import Parser, add_device_argument, add_method_argument
 from kvtrain.tables import cell, print_table
 
 _JSON_ALONE = ("method", "trained", "measured_on", "kv_bytes_mean", "kv_bytes_end", "kv_bytes_peak")
@@ -21,6 +21,7 @@ def add_arguments(parser: Parser) -> None:
         help="perplexity, continuation, passkey, retrieval; several with commas",
     )
     add_method_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide things in (heldout)")
     parser.add_argument("--sequence-length", type=int, default=1024, metavar="N", help="tokens of each (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="score the last N tokens of a window alone (all)")
@@ -68,6 +69,7 @@ def run(asked: Namespace) -> None:
         asked.model,
         _names(asked.tasks),
         method=None if asked.method is None else parse_method(asked.method),
+        device=asked.device,
         corpus=asked.corpus,
         sequence_length=asked.sequence_length,
         stride=asked.stride,

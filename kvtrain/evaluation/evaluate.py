@@ -14,6 +14,7 @@ from kvtrain.evaluation.continuation import check_prompt, continuation
 from kvtrain.evaluation.perplexity import perplexity
 from kvtrain.evaluation.recall import Ask, check_ask, recall
 from kvtrain.evaluation.windows import full_windows
+from kvtrain.inference.device import AUTO, pick_device
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
 from kvtrain.models.parse_method import method_text
@@ -114,7 +115,13 @@ _ASKED = {"passkey", "retrieval"}  # likewise, unless it is said when to ask
 
 
 def run_tasks(
-    model: str, tasks: list[str], *, dtype: str | None = None, method: Method | None = None, **settings: Any
+    model: str,
+    tasks: list[str],
+    *,
+    dtype: str | None = None,
+    method: Method | None = None,
+    device: str = AUTO,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Run tasks on a model.
 
@@ -123,6 +130,7 @@ def run_tasks(
         tasks: Names from ``TASKS``.
         dtype: Of the weights; None takes what the folder holds.
         method: For a plain model; see ``open_model``.
+        device: See ``pick_device``.
         **settings: See ``Settings``.
 
     Raises:
@@ -134,7 +142,7 @@ def run_tasks(
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     asked = Settings(**settings)
-    loaded, tokenizer = open_model(model, method=method, dtype=dtype or "auto")
+    loaded, tokenizer = open_model(model, method=method, device=pick_device(device), dtype=dtype or "auto")
     if _READ_WHOLE & {*tasks} or (_ASKED & {*tasks} and asked.ask is None):  # said before another task takes its time
         refuse_uncut(loaded, asked.chunk)
     named = {"model": model, **_method_of(loaded, method)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtrain.errors import require_at_least, require_seed
+from kvtrain.inference.device import AUTO, pick_device
 from kvtrain.inference.load import open_model
 from kvtrain.inference.prompt import beyond_positions, prompt_ids
 from kvtrain.models.method import Method
@@ -46,6 +47,7 @@ def generate_text(
     prompt: str,
     *,
     method: Method | None = None,
+    device: str = AUTO,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -57,6 +59,7 @@ def generate_text(
         model: Folder, Hub id, or ``kvtrain:tiny``.
         prompt: Text.
         method: For a plain model; see ``open_model``.
+        device: See ``pick_device``.
         max_new_tokens: Upper bound.
         temperature: 0 is greedy.
         top_p: Nucleus of the distribution to sample from.
@@ -73,7 +76,7 @@ def generate_text(
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is not UTF-8 text; convert it first")
-    loaded, tokenizer = open_model(model, method=method)
+    loaded, tokenizer = open_model(model, method=method, device=pick_device(device))
     ids = prompt_ids(tokenizer, prompt)
     if (reason := beyond_positions(loaded.max_positions, len(ids), max_new_tokens)) is not None:
         raise ValueError(reason)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvtrain.assets import resolve
@@ -44,12 +45,15 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def open_model(name: str | Path, *, method: Method | None = None, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+def open_model(
+    name: str | Path, *, method: Method | None = None, device: torch.device | None = None, **kwargs: Any
+) -> tuple[Any, PreTrainedTokenizerFast]:
     """Load a model with its tokenizer; a plain host gets a method, so that its cache can be measured too.
 
     Args:
         name: Folder, Hub id, or ``kvtrain:tiny``.
         method: For a plain host; ``Full()`` where absent.
+        device: Where it goes; where it was loaded, if absent.
         **kwargs: As in ``load``; the tokenizer is looked for in the same place and runs no code of its own.
 
     Raises:
@@ -60,13 +64,15 @@ def open_model(name: str | Path, *, method: Method | None = None, **kwargs: Any)
     from kvtrain.models.host import retrofit
     from kvtrain.models.language_model import CachedLanguageModel
 
-    model = load(name, **kwargs)
+    model: Any = load(name, **kwargs)
     if own_model_class(model.config) and not isinstance(model, CachedLanguageModel):
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no text; open it with kvtrain.load")
     if not isinstance(model, CachedLanguageModel):
         model = retrofit(model, method or Full())
     elif method is not None:
         raise UsageError(f"{name} is a {type(model).__name__} already; a method is given to a plain model")
+    if device is not None:
+        model.to(device)
     return model.eval(), load_tokenizer(str(name), **_hub_options(kwargs))
 
 

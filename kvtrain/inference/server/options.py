@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtrain.errors import UsageError, require_at_least
-from kvtrain.parser import Parser, add_method_argument, finite, num_bytes
+from kvtrain.parser import Parser, add_device_argument, add_method_argument, finite, num_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +26,7 @@ def add_engine_arguments(parser: Parser) -> None:
     """Declare what does not depend on where a server listens."""
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     add_method_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--name", help="what requests call the model (MODEL, of a folder its last part)")
     parser.add_argument(
         "--budget", type=num_bytes, default=num_bytes("1GiB"), metavar="SIZE", help="bytes of cache (1GiB)"
@@ -74,11 +75,12 @@ class ServeOptions:
         Raises:
             UsageError: There is no such model, it generates no text, or the template does not work.
         """
+        from kvtrain.inference.device import pick_device
         from kvtrain.inference.engine import Engine, Limits
         from kvtrain.inference.load import open_model
 
         asked = self.asked
-        model, tokenizer = open_model(asked.model, method=self.method)
+        model, tokenizer = open_model(asked.model, method=self.method, device=pick_device(asked.device))
         if self.template is not None:
             _set_template(tokenizer, self.template, asked.chat_template)
         limits = Limits(
