@@ -19,8 +19,10 @@ from kvtrain.export.card import model_card
 from kvtrain.export.provenance import Provenance, base_provenance, read_provenance
 from kvtrain.export.remote_code import remote_code, write_files
 from kvtrain.export.weights import write_model
+from kvtrain.models.adapters import LORA_KEY, LoRA, merged
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.gating import borrowed_rows
 from kvtrain.models.gqa import gqa_state
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.method import Method
@@ -131,7 +133,7 @@ def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Te
     config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
     base = stored.settings.get("base")
     if base:
-        weights = _completed(weights, _base_weights(stored, config))
+        weights = _completed(stored, _base_weights(stored, config), config)
     if isinstance(config, KVTrainConfig):
         method, weights = builder(config.method, config.host_config).deploy(weights)
         config.method_config = method.to_dict()
@@ -143,7 +145,13 @@ def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Te
     return model.eval(), weights
 
 
-def _completed(learnt: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> StoredWeights:
+def _completed(stored: StoredModel, others: Mapping[str, Tensor], config: KVTrainConfig) -> Mapping[str, Tensor]:
+    """All weights of a model whose checkpoint holds what was learnt alone; adapters are merged."""
+    learnt, lora = stored.weights, stored.settings.get(LORA_KEY)
+    if lora:
+        with torch.device("meta"):
+            rows = borrowed_rows(retrofitted_class(config.host_config)(config))
+        return merged(others, learnt, LoRA(**lora), rows)
     names = {name: name for name in [*others, *learnt]}
     return StoredWeights(names, lambda name: (learnt if name in learnt else others)[name])
 

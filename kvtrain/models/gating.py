@@ -1,10 +1,10 @@
 """Binary decisions of heads about tokens that can be trained: relaxed while training, hard when serving."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtrain.metrics import Table
 
@@ -13,6 +13,30 @@ NEVER = -1e4
 
 # At every validation, the share of tokens that a head compressed, of those that had a choice.
 HEAD_COMPRESSION = Table("head_compression.csv", ("step", "layer", "head", "merged_fraction"))
+
+
+@runtime_checkable
+class BorrowsChannel(Protocol):
+    """Attention that may read its decisions from a channel."""
+
+    def borrowed_rows(self) -> dict[str, slice]:
+        """Projections by name, and rows of their weights and biases that make it; none where nothing is borrowed."""
+
+
+def borrowed_rows(model: nn.Module) -> dict[str, slice]:
+    """Modules of a model by name, and which rows of their weights and biases make borrowed channels."""
+    return {
+        f"{name}.{projection}": rows
+        for name, module in model.named_modules()
+        if isinstance(module, BorrowsChannel)
+        for projection, rows in module.borrowed_rows().items()
+    }
+
+
+def borrowed_parameters(model: nn.Module) -> list[tuple[nn.Parameter, slice]]:
+    """Weights and biases of ``borrowed_rows``, and the rows."""
+    found = borrowed_rows(model).items()
+    return [(parameter, rows) for name, rows in found for parameter in model.get_submodule(name).parameters()]
 
 
 @dataclass(frozen=True, kw_only=True)

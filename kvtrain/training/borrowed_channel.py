@@ -1,13 +1,12 @@
 """Training of decisions that are read from a channel of attention, which must first be freed of what it did there."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol, runtime_checkable
-
-from torch import nn
+from typing import Any, ClassVar
 
 from kvtrain.data.packing import Batch
+from kvtrain.models.adapters import own_rows
 from kvtrain.models.context import LayerOutputs
-from kvtrain.models.gating import DecisionStep
+from kvtrain.models.gating import DecisionStep, borrowed_parameters
 from kvtrain.models.method import Method
 from kvtrain.training.compression import CompressionModule
 from kvtrain.training.parameters import zero_rows
@@ -15,14 +14,6 @@ from kvtrain.training.schedules import Phase, PhaseStep
 
 ZERO_OUT, RETROFIT, FINETUNE = "zero_out", "retrofit", "finetune"
 _ORDER = (ZERO_OUT, RETROFIT, FINETUNE)
-
-
-@runtime_checkable
-class BorrowsChannel(Protocol):
-    """Attention that may read its decisions from a channel."""
-
-    def borrowed_rows(self) -> list[tuple[nn.Parameter, slice]]:
-        """Rows of weights and biases that make it; none where nothing is borrowed."""
 
 
 class BorrowedChannelModule(CompressionModule):
@@ -81,12 +72,16 @@ class BorrowedChannelModule(CompressionModule):
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """Phase, noise key and a place for the decisions."""
         phase_step = self.phase_step()
+        scale = self.channel_scale(phase_step)
+        if self.lora is not None:
+            for module in own_rows(self.model):
+                module.active = scale is None
         step = self.decision_step(
             seed=self.seed,
             step=self.global_step,
             row_ids=self.noise_rows(batch, phase_step),
             compression=self.target(phase_step),
-            channel_scale=self.channel_scale(phase_step),
+            channel_scale=scale,
         )
         return {**super().model_arguments(batch), "step": step, "outputs": LayerOutputs()}
 
@@ -113,7 +108,7 @@ class BorrowedChannelModule(CompressionModule):
             self._zero_borrowed_rows()
 
     def _zero_borrowed_rows(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, BorrowsChannel):
-                for parameter, rows in module.borrowed_rows():
-                    zero_rows(parameter, rows)
+        if self.lora is not None:  # rows of their own begin at zero, and the base's stay
+            return
+        for parameter, rows in borrowed_parameters(self.model):
+            zero_rows(parameter, rows)

@@ -61,15 +61,14 @@ class DMSModule(BorrowedChannelModule):
     def _trains_adapter(self) -> bool:
         return self.method.trainable == "adapter"
 
-    def is_trainable(self, name: str) -> bool:
-        """See ``TrainingModule``."""
-        return not self._trains_adapter or f".{PROJECTION}" in name  # with which the name of the norm begins, too
+    @property
+    def trains_base(self) -> bool:
+        """See ``RetrofitModule``."""
+        return super().trains_base and not self._trains_adapter
 
-    def frozen_base(self) -> dict[str, Any] | None:
-        """See ``TrainingModule``."""
-        if not self._trains_adapter:
-            return None
-        return {"base": self.base, "num_key_value_heads": self.num_key_value_heads}
+    def learns(self, name: str) -> bool:
+        """See ``RetrofitModule``."""
+        return not self._trains_adapter or f".{PROJECTION}" in name  # with which the name of the norm begins, too
 
     def _load_teacher(self) -> None:
         """Where adapters alone train, nothing: the model is its own teacher."""
@@ -86,7 +85,8 @@ class DMSModule(BorrowedChannelModule):
         """What the teacher makes of the batch, and how to learn from it."""
         if self.distillation is None or not self._trains_adapter:
             return super().teacher_inputs(batch)
-        teacher = teach(self.model, batch, step=DMSStep(full_attention=True))
+        with self.as_base():
+            teacher = teach(self.model, batch, step=DMSStep(full_attention=True))
         return batch, {"teacher": teacher, "distillation": self.distillation}
 
     def decision_step(self, **settings: Any) -> DMSStep:

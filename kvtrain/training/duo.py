@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,8 +22,6 @@ from kvtrain.training.parameters import clamp_parameter, whole
 from kvtrain.training.retrofit import RetrofitModule
 from kvtrain.training.strategies.base import traits
 from kvtrain.training.teachers import teach
-
-Weights = Literal["float32", "bfloat16"]
 
 _RAMP_SHARE = 0.8  # of the steps, over which the sparsity aimed at rises (PruLong's code: 800 of 1,000)
 
@@ -60,7 +58,6 @@ class DuoModule(RetrofitModule):
         regularization: Weight of the mean gate in the loss (released code: 0.05). Hard-concrete gates have a target
             instead, ``method.sparsity``, whose multipliers are learnt by ascent.
         multiplier_scale: Their learning rate, as a multiple of the gates'.
-        weights: Type of the frozen weights; gates are float32 in any case.
         betas: Of AdamW.
         **training: See ``RetrofitModule`` and ``TrainingModule``.
     """
@@ -74,7 +71,6 @@ class DuoModule(RetrofitModule):
         distill: Distillation | bool | None = True,
         regularization: float = 0.05,
         multiplier_scale: float = 1.0,
-        weights: Weights = "float32",
         betas: tuple[float, float] = (0.9, 0.999),
         **training: Any,
     ) -> None:
@@ -84,19 +80,19 @@ class DuoModule(RetrofitModule):
             raise ValueError("full_heads is what training finds; leave it out of the recipe")
         if regularization < 0:
             raise ValueError(f"regularization must not be negative, not {regularization}")
-        self.base_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[weights]
         self.regularization, self.multiplier_scale = regularization, multiplier_scale
         self._rounded: dict[int, Tensor] = {}
         if self.method.gates == "hard_concrete":
             self.multipliers = nn.Parameter(torch.zeros(2))
 
-    def is_trainable(self, name: str) -> bool:
-        """See ``TrainingModule``."""
-        return name.endswith(".gates")
+    @property
+    def trains_base(self) -> bool:
+        """See ``RetrofitModule``."""
+        return False
 
-    def frozen_base(self) -> dict[str, Any] | None:
-        """See ``TrainingModule``."""
-        return {"base": self.base, "num_key_value_heads": self.num_key_value_heads}
+    def learns(self, name: str) -> bool:
+        """See ``RetrofitModule``."""
+        return name.endswith(".gates")
 
     def _load_teacher(self) -> None:
         """Nothing: the model is its own teacher."""
@@ -135,7 +131,8 @@ class DuoModule(RetrofitModule):
             return batch, {}
         mixes = self.method.mixing == "teacher"
         seen = LayerOutputs() if mixes else None
-        teacher = teach(self.model, batch, step=DuoStep(full_attention=True), outputs=seen)
+        with self.as_base():
+            teacher = teach(self.model, batch, step=DuoStep(full_attention=True), outputs=seen)
         kwargs: dict[str, Any] = {}
         if seen is not None:
             columns = self._columns(batch, len(seen))

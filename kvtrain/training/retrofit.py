@@ -1,8 +1,11 @@
 """Training on from a pretrained host, with any method in it."""
 
+import functools
 import logging
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -10,7 +13,9 @@ from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
 from kvtrain.errors import explain_load_errors
 from kvtrain.losses.distillation import Distillation
+from kvtrain.models.adapters import LORA_KEY, LoRA, add_adapters, first_values, is_adapter, plain_name, without_adapters
 from kvtrain.models.full import Full
+from kvtrain.models.gating import borrowed_rows
 from kvtrain.models.gqa import convert_gqa, gqa_config, gqa_state
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
@@ -19,7 +24,9 @@ from kvtrain.models.weights import host_weights
 from kvtrain.recipes import find_config
 from kvtrain.training.method_module import MethodModule, meta_model
 from kvtrain.training.strategies.base import Tensors, traits
-from kvtrain.training.teachers import second_model, teach
+from kvtrain.training.teachers import second_model, sharing, teach
+
+Weights = Literal["float32", "bfloat16"]
 
 _GIB = 1 << 30
 _WORTH_SAYING = 64 << 20  # bytes
@@ -38,6 +45,10 @@ class RetrofitModule(MethodModule):
         distill: Learn from the untouched base's distribution instead of from the next token alone; costs a forward pass
             of the base, needs far fewer tokens. ``true``, or the settings of a ``Distillation``.
         num_key_value_heads: Convert the base to so many first (``kvtrain.convert_gqa``); the teacher stays as it was.
+        lora: Train adapters, and what the method adds to the host, in place of the host's weights. The teacher then
+            shares with the model all that does not train, where every rank has whole weights; checkpoints hold what is
+            learnt alone, and exporting merges it into the base.
+        weights: Type of the weights that do not train; what does is float32.
         **training: See ``TrainingModule``.
     """
 
@@ -48,14 +59,54 @@ class RetrofitModule(MethodModule):
         base_config: str | None = None,
         distill: Distillation | bool | None = False,  # a wrong recipe is told what the first type says
         num_key_value_heads: int | None = None,
+        lora: LoRA | None = None,
+        weights: Weights = "float32",
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        self.method, self.lora = method or Full(), lora
+        if weights != "float32" and self.trains_base:
+            raise ValueError("weights that train are float32; set weights for frozen ones alone, beside lora")
+        self.base_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[weights]
         self.base, self.base_config, self.num_key_value_heads = base, base_config, num_key_value_heads
         self.distillation = Distillation() if distill is True else distill or None
         # In a tuple, so that it is no submodule: no optimizer, checkpoint or strategy ever sees it.
         self._teacher: tuple[PreTrainedModel, ...] = ()
-        self.method = method or Full()
+        self._sharing_teacher: list[PreTrainedModel] = []  # likewise, until it teaches
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the host's own weights train."""
+        return self.lora is None
+
+    def is_trainable(self, name: str) -> bool:
+        """See ``TrainingModule``; beside adapters what the method adds to the host trains, too."""
+        if self.lora is None:
+            return self.learns(name)
+        plain = plain_name(name)
+        is_own = plain not in self._host_names or plain.split(".")[-2] in self.lora.train_also
+        return is_adapter(name) or is_own
+
+    def as_base(self) -> AbstractContextManager[None]:
+        """While it is open, the model's weights are the base's; for modules whose model teaches itself."""
+        return nullcontext() if self.lora is None else without_adapters(self.model)
+
+    def learns(self, name: str) -> bool:
+        """Whether the parameter of this name is learnt where there are no adapters."""
+        return True
+
+    def frozen_base(self) -> dict[str, Any] | None:
+        """See ``TrainingModule``."""
+        if self.trains_base:
+            return None
+        lora = None if self.lora is None else self.lora.to_dict()
+        return {"base": self.base, "num_key_value_heads": self.num_key_value_heads, LORA_KEY: lora}
+
+    @functools.cached_property
+    def _host_names(self) -> set[str]:
+        """Parameters of the plain host."""
+        with torch.device("meta"):
+            return set(AutoModelForCausalLM.from_config(self.host_config()).state_dict())
 
     def host_config(self) -> PreTrainedConfig:
         """Configuration of the base, its key-value heads converted.
@@ -85,8 +136,9 @@ class RetrofitModule(MethodModule):
         self._teacher = (traits(self._trainer).build_teacher(self),)
 
     def build_teacher(self) -> PreTrainedModel:
-        """The base as it is, on the device."""
-        return second_model(self._load_base(), self.device)
+        """The base as it is, on the device; beside adapters it has the very weights of the model that stay."""
+        host = self._sharing_teacher.pop() if self._sharing_teacher else self._load_base()
+        return second_model(host, self.device)
 
     def build_meta_teacher(self) -> nn.Module:
         """The base as it is, on the meta device."""
@@ -108,13 +160,23 @@ class RetrofitModule(MethodModule):
 
     def build_model(self) -> PreTrainedModel:
         """Load the base, convert its heads and retrofit it; what does not train is frozen."""
-        host = self._load_base()
-        if self.num_key_value_heads:
-            host = convert_gqa(host, self.num_key_value_heads)
+        plain = self._load_base()
+        host = convert_gqa(plain, self.num_key_value_heads) if self.num_key_value_heads else plain
         model = retrofit(host, self.method)
-        if self.frozen_base() is not None:
+        if self.lora is not None:
+            add_adapters(model, self.lora, borrowed_rows(model), self.seed)
+            if self.distillation:
+                self._sharing_teacher = [sharing(plain, model, self.is_trainable)]
+        if not self.trains_base:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.is_trainable(name))
+        return model
+
+    def build_meta_model(self) -> nn.Module:
+        """See ``TrainingModule``."""
+        model = super().build_meta_model()
+        if self.lora is not None:
+            add_adapters(model, self.lora, borrowed_rows(model), self.seed)
         return model
 
     def pretrained_weights(self) -> Tensors:
@@ -128,7 +190,11 @@ class RetrofitModule(MethodModule):
         computed = sum(tensor.nbytes for tensor in adapted.values() if id(tensor) not in files)
         if computed >= _WORTH_SAYING:
             logger.info("%.1f GiB of weights are computed from the base's, whole on each rank", computed / _GIB)
-        return adapted
+        if self.lora is None:
+            return adapted
+        shapes = {name: tensor.shape for name, tensor in self.build_meta_model().state_dict().items()}
+        first = first_values(shapes, self.seed)
+        return {name: first[name] if name in first else adapted[plain_name(name)] for name in shapes}
 
     def _map_base(self) -> dict[str, Tensor]:
         path = resolve(self.base)

@@ -1,5 +1,6 @@
 """Whose distribution a model learns: that of a second model, or its own in another form."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvtrain.data.packing import Batch
 from kvtrain.kernels.distillation import TeacherHead
+from kvtrain.models.adapters import plain_name
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
 
@@ -30,6 +32,22 @@ def teach(model: Any, batch: Batch, **arguments: Any) -> TeacherHead:
         **arguments,
     ).last_hidden_state
     return TeacherHead(hidden, model.lm_head)
+
+
+def sharing(host: PreTrainedModel, model: nn.Module, is_trainable: Callable[[str], bool]) -> PreTrainedModel:
+    """The host that a model was made of, so that it can teach: it has copies of what trains, and shares the rest.
+
+    Args:
+        host: The host, in place.
+        model: Has the very parameters of the host where it changed none.
+        is_trainable: Whether the model's parameter of a name trains.
+    """
+    trained = {plain_name(name) for name, _ in model.named_parameters() if is_trainable(name)}
+    for name, parameter in list(host.named_parameters()):
+        if name in trained:
+            parent, _, last = name.rpartition(".")
+            setattr(host.get_submodule(parent), last, nn.Parameter(parameter.detach().clone()))
+    return host
 
 
 def second_model(host: PreTrainedModel, device: torch.device) -> PreTrainedModel:

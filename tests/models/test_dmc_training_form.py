@@ -10,6 +10,7 @@ from kvtrain.kernels.pooling import pool_segments_reference
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.dmc.attention import IMPORTANCE_FLOOR, DMCStep
+from kvtrain.models.gating import borrowed_parameters
 from tests.hosts import dmc_at_rate, make_host, random_ids
 
 
@@ -74,9 +75,8 @@ def test_gradcheck():
 
 @torch.no_grad()
 def zero_borrowed_rows(model):
-    for layer in model.model.layers:
-        for parameter, rows in layer.self_attn.borrowed_rows():
-            parameter[rows] = 0
+    for parameter, rows in borrowed_parameters(model):
+        parameter[rows] = 0
 
 
 def loss_gradients(model, ids, step):

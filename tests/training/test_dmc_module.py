@@ -8,6 +8,7 @@ import torch
 
 from kvtrain.export.hf import export_run
 from kvtrain.models.dmc import DMC
+from kvtrain.models.gating import borrowed_parameters
 from kvtrain.training import DMCModule, Phase, RetrofitModule
 from tests.hosts import make_host
 
@@ -247,11 +248,7 @@ def test_validation_measures_the_model_that_is(base, rows, tmp_path):
     class Watched(DMCModule):
         def on_validation_epoch_start(self):
             super().on_validation_epoch_start()
-            zeroed = all(
-                bool((parameter[rows] == 0).all())
-                for layer in self.model.model.layers
-                for parameter, rows in layer.self_attn.borrowed_rows()
-            )
+            zeroed = all(bool((parameter[rows] == 0).all()) for parameter, rows in borrowed_parameters(self.model))
             seen.append((self.phase_step().phase.name, zeroed))
 
     module = Watched(base, DMC(), phases=phases(2, 2, 0))

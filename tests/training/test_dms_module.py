@@ -11,6 +11,7 @@ from kvtrain.losses.distillation import Distillation
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.models.dms import DMS
 from kvtrain.models.dms.attention import DMSStep
+from kvtrain.models.gating import borrowed_parameters
 from kvtrain.training import DMSModule, Phase
 from kvtrain.training.teachers import teach
 from tests.hosts import dms_at_rate, make_host, random_ids
@@ -193,7 +194,7 @@ def test_a_channel_is_freed_and_then_decides(base, rows, tmp_path):
     seen = []
 
     def note(model, args, kwargs):
-        rows = [parameter[where] for parameter, where in model.model.layers[0].self_attn.borrowed_rows()]
+        rows = [parameter[where] for parameter, where in borrowed_parameters(model)]
         seen.append((max(row.abs().max().item() for row in rows), kwargs["outputs"]))
 
     module.configure_model = lambda: None
@@ -213,10 +214,9 @@ def test_clearing_the_rows_of_a_freed_channel_changes_nothing(family):
         freed = model(ids, use_cache=False, step=DMSStep(channel_scale=0.0)).logits
         whole = model(ids, use_cache=False, step=DMSStep(channel_scale=1.0)).logits
         assert (freed - whole).abs().max() > 1e-6
-        for layer in model.model.layers:
-            for parameter, where in layer.self_attn.borrowed_rows():
-                assert len(parameter[where]) == 2
-                parameter[where] = 0
+        for parameter, where in borrowed_parameters(model):
+            assert len(parameter[where]) == 2
+            parameter[where] = 0
         for step in (DMSStep(channel_scale=0.0), DMSStep(full_attention=True), None):
             torch.testing.assert_close(model(ids, use_cache=False, step=step).logits, freed, atol=1e-12, rtol=0)
 

@@ -60,10 +60,10 @@ class DMCAttention(HostAttention):
         super().__init__(host_attention, layer_idx)
         self.settings = settings
 
-    def borrowed_rows(self) -> list[tuple[nn.Parameter, slice]]:
-        """Where the borrowed channel comes from: rows of weights and biases, of every query and key head."""
+    def borrowed_rows(self) -> dict[str, slice]:
+        """See ``BorrowsChannel``; of every query and key head."""
         rows = slice(self.head_dim - 1, None, self.head_dim)
-        return [(parameter, rows) for layer in (self.q_proj, self.k_proj) for parameter in layer.parameters()]
+        return {"q_proj": rows, "k_proj": rows}
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Angles, context: ForwardContext, **_: Any

@@ -104,12 +104,11 @@ class DMSAttention(HostAttention):
             self.dms_proj_alpha_norm = RMSNorm(LlamaRMSNorm(hidden_size, self.config.rms_norm_eps))
             self.dms_proj_alpha = DecisionProjection(hidden_size, self.num_key_value_heads, has_bias)
 
-    def borrowed_rows(self) -> list[tuple[nn.Parameter, slice]]:
-        """Where a borrowed channel comes from: rows of weights and biases, of the first query head of every group."""
+    def borrowed_rows(self) -> dict[str, slice]:
+        """See ``BorrowsChannel``; of the first query head of every group."""
         if self.settings.decide_by != "query_channel":
-            return []
-        rows = slice(self.head_dim - 1, None, self.num_groups * self.head_dim)
-        return [(parameter, rows) for parameter in self.q_proj.parameters()]
+            return {}
+        return {"q_proj": slice(self.head_dim - 1, None, self.num_groups * self.head_dim)}
 
     def forward(
         self,
