@@ -43,6 +43,20 @@ def convert_gqa(host: PreTrainedModel, num_key_value_heads: int, how: Pooling = 
     return converted
 
 
+def share_unchanged(converted: PreTrainedModel, host: PreTrainedModel) -> None:
+    """Give a converted model the very parameters of its host where the conversion left them alone.
+
+    Args:
+        converted: From ``convert_gqa``; what the two share is then one, whoever trains or moves it.
+        host: Its host.
+    """
+    pooled, theirs = _per_key_value_head(host.config), dict(host.named_parameters())
+    for name in [name for name, _ in converted.named_parameters() if not name.startswith(pooled)]:
+        parent, _, last = name.rpartition(".")
+        setattr(converted.get_submodule(parent), last, theirs[name])
+    converted.tie_weights()
+
+
 def gqa_state(
     state: Mapping[str, Tensor], config: PreTrainedConfig, num_key_value_heads: int, how: Pooling = "mean"
 ) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ class TrainingModule(pl.LightningModule, ABC):
     """
 
     model: PreTrainedModel
+    shares_teacher = True  # weights that stay with a teacher, where it may; no rank has them whole if they are sharded
 
     def __init__(
         self,

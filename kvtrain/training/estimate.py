@@ -114,6 +114,7 @@ def estimate(
     shared = division.context_parallel
     if shared > 1:
         require_context_parallel(module, sequence_length, shared)
+    module.shares_teacher = not division.shards_weights
     memory = measure_step_memory(
         module,
         batch_size=batch_size,

@@ -155,19 +155,17 @@ class _Run:
         return TrainingMemory(parameters, gradients, state, teacher, kept, moments)
 
     def _build(self, detached: Any, marks: LayerMarks) -> int:
-        """Model and teacher; returns the teacher's bytes."""
+        """Model and teacher; returns the bytes of what the teacher alone has."""
         meter, plugin = marks.meter, _PLUGINS[self.precision]
         with plugin.module_init_context():
             detached.configure_model()
         plugin.convert_module(detached)
-        model = meter.live
         detached.on_fit_start()
-        teacher = meter.live - model
         detached.on_train_start()
         marks.watch(detached.model)
         if not self.accumulates:
             meter.count_gradients(_trained(detached))
-        return teacher
+        return _own_bytes(detached.teacher_model(), detached.model)
 
     def _warm_optimizer(self, detached: Any, marks: LayerMarks) -> torch.optim.Optimizer:
         """The optimizer after two steps, the second of which finds all gradients and moments in place."""
@@ -208,6 +206,18 @@ class _Run:
 def _held(peak: Reading, parameters: int, optimizer: int) -> Held:
     others = peak.live - parameters - peak.gradients - optimizer
     return Held(parameters, peak.gradients, optimizer, others)
+
+
+def _own_bytes(teacher: nn.Module | None, model: nn.Module) -> int:
+    """What a teacher holds that is not the model's, too."""
+    if teacher is None:
+        return 0
+    shared = {id(tensor) for tensor in _tensors(model)}
+    return _bytes({id(tensor): tensor for tensor in _tensors(teacher) if id(tensor) not in shared}.values())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _trained(detached: nn.Module) -> list[nn.Parameter]:

@@ -16,7 +16,7 @@ from kvtrain.losses.distillation import Distillation
 from kvtrain.models.adapters import LORA_KEY, LoRA, add_adapters, first_values, is_adapter, plain_name, without_adapters
 from kvtrain.models.full import Full
 from kvtrain.models.gating import borrowed_rows
-from kvtrain.models.gqa import convert_gqa, gqa_config, gqa_state
+from kvtrain.models.gqa import convert_gqa, gqa_config, gqa_state, share_unchanged
 from kvtrain.models.host import retrofit
 from kvtrain.models.method import Method
 from kvtrain.models.registry import builder
@@ -161,11 +161,15 @@ class RetrofitModule(MethodModule):
     def build_model(self) -> PreTrainedModel:
         """Load the base, convert its heads and retrofit it; what does not train is frozen."""
         plain = self._load_base()
-        host = convert_gqa(plain, self.num_key_value_heads) if self.num_key_value_heads else plain
+        host = plain
+        if self.num_key_value_heads:
+            host = convert_gqa(plain, self.num_key_value_heads)
+            if self.lora is not None:
+                share_unchanged(host, plain)
         model = retrofit(host, self.method)
         if self.lora is not None:
             add_adapters(model, self.lora, borrowed_rows(model), self.seed)
-            if self.distillation:
+            if self.distillation and self.shares_teacher:
                 self._sharing_teacher = [sharing(plain, model, self.is_trainable)]
         if not self.trains_base:
             for name, parameter in model.named_parameters():

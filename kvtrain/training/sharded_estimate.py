@@ -41,6 +41,11 @@ class Division(NamedTuple):
     copies: int = 1
     context_parallel: int = 1
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no rank has weights whole."""
+        return self.strategy in ("fsdp2", "zero3", "zero3_offload")
+
 
 class Sizes(NamedTuple):
     """Numbers of elements.

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from kvtrain.models.adapters import LoRA
 from kvtrain.models.dmc import DMC
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
@@ -100,6 +101,20 @@ def test_a_teacher_is_a_second_base(host):
     angles = 2 * (8 // 2) * 4
     assert memory.teacher == 2 * memory.parameters + 4 * converted + angles  # in float32, whatever the student is
     assert measure_step_memory(RetrofitModule(host, phases=PHASES), batch_size=1, sequence_length=8).teacher == 0
+
+
+def test_a_teacher_beside_adapters_is_what_they_do_not_share(host):
+    """All of it where weights are sharded."""
+    pytest.importorskip("peft")
+    settings = {"distill": True, "phases": PHASES, "lora": LoRA(rank=2)}
+    shape, angles = {"batch_size": ROWS, "sequence_length": LENGTH}, 2 * (8 // 2) * 4
+    converted = RetrofitModule(host, num_key_value_heads=1, **settings)
+    assert measure_step_memory(converted, **shape).teacher == angles + 4 * LAYERS * 2 * 2 * 32 * 8  # of its own heads
+    assert measure_step_memory(RetrofitModule(host, **settings), **shape).teacher == angles
+    whole = RetrofitModule(host, **settings)
+    whole.shares_teacher = False
+    plain = measure_step_memory(RetrofitModule(host, phases=PHASES), **shape)
+    assert measure_step_memory(whole, **shape).teacher == plain.parameters + angles
 
 
 def test_what_the_device_and_accumulation_change(host):
