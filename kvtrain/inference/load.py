@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvtrain.assets import resolve
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.errors import UsageError, explain_load_errors
+from kvtrain.models.adapters import refuse_adapter
 from kvtrain.models.method import Method
 from kvtrain.models.registry import own_model_class
 
@@ -37,6 +38,8 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     path = resolve(str(name))
     _refuse_megatron(path)
+    if not (Path(path) / "config.json").is_file():
+        refuse_adapter(path)
     with explain_load_errors(str(name)):
         trusted = _trust(path, kwargs)
         found = AutoConfig.from_pretrained(path, **{**_hub_options(kwargs), **trusted})

@@ -5,10 +5,12 @@ borrows a channel of a projection the rows that make it (``OwnRows``). A served 
 both into the weights.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,6 +176,21 @@ def _check(model: nn.Module, settings: LoRA) -> None:
         if name.rpartition(".")[2] in settings.targets and settings.rank > min(module.weight.shape):
             size = " x ".join(map(str, module.weight.shape))
             raise UsageError(f"lora.rank is {settings.rank}, more than {name} ({size}) can have; lower it")
+
+
+def refuse_adapter(path: str) -> None:
+    """Refuse what is no model by itself.
+
+    Raises:
+        UsageError: The folder holds PEFT's adapters, beside a model or without one.
+    """
+    file = Path(path) / "adapter_config.json"
+    if file.is_file():
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UsageError(
+            f"{path} holds adapters of PEFT, for {base}: merge them first, "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+        )
 
 
 def is_adapter(name: str) -> bool:

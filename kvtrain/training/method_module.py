@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.errors import UsageError, first_line
+from kvtrain.models.adapters import refuse_adapter
 from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
 from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.hosts import host_adapter, key_value_shapes
@@ -111,6 +112,7 @@ def read_model_config(path: str, remedy: str) -> PreTrainedConfig:
     Raises:
         ValueError: It cannot be had, or says what no model can be.
     """
+    refuse_adapter(path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:  # a damaged file raises whatever its reader raises

@@ -191,6 +191,23 @@ def test_what_a_model_cannot_have(settings, words, bases):
         module_of("full", bases, lora=LoRA(**settings)).build_model()
 
 
+@pytest.mark.parametrize("beside", ["the base", "nothing"])
+def test_a_base_that_is_adapted_already(beside, bases, tmp_path):
+    import peft
+
+    model = untouched("full", bases)
+    if beside == "the base":
+        model.save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    module = RetrofitModule(base=str(tmp_path), phases=[Phase("all", 1, 1e-3)], lora=LoRA(rank=2))
+    with pytest.raises(UsageError, match=r"holds adapters of PEFT, for .*: merge them first"):
+        module.check_model()
+    if beside == "nothing":
+        with pytest.raises(UsageError, match="merge them first"):
+            kvtrain.load(tmp_path)
+
+
 def test_narrow_weights_are_for_those_that_stay(bases):
     module = module_of("dmc", bases, weights="bfloat16")
     dtypes = {is_adapter(name): parameter.dtype for name, parameter in module.build_model().named_parameters()}
