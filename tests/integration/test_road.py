@@ -47,9 +47,10 @@ class Road:
 # Columns of the metrics that time has no part in.
 COMPARED = {"loss", "gradient_norm", "mean_gate", "val_loss", "val_compression", "val_serving_gap"}
 
-# One line an architecture.
+# One line an architecture, and one for adapters.
 ROADS = {
     "dmc": Road("dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
+    "lora": Road("lora_dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
     "dms": Road("dms", {"retrofit": 8, "finetune": 6}, (6, 9), settings={"init_bias": 1.0, "window": 5}),
     "lckv": Road("lckv", {"train": 3, "settle": 7}, (3,), 4, {"kv_map": "0_2_2_3", "forward_passes": 2}),
     "duo": Road(
