@@ -120,22 +120,24 @@ def planted(monkeypatch, module: str, **functions) -> None:
 
 def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("kvtrain.export.hf.export_run", lambda *args: calls.append(args))
+    monkeypatch.setattr("kvtrain.export.hf.export_run", lambda *args, keep_adapter: calls.append((*args, keep_adapter)))
     monkeypatch.setattr("kvtrain.export.hf.export_plain", lambda *args: calls.append(args))
     monkeypatch.setattr("kvtrain.export.push.require_token", lambda: calls.append("token"))
     monkeypatch.setattr("kvtrain.export.push.push_folder", lambda *args: calls.append(args) or Pushed("abc", True))
     assert kvtrain_cli.main(["export", "runs/x", "out"]) == 0
-    options = ["--push-to", "me/model", "--private", "--dtype", "float32", "--remote-code"]
+    options = ["--push-to", "me/model", "--private", "--dtype", "float32", "--remote-code", "--keep-adapter"]
     assert kvtrain_cli.main(["export", "runs/x", "out", *options]) == 0
     assert kvtrain_cli.main(["export", "kvtrain:tiny", "out", "--method", "DMC(compression=2)"]) == 0
     run, out = Path("runs/x"), Path("out")
     target = PushTarget("me/model", "main", private=True)
     assert calls == [
-        (run, out, "bfloat16", False),
-        *("token", (run, out, "float32", True), (out, target)),
+        (run, out, "bfloat16", False, False),
+        *("token", (run, out, "float32", True, True), (out, target)),
         ("kvtrain:tiny", kvtrain.DMC(compression=2), out, "bfloat16", False),
     ]
     assert capsys.readouterr().out == "out\nout\nme/model@main: pushed in commit abc\nout\n"
+    assert kvtrain_cli.main(["export", "kvtrain:tiny", "out", "--method", "DMC()", "--keep-adapter"]) == 2
+    assert "--keep-adapter is of a run with lora" in capsys.readouterr().err
 
 
 def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):

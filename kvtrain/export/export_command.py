@@ -18,6 +18,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--method", metavar="M", help="put this into a plain model, such as 'H2O(budget=256, recent=128)'"
     )
+    parser.add_argument(
+        "--keep-adapter", action="store_true", help="write the run's LoRA to OUT/adapter, unmerged, for PEFT"
+    )
     parser.add_argument("--remote-code", action="store_true", help="add the model's code: opens without kvtrain")
     parser.add_argument("--push-to", metavar="ORG/NAME", help="also upload it to this Hub repository")
     add_target_arguments(parser)
@@ -39,8 +42,10 @@ def run(asked: Namespace) -> None:
     if target is not None:
         require_token()
     output, options = Path(asked.output), (asked.dtype, asked.remote_code)
+    if method is not None and asked.keep_adapter:
+        raise UsageError("--keep-adapter is of a run with lora; a plain model has no adapter")
     if method is None:
-        hf.export_run(Path(asked.run), output, *options)
+        hf.export_run(Path(asked.run), output, *options, keep_adapter=asked.keep_adapter)
     else:
         hf.export_plain(asked.run, method, output, *options)
     print(output, flush=True)

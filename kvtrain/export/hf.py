@@ -16,13 +16,13 @@ from kvtrain.data.shards import new_folder, require_new
 from kvtrain.data.tokenizer import load_tokenizer
 from kvtrain.errors import UsageError, explain_load_errors
 from kvtrain.export.card import model_card
+from kvtrain.export.kept_adapter import ADAPTER_FOLDER, KeptAdapter, borrowed_of, take_adapter
 from kvtrain.export.provenance import Provenance, base_provenance, read_provenance
 from kvtrain.export.remote_code import remote_code, write_files
 from kvtrain.export.weights import write_model
 from kvtrain.models.adapters import LORA_KEY, LoRA, merged
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
-from kvtrain.models.gating import borrowed_rows
 from kvtrain.models.gqa import gqa_state
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.method import Method
@@ -35,7 +35,9 @@ from kvtrain.run_folder import last_checkpoint, require_intact
 logger = logging.getLogger("kvtrain")
 
 
-def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool = False) -> Path:
+def export_run(
+    run: Path, output: Path, dtype: str = "bfloat16", with_code: bool = False, *, keep_adapter: bool = False
+) -> Path:
     """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
 
     A run whose method is ``Full()``, all settings left alone, becomes a plain folder of its host.
@@ -45,9 +47,11 @@ def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool
         output: New folder.
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
         with_code: Write the model's code beside them, so that nobody needs kvtrain to open the folder.
+        keep_adapter: Leave adapters out of the weights, and write them to ``adapter`` in the folder as PEFT does.
 
     Raises:
-        ValueError: No checkpoint, one without export data, an existing output, or code that cannot travel.
+        ValueError: No checkpoint, one without export data, an existing output, code that cannot travel, or no adapter
+            to keep.
     """
     require_new(output)
     weight_type = _dtype(dtype)
@@ -55,8 +59,11 @@ def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool
     if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
+    adapter = None
+    if keep_adapter:
+        stored, adapter = take_adapter(stored, run)
     folder = run if is_run(run) else run.parent.parent
-    return _write(stored, tokenizer, output, weight_type, with_code, (folder.name, read_provenance(folder)))
+    return _write(stored, tokenizer, output, weight_type, with_code, (folder.name, read_provenance(folder)), adapter)
 
 
 def export_plain(name: str, method: Method, output: Path, dtype: str = "bfloat16", with_code: bool = False) -> Path:
@@ -93,6 +100,7 @@ def _write(
     dtype: torch.dtype,
     with_code: bool,
     origin: tuple[str, Provenance],
+    adapter: KeptAdapter | None = None,
 ) -> Path:
     """Write a folder; ``origin`` is what its card is called, and where the model comes from."""
     model, weights = rebuild_model(stored)
@@ -102,6 +110,8 @@ def _write(
         write_files(code, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if adapter is not None:
+            adapter.write(folder / ADAPTER_FOLDER, str(output))
         (folder / "README.md").write_text(model_card(model, *origin, bool(code)))
     return output
 
@@ -149,9 +159,7 @@ def _completed(stored: StoredModel, others: Mapping[str, Tensor], config: KVTrai
     """All weights of a model whose checkpoint holds what was learnt alone; adapters are merged."""
     learnt, lora = stored.weights, stored.settings.get(LORA_KEY)
     if lora:
-        with torch.device("meta"):
-            rows = borrowed_rows(retrofitted_class(config.host_config)(config))
-        return merged(others, learnt, LoRA(**lora), rows)
+        return merged(others, learnt, LoRA(**lora), borrowed_of(config))
     names = {name: name for name in [*others, *learnt]}
     return StoredWeights(names, lambda name: (learnt if name in learnt else others)[name])
 

@@ -260,6 +260,36 @@ def merged(
     return StoredWeights({name: name for name in {**base, **plain}}, read)
 
 
+def peft_tensors(learnt: Mapping[str, Tensor], borrowed: Mapping[str, slice]) -> dict[str, Tensor]:
+    """PEFT's matrices by the names under which PEFT stores them, to stand beside a model with all else merged.
+
+    Args:
+        learnt: As ``merged`` takes it.
+        borrowed: As ``add_adapters`` was given them; rows that have learnt by themselves get nothing from a matrix.
+
+    Raises:
+        UsageError: A length of DoRA's belongs to such a row.
+    """
+    tensors, separate = dict[str, Tensor](), {_split(name)[0] for name in learnt if f".{_ROWS}." in name}
+    for name in learnt:
+        if _LORA not in name:
+            continue
+        module, part = _split(name)
+        tensor = learnt[name].detach().float()
+        if module in separate and "magnitude" in part:
+            raise UsageError("DoRA scales rows that the method has learnt by themselves; export without --keep-adapter")
+        if module in separate and part.startswith("lora_B."):
+            tensor = tensor.clone()
+            tensor[borrowed[module]] = 0
+        tensors[f"base_model.model.{module}.{part.replace(f'.{ADAPTER}', '')}"] = tensor.contiguous()
+    return tensors
+
+
+def without_matrices(learnt: Mapping[str, Tensor]) -> StoredWeights:
+    """What is learnt but for PEFT's matrices."""
+    return StoredWeights({name: name for name in learnt if _LORA not in name}, learnt.__getitem__)
+
+
 def _split(name: str) -> tuple[str, str]:
     """A plain module, and what of its adapters a name stands for."""
     for mark in (_LORA, f".{_ROWS}."):

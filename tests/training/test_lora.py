@@ -135,6 +135,24 @@ def test_an_export_computes_what_the_adapters_do(name, lora, bases, rows, tmp_pa
             torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["dmc", "dms", "lckv"])
+def test_an_adapter_that_is_kept_stands_beside_its_base(name, bases, rows, tmp_path):
+    """PEFT opens it on the exported folder, and both together compute what was trained."""
+    import peft
+
+    module = module_of(name, bases)
+    trainer = train(module, rows, tmp_path / "run", sum(steps for _, steps in CASES[name][3]))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    out = export_run(tmp_path / "last.ckpt", tmp_path / "out", "float32", keep_adapter=True)
+    base, ids = kvtrain.load(out), random_ids(2, 24)
+    with torch.no_grad():
+        expected = module.model.eval()(ids, use_cache=False).logits
+        alone = base(ids, use_cache=False).logits
+        both = peft.PeftModel.from_pretrained(base, out / "adapter")(ids, use_cache=False).logits
+    torch.testing.assert_close(both, expected, atol=1e-5, rtol=0)
+    assert (alone - expected).abs().max() > 1e-3
+
+
 def test_rows_of_their_own():
     """Inactive they are not there; active they are all that is left of those outputs, and merging says the same."""
     torch.manual_seed(0)
