@@ -53,6 +53,8 @@ def export_run(run: Path, output: Path, dtype: str = "bfloat16", with_code: bool
     if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
+    if tokenizer is not None and "chat_template" in stored.settings:
+        tokenizer.chat_template = stored.settings["chat_template"]
     folder = run if is_run(run) else run.parent.parent
     return _write(stored, tokenizer, output, weight_type, with_code, (folder.name, read_provenance(folder)))
 

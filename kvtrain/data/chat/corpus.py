@@ -20,8 +20,8 @@ def read_chats(corpus: str, *, messages_column: str | None = None, split: str = 
     Args:
         corpus: A ``.jsonl``, ``.json`` (a list) or ``.parquet`` file, a folder of ``.jsonl`` and ``.parquet`` files,
             ``hf:org/name`` as for text, or ``examples`` for the chats that the package makes.
-        messages_column: Field that holds the messages; None looks for ``messages``, ``conversations``, or ``prompt`` with
-            ``completion``.
+        messages_column: Field that holds the messages; None looks for ``messages``, ``conversations``, or ``prompt``
+            with ``completion``.
         split: Split of a Hub dataset whose name has none.
 
     Raises:
@@ -74,7 +74,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
     else:
         rows = parse_json(path.read_bytes(), str(path))
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: holds one {type(rows).__name__}, not a list of chats; write a chat a line as .jsonl")
+            raise ValueError(
+                f"{path}: holds one {type(rows).__name__}, not a list of chats; write a chat a line as .jsonl"
+            )
         for number, row in enumerate(rows, 1):
             yield row, f"{path} item {number}"
 

@@ -15,8 +15,9 @@ PROMPT, COMPLETION = "prompt", "completion"
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
-    **{"function_call": "assistant", "observation": "tool", "function": "tool", "ipython": "tool"},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "ipython"), "tool"),
 }
 # Which roles may follow which; "" stands for the beginning.
 _FOLLOWERS = {
@@ -34,7 +35,7 @@ class Chat:
     """One conversation.
 
     Attributes:
-        messages: Turns in order, each with a ``role`` and what templates read beside it: ``content``, ``tool_calls`` ...
+        messages: Turns in order, each with a ``role`` and what templates read besides: ``content``, ``tool_calls`` ...
         tools: Functions that the assistant may call, as JSON schemas; None without any.
         source: Where it came from, for messages to the user.
     """
@@ -112,7 +113,7 @@ def _message(turn: object, source: str, number: int) -> Message:
     others = {name: value for name, value in turn.items() if name not in ("role", "from", "content", "value")}
     others = {name: value for name, value in others.items() if value is not None}
     if given == "function_call":
-        return {"role": role, "tool_calls": [_call({"function": content}, where)], **others}
+        return {"role": role, "content": "", "tool_calls": [_call(content, where)], **others}
     if others.get("tool_calls"):
         others["tool_calls"] = [_call(call, where) for call in others["tool_calls"]]
         content = "" if content is None else content
@@ -123,9 +124,10 @@ def _text(content: object, where: str) -> str:
     """Content as text; parts of it, as OpenAI's form has them, are joined."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise ValueError(f"{where} has parts that are no text; take them out, images cannot be learned from")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"{where} is {type(content).__name__}, not text")
     try:
@@ -137,19 +139,16 @@ def _text(content: object, where: str) -> str:
 
 def _call(call: object, where: str) -> dict[str, Any]:
     """A call of a function, its arguments as an object: templates write objects as JSON, and texts as texts."""
-    function = call.get("function", call) if isinstance(call, dict) else call
-    function = _parsed(function, where) if isinstance(function, str) else function
+    outer = call if isinstance(call, dict) and "function" in call else {"function": call}
+    function = outer["function"]
+    if isinstance(function, str):
+        function = _parsed(function, where)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{where} has a tool call without a function's name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = _parsed(arguments, where)
-    others = {name: value for name, value in call.items() if name != "function"} if "function" in _keys(call) else {}
-    return {"type": "function", **others, "function": {**function, "arguments": arguments}}
-
-
-def _keys(value: object) -> set[str]:
-    return set(value) if isinstance(value, dict) else set()
+    return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
 
 
 def _parsed(text: str, where: str) -> Any:

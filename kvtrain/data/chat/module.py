@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kvtrain.data.chat.packing import ChatRows, Selection, TooLong
-from kvtrain.data.chat.prepare import ChatRecord, chats_fingerprint, prepare_chats, read_template
-from kvtrain.data.chat.rendering import ChatRenderer
+from kvtrain.data.chat.picture import SAMPLES_PAGE
+from kvtrain.data.chat.prepare import ChatRecord, chats_fingerprint, prepare_chats
+from kvtrain.data.chat.rendering import ChatRenderer, RenderingCounts
+from kvtrain.data.chat.template import read_template
 from kvtrain.data.loader import PackedLoader
 from kvtrain.data.module import DataModule, default_cache
 from kvtrain.data.prepare import tokenizer_digest, write_once
@@ -19,7 +21,7 @@ logger = logging.getLogger("kvtrain")
 
 
 class ChatDataModule(DataModule):
-    """Packed rows of chats for training and validation; only what the assistant says is learned, its stop token included.
+    """Packed rows of chats; only what the assistant says is learned, its stop tokens included.
 
     Rows hold whole chats, which do not see each other. How turns are found, and what becomes of templates that rewrite
     earlier turns, ``kvtrain.data.chat.rendering`` says.
@@ -29,12 +31,12 @@ class ChatDataModule(DataModule):
         chats: A file, folder or Hub dataset of chats or a list of them (``kvtrain.data.chat.corpus``), ``examples``, or
             one folder that ``kvtrain prepare --chats`` wrote.
         validation_chats: Held-out chats, likewise; None holds a share of ``chats`` out.
-        validation_share: Share of the chats that is held out where ``validation_chats`` is None, and never trained on. It
-            depends on what is said alone, so that no chat is on both sides, in whatever order they come.
+        validation_share: Share of the chats that is held out where ``validation_chats`` is None. Which ones depends on
+            what is said alone, so that no chat is on both sides, in whatever order they come.
         chat_template: Template, or its file; None takes the tokenizer's own. Exports take it along.
         template_arguments: What the template is given besides, such as ``{enable_thinking: false}``.
-        messages_column: Field that holds the messages; None looks for ``messages``, ``conversations``, or ``prompt`` with
-            ``completion``.
+        messages_column: Field that holds the messages; None looks for ``messages``, ``conversations``, or ``prompt``
+            with ``completion``.
         sequence_length: Tokens in a row.
         batch_size: Rows per batch and device.
         too_long: What becomes of a chat longer than a row: ``cut`` learns its first tokens, and leaves it out where no
@@ -92,8 +94,8 @@ class ChatDataModule(DataModule):
         return ChatRenderer(load_tokenizer(self.tokenizer_name), self.template, self.template_arguments)
 
     @property
-    def chat_template(self) -> str | dict[str, str] | None:
-        """What an export's tokenizer writes chats by; None leaves its own."""
+    def chat_template(self) -> str | None:
+        """See ``DataModule``."""
         return self.template
 
     def highest_id(self) -> int | None:
@@ -145,11 +147,14 @@ class ChatDataModule(DataModule):
             return Path(corpora[0])
         name = chats_fingerprint(corpora, self.renderer, self.messages_column, "train")
         folder = self.cache_dir / f"chats-{name}"
-        write_once(
-            folder,
-            lambda: prepare_chats(corpora, self.renderer, folder, messages_column=self.messages_column),
-        )
+        write_once(folder, lambda: self._prepare(corpora, folder))
         return folder
+
+    def _prepare(self, corpora: list[str], folder: Path) -> None:
+        self.renderer.counts = RenderingCounts()
+        manifest = prepare_chats(corpora, self.renderer, folder, messages_column=self.messages_column)
+        summary = ChatRecord.read(folder).summary(manifest)
+        logger.info("%s: %s; three of them are shown in %s", ", ".join(corpora), summary, folder / SAMPLES_PAGE)
 
     def _check_folder(self, folder: Path) -> None:
         """Refuse chats that were written with another tokenizer or another template."""
@@ -161,8 +166,8 @@ class ChatDataModule(DataModule):
             )
         if (record.template, record.arguments) != (renderer.chat_template, renderer.arguments):
             raise ValueError(
-                f"{folder}: written with another chat template; give the one that it was prepared with as chat_template "
-                "(and template_arguments), or prepare the chats again"
+                f"{folder}: written with another chat template; give what it was prepared with as chat_template and "
+                "template_arguments, or prepare the chats again"
             )
 
 

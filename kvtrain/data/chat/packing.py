@@ -1,7 +1,7 @@
-"""Whole chats in rows of fixed length: none is cut at a row's end, since an answer without its question teaches nothing.
+"""Whole chats in rows of fixed length: none goes on in the next row, where an answer would lack its question.
 
-Rows are filled best-fit decreasing: the longest chats first, each into the fullest row that still has room. Inside a row
-positions restart and document ids change at every chat, as in ``PackedRows``; what is left at its end is padding.
+Rows are filled best-fit decreasing: the longest chats first, each into the fullest row that still has room. Inside a
+row positions restart and document ids change at every chat, as in ``PackedRows``; what is left at its end is padding.
 """
 
 import hashlib
@@ -87,7 +87,9 @@ class ChatRows(PackedRows):
         self, shards: TokenShards, sequence_length: int, too_long: TooLong = "cut", selection: Selection | None = None
     ) -> None:
         if not shards.targets:
-            raise ValueError(f"{shards.folder}: a folder of text, not of chats; write it with `kvtrain prepare --chats`")
+            raise ValueError(
+                f"{shards.folder}: a folder of text, not of chats; write it with `kvtrain prepare --chats`"
+            )
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
         self.shards, self.sequence_length, self.too_long = shards, sequence_length, too_long

@@ -28,8 +28,8 @@ _PAGE = """<!doctype html>
  .learned {{ color: #0b3d20; background: #c9efd6; box-shadow: inset -1px 0 #9fd8b4; }}
 </style>
 <h1>Samples of chats</h1>
-<p>The first {count} texts as they are trained. Tokens <span class="learned">on green</span> are in the loss, the gray ones
-are read alone; a line ends each token, and ↵ stands for the line breaks inside them.</p>
+<p>The first {count} texts as they are trained. Tokens <span class="learned">on green</span> are in the loss, the gray
+ones are read alone; a line ends each token, and ↵ stands for the line breaks inside them.</p>
 {samples}
 </html>
 """
@@ -61,7 +61,7 @@ def samples(shards: TokenShards, tokenizer: "PreTrainedTokenizerFast", count: in
 def _pieces(ids: list[int], targets: list[bool], tokenizer: "PreTrainedTokenizerFast") -> Iterator[Piece]:
     begin = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if not text.endswith(_UNFINISHED) or end == len(ids) or targets[end] != targets[begin]:
             yield Piece(text, targets[begin])
             begin = end

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ from kvtrain.data.chat.rendering import ChatRenderer, RenderingCounts
 from kvtrain.data.hub import HUB_PREFIX
 from kvtrain.data.prepare import advance, file_traces, token_progress, tokenizer_digest
 from kvtrain.data.shards import FORMAT_VERSION, Manifest, ShardWriter, TokenShards, new_folder
-from kvtrain.errors import UsageError
-from kvtrain.recipes import find_config
 
 RECORD = "chats.json"
 _RENDERING_VERSION = 1  # of how chats become tokens and masks
-logger = logging.getLogger("kvtrain")
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,8 @@ class ChatRecord:
         ]
         if counts.split:
             remarks.append(
-                f"{counts.split:,} chats became several texts, since the chat template writes earlier answers otherwise "
-                f"once a chat goes on ({counts.texts:,} texts in all)"
+                f"{counts.split:,} chats became several texts ({counts.texts:,} in all), since the template writes "
+                "earlier answers otherwise once a chat goes on"
             )
         if counts.straddling:
             remarks.append(f"{counts.straddling:,} answers begin within a token of the prompt, which is not learned")
@@ -117,7 +113,6 @@ def prepare_chats(
         record = ChatRecord(renderer.chat_template, renderer.arguments, learned, renderer.counts)
         (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
         write_page(folder / SAMPLES_PAGE, TokenShards(folder), renderer.tokenizer)
-    logger.info("%s: %s; samples are shown in %s", output, record.summary(manifest), output / SAMPLES_PAGE)
     return manifest
 
 
@@ -138,25 +133,3 @@ def _traces(corpus: str) -> list[object]:
     if corpus.startswith(HUB_PREFIX):
         return []
     return [chat.key for chat in example_chats()] if corpus == EXAMPLES else file_traces(chat_files(corpus))
-
-
-def read_template(given: str) -> str:
-    """A chat template that is given as text, or as a file.
-
-    Args:
-        given: Text with ``{{`` or ``{%``, or a path; ``configs/...`` is found in an installed package, too.
-
-    Raises:
-        UsageError: There is no such file, or it holds no text.
-    """
-    if "{{" in given or "{%" in given:
-        return given
-    try:
-        template = Path(find_config(given)).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{given} is no UTF-8 text, so no chat template") from error
-    except OSError as error:
-        raise UsageError(f"{given}: {error.strerror}; chat_template is a template, or the file of one") from error
-    if not template.strip():
-        raise UsageError(f"{given} is empty; write a chat template into it, or leave it out")
-    return template

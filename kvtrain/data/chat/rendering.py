@@ -1,19 +1,18 @@
 """Chats as tokens: one rendering by the chat template, and which of its tokens the assistant has to say.
 
-Where a template marks them (``{% generation %}``) transformers says which tokens are the assistant's. Most templates do
-not. There a turn is what stands between two renderings of the chat: up to the turn with the generation prompt, which is
-what the model reads when it has to answer, and with the turn. A template whose generation prompt does not begin the turn
-is refused: the model would learn to answer what it will never be asked.
+Where a template marks them (``{% generation %}``) transformers says which tokens are the assistant's. Most templates
+do not. There a turn is what stands between two renderings of the chat: up to the turn with the generation prompt, which
+is what the model reads when it has to answer, and with the turn. A template whose generation prompt does not begin the
+turn is refused: the model would learn to answer what it will never be asked.
 
-Some templates write an answer otherwise once the chat goes on (Qwen3's leaves out earlier thoughts). Then the whole chat
-shows no earlier answer as it was generated, but each rendering that ends with an answer does. Such a chat becomes several
-texts, each of which ends with the answers that it shows as they are generated; no answer is learned twice.
+Some templates write an answer otherwise once the chat goes on (Qwen3's leaves out earlier thoughts). Then the whole
+chat shows no earlier answer as it was generated, but each rendering that ends with an answer does. Such a chat becomes
+several texts, and in each those answers are learned that stand there as they are generated; none is learned twice.
 
-A text is tokenised once and whole. A token is learned if it begins inside a turn. A turn ends with its stop token; white
-space behind that, which nobody generates, is left out.
+A text is tokenised once and whole. A token is learned if it begins inside a turn. A turn ends with its stop token;
+white space behind that, which nobody generates, is left out.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -160,7 +159,7 @@ class ChatRenderer:
     def _span(self, prompt: str, text: str, where: str) -> Span:
         """What the assistant says after a prompt, up to its stop token."""
         if not text.startswith(prompt):
-            place = len(os.path.commonprefix([prompt, text]))
+            place = next((n for n, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), len(text))
             raise ValueError(
                 f"{where}: the chat template asks for it by another beginning than it has: after "
                 f"{prompt[:place][-_SHOWN:]!r} the generation prompt writes {prompt[place:][:_SHOWN]!r} and the answer "
@@ -194,11 +193,18 @@ class ChatRenderer:
         encoded = self._apply(chat, length, tokenize=True, **options)
         ids, targets = encoded["input_ids"], np.asarray(encoded["assistant_masks"], dtype=bool)
         if not targets.any():
-            raise ValueError(f"{chat.source}: what the chat template marks by {{% generation %}} is empty; give another")
-        ends = np.flatnonzero(targets[:-1] & ~targets[1:])
-        stops = [end + 1 for end in ends if ids[end] not in self._stop_ids and ids[end + 1] in self._stop_ids]
-        targets[stops] = True
+            raise ValueError(
+                f"{chat.source}: what the chat template marks by {{% generation %}} is empty; give another"
+            )
+        self._add_stops(ids, targets)
         return EncodedText(ids, targets, len(self._apply(chat, length).encode()))
+
+    def _add_stops(self, ids: list[int], targets: Mask) -> None:
+        """Learn the stop token where the marks leave it out: what follows the last answer's can be nothing else."""
+        ends = np.flatnonzero(targets & ~np.append(targets[1:], False))
+        stop = ids[ends[-1] + 1] if ends[-1] + 1 < len(ids) else None
+        if stop in self._stop_ids:
+            targets[[end + 1 for end in ends if ids[end + 1] == stop]] = True
 
     def _apply(self, chat: Chat, length: int, *, tokenize: bool = False, **options: Any) -> Any:
         """The template on the first messages of a chat."""
