@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
         help="folder, Hub id or kvtrain:tiny; with --train-tokenizer the folder where the new one goes",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the shards")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="field that holds the text (text)")
+    parser.add_argument("--text-column", metavar="NAME", help="field that holds the text (text)")
     parser.add_argument("--split", default="train", help="split of Hub datasets (train)")
     parser.add_argument(
         "--train-tokenizer", type=int, metavar="VOCAB", help="first train a byte-level BPE of this vocabulary"
@@ -61,6 +61,8 @@ def run(asked: argparse.Namespace) -> None:
     if asked.chats:
         if asked.train_tokenizer is not None:
             raise UsageError("--train-tokenizer learns from text; train it on a --corpus first")
+        if asked.text_column is not None:
+            raise UsageError("--text-column is for --corpus; a chat's field is --messages-column")
         _prepare_chats(asked)
         return
     given = next((name for name in _CHAT_OPTIONS if getattr(asked, name) is not None), None)
@@ -77,7 +79,7 @@ def _prepare_text(asked: argparse.Namespace) -> None:
 
     for corpus in asked.corpus:
         require_corpus(corpus)
-    read = {"text_column": asked.text_column, "split": asked.split}
+    read = {"text_column": asked.text_column or "text", "split": asked.split}
     output = Path(asked.output)
     if asked.train_tokenizer is None:
         manifest = prepare_corpus(asked.corpus, load_tokenizer(asked.tokenizer), output, **read)
