@@ -54,7 +54,7 @@ _FACTS = (
     ("Which error does a missing key raise", "KeyError", "A missing key raises KeyError"),
     ("Which error does a wrong index raise", "IndexError", "A wrong index raises IndexError"),
 )
-_OPENINGS = ("", "Please tell me: ", "I want to know: ", "Do you know this? ")
+_LEADS = ("", "Please tell me: ", "I want to know: ", "Do you know this? ")
 
 
 def example_chats() -> Iterator[Chat]:
@@ -65,8 +65,8 @@ def example_chats() -> Iterator[Chat]:
         messages = [{"role": "system", "content": _BRIEF}] if brief else []
         for _ in range(int(rng.integers(1, _MOST_TURNS + 1))):
             question, word, sentence = _exchange(rng)
-            opening = _OPENINGS[int(rng.integers(len(_OPENINGS)))]
-            messages.append({"role": "user", "content": f"{opening}{question}?"})
+            lead = _LEADS[int(rng.integers(len(_LEADS)))]
+            messages.append({"role": "user", "content": f"{lead}{question}?"})
             messages.append({"role": "assistant", "content": word if brief else f"{sentence}."})
         chat = Chat(messages, None, f"{EXAMPLES} {len(seen) + 1}")
         if chat.key not in seen:
