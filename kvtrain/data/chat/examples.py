@@ -94,4 +94,6 @@ def write_examples(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m kvtrain.data.chat.examples FILE")
     write_examples(Path(sys.argv[1]))
