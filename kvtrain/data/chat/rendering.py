@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvtrain.data.chat.formats import Chat
+from kvtrain.data.chat.formats import Chat, Message
 from kvtrain.errors import first_line
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class ChatRenderer:
             prompt = self._apply(chat, place, add_generation_prompt=True)
             text = self._apply(chat, place + 1)
             span = self._span(prompt, text, f"{chat.source}: answer {number}")
+            _require_said(chat.messages[place], text[span.begin :], f"{chat.source}: answer {number}")
             if renderings and text.startswith(renderings[-1].text):
                 renderings[-1] = Rendering(text, [*renderings[-1].spans, span])
             else:
@@ -163,8 +164,8 @@ class ChatRenderer:
             raise ValueError(
                 f"{where}: the chat template asks for it by another beginning than it has: after "
                 f"{prompt[:place][-_SHOWN:]!r} the generation prompt writes {prompt[place:][:_SHOWN]!r} and the answer "
-                f"{text[place:][:_SHOWN]!r}; give a chat_template that begins both alike, or marks answers by "
-                "{% generation %}"
+                f"{text[place:][:_SHOWN]!r}; give a chat_template that begins both alike or marks answers by "
+                "{% generation %}, or template_arguments with which it does, such as enable_thinking: false"
             )
         end = len(text.rstrip())
         if end <= len(prompt) or not text.endswith(self._stops, 0, end):
@@ -197,6 +198,8 @@ class ChatRenderer:
                 f"{chat.source}: what the chat template marks by {{% generation %}} is empty; give another"
             )
         self._add_stops(ids, targets)
+        said = str(self.tokenizer.decode(np.asarray(ids)[targets].tolist(), skip_special_tokens=False))
+        _require_said(chat.messages[length - 1], said, f"{chat.source}: answer {len(chat.answers)}")
         return EncodedText(ids, targets, len(self._apply(chat, length).encode()))
 
     def _add_stops(self, ids: list[int], targets: Mask) -> None:
@@ -219,3 +222,15 @@ class ChatRenderer:
             )
         except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(f"{chat.source}: the chat template fails on it ({first_line(error)})") from error
+
+
+def _require_said(message: Message, rendered: str, where: str) -> None:
+    """Refuse a template that leaves out what an answer says, as those do that want its content in parts.
+
+    Thoughts before it may be moved, and a call of a tool may stand in its place.
+    """
+    words = message["content"].split()
+    if words and not message.get("tool_calls") and words[-1] not in rendered:
+        raise ValueError(
+            f"{where}: the chat template leaves out what it says ({words[-1][:_SHOWN]!r}); give another chat_template"
+        )

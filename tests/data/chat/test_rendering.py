@@ -142,9 +142,14 @@ PROMPTS_A_THOUGHT = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
             "im_start|>assistant\\n' the generation prompt writes '<think>\\n' and the answer 'Yes.<|im_end|>\\n'",
         ),
         ("{{ messages[0].content }}", "x.jsonl row 3: answer 1: the chat template writes nothing for it"),
+        (
+            CHATML.replace("message.content", "(message.content[0].text if message.content is not string else '')"),
+            "x.jsonl row 3: answer 1: the chat template leaves out what it says ('Yes.'); give another chat_template",
+        ),
         ("{{ raise_exception('no such role') }}", "x.jsonl row 3: the chat template fails on it (no such role)"),
         ("{{ messages[0].nothing.at_all }}", "x.jsonl row 3: the chat template fails on it ("),
         ("{% for", "x.jsonl row 3: the chat template fails on it ("),
+        ("{% generation %}x{% endgeneration %}", "x.jsonl row 3: answer 1: the chat template leaves out what it says"),
         (
             "x{% generation %}{% endgeneration %}",
             "x.jsonl row 3: what the chat template marks by {% generation %} is empty",
