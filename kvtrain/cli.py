@@ -169,52 +169,6 @@ def _check(arguments: list[str]) -> None:
         raise SystemExit(_USAGE_EXIT_CODE)
 
 
-def _prepare_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--corpus",
-        action="append",
-        required=True,
-        help="jsonl, parquet or txt file, a folder of them, hf:org/name, stdlib, heldout or passkey; may be repeated",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="T",
-        help="folder, Hub id or kvtrain:tiny; with --train-tokenizer the folder where the new one goes",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the shards")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="field that holds the text (text)")
-    parser.add_argument("--split", default="train", help="split of Hub datasets (train)")
-    parser.add_argument(
-        "--train-tokenizer", type=int, metavar="VOCAB", help="first train a byte-level BPE of this vocabulary"
-    )
-
-
-def _prepare(arguments: list[str]) -> None:
-    asked = build_parser("prepare").parse_args(arguments)
-    from kvtrain.data.corpus import read_corpus, require_corpus
-    from kvtrain.data.prepare import prepare_corpus
-    from kvtrain.data.shards import new_folder, require_new
-    from kvtrain.data.tokenizer import load_tokenizer, train_tokenizer
-
-    for corpus in asked.corpus:
-        require_corpus(corpus)
-    read = {"text_column": asked.text_column, "split": asked.split}
-    output = Path(asked.output)
-    if asked.train_tokenizer is None:
-        manifest = prepare_corpus(asked.corpus, load_tokenizer(asked.tokenizer), output, **read)
-    else:
-        folder = Path(asked.tokenizer)
-        if folder.exists():
-            raise UsageError(f"{folder} exists already; --train-tokenizer writes a new folder")
-        require_new(output)
-        texts = (document.text for corpus in asked.corpus for document in read_corpus(corpus, **read))
-        with new_folder(folder) as unfinished:  # tokenizer and shards are kept together or not at all
-            tokenizer = train_tokenizer(texts, asked.train_tokenizer, unfinished)
-            manifest = prepare_corpus(asked.corpus, tokenizer, output, **read)
-    print(f"{asked.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
-
-
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
@@ -263,7 +217,7 @@ COMMANDS = {
     "recipes": Command("List the recipes, or the launchers for many machines", _recipes, _recipes_arguments),
     "estimate": Command("Say what a recipe needs, without allocating a weight", _estimate, _estimate_arguments),
     "check": Command("Look a launch over before it trains: ranks, network, disk, memory", _check, _check_arguments),
-    "prepare": Command("Tokenise a corpus into shards, once", _prepare, _prepare_arguments),
+    "prepare": _in_module("prepare", "kvtrain.data.prepare_command", "Tokenise a corpus or chats into shards, once"),
     "export": _in_module("export", "kvtrain.export.export_command", "Write a run's model as a Hugging Face folder"),
     "push": _in_module("push", "kvtrain.export.push_command", "Upload an exported folder to the Hub, in one commit"),
     "generate": Command("Continue a text and say what the cache cost", _generate, _generate_arguments),

@@ -1,15 +1,15 @@
 """Text in: documents from files, folders, Hub datasets, or the standard library of this Python."""
 
 import hashlib
-import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kvtrain.assets import HELDOUT
 from kvtrain.data.hub import HUB_PREFIX, hub_rows
 from kvtrain.data.passkey import passkey_texts
+from kvtrain.data.rows import jsonl_rows, missing_column, parquet_rows
 from kvtrain.data.shards import MANIFEST
 from kvtrain.errors import first_line
 
@@ -20,7 +20,6 @@ PASSKEY = "passkey"
 # Tests repeat themselves, character tables are no text, and build records differ from machine to machine.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__", "ensurepip"}
 _STDLIB_HELDOUT_SHARE = 16
-_PARQUET_BATCH_ROWS = 256
 
 
 class Document(NamedTuple):
@@ -68,28 +67,32 @@ def require_corpus(corpus: str) -> None:
         corpus_files(corpus)
 
 
-def corpus_files(corpus: str) -> list[Path]:
+def corpus_files(corpus: str, kinds: Collection[str] | None = None) -> list[Path]:
     """Files of a corpus that lies on disk, in name order.
+
+    Args:
+        corpus: Path of a file or folder.
+        kinds: Extensions that count; None takes those of text.
 
     Raises:
         ValueError: Nothing there, or nothing of a known kind.
     """
-    root = Path(corpus)
+    root, kinds = Path(corpus), _READERS if kinds is None else kinds
     if root.is_dir():
         if (root / MANIFEST).is_file():
             raise ValueError(f"{corpus}: a folder of tokens, not of text; give it as the only corpus")
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _READERS and not path.is_dir())
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in kinds and not path.is_dir())
         if not files:
-            raise ValueError(f"{corpus}: the folder holds no {', '.join(_READERS)} file")
+            raise ValueError(f"{corpus}: the folder holds no {', '.join(kinds)} file")
         return files
     if not root.is_file():
         raise ValueError(
             f"{corpus}: no such file or folder; a corpus is a path, '{HUB_PREFIX}org/name', "
             f"'{STDLIB}', '{HELDOUT_NAME}' or '{PASSKEY}'"
         )
-    if root.suffix.lower() not in _READERS:
+    if root.suffix.lower() not in kinds:
         kind = f"{root.suffix!r} files" if root.suffix else "a file without an extension"
-        raise ValueError(f"{corpus}: cannot read {kind}; convert to {', '.join(_READERS)}")
+        raise ValueError(f"{corpus}: cannot read {kind}; convert to {', '.join(kinds)}")
     return [root]
 
 
@@ -132,48 +135,13 @@ def _read_txt(path: Path, text_column: str) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            source = f"{path} row {number}"
-            try:
-                row = json.loads(line.rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source}: not UTF-8 text; convert it first") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}: not JSON ({error.msg}, column {error.colno})") from error
-            except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-                raise ValueError(f"{source}: not JSON that can be read ({first_line(error)})") from error
-            yield _document(row, text_column, source)
+    for row, source in jsonl_rows(path):
+        yield _document(row, text_column, source)
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
-    import pyarrow
-
-    number = 0
-    try:
-        for value in _parquet_values(path, text_column):
-            number += 1
-            text = value.as_py()  # one by one, so that text which is not UTF-8 has a row
-            yield _document({text_column: text}, text_column, f"{path} row {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} row {number}: not UTF-8 text; convert it first") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        place = f"{path} after row {number}" if number else str(path)
-        raise ValueError(f"{place}: not a readable parquet file ({first_line(error)})") from error
-
-
-def _parquet_values(path: Path, text_column: str) -> Iterator[Any]:
-    """Scalars of one column, a few rows in memory at a time."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if text_column not in names:
-            raise ValueError(_missing_column(str(path), text_column, names))
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_column]):
-            yield from batch.column(0)
+    for row, source in parquet_rows(path, text_column):
+        yield _document(row, text_column, source)
 
 
 def _read_hub(name: str, text_column: str, split: str) -> Iterator[Document]:
@@ -185,7 +153,7 @@ def _document(row: object, text_column: str, source: str) -> Document:
     if not isinstance(row, dict):
         raise ValueError(f"{source}: expected an object with a {text_column!r} field")
     if text_column not in row:
-        raise ValueError(_missing_column(source, text_column, list(row)))
+        raise ValueError(missing_column(source, text_column, list(row)))
     text = row[text_column]
     if not isinstance(text, str):
         raise ValueError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text")
@@ -194,10 +162,6 @@ def _document(row: object, text_column: str, source: str) -> Document:
     except UnicodeEncodeError as error:
         raise ValueError(f"{source}: field {text_column!r} holds half a surrogate pair, not text") from error
     return Document(text, source)
-
-
-def _missing_column(source: str, text_column: str, names: list[str]) -> str:
-    return f"{source}: no column {text_column!r}; set text_column to one of {', '.join(map(repr, names))}"
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[Document]:

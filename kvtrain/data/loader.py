@@ -128,7 +128,7 @@ class PackedLoader:
     def identity(self) -> Identity:
         """What the order of rows depends on."""
         return {
-            "corpus": self.rows.shards.manifest.fingerprint,
+            "corpus": self.rows.fingerprint,
             "rows": len(self.rows),
             "sequence_length": self.rows.sequence_length,
             "seed": -1 if self.seed is None else self.seed,

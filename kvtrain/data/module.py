@@ -35,6 +35,11 @@ class DataModule(pl.LightningDataModule):
     strict_resume: bool
 
     @property
+    def chat_template(self) -> str | None:
+        """What an export's tokenizer writes chats by; None leaves the tokenizer's own."""
+        return None
+
+    @property
     def length_multiple(self) -> int:
         """A number that divides every row's tokens: all of them, unless rows differ."""
         return self.sequence_length
@@ -163,6 +168,10 @@ class PackedDataModule(DataModule):
         key = "\n".join(corpora)
         if key not in self._rows:
             shards = TokenShards(self._shard_folder(corpora))
+            if shards.targets:
+                raise ValueError(
+                    f"{shards.folder}: a folder of chats; train on it with data.class_path: ChatDataModule"
+                )
             self._check_tokenizer(shards)
             self._rows[key] = PackedRows(shards, self.sequence_length)
         return self._rows[key]

@@ -38,6 +38,11 @@ class PackedRows:
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for what the rows hold."""
+        return self.shards.manifest.fingerprint
+
     def _count_targets(self, shard: int) -> npt.NDArray[np.int64]:
         """Targets of each row: its tokens less the first of every document piece in it."""
         length = self.sequence_length

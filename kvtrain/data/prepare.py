@@ -5,12 +5,12 @@ import itertools
 import json
 import logging
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from kvtrain.assets import HELDOUT
 from kvtrain.data.corpus import HELDOUT_NAME, PASSKEY, STDLIB, Document, corpus_files, read_corpus, stdlib_files
@@ -65,18 +65,15 @@ def prepare_corpus(
     Raises:
         ValueError: Bad input, with file and row, an existing output, or a full disk.
     """
-    with new_folder(output) as folder, _progress() as progress:
+    with new_folder(output) as folder, token_progress("documents") as progress:
         writer = ShardWriter(folder, vocab_size or len(tokenizer), shard_tokens)
         documents = itertools.chain.from_iterable(
             read_corpus(corpus, text_column=text_column, split=split) for corpus in corpora
         )
         task = progress.add_task("", total=None, tokens=0, rate=0.0)
-        tokens = 0
         for ids, piece in _tokenise(documents, tokenizer):
             writer.add(ids, len(piece.text.encode()), piece.source, starts=piece.starts)
-            tokens += len(ids)
-            rate = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-6)
-            progress.update(task, advance=int(piece.ends), tokens=tokens, rate=rate)
+            advance(progress, task, int(piece.ends), len(ids))
         return writer.finish(tokenizer_digest(tokenizer))
 
 
@@ -94,6 +91,19 @@ def prepare_once(
     Raises:
         ValueError: As ``prepare_corpus``, or the folder's parent cannot be written.
     """
+    write_once(folder, lambda: prepare_corpus(corpora, tokenizer, folder, text_column=text_column))
+
+
+def write_once(folder: Path, write: Callable[[], object]) -> None:
+    """Have a folder of shards written by one of the processes that want it at once, if it is not there.
+
+    Args:
+        folder: Where the shards are, or will be.
+        write: Writes it.
+
+    Raises:
+        ValueError: As ``write``, or the folder's parent cannot be written.
+    """
     from filelock import FileLock
 
     if (folder / MANIFEST).is_file():
@@ -102,7 +112,7 @@ def prepare_once(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / MANIFEST).is_file():
-                prepare_corpus(corpora, tokenizer, folder, text_column=text_column)
+                write()
     except (OSError, ValueError) as error:
         if (folder / MANIFEST).is_file():  # where locks do not reach, another machine was faster
             logger.info("%s was finished by another process", folder)
@@ -112,18 +122,30 @@ def prepare_once(
             raise
 
 
-def _progress() -> Progress:
+def token_progress(things: str) -> Progress:
+    """A bar of what has been tokenised so far.
+
+    Args:
+        things: What is counted, such as ``"documents"``.
+    """
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("tokenising"),
         MofNCompleteColumn(),
-        TextColumn("documents, {task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
+        TextColumn(things + ", {task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
         TimeElapsedColumn(),
         transient=True,
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def advance(progress: Progress, task: TaskID, things: int, tokens: int) -> None:
+    """Move a ``token_progress`` on."""
+    total = progress.tasks[task].fields["tokens"] + tokens
+    rate = total / max(progress.tasks[task].elapsed or 0.0, 1e-6)
+    progress.update(task, advance=things, tokens=total, rate=rate)
 
 
 def _tokenise(
@@ -205,6 +227,10 @@ def _traces(corpus: str) -> list[object]:
     if corpus == STDLIB:
         sizes = [(name, path.stat().st_size) for path, name in stdlib_files(heldout=False)]
         return [platform.python_version(), *sizes]
-    paths = [HELDOUT] if corpus == HELDOUT_NAME else corpus_files(corpus)
+    return file_traces([HELDOUT] if corpus == HELDOUT_NAME else corpus_files(corpus))
+
+
+def file_traces(paths: list[Path]) -> list[object]:
+    """Place, size and time of files, by which a change is known without reading them."""
     states = [(path, path.stat()) for path in paths]
     return [(str(path.resolve()), state.st_size, state.st_mtime_ns) for path, state in states]

@@ -2,7 +2,8 @@
 
 A folder holds ``tokens-00000.npy`` (unsigned ids), ``starts-00000.npy`` (int64 offsets of document
 starts in that shard; a very long document goes on in the next one without a start) and, written last,
-``manifest.json``. A folder without a manifest is unfinished.
+``manifest.json``. A folder without a manifest is unfinished. Folders of chats also have ``targets-00000.npy`` (which
+tokens are learned) and ``keys-00000.npy`` (a number of the chat behind every document).
 """
 
 import hashlib
@@ -60,10 +61,21 @@ class ShardWriter:
         self.num_documents = self.num_bytes = 0
         self._pieces: list[TokenArray] = []
         self._starts: list[int] = []
+        self._targets: list[npt.NDArray[np.bool_]] = []
+        self._keys: list[int] = []
         self._pending = 0
         self._content = hashlib.sha256()
 
-    def add(self, ids: list[int], num_bytes: int, source: str, *, starts: bool = True) -> None:
+    def add(
+        self,
+        ids: list[int],
+        num_bytes: int,
+        source: str,
+        *,
+        starts: bool = True,
+        targets: npt.NDArray[np.bool_] | None = None,
+        key: int = 0,
+    ) -> None:
         """Append a document, or a piece of a long one.
 
         Args:
@@ -71,6 +83,8 @@ class ShardWriter:
             num_bytes: Bytes of text behind them.
             source: Where the text came from, for messages.
             starts: Whether a document starts here; if not, the last one goes on.
+            targets: Which tokens of a chat are learned ``(T,)``; all documents of a folder have them, or none.
+            key: The chat's number, of 64 bits, beside ``targets``.
 
         Raises:
             ValueError: An id lies outside the vocabulary.
@@ -87,6 +101,10 @@ class ShardWriter:
         if starts:
             self._starts.append(self._pending)
             self.num_documents += 1
+        if targets is not None:
+            assert starts and targets.shape == piece.shape
+            self._targets.append(targets)
+            self._keys.append(key)
         self._pieces.append(piece.astype(self.dtype))
         self._pending += piece.size
         self.num_bytes += num_bytes
@@ -96,11 +114,13 @@ class ShardWriter:
     def _close_shard(self) -> None:
         number = len(self.sizes)
         arrays = {"tokens": np.concatenate(self._pieces), "starts": np.asarray(self._starts, dtype=np.int64)}
+        if self._targets:
+            arrays |= {"targets": np.concatenate(self._targets), "keys": np.asarray(self._keys, dtype=np.uint64)}
         for kind, array in arrays.items():
             np.save(self.folder / f"{kind}-{number:05d}.npy", array)
             self._content.update(array.tobytes())
         self.sizes.append(self._pending)
-        self._pieces, self._starts, self._pending = [], [], 0
+        self._pieces, self._starts, self._targets, self._keys, self._pending = [], [], [], [], 0
 
     def finish(self, tokenizer_sha256: str) -> Manifest:
         """Close the last shard and write the manifest.
@@ -173,6 +193,10 @@ class TokenShards:
     Args:
         folder: What ``kvtrain prepare`` wrote.
 
+    Attributes:
+        targets: Which tokens of each shard are learned; none in a folder of text.
+        keys: Number of the chat behind each document of each shard; likewise.
+
     Raises:
         ValueError: The folder is unfinished, damaged or of another format version.
     """
@@ -185,8 +209,13 @@ class TokenShards:
             raise ValueError(f"{folder}: no {MANIFEST}; write the folder with `kvtrain prepare`") from error
         self.tokens = [self._open("tokens", number) for number in range(len(self.manifest.shards))]
         self.starts = [self._open("starts", number) for number in range(len(self.manifest.shards))]
+        chats = (folder / "targets-00000.npy").exists()
+        self.targets = [self._open("targets", number) for number in range(len(self.manifest.shards))] if chats else []
+        self.keys = [self._open("keys", number) for number in range(len(self.manifest.shards))] if chats else []
         for number, size in enumerate(self.manifest.shards):
             self._check(number, size)
+            if chats:
+                self._check_chats(number)
 
     def _open(self, kind: str, number: int) -> TokenArray:
         path = self.folder / f"{kind}-{number:05d}.npy"
@@ -204,6 +233,12 @@ class TokenShards:
         ordered = starts.ndim == 1 and starts.dtype == np.int64 and bool((np.diff(starts) > 0).all())
         if not ordered or (starts.size and not (starts[0] >= 0 and starts[-1] < size)):
             raise ValueError(f"{self.folder}: shard {number} has damaged document starts; prepare it again")
+
+    def _check_chats(self, number: int) -> None:
+        targets, keys = self.targets[number], self.keys[number]
+        as_tokens = targets.shape == self.tokens[number].shape and targets.dtype == np.bool_
+        if not as_tokens or keys.shape != self.starts[number].shape or keys.dtype != np.uint64:
+            raise ValueError(f"{self.folder}: shard {number} has a damaged loss mask; prepare it again")
 
 
 def _parse_manifest(folder: Path, data: bytes) -> Manifest:

@@ -59,6 +59,8 @@ def export_run(
     if reason := stored.settings.get("unfinished"):
         logger.warning("%s: not for use yet: %s", run, reason)
     tokenizer = load_tokenizer(stored.settings["tokenizer"]) if stored.settings["tokenizer"] else None
+    if tokenizer is not None and "chat_template" in stored.settings:
+        tokenizer.chat_template = stored.settings["chat_template"]
     adapter = None
     if keep_adapter:
         stored, adapter = take_adapter(stored, run)

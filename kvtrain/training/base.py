@@ -303,6 +303,8 @@ class TrainingModule(pl.LightningModule, ABC):
         tokenizer = getattr(data, "tokenizer_name", None)
         config = self.model.config.to_json_string(use_diff=False)
         settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.export_warning()}
+        if template := getattr(data, "chat_template", None):
+            settings["chat_template"] = template
         if base := self.frozen_base():
             settings |= base
             learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kvtrain import run_folder, run_lock, strict_yaml
+from kvtrain.data.chat.module import ChatDataModule
 from kvtrain.data.listops import ListOpsDataModule
 from kvtrain.data.masking import MaskedDataModule
 from kvtrain.data.module import DataModule, PackedDataModule
@@ -36,7 +37,14 @@ from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers, chec
 HELP_ALL = "--help-all"
 logger = logging.getLogger("kvtrain")
 # Imported here, so that a recipe may name them without their modules.
-_SOURCES = (PackedDataModule, MaskedDataModule, RecallDataModule, RetrievalDataModule, ListOpsDataModule)
+_SOURCES = (
+    PackedDataModule,
+    ChatDataModule,
+    MaskedDataModule,
+    RecallDataModule,
+    RetrievalDataModule,
+    ListOpsDataModule,
+)
 _CONFIG_FLAGS = ("--config", "-c")
 # Of Trainer.fit and Trainer.validate: given by us, or of no use on a command line.
 _NOT_OPTIONS = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only", "verbose"}

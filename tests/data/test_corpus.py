@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from kvtrain.assets import HELDOUT
-from kvtrain.data import corpus as corpus_module
 from kvtrain.data import hub
+from kvtrain.data import rows as rows_module
 from kvtrain.data.corpus import is_heldout_module, read_corpus, stdlib_documents
 
 
@@ -56,7 +56,7 @@ def test_jsonl_rows(tmp_path: Path):
 
 def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Over several row groups and batches, plain, large and dictionary strings."""
-    monkeypatch.setattr(corpus_module, "_PARQUET_BATCH_ROWS", 2)
+    monkeypatch.setattr(rows_module, "_PARQUET_BATCH_ROWS", 2)
     words = ["a", "b", "", "dé", "e"]
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())):
         path = write_parquet(tmp_path / "a.parquet", text=pyarrow.array(words).cast(kind), n=list(range(5)))

@@ -183,8 +183,8 @@ def test_an_output_that_exists(corpus: Path, tmp_path: Path, tokenizer: Any):
 
 def test_the_bar_shows_speed(corpus: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     bars: list[Any] = []
-    make = prepare._progress
-    monkeypatch.setattr(prepare, "_progress", lambda: bars.append(make()) or bars[-1])
+    make = prepare.token_progress
+    monkeypatch.setattr(prepare, "token_progress", lambda things: bars.append(make(things)) or bars[-1])
     manifest = prepare_corpus([str(corpus)], tokenizer, tmp_path / "out")
     (task,) = bars[0].tasks
     assert (task.completed, task.fields["tokens"]) == (41, manifest.num_tokens)

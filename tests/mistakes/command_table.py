@@ -86,7 +86,8 @@ ESTIMATE = [
 ]
 
 PREPARE = [
-    ("prepare", "--corpus, --tokenizer, --output is missing"),
+    ("prepare", "--tokenizer, --output is missing"),
+    ("prepare --tokenizer kvtrain:tiny --output out", "give text as --corpus, or chats as --chats"),
     ("prepare --corpus train.jsonl", "--tokenizer, --output is missing"),
     ("prepare --corpus train.jsonl --tokenizer kvtrain:tiny", "--output is missing"),
     ("prepare --corpus --tokenizer kvtrain:tiny --output out", "option '--corpus' needs a value"),

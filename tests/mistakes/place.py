@@ -58,6 +58,37 @@ CORPORA: dict[str, str | bytes] = {
     "tiny.jsonl": '{"text": "a few words"}\n',
     "hay.jsonl": '{"text": "some words to hide a passkey in, and some more of them"}\n',
 }
+CHATS: dict[str, str | bytes] = {
+    "good.jsonl": "".join(f'{{"prompt": "What is {n}?", "completion": "A number."}}\n' for n in range(40)),
+    "column.jsonl": '{"id": 1, "text": "words"}\n',
+    "silent.jsonl": '{"messages": [{"role": "user", "content": "hello?"}]}\n',
+    "order.jsonl": '\n{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+    "robot.jsonl": '{"conversations": [{"from": "robot", "value": "beep"}]}\n',
+    "number.jsonl": '{"prompt": "a", "completion": 3}\n',
+    "cut.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp',
+    "empty.jsonl": "",
+    "one.json": '{"prompt": "a", "completion": "b"}',
+    "plain.txt": "User: a",
+    "bad.parquet": b"PAR1",
+    "refuses.jinja": "{{ raise_exception('only on Sundays') }}",
+    "hides.jinja": "{{ messages[0].content }}",
+    "thinks.jinja": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>{% endif %}",
+}
+CHAT_RECIPE = """
+trainer: {default_root_dir: run, max_steps: 3, accelerator: cpu, devices: 1}
+model:
+  class_path: RetrofitModule
+  init_args: {base: kvtrain:copy, phases: [{name: chats, steps: 3, learning_rate: 0.001}]}
+data:
+  class_path: ChatDataModule
+  init_args:
+    tokenizer: kvtrain:copy
+    chats: chats/good.jsonl
+    chat_template: configs/chat_templates/plain.jinja
+    sequence_length: 64
+    batch_size: 2
+"""
 DEEPSPEED = {
     "zero_bad.json": "{",
     "zero_list.json": "[]",
@@ -95,7 +126,8 @@ def build(place: Path) -> None:
     write_place(place)
     (place / "good.yaml").write_text(recipe_text(Path(), Path("run")))
     (place / "retrofit.yaml").write_text(RETROFIT)
-    for folder, contents in (("", RECIPES), ("", CORPORA), ("", DEEPSPEED)):
+    (place / "chat.yaml").write_text(CHAT_RECIPE)
+    for folder, contents in (("", RECIPES), ("", CORPORA), ("chats", CHATS), ("", DEEPSPEED)):
         for name, content in contents.items():
             _write(place / folder / name, content)
     (place / "emptydir").mkdir()

@@ -10,7 +10,7 @@ import torch
 
 from kvtrain_cli import main
 
-from . import command_table, model_table, recipe_table, trainer_table
+from . import chat_table, command_table, model_table, recipe_table, trainer_table
 from .place import build, snapshot
 
 MOST_LINES = 3
@@ -19,6 +19,7 @@ _ZERO = (
     f"{_GOOD} --trainer.strategy "
     "'{{class_path: kvtrain.training.strategies.DeepSpeedZeRO, init_args: {{config: {}}}}}'"
 )
+_CHATS = "--tokenizer kvtrain:copy --chat-template configs/chat_templates/plain.jinja --output out"
 _COMMANDS = (
     *("OUTER", "VALIDATE", "ESTIMATE", "PREPARE", "EXPORT", "PUSH"),
     *("GENERATE", "SERVE", "EVAL", "METHOD", "REPORT"),
@@ -30,6 +31,8 @@ CASES = [
     *((_ZERO.format(file), words) for file, words in trainer_table.ZERO),
     *((f"{_GOOD} {options}", words) for options, words in [*model_table.DATA, *model_table.MODEL]),
     *((f"{_RETROFIT} {options}", words) for options, words in model_table.RETROFIT),
+    *((f"fit --config chat.yaml {options}", words) for options, words in chat_table.DATA),
+    *((f"prepare {_CHATS} {options}", words) for options, words in chat_table.PREPARE),
     *(case for name in _COMMANDS for case in getattr(command_table, name)),
 ]
 # What would tell Lightning of other nodes, or the Hub of a user.

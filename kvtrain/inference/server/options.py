@@ -65,8 +65,11 @@ class ServeOptions:
             UsageError: A package is missing, a number is out of range, or a file does not hold what it should.
             OSError: A file cannot be read.
         """
+        from kvtrain.data.chat.template import read_template
+
         _check(asked)
-        keys, template = _read_keys(asked.api_key_file), _read_template(asked.chat_template)
+        keys = _read_keys(asked.api_key_file)
+        template = None if asked.chat_template is None else read_template(asked.chat_template)
         return cls(asked, keys, template, _read_method(asked.method))
 
     def open_engine(self) -> "Engine":
@@ -132,18 +135,6 @@ def _read_method(text: str | None) -> "Method | None":
     from kvtrain.models.parse_method import parse_method
 
     return None if text is None else parse_method(text)
-
-
-def _read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text, so no chat template") from error
-    if not template.strip():
-        raise UsageError(f"{path} is empty; write a chat template into it, or leave --chat-template out")
-    return template
 
 
 def _set_template(tokenizer: "PreTrainedTokenizerFast", template: str, path: str) -> None:
