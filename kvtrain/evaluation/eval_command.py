@@ -87,7 +87,7 @@ def run(asked: Namespace) -> None:
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
-    columns = [key for key in dict.fromkeys(keys) if key not in _JSON_ALONE]
+    columns = [key for key in dict.fromkeys(keys) if key not in _JSON_ALONE and not key.endswith("_stderr")]
     print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from kvtrain.errors import in_one_line, is_mistake
 from kvtrain.evaluation.lm_eval import MODEL_NAME, refused_by_lm_eval, register
 
@@ -11,7 +13,6 @@ _HELP = (
     "named, --model_args are those of kvtrain.evaluation.lm_eval.model.ServedLM, such as "
     "pretrained=kvtrain:tiny 'method=H2O(budget=256, recent=128)' decode=True"
 )
-_MODEL_OPTIONS = ("--model", "-M", "--config", "-C")
 _USAGE_EXIT_CODE = 2
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         register()
-        _run(_with_model(arguments))
+        _run(_with_defaults(arguments))
     except Exception as error:
         if not (is_mistake(error) or refused_by_lm_eval(error)):
             raise
@@ -51,12 +52,17 @@ def _run(arguments: list[str]) -> None:
         sys.argv = before
 
 
-def _with_model(arguments: list[str]) -> list[str]:
-    """With our model where none is named and something is to be run."""
-    runs = bool(arguments) and (arguments[0] == "run" or arguments[0].startswith("-"))
-    named = any(argument.split("=")[0] in _MODEL_OPTIONS for argument in arguments)
-    asks = "--tasks" in arguments or "-t" in arguments
-    return [*arguments, "--model", MODEL_NAME] if runs and asks and not named else arguments
+def _with_defaults(arguments: list[str]) -> list[str]:
+    """With our model, and a device that is there, where something is to be run and none is named.
+
+    lm-eval's own are a model that scores without a cache, and a GPU.
+    """
+    named = {argument.split("=")[0] for argument in arguments}
+    if not named & {"--tasks", "-t"} or named & {"--config", "-C"}:
+        return arguments
+    model = [] if named & {"--model", "-M"} else ["--model", MODEL_NAME]
+    device = [] if "--device" in named else ["--device", "cuda:0" if torch.cuda.is_available() else "cpu"]
+    return [*arguments, *model, *device]
 
 
 if __name__ == "__main__":

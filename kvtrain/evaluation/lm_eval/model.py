@@ -7,6 +7,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, TypeVar
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -77,7 +78,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
             pretrained, tokenizer = open_model(pretrained, method=given, dtype=dtype)
         if tokenizer is None:
             raise UsageError("a model that is open already comes with its tokenizer: give tokenizer=")
-        self.model = pretrained.to(device) if device else pretrained
+        self.model = pretrained if device is None else pretrained.to(_present(device))
         self.tokenizer = tokenizer
         self.max_length = max_length or _positions(self.model)
         self.max_gen_toks = max_gen_toks
@@ -250,6 +251,17 @@ def _batch_size(given: int | str, most: int | None) -> int:
     if most is not None or not str(given).isdecimal() or int(given) < 1:
         raise UsageError(f"batch_size must be a number from 1 on, not {given!r}; none is found by trying")
     return int(given)
+
+
+def _present(device: str) -> str:
+    """A device that is there.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"there is no {device} here; say device=cpu (lm-eval's command: --device cpu)")
+    return device
 
 
 def _positions(model: Any) -> int:
