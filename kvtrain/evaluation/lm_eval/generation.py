@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
@@ -43,6 +42,8 @@ def decoding_of(settings: dict[str, Any], max_new_tokens: int) -> Decoding:
     Raises:
         ValueError: They ask for beams, for several answers, or bound prompt and answer together.
     """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     asked = normalize_gen_kwargs(settings, max_new_tokens)
     stops, most = tuple(stop for stop in asked.pop("until") if stop), asked.pop("max_gen_toks")
     for name in _ONE_EACH:
