@@ -19,7 +19,7 @@ from tests.thinning import thinned
 
 # Policies that cut a prompt when it ends, beside the caches that do not.
 DENSE = {f"{name}_dense": replace(policy, prompt="dense", page_size=4) for name, policy in POLICIES.items()}
-WIDE = 0.05  # a row's list of pages is as wide as that of the longest row beside it
+WIDE = 0.1  # a row's list of pages is as wide as that of the longest row beside it
 SAMPLE = ("dmc", "lckv", "duo", "transnormer_t2", "h2o_dense")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtrain.errors import UsageError, first_line, unknown
-from kvtrain.evaluation.lm_eval import refused_by_lm_eval, register
+from kvtrain.evaluation.lm_eval import refused_by_lm_eval, require_lm_eval
 
 _FILES = (".yaml", ".yml")
 
@@ -21,19 +21,35 @@ class LmEvalTask:
     """
 
     def __init__(self, name: str) -> None:
-        register()  # says so where lm-eval is missing
+        require_lm_eval()
         from lm_eval.tasks import TaskManager
 
         self.name = name
-        if name.endswith(_FILES):
-            if not Path(name).is_file():
-                raise UsageError(f"lm-eval:{name}: no such file")
-            self._manager, self._spec = TaskManager(include_defaults=False), str(Path(name).absolute())
+        described = self._read_file(name) if name.endswith(_FILES) else None
+        self._spec: str | dict[str, Any] = name
+        if described is not None and "group" not in described:
+            self._spec, self._manager = described, TaskManager(include_defaults=False)
             return
-        self._manager, self._spec = TaskManager(), name
-        if name not in self._manager.all_tasks:
+        folder = None if described is None else Path(name).parent  # a group's tasks may lie there, or be lm-eval's
+        self._manager = TaskManager(include_path=folder)
+        if described is not None:
+            self._spec = str(described["group"])
+        if self._spec not in self._manager.all_tasks:
             hint = "`lm-eval ls tasks` lists them; a file's name ends in .yaml"
             raise UsageError(unknown("lm-eval task", name, self._manager.all_tasks, hint))
+
+    def _read_file(self, path: str) -> dict[str, Any]:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        if not Path(path).is_file():
+            raise UsageError(f"lm-eval:{path}: no such file")
+        try:
+            return dict(load_yaml(path, resolve_func=True))
+        except Exception as error:  # YAML's, or of the functions that it names
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UsageError:
+        return UsageError(f"lm-eval:{self.name} cannot be read ({first_line(error)})")
 
     def measure(
         self,
@@ -83,7 +99,7 @@ class LmEvalTask:
         try:
             loaded = self._manager.load([self._spec])
         except Exception as error:  # a task is a program: whatever it raises
-            raise UsageError(f"lm-eval:{self.name} cannot be read ({first_line(error)})") from error
+            raise self._unreadable(error) from error
         parts = {name for children in loaded["group_map"].values() for name in children}
         found = {**loaded["groups"], **({} if loaded["groups"] else loaded["tasks"])}
         return [item for name, item in found.items() if name not in parts]
