@@ -1,5 +1,6 @@
 """Samples of RULER's kinds of tasks (``ruler_kinds``) at any length."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from kvtrain.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_REMEMBERED = 1 << 16  # texts whose tokens a writer keeps
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class RulerWriter(SampleWriter):
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: RulerTask) -> None:
         super().__init__(tokenizer)
         self.task, self.kind = task, KINDS[task.kind]
+        self._encode = functools.lru_cache(_REMEMBERED)(self.ids)  # lists have many entries alike
         self._prologue = np.concatenate([self._prologue, self.ids(self.kind.prologue)])
         self._haystacks = {"noise": self.ids(NOISE), "blank": self.ids("\n")}
         self._room = task.length - self._prologue.size - self._closing.size
@@ -58,11 +62,11 @@ class RulerWriter(SampleWriter):
 
     def drafts(self, rng: np.random.Generator) -> Iterator[Draft]:
         """See ``SampleWriter``; one, which fills the length where the kind has no haystack."""
-        yield self.kind.draft(self.ids, rng, self._room)
+        yield self.kind.draft(self._encode, rng, self._room)
 
     def longest(self) -> Draft:
         """See ``SampleWriter``; of some that are drawn."""
-        drafts = [self.kind.draft(self.ids, np.random.default_rng(seed), 0) for seed in range(8)]
+        drafts = [self.kind.draft(self._encode, np.random.default_rng(seed), 0) for seed in range(8)]
         return max(drafts, key=lambda draft: draft.size)
 
     @property
@@ -76,5 +80,4 @@ class RulerWriter(SampleWriter):
 
     def references(self, sample: Sample) -> list[str]:
         """What an answer to a sample must name."""
-        answer: str = self.tokenizer.decode(sample.input_ids[sample.answers[0]])
-        return answer.strip().split(SEPARATOR)
+        return str(self.tokenizer.decode(sample.input_ids[sample.answers[0]])).strip().split(SEPARATOR)

@@ -10,7 +10,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,8 +21,9 @@ Haystack = Literal["text", "noise", "blank"]
 
 SEPARATOR = ", "  # between the parts of an answer
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-_CONSONANTS, _VOWELS = list("bdfghjklmnprstvz"), list("aeiou")
+_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 _END = ".\n"
+_FIRST = 16.0  # times that the most frequent coded word comes at least: then no two of the first four tie
 
 
 class Kind(ABC):
@@ -58,13 +58,14 @@ def _ask(encode: Encode, question: str, answers: list[str]) -> Question:
 
 def words(rng: np.random.Generator, syllables: int = 3) -> Iterator[str]:
     """Words of so many syllables that one may say and that mean nothing, each once, without end."""
-    seen: set[str] = set()
+    seen: set[int] = set()
     while True:
-        letters = [(rng.choice(_CONSONANTS), rng.choice(_VOWELS)) for _ in range(syllables)]
-        word = "".join(consonant + vowel for consonant, vowel in letters)
-        if word not in seen:
-            seen.add(word)
-            yield word
+        number = int(rng.integers(len(_SYLLABLES) ** syllables))
+        if number not in seen:
+            seen.add(number)
+            yield "".join(
+                _SYLLABLES[number // len(_SYLLABLES) ** place % len(_SYLLABLES)] for place in range(syllables)
+            )
 
 
 def numbers(rng: np.random.Generator) -> Iterator[str]:
@@ -186,8 +187,8 @@ class CommonWords(Kind):
 
     Args:
         common: Words that come often.
-        often: How many times at most; where there is no room for that, as often as there is.
-        seldom: How many times the others come, a tenth of it.
+        often: How many times, in samples that have room for it; in shorter ones a third of it, or 4 times.
+        seldom: How many times the others come; once in shorter samples.
         tokens: See ``Kind``.
     """
 
@@ -251,27 +252,35 @@ class FrequentWords(Kind):
     least: ClassVar[str] = "as many words as rank the most frequent ones, and the question"
 
     def draft(self, encode: Encode, rng: np.random.Generator, room: int) -> Draft:
-        """See ``Kind``; each word takes as many tokens as it takes, so that counts follow the law closely."""
+        """See ``Kind``; of the law's tail there is as much as there is room for."""
         drawn = words(rng)
         top = [next(drawn) for _ in range(self.asked)]
-        names = {"3": "three"}.get(str(self.asked), str(self.asked))
+        names = {3: "three"}.get(self.asked, str(self.asked))
         question = _ask(encode, f"Which {names} coded words come most often? They are", top)
         room -= _size(question)
-        ranked, entries = [encode(f" {word}") for word in top], list[Ids]()
-        total = self._total(ranked, room)
-        for rank in count(1):
-            often = max(1, round(total * rank**-self.exponent))
-            entry = ranked[rank - 1] if rank <= self.asked else encode(f" {next(drawn)}")
-            room -= often * entry.size
-            if room < 0 and rank > self.asked + 1:
-                break
-            entries += [entry] * often
-        return Draft([np.concatenate([entries[place] for place in rng.permutation(len(entries))])], [question])
+        entries = [encode(f" {word}") for word in top]
+        first = room / max(1, entries[0].size)  # times that the first word comes: all, and less and less
+        while first > _FIRST and self._tokens(first, entries, encode, drawn) > room:
+            first *= 0.98
+        counts = self._counts(max(first, _FIRST))
+        self._tokens(max(first, _FIRST), entries, encode, drawn)
+        text = [entry for entry, often in zip(entries, counts, strict=False) for _ in range(often)]
+        room -= sum(entry.size for entry in text)
+        while (entry := encode(f" {next(drawn)}")).size <= room:
+            text.append(entry)
+            room -= entry.size
+        return Draft([np.concatenate([text[place] for place in rng.permutation(len(text))])], [question])
 
-    def _total(self, ranked: list[Ids], room: int) -> float:
-        """Times that the first word comes, in a text of such words that fills the room; 9 where there is less."""
-        mean = sum(entry.size for entry in ranked) / len(ranked)
-        return max(9.0, room / mean / sum(rank**-self.exponent for rank in range(1, 1000)))
+    def _counts(self, first: float) -> list[int]:
+        """Times that the word of each rank comes, down to once."""
+        ranks = range(1, int((2 * first) ** (1 / self.exponent)) + 1)
+        return [often for rank in ranks if (often := round(first * rank**-self.exponent))]
+
+    def _tokens(self, first: float, entries: list[Ids], encode: Encode, drawn: Iterator[str]) -> int:
+        """Tokens of a text in which the first word comes so often; words join ``entries`` as ranks need them."""
+        counts = self._counts(first)
+        entries += [encode(f" {next(drawn)}") for _ in range(len(counts) - len(entries))]
+        return sum(often * entry.size for often, entry in zip(counts, entries, strict=False))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def add_arguments(parser: Parser) -> None:
         "--tasks",
         required=True,
         metavar="A,B",
-        help="perplexity, continuation, passkey, retrieval, lm-eval:NAME or lm-eval:FILE.yaml; several with commas",
+        help="perplexity, continuation, passkey, retrieval, ruler:LENGTH, ruler:LENGTH:KIND, lm-eval:NAME or "
+        "lm-eval:FILE.yaml; several with commas",
     )
     add_method_argument(parser)
     parser.add_argument("--corpus", default="heldout", help="text to measure on, or to hide things in (heldout)")
@@ -48,6 +49,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="perplexity, and answers without --ask, token by token, slowly"
     )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ruler's samples (0)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's tasks")
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="put lm-eval's questions into the tokenizer's chat template"
@@ -80,6 +82,7 @@ def run(asked: Namespace) -> None:
         ask=asked.ask,
         decode=asked.decode,
         passkeys=PasskeyTask(asked.passkeys, asked.words),
+        seed=asked.seed,
         num_fewshot=asked.num_fewshot,
         chat_template=asked.apply_chat_template,
         retrieval=RetrievalTask(asked.keys, asked.questions, dict.fromkeys(_names(asked.kinds), 1.0)),

@@ -8,7 +8,7 @@ from kvtrain.data.corpus import require_corpus
 from kvtrain.data.passkey import PasskeyTask
 from kvtrain.data.prepare import tokenizer_digest
 from kvtrain.data.retrieval import RetrievalTask
-from kvtrain.errors import UsageError, require_at_least, unknown
+from kvtrain.errors import UsageError, require_at_least, require_seed, unknown
 from kvtrain.evaluation.answering import refuse_uncut
 from kvtrain.evaluation.continuation import check_prompt, continuation
 from kvtrain.evaluation.measured_method import measured_method
@@ -33,6 +33,7 @@ class Settings:
         decode: Feed what is read as a whole token by token, as generation does, instead of in stretches.
         passkeys: What is hidden in a sample of the task ``passkey``.
         retrieval: Likewise of ``retrieval``; each of its kinds is measured by itself.
+        seed: Of the samples of ``ruler``.
         num_fewshot: Examples before each question of lm-eval's tasks; None leaves it to them.
         chat_template: Whether lm-eval's questions are put into the tokenizer's chat template.
 
@@ -49,6 +50,7 @@ class Settings:
     decode: bool = False
     passkeys: PasskeyTask = field(default_factory=PasskeyTask)
     retrieval: RetrievalTask = field(default_factory=RetrievalTask)
+    seed: int = 0
     num_fewshot: int | None = None
     chat_template: bool = False
 
@@ -56,6 +58,7 @@ class Settings:
         require_at_least(2, "sequence_length", self.sequence_length)
         require_at_least(1, "limit", self.limit)
         require_at_least(0, "num_fewshot", self.num_fewshot)
+        require_seed("seed", self.seed)
         require_corpus(self.corpus)
         check_ask(self.ask)
         if self.prompt is not None:
@@ -126,6 +129,32 @@ def _lm_eval(name: str) -> "Task":
     return measure
 
 
+def _ruler(argument: str) -> "Task":
+    """``LENGTH``, or ``LENGTH:KIND``."""
+    from kvtrain.data.ruler import RulerTask
+    from kvtrain.data.ruler_kinds import KINDS
+
+    length, _, kind = argument.partition(":")
+    if not length.isdecimal() or int(length) < 1:
+        raise UsageError(f"ruler:{argument}: give a length in tokens, such as ruler:4096 or ruler:4096:vt")
+    found = [RulerTask(name, int(length)) for name in ([kind] if kind else KINDS)]
+
+    def measure(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
+        for task in found:  # said before any of them takes its time
+            task.writer(tokenizer).require(task.length)
+        return [_ruler_row(model, tokenizer, asked, task) for task in found]
+
+    return measure
+
+
+def _ruler_row(model: Any, tokenizer: Any, asked: Settings, task: Any) -> Figures:
+    from kvtrain.evaluation.ruler import ruler
+
+    figures = asdict(ruler(model, tokenizer, asked.corpus, task, limit=asked.limit, seed=asked.seed, ask=asked.ask))
+    on = {"corpus": asked.corpus, "sequence_length": task.length, "ask": asked.ask or "within", "seed": asked.seed}
+    return {"kind": task.kind, **figures, **figures.pop("answering"), MEASURED_ON: on}
+
+
 Task = Callable[[Any, Any, Settings], list[Figures]]  # a row of figures, or several of them
 TASKS: dict[str, Task] = {
     "perplexity": _perplexity,
@@ -134,8 +163,8 @@ TASKS: dict[str, Task] = {
     "retrieval": _retrieval,
 }
 # Tasks with an argument, ``FAMILY:ARGUMENT``, which is refused before a model is read.
-FAMILIES: dict[str, Callable[[str], Task]] = {"lm-eval": _lm_eval}
-_FORMS = (*TASKS, "lm-eval:NAME")
+FAMILIES: dict[str, Callable[[str], Task]] = {"lm-eval": _lm_eval, "ruler": _ruler}
+_FORMS = (*TASKS, "lm-eval:NAME", "ruler:LENGTH")
 _READ_WHOLE = {"perplexity"}  # as one prompt
 _ASKED = {"passkey", "retrieval"}  # likewise, unless it is said when to ask
 
