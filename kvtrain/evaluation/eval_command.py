@@ -2,7 +2,9 @@
 
 import json
 from argparse import Namespace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from kvtrain.errors import require_file_place
 from kvtrain.parser import Parser, add_method_argument
@@ -89,9 +91,14 @@ def run(asked: Namespace) -> None:
     )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
-    columns = [key for key in dict.fromkeys(keys) if key not in _JSON_ALONE and not key.endswith("_stderr")]
-    print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
+    for columns, alike in groupby(rows, _columns):  # a table for each kind of row
+        print_table(columns, [[cell(row.get(column)) for column in columns] for row in alike])
+
+
+def _columns(row: dict[str, Any]) -> list[str]:
+    """What a table shows of a row."""
+    shown = [key for key, value in row.items() if not isinstance(value, list)]
+    return [key for key in shown if key not in _JSON_ALONE and not key.endswith("_stderr")]
 
 
 def _names(listed: str) -> list[str]:

@@ -14,6 +14,7 @@ from kvtrain.evaluation.continuation import check_prompt, continuation
 from kvtrain.evaluation.measured_method import measured_method
 from kvtrain.evaluation.perplexity import perplexity
 from kvtrain.evaluation.recall import Ask, check_ask, recall
+from kvtrain.evaluation.samples import corpus_tokens
 from kvtrain.evaluation.windows import full_windows
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
@@ -142,17 +143,18 @@ def _ruler(argument: str) -> "Task":
     def measure(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
         for task in found:  # said before any of them takes its time
             task.writer(tokenizer).require(task.length)
-        return [_ruler_row(model, tokenizer, asked, task) for task in found]
+        haystack = corpus_tokens(tokenizer, asked.corpus)
+        return [_ruler_row(model, tokenizer, asked, task, haystack) for task in found]
 
     return measure
 
 
-def _ruler_row(model: Any, tokenizer: Any, asked: Settings, task: Any) -> Figures:
+def _ruler_row(model: Any, tokenizer: Any, asked: Settings, task: Any, haystack: Any) -> Figures:
     from kvtrain.evaluation.ruler import ruler
 
-    figures = asdict(ruler(model, tokenizer, asked.corpus, task, limit=asked.limit, seed=asked.seed, ask=asked.ask))
+    result = ruler(model, tokenizer, haystack, task, limit=asked.limit, seed=asked.seed, ask=asked.ask)
     on = {"corpus": asked.corpus, "sequence_length": task.length, "ask": asked.ask or "within", "seed": asked.seed}
-    return {"kind": task.kind, **figures, **figures.pop("answering"), MEASURED_ON: on}
+    return {"kind": task.kind, **_figures(result), MEASURED_ON: on}
 
 
 Task = Callable[[Any, Any, Settings], list[Figures]]  # a row of figures, or several of them

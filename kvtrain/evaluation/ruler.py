@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kvtrain.cache.base import KVCache
+from kvtrain.data.haystack import Ids
 from kvtrain.data.ruler import RulerTask
 from kvtrain.evaluation.answering import read_prompts
 from kvtrain.evaluation.recall import Ask, check_ask
 from kvtrain.evaluation.row_meter import RowFigures, RowMeter, RowWatch
-from kvtrain.evaluation.samples import SAMPLES, corpus_tokens, draw_samples
+from kvtrain.evaluation.samples import SAMPLES, draw_samples
 
 _BATCH = 8
 
@@ -39,7 +40,7 @@ class RulerResult:
 def ruler(
     model: Any,
     tokenizer: Any,
-    corpus: str,
+    haystack: Ids,
     task: RulerTask,
     *,
     limit: int | None = None,
@@ -55,7 +56,7 @@ def ruler(
     Args:
         model: From ``open_model``.
         tokenizer: Its tokenizer.
-        corpus: Text to hide needles in, where the kind hides them in text.
+        haystack: Tokens to hide needles in, where the kind hides them in text; see ``corpus_tokens``.
         task: Kind and length.
         limit: Samples; 50 where absent.
         seed: Of the samples.
@@ -64,12 +65,12 @@ def ruler(
         batch: Samples that are read at a time; no figure depends on it.
 
     Raises:
-        ValueError: The corpus cannot be read or holds no text, or the kind does not fit into the length.
+        ValueError: The kind does not fit into the length.
     """
     check_ask(ask)
     writer = task.writer(tokenizer)
     count = SAMPLES if limit is None else limit
-    samples = draw_samples(writer, corpus_tokens(tokenizer, corpus), task.length, count, seed)
+    samples = draw_samples(writer, haystack, task.length, count, seed)
     ends = _end_tokens(model, tokenizer)
     meter, found = RowMeter(model), 0.0
     for begin in range(0, count, batch):

@@ -80,11 +80,12 @@ def test_prompts_are_cut_where_they_should_be_and_answers_scored(tokenizer, monk
     model = model_with(kvtrain.Full(), vocab_size=4096)
     task = RulerTask("niah_multivalue", 512)
     writer = task.writer(tokenizer)
-    samples = draw_samples(writer, corpus_tokens(tokenizer, "heldout"), 512, 3, seed=5)
+    haystack = corpus_tokens(tokenizer, "heldout")
+    samples = draw_samples(writer, haystack, 512, 3, seed=5)
     told = [writer.references(sample) for sample in samples]
     knowing = Knowing(tokenizer, [" and ".join(told[0]), told[1][2], "none"])
     monkeypatch.setattr(module, "decode_greedily", knowing)
-    result = ruler(model, tokenizer, "heldout", task, limit=3, seed=5, ask=ask, batch=2)
+    result = ruler(model, tokenizer, haystack, task, limit=3, seed=5, ask=ask, batch=2)
     assert (result.recall, result.samples, result.needles) == ((1 + 1 / 4 + 0) / 3, 3, 4)
     for sample, (row, prompt, most) in zip(samples, knowing.asked, strict=True):
         assert row.tolist() == sample.input_ids[: sample.answers[0].start].tolist()
@@ -103,6 +104,7 @@ def test_it_is_a_task_of_eval_with_a_row_for_each_kind(tokenizer, monkeypatch):
     assert (on["sequence_length"], on["seed"], on["ask"], on["limit"]) == (600, 3, "within", 1)
 
 
+@pytest.mark.roads
 def test_what_has_left_the_cache_is_not_said(tokenizer):
     """The packaged base copies; a window of the latest tokens is all that it has left here."""
     settings = {"limit": 2, "seed": 1}

@@ -1,5 +1,6 @@
 """What continuations and windows score through the serving cache, against rows alone, token by token."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn.functional import log_softmax
 
 import kvtrain
 from kvtrain.data.tokenizer import load_tokenizer
+from kvtrain.evaluation.evaluate import run_tasks
 from kvtrain.evaluation.lm_eval.generation import Decoding, generate_answers
 from kvtrain.evaluation.lm_eval.scoring import Continuation, score_continuations, score_windows
 from kvtrain.evaluation.perplexity import perplexity
@@ -192,3 +194,9 @@ class TestAnswers:
         model.generation_config.pad_token_id = 0
         (found,), _ = self.answers(model, [prompt], "<|pad|>", most=6)
         assert found == self.tokenizer.decode(ids[:3])
+
+
+def test_without_lm_eval_its_tasks_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"lm-eval is not installed: pip install 'kvtrain\[eval\]'"):
+        run_tasks("kvtrain:tiny", ["lm-eval:hellaswag"])
