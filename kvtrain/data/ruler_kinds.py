@@ -117,24 +117,24 @@ class Needles(Kind):
         keys, values = _NAMES[self.key_form](rng), _NAMES[self.value_form](rng)
         asked = {next(keys): [next(values) for _ in range(self.values)] for _ in range(self.asked)}
         question = self._question(encode, asked)
-        told = [(key, value) for key, of_key in asked.items() for value in of_key]
+        pairs = [(key, value) for key, of_key in asked.items() for value in of_key]
         if self.haystack == "blank":
             return Draft(
-                [self._fill(encode, rng, told, room - _size(question), zip(keys, values, strict=False))], [question]
+                [self._fill(encode, rng, pairs, room - _size(question), zip(keys, values, strict=False))], [question]
             )
-        told += [(next(keys), next(values)) for _ in range((self.keys - self.asked) * self.values)]
-        return Draft([self._needle(encode, *told[place]) for place in rng.permutation(len(told))], [question])
+        pairs += [(next(keys), next(values)) for _ in range((self.keys - self.asked) * self.values)]
+        return Draft([self._needle(encode, *pairs[place]) for place in rng.permutation(len(pairs))], [question])
 
     def _fill(
         self,
         encode: Encode,
         rng: np.random.Generator,
-        told: list[tuple[str, str]],
+        pairs: list[tuple[str, str]],
         room: int,
         more: Iterator[tuple[str, str]],
     ) -> Ids:
         """One text of all that fits, in any order."""
-        needles = [self._needle(encode, *pair) for pair in told]
+        needles = [self._needle(encode, *pair) for pair in pairs]
         room -= sum(needle.size for needle in needles)
         for pair in more:
             needle = self._needle(encode, *pair)
@@ -172,7 +172,7 @@ class VariableTracking(Kind):
     least: ClassVar[str] = "its chain of variables and the question"
 
     def draft(self, encode: Encode, rng: np.random.Generator, room: int) -> Draft:
-        """See ``Kind``; the chain is told in its order."""
+        """See ``Kind``; the chain stands in its order."""
         drawn, value = words(rng, 2), str(int(rng.integers(10_000, 100_000)))
         names = [next(drawn).upper() for _ in range(self.hops + 1)]
         sources = [value, *names[:-1]]

@@ -196,7 +196,7 @@ def run_tasks(
     named = {"model": model, **measured_method(loaded, method)}
     common = {"limit": asked.limit, "tokenizer": tokenizer_digest(tokenizer)[:12]}
     return [
-        {"task": task, **named, **figures, MEASURED_ON: {**common, **figures[MEASURED_ON]}}
+        {"task": task, **named, **figures, MEASURED_ON: {**figures[MEASURED_ON], **common}}
         for task, measure in found.items()
         for figures in measure(loaded, tokenizer, asked)
     ]

@@ -37,6 +37,17 @@ def host():
     return kvtrain.load("kvtrain:tiny", dtype=torch.float32).eval()
 
 
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Without lm-eval's thousands, which it takes many seconds to list."""
+    from lm_eval.tasks import TaskManager
+
+    before = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, **given: before(self, **{**given, "include_defaults": False})
+    )
+
+
 def served(model, tokenizer, **settings):
     from kvtrain.evaluation.lm_eval.model import ServedLM
 
@@ -157,7 +168,7 @@ def test_chats_are_what_the_template_says(host, files):
     assert rows[1]["kept_tokens"] > rows[0]["kept_tokens"] + 4  # <user> and <assistant>
 
 
-def test_a_group_has_a_row_for_each_task_and_one_for_all(files, tmp_path):
+def test_a_group_has_a_row_for_each_task_and_one_for_all(files, tmp_path, few_tasks):
     path = tmp_path / "both.yaml"
     parts = [yaml.safe_load(Path(files[name]).read_text()) for name in ("choice", "generation")]
     parts[1] |= {"task": "second", "output_type": "multiple_choice"} | {
@@ -198,6 +209,7 @@ def test_a_mistake_is_said_in_a_line(line, words, files, tmp_path, capsys):
         ({"max_length": 1}, "max_length must be at least 2, not 1"),
         ({"max_gen_toks": 0}, "max_gen_toks must be at least 1, not 0"),
         ({"tokenizer": None}, "comes with its tokenizer"),
+        ({"method": "H2O()"}, "has its method; leave out method="),
         pytest.param(
             {"device": "cuda:0"},
             "there is no cuda:0 here",
@@ -208,6 +220,24 @@ def test_a_mistake_is_said_in_a_line(line, words, files, tmp_path, capsys):
 def test_settings_are_checked(host, tokenizer, settings, words):
     with pytest.raises(ValueError, match=words):
         served(host, **{"tokenizer": tokenizer, **settings})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("pretraned=kvtrain:tiny", "unknown model argument 'pretraned'. Did you mean 'pretrained'?"),
+        ("decode=True", "--model_args pretrained=MODEL is missing"),
+        ("pretrained=nope", "no model at 'nope'"),
+        ("pretrained=kvtrain:tiny,method=H20()", "unknown method 'H20'. Did you mean 'H2O'?"),
+        ("pretrained=kvtrain:tiny,batch_size=auto", "batch_size must be a number"),
+    ],
+)
+def test_lm_evals_command_says_what_is_wrong_with_a_model_in_a_line(given, words, files, few_tasks, capsys):
+    from kvtrain.evaluation.lm_eval.__main__ import main as lm_eval_main
+
+    assert lm_eval_main(["--model_args", given, "--tasks", files["choice"]]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(said) == 1 and words in said[0]
 
 
 def test_what_cannot_be_answered_is_refused(host, tokenizer):

@@ -1,5 +1,6 @@
 """lm-eval's model class over a cache that serves: every score is what the model would give while it answers."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from kvtrain.errors import UsageError, require_at_least
+from kvtrain.errors import UsageError, require_at_least, unknown
 from kvtrain.evaluation.lm_eval.generation import decoding_of, generate_answers
 from kvtrain.evaluation.lm_eval.scoring import Continuation, batched, score_continuations, score_windows
 from kvtrain.evaluation.measured_method import measured_method
@@ -76,6 +77,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, str):
             given = parse_method(method) if isinstance(method, str) else method
             pretrained, tokenizer = open_model(pretrained, method=given, dtype=dtype)
+        elif method is not None:
+            raise UsageError("a model that is open already has its method; leave out method=")
         if tokenizer is None:
             raise UsageError("a model that is open already comes with its tokenizer: give tokenizer=")
         self.model = pretrained if device is None else pretrained.to(_present(device))
@@ -89,6 +92,23 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         self._meter = RowMeter(self.model)  # of the task whose requests are answered
         self.meters: dict[str, RowMeter] = {}
         self._shortened = False  # whether that was said
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "ServedLM":
+        """From ``--model_args``, as lm-eval's command line reads them.
+
+        Raises:
+            ValueError: One is none of ours, or the model is missing.
+        """
+        known = list(inspect.signature(cls).parameters)
+        if wrong := next((name for name in arg_dict if name not in known), None):
+            raise UsageError(unknown("model argument", wrong, known, f"There are {', '.join(known)}"))
+        if "pretrained" not in arg_dict:
+            raise UsageError("--model_args pretrained=MODEL is missing: a folder, a Hub id or kvtrain:tiny")
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
 
     @property
     def eot_token_id(self) -> int | None:
