@@ -171,7 +171,7 @@ def test_import_is_light():
     """``import kvtrain`` brings in no trainer, no data library, and no modelling code that the Auto classes do not."""
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, cwd=ROOT)
     modules = json.loads(result.stdout.splitlines()[-1])
-    heavy = {"lightning", "pytorch_lightning", "datasets", "deepspeed", "matplotlib", "wandb"}
+    heavy = {"lightning", "pytorch_lightning", "datasets", "deepspeed", "matplotlib", "wandb", "lm_eval"}
     heavy |= {"fastapi", "uvicorn", "openai", "prometheus_client"}
     assert heavy & {name.split(".")[0] for name in modules["all"]} == set()
     assert [name for name in modules["added"] if name.split(".")[-1].startswith("modeling_")] == []

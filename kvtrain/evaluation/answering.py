@@ -11,7 +11,7 @@ from kvtrain.cache.base import KVCache
 from kvtrain.models.cache_size import row_bytes
 from kvtrain.models.full import Full
 
-_CHUNK = 256  # tokens of a prompt that are read at a time
+PROMPT_CHUNK = 256  # tokens of a prompt that are read at a time
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,11 @@ def decode_answers(
         Last hidden states ``(B, A, D)``: ``[b, i]`` is what ``rows[b][prompts[b] + i]`` is predicted from, anything
         where a row has ended before others; and the cache, in which all rows are whole.
     """
-    prompt_ids, prompt_mask = _pad([row[:end] for row, end in zip(rows, prompts, strict=True)], model.device, left=True)
-    ids, mask = _pad([row[end:] for row, end in zip(rows, prompts, strict=True)], model.device, left=False)
-    decoder, cache = model.get_decoder(), model.make_cache()
+    ids, mask = pad_rows([row[end:] for row, end in zip(rows, prompts, strict=True)], model.device, left=False)
     meter.begin()
-    for begin in range(0, prompt_ids.shape[1], _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        kwargs = {"attention_mask": prompt_mask[:, part], "past_key_values": cache, "prefill": True}
-        hidden = [decoder(prompt_ids[:, part], **kwargs).last_hidden_state[:, -1]]
-        meter.look(cache, answering=False)
-    cache.end_prompt()
+    beginnings = [row[:end] for row, end in zip(rows, prompts, strict=True)]
+    last, cache = read_prompts(model, beginnings, lambda cache: meter.look(cache, answering=False))
+    hidden, decoder = [last], model.get_decoder()
     for step in range(ids.shape[1]):
         part = slice(step, step + 1)
         kwargs = {"attention_mask": mask[:, part], "past_key_values": cache}
@@ -114,9 +109,32 @@ def decode_answers(
     return torch.stack(hidden[:-1], 1), cache
 
 
-def _pad(rows: list[Tensor], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids ``(B, n)`` and the mask of those that are real."""
-    length = max(map(len, rows))
+@torch.no_grad()
+def read_prompts(model: Any, prompts: Sequence[Tensor], look: Callable[[KVCache], object]) -> tuple[Tensor, KVCache]:
+    """Read prompts to their end, a row each of a new cache, a stretch at a time.
+
+    Args:
+        model: From ``open_model``.
+        prompts: Token ids of each, ``(T_b,)``, at least one.
+        look: Called with the cache after every stretch, when nothing has been cut yet.
+
+    Returns:
+        Last hidden states of their last tokens ``(B, D)``, and the cache, in which prompts have ended.
+    """
+    ids, mask = pad_rows(prompts, model.device, left=True)
+    decoder, cache = model.get_decoder(), model.make_cache()
+    for begin in range(0, ids.shape[1], PROMPT_CHUNK):
+        part = slice(begin, begin + PROMPT_CHUNK)
+        kwargs = {"attention_mask": mask[:, part], "past_key_values": cache, "prefill": True}
+        hidden: Tensor = decoder(ids[:, part], **kwargs).last_hidden_state[:, -1]
+        look(cache)
+    cache.end_prompt()
+    return hidden, cache
+
+
+def pad_rows(rows: Sequence[Tensor], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids ``(B, n)`` and the mask of those that are real, which stand at the right end or at the left."""
+    length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):

@@ -13,7 +13,7 @@ MIB = 2**20
 PLAIN = "plain model"
 _NO_BYTES = (
     "{path}: nothing in it says what a cache holds while it answers; measure with kvtrain eval --tasks continuation, "
-    "or --tasks passkey,retrieval --ask after"
+    "--tasks ruler:LENGTH, or --tasks passkey,retrieval --ask after"
 )
 
 
@@ -43,6 +43,7 @@ PANELS = {
     "continuation": Panel("perplexity", "Perplexity of continuations", "lower"),
     "passkey": Panel("accuracy", "Share of passkeys found", "higher"),
     "retrieval": Panel("accuracy", "Share of values found", "higher"),
+    "ruler": Panel("recall", "Share of what RULER asks for", "higher"),
 }
 
 
@@ -91,7 +92,7 @@ def read_points(file: str) -> list[Point]:
     name, path = _named(file)
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        points = [_point(row, name) for row in rows if row["task"] in PANELS and row.get("kv_bytes_mean") is not None]
+        points = [_point(row, name) for row in rows if _family(row) in PANELS and row.get("kv_bytes_mean") is not None]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not what this version of kvtrain eval --json writes ({error})") from error
     if not points:
@@ -124,8 +125,21 @@ def panels_of(points: Sequence[Point]) -> dict[Panel, list[Point]]:
     return {panel: [point for point in points if point.panel == panel] for panel in ordered}
 
 
+def _family(row: dict[str, Any]) -> str:
+    """The task of a row without its argument: ``ruler`` of ``ruler:4096:vt``."""
+    return str(row["task"]).partition(":")[0]
+
+
+def _panel(row: dict[str, Any]) -> Panel:
+    """Where a row belongs; RULER's kinds are of one length each."""
+    kind, family = row.get("kind"), _family(row)
+    if family == "ruler":
+        kind = f"{kind}, {row['measured_on']['sequence_length']} tokens"
+    return replace(PANELS[family], kind=kind)
+
+
 def _point(row: dict[str, Any], name: str | None) -> Point:
-    text, panel = str(row["method"]), replace(PANELS[row["task"]], kind=row.get("kind"))
+    text, panel = str(row["method"]), _panel(row)
     plain = text == "Full()"
     return Point(
         panel=panel,

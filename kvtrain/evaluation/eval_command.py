@@ -2,7 +2,9 @@
 
 import json
 from argparse import Namespace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from kvtrain.errors import require_file_place
 from kvtrain.parser import Parser, add_device_argument, add_method_argument
@@ -18,7 +20,8 @@ def add_arguments(parser: Parser) -> None:
         "--tasks",
         required=True,
         metavar="A,B",
-        help="perplexity, continuation, passkey, retrieval; several with commas",
+        help="perplexity, continuation, passkey, retrieval, ruler:LENGTH, ruler:LENGTH:KIND, lm-eval:NAME or "
+        "lm-eval:FILE.yaml; several with commas",
     )
     add_method_argument(parser)
     add_device_argument(parser)
@@ -49,6 +52,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="perplexity, and answers without --ask, token by token, slowly"
     )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ruler's samples (0)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's tasks")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="put lm-eval's questions into the tokenizer's chat template"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 
 
@@ -78,13 +86,21 @@ def run(asked: Namespace) -> None:
         ask=asked.ask,
         decode=asked.decode,
         passkeys=PasskeyTask(asked.passkeys, asked.words),
+        seed=asked.seed,
+        num_fewshot=asked.num_fewshot,
+        chat_template=asked.apply_chat_template,
         retrieval=RetrievalTask(asked.keys, asked.questions, dict.fromkeys(_names(asked.kinds), 1.0)),
     )
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    keys = [key for row in rows for key, value in row.items() if not isinstance(value, list)]
-    columns = [key for key in dict.fromkeys(keys) if key not in _JSON_ALONE]
-    print_table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
+    for columns, alike in groupby(rows, _columns):  # a table for each kind of row
+        print_table(columns, [[cell(row.get(column)) for column in columns] for row in alike])
+
+
+def _columns(row: dict[str, Any]) -> list[str]:
+    """What a table shows of a row."""
+    shown = [key for key, value in row.items() if not isinstance(value, list)]
+    return [key for key in shown if key not in _JSON_ALONE and not key.endswith("_stderr")]
 
 
 def _names(listed: str) -> list[str]:

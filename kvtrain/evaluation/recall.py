@@ -7,16 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtrain.data.corpus import read_corpus
-from kvtrain.data.haystack import HaystackTask, Ids, Sample, SampleWriter
+from kvtrain.data.haystack import HaystackTask, Sample
 from kvtrain.evaluation.answering import AnsweringBytes, AnsweringMeter, decode_answers, refuse_uncut
+from kvtrain.evaluation.samples import SAMPLES, corpus_tokens, draw_samples
 
 Ask = Literal["after", "within"]
 
 _BATCH = 8
-_SAMPLES = 50
 _CHUNK = 256
-_HAYSTACK = 1 << 18  # tokens of the corpus that are read
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def recall(
     check_ask(ask)
     if ask is None:
         refuse_uncut(model, chunk)
-    samples = _samples(tokenizer, corpus, task, sequence_length, _SAMPLES if limit is None else limit)
+    samples = _samples(tokenizer, corpus, task, sequence_length, SAMPLES if limit is None else limit)
     meter = AnsweringMeter(model) if ask else None
     found: list[Tensor] = []  # (tokens,) of each answer, right or wrong
     slots = num_bytes = 0.0
@@ -113,27 +111,7 @@ def check_ask(ask: str | None) -> None:
 
 def _samples(tokenizer: Any, corpus: str, task: HaystackTask, length: int, count: int) -> list[Sample]:
     """The first samples, always the same."""
-    haystack, writer = _haystack(tokenizer, corpus), task.writer(tokenizer)
-    samples = [_sample(writer, np.random.default_rng([0, number]), haystack, length) for number in range(count)]
-    if not samples:
-        raise ValueError("no samples to measure on; let the limit be 1 or more")
-    return samples
-
-
-def _haystack(tokenizer: Any, corpus: str) -> Ids:
-    ids: list[int] = []
-    for document in read_corpus(corpus):
-        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= _HAYSTACK:
-            break
-    if not ids:
-        raise ValueError(f"{corpus}: the corpus is empty: no document holds any text")
-    return np.asarray(ids, dtype=np.int64)
-
-
-def _sample(writer: SampleWriter, rng: np.random.Generator, haystack: Ids, length: int) -> Sample:
-    begin = int(rng.integers(max(1, haystack.size - length)))
-    return writer.sample(rng, haystack[begin : begin + length], length)
+    return draw_samples(task.writer(tokenizer), corpus_tokens(tokenizer, corpus), length, count)
 
 
 def _read(model: Any, samples: list[Sample], chunk: int) -> tuple[Tensor, Any]:

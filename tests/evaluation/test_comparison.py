@@ -88,6 +88,20 @@ def test_kinds_of_retrieval_are_panels_of_their_own(tmp_path):
     assert titles == ["Perplexity of continuations", "Share of passkeys found", *parts]
 
 
+def test_kinds_of_ruler_are_panels_of_a_length_each(tmp_path):
+    row = {key: value for key, value in passkey("Full()", 0.5, 2**20).items() if key != "accuracy"}
+    rows = [
+        {**row, "task": task, "kind": "vt", "recall": 0.25, "measured_on": {**ON, "sequence_length": length}}
+        for task, length in (("ruler:512", 512), ("ruler:1024:vt", 1024))
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "task": "lm-eval:mmlu"}]))
+    points = read_points(str(tmp_path / "a.json"))
+    assert [point.panel.heading for point in points] == [
+        f"Share of what RULER asks for: vt, {length} tokens" for length in (512, 1024)
+    ]
+    assert [point.quality for point in points] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -197,7 +197,7 @@ def test_limits_and_errors(tmp_path, corpus, tokenizer):
     empty.write_text("")
     with pytest.raises(ValueError, match="empty"):
         perplexity(model, tokenizer, str(empty))
-    with pytest.raises(ValueError, match="unknown task 'speling'; there are perplexity"):
+    with pytest.raises(ValueError, match=r"unknown task 'speling'\. There are perplexity"):
         run_tasks("kvtrain:tiny", ["speling"])
     with pytest.raises(ValueError, match="no model at"):
         run_tasks(str(tmp_path / "nothing"), ["perplexity"])

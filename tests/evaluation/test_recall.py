@@ -15,6 +15,7 @@ from kvtrain.evaluation import recall as module
 from kvtrain.evaluation.answering import AnsweringMeter
 from kvtrain.evaluation.evaluate import run_tasks
 from kvtrain.evaluation.recall import recall
+from kvtrain.evaluation.samples import corpus_tokens, draw_samples
 from tests.hosts import make_host
 
 TASK = PasskeyTask(passkeys=2, words=2)
@@ -92,8 +93,7 @@ class Seen:
 
 
 def samples_of(tokenizer, count):
-    writer, haystack = PasskeyWriter(tokenizer, TASK), module._haystack(tokenizer, "heldout")
-    return [module._sample(writer, np.random.default_rng([0, n]), haystack, LENGTH) for n in range(count)]
+    return draw_samples(PasskeyWriter(tokenizer, TASK), corpus_tokens(tokenizer, "heldout"), LENGTH, count)
 
 
 def test_an_oracle_finds_all_and_one_wrong_token_costs_its_passkey(tokenizer):
@@ -203,12 +203,11 @@ def test_each_kind_of_retrieval_is_measured_by_itself(model, tokenizer, monkeypa
         ("retrieval", "multihop", 6),
     ]
     assert 0 < rows[1]["token_accuracy"] < 0.5
-    haystack = module._haystack(tokenizer, "heldout")
+    haystack = corpus_tokens(tokenizer, "heldout")
     for row in rows:
         writer = RetrievalTask(4, 3, {row["kind"]: 1.0}).writer(tokenizer)
         right = []
-        for number in range(3):
-            sample = module._sample(writer, np.random.default_rng([0, number]), haystack, LENGTH)
+        for sample in draw_samples(writer, haystack, LENGTH, 3):
             logits = guessing(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0].detach()
             right += [
                 (logits[answer.start - 1 : answer.stop - 1].argmax(-1).numpy() == sample.input_ids[answer])
