@@ -145,11 +145,13 @@ def _check_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--timeout", type=finite, default=300.0, metavar="S", help="seconds to wait for processes (300)"
     )
+    parser.add_argument("--no-step", action="store_true", help="read no data and train no micro-batch")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.epilog = (
         "Start it as the training will be started (launch/torchrun.sh check --config RECIPE), with the same options. "
-        "It looks at ranks, addresses, the time of an all-reduce, run folder, free space, memory a rank and versions; "
-        "the first rank prints, and the exit code is 2 where something is to be mended first."
+        "It looks at ranks, addresses, the time of an all-reduce, run folder, free space, memory a rank and versions. "
+        "A process that trains alone also reads its data, shows the first of it with what is learned, and trains one "
+        "micro-batch of the whole model. The first rank prints, and the exit code is 2 where something is to be mended."
     )
 
 
@@ -157,14 +159,17 @@ def _check(arguments: list[str]) -> None:
     asked, recipe_arguments = _parse_recipe("check", arguments)
     if asked.timeout <= 0:
         raise UsageError(f"--timeout must be above 0, not {asked.timeout}")
+    from kvtrain.data.picture import print_sample
     from kvtrain.training.preflight import check_launch
 
-    with check_launch(recipe_arguments, asked.timeout) as outcome:
+    with check_launch(recipe_arguments, asked.timeout, not asked.no_step) as outcome:
         if outcome.rank == 0 and asked.json:
             print(json.dumps([finding._asdict() for finding in outcome.findings], indent=1), flush=True)
         elif outcome.rank == 0:
             rows = [(finding.subject, finding.found, finding.remedy or "ok") for finding in outcome.findings]
             print_table(("", "found", "verdict"), rows)
+            if outcome.text:
+                print_sample("the first row", outcome.text)
     if outcome.failed:
         raise SystemExit(_USAGE_EXIT_CODE)
 

@@ -176,6 +176,7 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
         "device": "auto",
     }
     settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
+    settings |= {"seed": 0, "num_fewshot": None, "chat_template": False}
     settings["retrieval"] = RetrievalTask(9, 2, {"multikey": 1.0, "multihop": 1.0})
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows

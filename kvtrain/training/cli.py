@@ -231,20 +231,12 @@ class FitCLI(RecipeCLI):
             traits(self.trainer).require_checkpoint(Path(path))
         self.model.check_steps(self.trainer.max_steps)
         self.model.check_model()
-        self._check_vocabulary()
+        require_vocabulary(self.datamodule, self.model)
         recipe, resumes = self.resolved_recipe(), self.config_init[self.command]["ckpt_path"] is not None
         if resumes and self.trainer.is_global_zero:
             self._warn_of_changes(recipe)
         self.record = RunRecord(self.run, recipe, resumes=resumes, damaged=list(self.faults))
         self.trainer.callbacks.insert(0, self.record)  # type: ignore[attr-defined]
-
-    def _check_vocabulary(self) -> None:
-        highest, vocabulary = self.datamodule.highest_id(), self.model.vocab_size()
-        if highest is not None and vocabulary is not None and highest >= vocabulary:
-            raise UsageError(
-                f"the data has token ids up to {highest:,} and the model a vocabulary of {vocabulary:,}; "
-                "set data.tokenizer, and a mask token, to what the model knows"
-            )
 
     def after_fit(self) -> None:
         """Say where it ended."""
@@ -284,6 +276,20 @@ class FitCLI(RecipeCLI):
         return (
             f"interrupted at step {self.trainer.global_step}, {saved}; "
             "continue with the same command and --ckpt_path last"
+        )
+
+
+def require_vocabulary(data: DataModule, module: TrainingModule) -> None:
+    """Make sure, before anything is read, that a model knows all tokens of its data.
+
+    Raises:
+        UsageError: It does not.
+    """
+    highest, vocabulary = data.highest_id(), module.vocab_size()
+    if highest is not None and vocabulary is not None and highest >= vocabulary:
+        raise UsageError(
+            f"the data has token ids up to {highest:,} and the model a vocabulary of {vocabulary:,}; "
+            "set data.tokenizer, and a mask token, to what the model knows"
         )
 
 
@@ -343,7 +349,7 @@ class ReadRecipe(NamedTuple):
     """A recipe's modules, built, and its trainer's settings."""
 
     module: TrainingModule
-    data: pl.LightningDataModule
+    data: DataModule
     trainer: dict[str, Any]
 
 

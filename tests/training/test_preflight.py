@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtrain.errors import UsageError
 from kvtrain.training.cli import read_recipe
@@ -20,6 +22,7 @@ from kvtrain.training.preflight.meeting import Meeting
 from kvtrain.training.preflight.network import interfaces, own_address
 from kvtrain.training.preflight.verdicts import Asked
 from kvtrain.training.preflight.world import World, find_world
+from kvtrain.training.trainer import KVTrainer
 from kvtrain_cli import main
 from tests.training.small_runs import fit, recipe_text, write_place
 
@@ -248,15 +251,42 @@ def recipe(tmp_path):
 
 def test_a_recipe_is_checked_without_a_launcher(recipe, capsys):
     assert main(["check", "--config", str(recipe)]) == 0
-    table = capsys.readouterr().out
+    table, _, text = capsys.readouterr().out.partition("---")
     assert [line.split()[0] for line in table.splitlines() if line.strip()][2:] == [
-        *("processes", "node", "run", "disk", "memory", "versions")
+        *("processes", "node", "run", "disk", "memory", "versions", "first", "micro-batch")
     ]
+    assert text.startswith(" the first row, what is learned between ⟦ and ⟧ ---\n")
     assert not (recipe.parent / "runs").exists()
-    assert main(["check", "--config", str(recipe), "--trainer.num_nodes", "2", "--json"]) == 2
-    findings = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert "kvtrain recipes --launchers" in findings["processes"]["remedy"]
+    code, findings = findings_of(capsys, str(recipe), "--trainer.num_nodes", "2")
+    assert code == 2 and "kvtrain recipes --launchers" in findings["processes"]["remedy"]
     assert findings["disk"]["remedy"] == ""
+    assert findings["micro-batch"]["found"] == "not tried: several processes train, and this is one"
+
+
+def findings_of(capsys, *words):
+    code = main(["check", "--json", "--config", *words])
+    return code, {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+
+def test_the_first_micro_batch_is_trained(recipe, capsys, monkeypatch):
+    """What it holds and comes to; what cannot be read, or is too much, is told with a remedy."""
+    code, findings = findings_of(capsys, str(recipe))
+    assert code == 0 and findings["first batch"]["found"].startswith("2 x 32 tokens, ")
+    assert re.match(r"loss [\d.]+ forward and backward in [\d.]+ s", findings["micro-batch"]["found"])
+    code, findings = findings_of(capsys, str(recipe), "--no-step")
+    assert code == 0 and "micro-batch" not in findings
+    code, findings = findings_of(capsys, str(recipe), "--data.corpus", "/nothing.jsonl")
+    assert code == 2 and findings["recipe"]["remedy"].startswith("/nothing.jsonl: no such file")
+    assert "micro-batch" not in findings and findings["disk"]["remedy"] == ""
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nSee documentation")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 3 << 30))
+    monkeypatch.setattr(KVTrainer, "fit", no_memory)
+    code, findings = findings_of(capsys, str(recipe))
+    assert code == 2 and findings["micro-batch"]["found"].startswith("out of memory (2.0 GiB taken): CUDA out of")
+    assert "lower data.batch_size" in findings["micro-batch"]["remedy"]
 
 
 def test_a_run_folder_in_a_file_s_way_is_no_traceback(recipe, capsys):

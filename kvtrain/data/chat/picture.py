@@ -2,11 +2,10 @@
 
 import html
 import itertools
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from kvtrain.data.picture import Piece, pieces, print_sample
 from kvtrain.data.shards import TokenShards
 
 if TYPE_CHECKING:
@@ -14,10 +13,6 @@ if TYPE_CHECKING:
 
 SAMPLES_PAGE = "samples.html"
 NUM_SAMPLES = 3
-_MOST_SHOWN = 1500  # characters of a sample on a terminal
-_LEARNED, _PLAIN = "\x1b[32;1m", "\x1b[0m"  # bold green
-_MARKS = "⟦", "⟧"
-_UNFINISHED = "\ufffd"  # what a part of a character decodes to
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Samples of chats</title>
@@ -35,13 +30,6 @@ ones are read alone; a line ends each token, and ↵ stands for the line breaks 
 """
 
 
-class Piece(NamedTuple):
-    """Text of one token, or of a few that share a character, and whether it is learned."""
-
-    text: str
-    learned: bool
-
-
 def samples(shards: TokenShards, tokenizer: "PreTrainedTokenizerFast", count: int = NUM_SAMPLES) -> list[list[Piece]]:
     """The first texts of a folder of chats, in pieces.
 
@@ -54,44 +42,14 @@ def samples(shards: TokenShards, tokenizer: "PreTrainedTokenizerFast", count: in
     for tokens, starts, targets in zip(shards.tokens, shards.starts, shards.targets, strict=True):
         borders = [*starts[: count + 1].tolist(), int(tokens.size)]
         for begin, end in itertools.islice(itertools.pairwise(borders), count - len(found)):
-            found.append(list(_pieces(tokens[begin:end].tolist(), targets[begin:end].tolist(), tokenizer)))
+            found.append(list(pieces(tokens[begin:end].tolist(), targets[begin:end].tolist(), tokenizer)))
     return found
-
-
-def _pieces(ids: list[int], targets: list[bool], tokenizer: "PreTrainedTokenizerFast") -> Iterator[Piece]:
-    begin = 0
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if not text.endswith(_UNFINISHED) or end == len(ids) or targets[end] != targets[begin]:
-            yield Piece(text, targets[begin])
-            begin = end
-
-
-def terminal_text(sample: list[Piece], colors: bool) -> str:
-    """A sample with what is learned in color, or between marks where there are no colors."""
-    before, after = (_LEARNED, _PLAIN) if colors else _MARKS
-    runs = [
-        ("".join(piece.text for piece in group), learned)
-        for learned, group in itertools.groupby(sample, key=lambda piece: piece.learned)
-    ]
-    shown, left = "", _MOST_SHOWN
-    for text, learned in runs:
-        part = text[:left]
-        shown += f"{before}{part}{after}" if learned else part
-        left -= len(part)
-        if not left:
-            return f"{shown} … (the rest is on the page)"
-    return shown
 
 
 def print_samples(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Print the samples of a folder of chats to standard output."""
-    colors = sys.stdout.isatty()
-    how = "in green" if colors else "between ⟦ and ⟧"
     for number, sample in enumerate(samples(TokenShards(folder), tokenizer), 1):
-        print(f"--- sample {number}, what is learned {how} ---")
-        print(terminal_text(sample, colors))
-    print("---")
+        print_sample(f"sample {number}", sample, " (the rest is on the page)")
 
 
 def write_page(path: Path, shards: TokenShards, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvtrain.data.picture import Piece
 from kvtrain.errors import in_one_line, is_mistake
 from kvtrain.training.cli import ReadRecipe, read_recipe
 from kvtrain.training.estimate import Estimate, estimate_recipe
@@ -21,6 +22,7 @@ from kvtrain.training.preflight.facts import (
     try_folder,
 )
 from kvtrain.training.preflight.meeting import Meeting
+from kvtrain.training.preflight.trial import Trial, not_tried, try_batch
 from kvtrain.training.preflight.verdicts import Asked, Finding
 from kvtrain.training.preflight.world import find_world
 
@@ -31,10 +33,12 @@ class Preflight(NamedTuple):
     Attributes:
         rank: Of this process; the first one tells.
         findings: The lines of the table.
+        text: What the first row of the first batch says, and what of it is learned; empty where that was not tried.
     """
 
     rank: int
     findings: list[Finding]
+    text: list[Piece]
 
     @property
     def failed(self) -> bool:
@@ -43,8 +47,8 @@ class Preflight(NamedTuple):
 
 
 @contextmanager
-def check_launch(arguments: list[str], timeout: float) -> Iterator[Preflight]:
-    """Look a launch over: every process of it calls this. Nothing is trained, and nothing is left behind.
+def check_launch(arguments: list[str], timeout: float, try_first: bool = True) -> Iterator[Preflight]:
+    """Look a launch over: every process of it calls this. Nothing is kept, and nothing is left behind.
 
     Processes leave together, when the first one is through with the outcome: a launcher ends all with the first that
     leaves with an error.
@@ -52,6 +56,7 @@ def check_launch(arguments: list[str], timeout: float) -> Iterator[Preflight]:
     Args:
         arguments: A command line of ``kvtrain fit``.
         timeout: Seconds to wait for processes that have not come.
+        try_first: Let one process that trains alone read its data and train one micro-batch.
 
     Raises:
         UsageError: The recipe is wrong, or not all processes came.
@@ -64,13 +69,22 @@ def check_launch(arguments: list[str], timeout: float) -> Iterator[Preflight]:
     if world.size > 1 and not verdicts.addresses(asked, facts) and all(fact.device for fact in facts):
         measured = time_all_reduce(meeting, asked.backend)
     findings: list[Finding] = []
+    trial = Trial([], [])
     if world.rank == 0:
         launch = [verdicts.processes(asked, world, facts), *verdicts.nodes(facts), verdicts.addresses(asked, facts)]
         needs = _needs(recipe, asked, facts, folder, measured)
         findings = [finding for finding in (*launch, *needs, verdicts.versions(facts)) if finding]
+        if try_first:
+            trial = _tried(recipe, max(world.size, asked.nodes * asked.devices))
+            findings += trial.findings
     shared = meeting.share("findings", findings)[0]
-    yield Preflight(world.rank, [Finding(*finding) for finding in shared])
+    yield Preflight(world.rank, [Finding(*finding) for finding in shared], trial.text)
     meeting.close()
+
+
+def _tried(recipe: ReadRecipe, processes: int) -> Trial:
+    reason = not_tried(recipe, processes)
+    return Trial([reason], []) if reason else try_batch(recipe)
 
 
 def _needs(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvtrain.data.chat.picture import SAMPLES_PAGE, Piece, samples, terminal_text
+from kvtrain.data.chat.picture import SAMPLES_PAGE, samples
+from kvtrain.data.picture import Piece, terminal_text
 from kvtrain.data.shards import TokenShards
 from kvtrain_cli import main
 
@@ -71,8 +72,8 @@ def test_colors_and_marks():
     sample = [Piece("ask", False), Piece("say ", True), Piece("more", True), Piece("\n", False)]
     assert terminal_text(sample, colors=False) == "ask⟦say more⟧\n"
     assert terminal_text(sample, colors=True) == "ask\x1b[32;1msay more\x1b[0m\n"
-    long = terminal_text([Piece("a" * 1000, False), Piece("b" * 1000, True), Piece("c", False)], colors=False)
-    assert long == "a" * 1000 + "⟦" + "b" * 500 + "⟧ … (the rest is on the page)"
+    long = [Piece("a" * 1000, False), Piece("b" * 1000, True), Piece("c", False)]
+    assert terminal_text(long, colors=False, rest=" (there)") == "a" * 1000 + "⟦" + "b" * 500 + "⟧ … (there)"
 
 
 def test_a_terminal_gets_colors(prepared: tuple[Path, str], tokenizer: Any, monkeypatch: Any, capsys: Any):
