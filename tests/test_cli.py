@@ -191,7 +191,7 @@ def test_report_prints_what_it_drew(monkeypatch, capsys):
     planted(monkeypatch, "kvtrain.evaluation.report", report_run=lambda *a: calls.append(a) or [Path("a.png")])
     assert kvtrain_cli.main(["report", "runs/x"]) == 0
     assert kvtrain_cli.main(["report", "runs/x", "--output", "d"]) == 0
-    assert calls == [(Path("runs/x"), None), (Path("runs/x"), Path("d"))]
+    assert calls == [(Path("runs/x"), None, None), (Path("runs/x"), Path("d"), None)]
     assert capsys.readouterr().out == "a.png\na.png\n"
 
 

@@ -27,32 +27,54 @@ class Bucket:
     kept: float | None
 
 
-def loss_figure(rows: Rows, distilled: bool = False) -> Figure:
-    """Training loss, raw and smoothed, and the held-out loss where there is one.
+def loss_figure(rows: Rows, distilled: bool = False, control: Rows = ()) -> Figure:
+    """Training loss, raw and smoothed, and the held-out loss where there is one, beside a control's.
 
     They share an axis where they measure the same, which a run that learns from a teacher does not.
 
     Args:
         rows: Rows of ``metrics.csv``.
         distilled: Whether the training loss is measured against a teacher; the held-out loss never is.
+        control: Rows of another run, whose held-out loss is drawn, too.
 
     Raises:
         ValueError: The run logged neither ``loss`` nor ``val_loss``.
     """
-    training, held_out = Curve.of(rows, "loss"), Curve.of(rows, "val_loss")
+    training, held_out, beside = Curve.of(rows, "loss"), Curve.of(rows, "val_loss"), Curve.of(control, "val_loss")
     if not training and not held_out:
         raise ValueError("the metrics hold no loss")
     if distilled and training and held_out:
-        return _loss_panels(training, held_out)
+        return _loss_panels(training, held_out, beside)
     figure, axes = canvas("Loss", "nats per token")
     if training:
         _loss_curve(axes, training)
-    draw_points(axes, held_out, "held-out")
+    _held_out_curves(axes, held_out, beside)
     axes.legend(frameon=False)
     return figure
 
 
-def _loss_panels(training: Curve, held_out: Curve) -> Figure:
+def speed_figure(rows: Rows) -> Figure | None:
+    """Tokens a second over the run; None where they were not logged.
+
+    Args:
+        rows: Rows of ``metrics.csv``.
+    """
+    curve = Curve.of(rows, "tokens_per_second")
+    if not curve:
+        return None
+    figure, axes = canvas("Speed", "tokens a second")
+    axes.plot(curve.steps, curve.values, color=BLUE, linewidth=2)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _held_out_curves(axes: Axes, held_out: Curve, control: Curve) -> None:
+    if control:
+        axes.plot(control.steps, control.values, color=GREY, linestyle="--", marker="o", label="held-out, control")
+    draw_points(axes, held_out, "held-out")
+
+
+def _loss_panels(training: Curve, held_out: Curve, control: Curve) -> Figure:
     """What a student learns from above what it is judged by: two quantities that share nothing but the steps."""
     figure = Figure(figsize=(WIDTH, 1.4 * HEIGHT), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
@@ -60,7 +82,9 @@ def _loss_panels(training: Curve, held_out: Curve) -> Figure:
     _loss_curve(above, training)
     above.legend(frameon=False)
     dress(below, "Held-out loss (target: the next token)", "nats per token")
-    draw_points(below, held_out, "held-out")
+    _held_out_curves(below, held_out, control)
+    if control:
+        below.legend(frameon=False)
     return figure
 
 

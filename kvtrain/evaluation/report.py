@@ -21,22 +21,24 @@ EVALUATION = "eval.json"
 PAGE = "report.html"
 
 
-def report_run(run: Path, output: Path | None = None) -> list[Path]:
+def report_run(run: Path, output: Path | None = None, control: Path | None = None) -> list[Path]:
     """Draw a run's tables and its evaluation, and write ``report.html``, one page that needs no other file.
 
     Args:
         run: Run folder of ``kvtrain fit``, finished or not; ``eval.json`` of ``kvtrain eval --json`` may lie in it.
         output: Where the files go; ``RUN/report`` where absent.
+        control: Run folder of what the run is judged by: the same training without the method.
 
     Returns:
         The files written: one PNG a figure, then the page.
 
     Raises:
-        ValueError: The run has no metrics, or one of the files is damaged.
+        ValueError: A run has no metrics, or one of the files is damaged.
     """
     tables = load_tables(run)
-    drawn = figures(tables, load_positions(run), distilled=learns_from_a_teacher(run))
-    before = facts_table(facts(tables[METRICS]))
+    beside = load_tables(control)[METRICS] if control else []
+    drawn = figures(tables, load_positions(run), distilled=learns_from_a_teacher(run), control=beside)
+    before = facts_table(facts(tables[METRICS], beside))
     return write_page(output or run / FOLDER, PAGE, run.resolve().name, drawn, before=before)
 
 
@@ -93,7 +95,7 @@ def learns_from_a_teacher(run: Path) -> bool:
 
 
 def figures(
-    tables: Mapping[Table, Rows], positions: Sequence[Bucket] = (), *, distilled: bool = False
+    tables: Mapping[Table, Rows], positions: Sequence[Bucket] = (), *, distilled: bool = False, control: Rows = ()
 ) -> dict[str, Figure]:
     """Every figure that these numbers allow, by the name of its file.
 
@@ -101,23 +103,26 @@ def figures(
         tables: From ``load_tables``; ``METRICS`` is among them.
         positions: From ``eval.json``.
         distilled: Whether the training loss is measured against a teacher.
+        control: Metrics of another run, beside whose held-out loss this one's is drawn.
     """
     rows = tables[METRICS]
     drawn = {
-        "loss": plots.loss_figure(rows, distilled),
+        "loss": plots.loss_figure(rows, distilled, control),
         **{one.name: one.draw(tables[one.table]) for one in registry.figures().drawn if tables.get(one.table)},
         "perplexity_by_position": plots.perplexity_figure(positions),
         "slots_by_position": plots.slots_figure(positions),
         "learning_rate": plots.learning_rate_figure(rows),
+        "speed": plots.speed_figure(rows),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def facts(rows: Rows) -> dict[str, str]:
+def facts(rows: Rows, control: Rows = ()) -> dict[str, str]:
     """The run in a few numbers; what was not logged is left out.
 
     Args:
         rows: Rows of ``metrics.csv``.
+        control: Those of another run, which the last held-out loss is compared with.
     """
     loss, speed = Curve.of(rows, "loss").smoothed(), Curve.of(rows, "tokens_per_second")
     found = {
@@ -127,6 +132,7 @@ def facts(rows: Rows) -> dict[str, str]:
         "Training loss at the end, smoothed": f"{loss.last:.4f}" if loss else None,
         "Held-out loss at the end": _last(rows, "val_loss", ".4f"),
         "Held-out perplexity at the end": _last(rows, "val_perplexity", ".2f"),
+        "Held-out perplexity of the control": _last(control, "val_perplexity", ".2f"),
         **{fact.label: _last(rows, fact.column, fact.form) for fact in registry.figures().facts},
     }
     return {name: value for name, value in found.items() if value is not None}

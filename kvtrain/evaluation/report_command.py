@@ -17,6 +17,8 @@ def add_arguments(parser: Parser) -> None:
         help="instead of a run, JSON of kvtrain eval: quality over KV bytes while answering, a line a method; "
         "NAME=FILE names its line",
     )
+    parser.add_argument("--control", metavar="RUN", help="draw the held-out loss of this run beside")
+    parser.add_argument("--log", action="store_true", help="send the pictures to the run's wandb and TensorBoard, too")
     parser.add_argument("--output", metavar="DIR", help="where the pictures go (RUN/report; comparison)")
     parser.epilog = (
         "Where RUN holds an eval.json of kvtrain eval --json, losses and slots by position are drawn too. A comparison "
@@ -35,13 +37,19 @@ def run(asked: Namespace) -> None:
         what = "RUN is missing" if asked.run is None else "one of RUN and --compare, not both"
         raise UsageError(f"{what}. See kvtrain report --help")
     output = Path(asked.output) if asked.output else None
+    if asked.compare and (asked.control or asked.log):
+        raise UsageError("--control and --log are of a run; leave them out beside --compare")
     if asked.compare:
         from kvtrain.evaluation.comparison import compare
 
         written = compare(asked.compare, output)
     else:
         from kvtrain.evaluation.report import report_run
+        from kvtrain.evaluation.report_loggers import find_loggers
 
-        written = report_run(Path(asked.run), output)
+        loggers = find_loggers(Path(asked.run)) if asked.log else []
+        written = report_run(Path(asked.run), output, Path(asked.control) if asked.control else None)
+        for send in loggers:
+            send([path for path in written if path.suffix == ".png"])
     for path in written:
         print(path)

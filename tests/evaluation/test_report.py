@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from kvtrain.cli import main
 from kvtrain.evaluation.plots import Bucket
 from kvtrain.evaluation.report import (
     facts,
@@ -42,15 +43,50 @@ def run(tmp_path):
     return folder
 
 
-def test_a_report_is_three_pictures_and_a_page(run):
+def test_a_report_is_a_few_pictures_and_a_page(run):
     written = report_run(run)
     assert [str(path.relative_to(run)) for path in written] == [
         "report/loss.png",
         "report/compression.png",
         "report/learning_rate.png",
+        "report/speed.png",
         "report/report.html",
     ]
-    assert all(path.read_bytes().startswith(PNG) for path in written[:3])
+    assert all(path.read_bytes().startswith(PNG) for path in written[:4])
+
+
+def test_a_control_stands_beside_the_held_out_loss(run, tmp_path):
+    control = tmp_path / "control"
+    control.mkdir()
+    (control / "metrics.csv").write_text(LOGGED.replace("2.5,12.182", "2.25,9.488"))
+    drawn = figures(load_tables(run), control=load_tables(control)[METRICS])
+    (axes,) = drawn["loss"].axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+    assert lines["held-out, control"] == [2.25] and [2.5] in lines.values()
+    found = facts(load_tables(run)[METRICS], load_tables(control)[METRICS])
+    assert found["Held-out perplexity of the control"] == "9.49"
+    assert main(["report", str(run), "--control", str(control), "--output", str(tmp_path / "out")]) == 0
+    assert "9.49" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_pictures_go_to_the_run_s_loggers(run, capsys):
+    assert main(["report", str(run), "--log"]) == 2
+    assert "has logged to neither wandb nor TensorBoard" in capsys.readouterr().err
+    assert not (run / "report").exists()
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run / "tensorboard").mkdir()
+    assert main(["report", str(run), "--log"]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["report/loss", "report/compression", "report/learning_rate", "report/speed"]
+    (image,) = events.Images("report/loss")
+    assert image.step == 2 and image.encoded_image_string.startswith(PNG) and image.width > 500
+
+
+def test_a_comparison_has_no_control(capsys):
+    assert main(["report", "--compare", "a.json", "--control", "runs/x"]) == 2
+    assert "--control and --log are of a run" in capsys.readouterr().err
 
 
 def test_heads_and_positions_are_drawn_where_there_are_files_of_them(run):
@@ -64,6 +100,7 @@ def test_heads_and_positions_are_drawn_where_there_are_files_of_them(run):
         "perplexity_by_position",
         "slots_by_position",
         "learning_rate",
+        "speed",
         "report",
     ]
     text = (run / "report" / "report.html").read_text(encoding="utf-8")
@@ -90,6 +127,7 @@ def test_every_table_that_lies_in_a_run_is_drawn(run):
         "head_gates",
         "kv_map",
         "learning_rate",
+        "speed",
         "report",
     ]
 
