@@ -104,7 +104,7 @@ def test_heads_and_positions_are_drawn_where_there_are_files_of_them(run):
         "report",
     ]
     text = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall(r'<img alt="[a-z ]+" src="data:image/png;base64,', text)) == 7
+    assert len(re.findall(r'<img alt="[a-z ]+" src="data:image/png;base64,', text)) == 8
 
 
 def test_what_the_files_beside_the_metrics_say(run):
