@@ -191,7 +191,7 @@ class ChatRenderer:
     def _marked(self, chat: Chat) -> EncodedText:
         """A chat whose template marks the answers: transformers' mask, and stop tokens right behind the marks."""
         length, options = chat.answers[-1] + 1, {"return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = self._apply(chat, length, tokenize=True, **options)
+        encoded = self._apply(chat, length, tokenize=True, tokenizer_kwargs={"verbose": False}, **options)
         ids, targets = encoded["input_ids"], np.asarray(encoded["assistant_masks"], dtype=bool)
         if not targets.any():
             raise ValueError(

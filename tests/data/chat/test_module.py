@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import kvtrain
 from kvtrain.data.chat.module import ChatDataModule
 from kvtrain.data.chat.packing import Selection
 from kvtrain.data.chat.picture import SAMPLES_PAGE
@@ -124,6 +126,24 @@ def test_num_items_are_the_targets_of_a_window(chats: Path):
     window = [next(iter_) for iter_ in [iter(loader)] for _ in range(2)]
     targets = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in window)
     assert [int(batch["num_items"]) for batch in window] == [targets, targets]
+
+
+def test_chats_of_a_row_do_not_see_each_other(chats: Path):
+    """The summed loss of packed rows is that of every chat alone."""
+    model = kvtrain.retrofit(kvtrain.load("kvtrain:copy", dtype=torch.float64), kvtrain.Full()).eval()
+    data = module(chats, tokenizer="kvtrain:copy", sequence_length=256, validation_share=0.5)
+    batch = data.rows(data.chats, Selection("held out", 0.5)).batch(np.arange(2))
+    given = {name: batch[name] for name in ("input_ids", "labels", "document_ids", "position_ids")}
+    with torch.no_grad():
+        packed = model(**given, num_items_in_batch=1, use_cache=False).loss
+        alone = torch.zeros((), dtype=torch.float64)
+        for row in range(2):
+            for document in range(1, int(batch["document_ids"][row].max()) + 1):
+                own = batch["document_ids"][row] == document
+                ids, labels = batch["input_ids"][row, own][None], batch["labels"][row, own][None]
+                alone += model(input_ids=ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
+    assert batch["document_ids"].max() > 2
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-10)
 
 
 def test_held_out_chats_of_their_own(chats: Path):
