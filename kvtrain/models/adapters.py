@@ -7,7 +7,7 @@ both into the weights.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.errors import UsageError
+from kvtrain.models.quantized_base import Quantization, check_quantization, quantize
 from kvtrain.models.weights import StoredWeights
 
 LORA_KEY = "lora"  # of checkpoints' settings
@@ -37,9 +38,10 @@ class LoRA:
         train_also: Last names of modules whose own weights train, too, whole.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         use_dora: Learn the length of every row of a weight beside its direction.
+        quantize: Hold the frozen weights of the targets in 8 bits (``int8``) or in 4 (``nf4``) while adapters train.
 
     Raises:
-        ValueError: A number is out of range, or there is no target.
+        ValueError: A number is out of range, there is no target, or no package to quantise with.
     """
 
     rank: int = 16
@@ -49,6 +51,7 @@ class LoRA:
     train_also: list[str] = field(default_factory=list)
     use_rslora: bool = False
     use_dora: bool = False
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,6 +60,8 @@ class LoRA:
             raise ValueError(f"lora.alpha must be above 0, not {self.alpha:g}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be from 0 to below 1, not {self.dropout:g}")
+        if self.quantize:
+            check_quantization(self.quantize)
         if not self.targets:
             raise ValueError(f"lora.targets names no module; the usual ones are {', '.join(_PROJECTIONS)}")
 
@@ -130,6 +135,10 @@ def add_adapters(model: nn.Module, settings: LoRA, borrowed: Mapping[str, slice]
     """
     config = settings.peft_config()
     _check(model, settings)
+    if settings.quantize:
+        frozen = {*settings.targets} - {*settings.train_also}
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        quantize(model, [name for name in linear if name.rpartition(".")[2] in frozen], settings.quantize)
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model, ADAPTER)
@@ -201,6 +210,21 @@ def is_adapter(name: str) -> bool:
 def plain_name(name: str) -> str:
     """The name of a parameter as it was without adapters."""
     return name.replace(_BASE_LAYER, "").replace(".inner.", ".")
+
+
+def base_layers(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """Modules behind adapters, by the names that they had without them.
+
+    Args:
+        model: With adapters.
+        names: Of weights; the modules of others are left out.
+    """
+    found = {
+        plain_name(f"{name}.weight"): module
+        for name, module in model.named_modules()
+        if name.endswith(_BASE_LAYER) and isinstance(module, nn.Linear)
+    }
+    return {name.removesuffix(".weight"): module for name, module in found.items() if name in names}
 
 
 def own_rows(model: nn.Module) -> Iterator[OwnRows]:

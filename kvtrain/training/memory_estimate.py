@@ -149,8 +149,10 @@ class _Run:
             kept = tuple(self._step(detached, batch, optimizer, marks, phase) for phase in phases)
             parameters, gradients = _bytes(detached.parameters()), _bytes(_trained(detached))
             state = _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
-        moments = {
-            moment: _held(peak, parameters, 0 if moment == START else state) for moment, peak in meter.peaks.items()
+        moments = {  # what is made before a model goes to its device is in main memory
+            moment: _held(peak, parameters, 0 if moment == START else state)
+            for moment, peak in meter.peaks.items()
+            if self.on_cpu or moment != START
         }
         return TrainingMemory(parameters, gradients, state, teacher, kept, moments)
 

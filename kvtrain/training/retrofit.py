@@ -11,9 +11,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.assets import resolve
 from kvtrain.data.packing import Batch
-from kvtrain.errors import explain_load_errors
+from kvtrain.errors import UsageError, explain_load_errors
 from kvtrain.losses.distillation import Distillation
-from kvtrain.models.adapters import LORA_KEY, LoRA, add_adapters, first_values, is_adapter, plain_name, without_adapters
+from kvtrain.models.adapters import (
+    LORA_KEY,
+    LoRA,
+    add_adapters,
+    base_layers,
+    first_values,
+    is_adapter,
+    plain_name,
+    without_adapters,
+)
 from kvtrain.models.full import Full
 from kvtrain.models.gating import borrowed_rows
 from kvtrain.models.gqa import convert_gqa, gqa_config, gqa_state, share_unchanged
@@ -137,8 +146,11 @@ class RetrofitModule(MethodModule):
 
     def build_teacher(self) -> PreTrainedModel:
         """The base as it is, on the device; beside adapters it has the very weights of the model that stay."""
-        host = self._sharing_teacher.pop() if self._sharing_teacher else self._load_base()
-        return second_model(host, self.device)
+        if not self._sharing_teacher:
+            return second_model(self._load_base(), self.device)
+        quantized = self.lora is not None and self.lora.quantize
+        modules = base_layers(self.model, self._unchanged) if quantized else {}
+        return second_model(self._sharing_teacher.pop(), self.device, modules)
 
     def build_meta_teacher(self) -> nn.Module:
         """The base as it is, on the meta device."""
@@ -168,6 +180,8 @@ class RetrofitModule(MethodModule):
                 share_unchanged(host, plain)
         model = retrofit(host, self.method)
         if self.lora is not None:
+            theirs = dict(plain.named_parameters())
+            self._unchanged = {name for name, own in model.named_parameters() if own is theirs.get(name)}
             add_adapters(model, self.lora, borrowed_rows(model), self.seed)
             if self.distillation and self.shares_teacher:
                 self._sharing_teacher = [sharing(plain, model, self.is_trainable)]
@@ -184,7 +198,13 @@ class RetrofitModule(MethodModule):
         return model
 
     def pretrained_weights(self) -> Tensors:
-        """See ``TrainingModule``; what the conversion of heads and the method make anew is in memory."""
+        """See ``TrainingModule``; what the conversion of heads and the method make anew is in memory.
+
+        Raises:
+            UsageError: They are to be quantised, which takes whole ones.
+        """
+        if self.lora is not None and self.lora.quantize:
+            raise UsageError("lora.quantize takes whole weights on every rank; train on one device, or with ddp")
         mapped = self._map_base()
         state = dict(mapped)
         if self.num_key_value_heads:

@@ -1,6 +1,6 @@
 """Whose distribution a model learns: that of a second model, or its own in another form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,8 +50,18 @@ def sharing(host: PreTrainedModel, model: nn.Module, is_trainable: Callable[[str
     return host
 
 
-def second_model(host: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A host as a teacher: on our kernels, on the student's device, and never trained."""
+def second_model(
+    host: PreTrainedModel, device: torch.device, modules: Mapping[str, nn.Module] | None = None
+) -> PreTrainedModel:
+    """A host as a teacher: on our kernels, on the student's device, and never trained.
+
+    Args:
+        host: The host.
+        device: Where the student is.
+        modules: Of the student, by name, which take the place of the teacher's own.
+    """
     teacher: PreTrainedModel = retrofit(host, Full()).requires_grad_(False).eval()
+    for name, module in (modules or {}).items():
+        teacher.set_submodule(name, module)
     nn.Module.to(teacher, device)
     return teacher

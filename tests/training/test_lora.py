@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import kvtrain
 from kvtrain.errors import UsageError
 from kvtrain.export.hf import export_run
-from kvtrain.models.adapters import LoRA, OwnRows, is_adapter, own_rows, plain_name
+from kvtrain.models.adapters import LoRA, OwnRows, base_layers, is_adapter, own_rows, plain_name
 from kvtrain.models.checkpoint import read_checkpoint
 from kvtrain.training import DMCModule, DMSModule, DuoModule, LCKVModule, Phase, RetrofitModule
-from tests.hosts import make_host, random_ids
+from tests.hosts import FAMILIES, VOCAB, make_host, random_ids
 
 from .tiny_runs import make_rows, table, train
 
@@ -40,6 +41,18 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     for family in ("llama", "qwen2", "qwen3"):
         make_host(family, dtype=torch.float32, layers=4).save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide_bases(tmp_path_factory):
+    """With rows of 64 numbers."""
+    folder, shape = tmp_path_factory.mktemp("wide"), {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    for family in ("llama", "qwen2"):
+        config = FAMILIES[family](
+            hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=VOCAB, bos_token_id=1, **shape
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
     return folder
 
 
@@ -153,6 +166,42 @@ def test_an_adapter_that_is_kept_stands_beside_its_base(name, bases, rows, tmp_p
     assert (alone - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["dmc", "lckv", "duo"])
+def test_frozen_weights_may_be_quantised(name, kind, wide_bases, rows, tmp_path):
+    """Losses fall beside them, the teacher has the very same ones, and an export merges into those of the base."""
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    module = module_of(name, wide_bases, lora=LoRA(rank=2, alpha=4.0, quantize=kind))
+    trainer = train(module, rows, tmp_path / "run", sum(steps for _, steps in CASES[name][3]))
+    layers = base_layers(module.model, module._unchanged)
+    assert len(layers) == {"dmc": 28, "duo": 28, "lckv": 24}[name]
+    known = untouched(name, wide_bases).state_dict()
+    for key, layer in layers.items():
+        wide = known[f"{key}.weight"]
+        eye = torch.eye(wide.shape[1])
+        found = layer(eye).T - (0 if layer.bias is None else layer.bias[:, None])
+        assert 0 < (found - wide).abs().max() < {"int8": 0.01, "nf4": 0.16}[kind] * wide.abs().max(), key
+    if name != "duo":
+        teacher = module.teacher_model()
+        for key, layer in layers.items():
+            assert teacher.get_submodule(key) is layer
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert all(is_adapter(key) or plain_name(key.removeprefix("model.")) not in known for key in stored(tmp_path))
+    if name == "duo":
+        return
+    served = kvtrain.load(export_run(tmp_path / "last.ckpt", tmp_path / "out", "float32")).state_dict()
+    for key in layers:
+        adapted = module.model.get_submodule(key)
+        expected = known[f"{key}.weight"] + getattr(adapted, "inner", adapted).get_delta_weight("default")
+        if isinstance(adapted, OwnRows):
+            expected[adapted.rows] = adapted.own_rows.weight
+        torch.testing.assert_close(served[f"{key}.weight"], expected, atol=1e-6, rtol=0)
+
+
+def stored(folder):
+    return read_checkpoint(folder / "last.ckpt")["state_dict"]
+
+
 def test_rows_of_their_own():
     """Inactive they are not there; active they are all that is left of those outputs, and merging says the same."""
     torch.manual_seed(0)
@@ -189,6 +238,7 @@ def test_the_borrowed_channel_keeps_its_old_rows(bases, rows, tmp_path):
         ({"alpha": 0.0}, "lora.alpha must be above 0"),
         ({"dropout": 1.0}, "lora.dropout must be from 0 to below 1"),
         ({"targets": []}, "lora.targets names no module; the usual ones are q_proj"),
+        ({"quantize": "int3"}, "lora.quantize must be int8 or nf4, not 'int3'"),
     ],
 )
 def test_numbers_out_of_range(settings, words):
@@ -201,10 +251,13 @@ def test_numbers_out_of_range(settings, words):
     [
         ({"targets": ["query"]}, "no linear module 'query'; there are q_proj, k_proj"),
         ({"train_also": ["embed"]}, "no linear module 'embed'"),
+        ({"quantize": "nf4"}, "nf4 takes rows of a multiple of 64 numbers, and model.layers.0.self_attn.q_proj has 32"),
         ({"rank": 99}, r"lora.rank is 99, more than model\.layers\.0\.self_attn\.q_proj \(.*\) can have; lower it"),
     ],
 )
 def test_what_a_model_cannot_have(settings, words, bases):
+    if settings.get("quantize"):
+        pytest.importorskip("bitsandbytes")
     with pytest.raises(UsageError, match=words):
         module_of("full", bases, lora=LoRA(**settings)).build_model()
 

@@ -20,6 +20,7 @@ from kvtrain.models.host import retrofit
 from kvtrain.training import DMCModule, Phase, RetrofitModule, memory_estimate
 from kvtrain.training.estimate import estimate
 from kvtrain.training.memory_estimate import MemoryMeter, measure_step_memory
+from kvtrain.training.meter import START
 from tests.training.memory_worker import STATUS, build_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,20 @@ def test_a_teacher_beside_adapters_is_what_they_do_not_share(host):
     whole.shares_teacher = False
     plain = measure_step_memory(RetrofitModule(host, phases=PHASES), **shape)
     assert measure_step_memory(whole, **shape).teacher == plain.parameters + angles
+
+
+def test_quantised_weights_count_as_they_lie_there(host):
+    """A byte a number where adapters are; nothing of the base's own is left after its model is made."""
+    pytest.importorskip("torchao")
+    module = RetrofitModule(host, phases=PHASES, distill=True, lora=LoRA(rank=2, quantize="int8"))
+    memory = measure_step_memory(module, batch_size=ROWS, sequence_length=LENGTH, on_cpu=False)
+    model = module.build_meta_model()
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    packed = sum(p.numel() for name, p in model.named_parameters() if p.dtype == torch.uint8)
+    plain = RetrofitModule(host, phases=PHASES, lora=LoRA(rank=2)).build_meta_model()
+    narrow = sum(p.numel() for name, p in plain.named_parameters() if ".base_layer." in name)
+    assert memory.parameters == sum(sizes.values()) and packed == narrow > 10_000
+    assert memory.teacher < 1_000 and START not in memory.moments
 
 
 def test_what_the_device_and_accumulation_change(host):
