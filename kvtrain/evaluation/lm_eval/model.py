@@ -110,6 +110,13 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **arg_dict})
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "ServedLM":
+        """From ``model_args`` in one string, whose values may hold commas within brackets; see the other form."""
+        from lm_eval._cli.utils import key_val_to_dict
+
+        return cls.create_from_arg_obj(key_val_to_dict(arg_string), additional_config)
+
     @property
     def eot_token_id(self) -> int | None:
         """The token that ends a text."""
@@ -197,6 +204,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         scores = score_windows(self.model, flat, self.batch_size, self._meter, decode=self._decode)
         for window, total in tqdm(scores, total=len(flat), desc="windows", disable=disable_tqdm):
             found[owners[window]] += total
+        for request, total in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return found
 
     def _windows(self, text: str) -> list[Continuation]:
@@ -256,10 +265,16 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results: the method, and what rows of each task held."""
-        figures = {task: meter.result() for task, meter in self.meters.items()}
-        held = {task: asdict(result) for task, result in figures.items() if result is not None}
-        return {**measured_method(self.model, self._given), "kv_cache": held}
+        """What lm-eval writes beside its results: the method, and what rows of each task held, which is logged too."""
+        held = {task: result for task, meter in self.meters.items() if (result := meter.result()) is not None}
+        for task, result in held.items():
+            kept = f"{result.kept_tokens:.1f} tokens kept in the mean ({result.compression:.2f}x)"
+            own = f"{result.kv_bytes_mean:,.0f} bytes a row, {result.kv_bytes_end:,.0f} at its end"
+            logger.info("%s: %s, %s, %s at its peak", task, kept, own, f"{result.kv_bytes_peak:,.0f}")
+        return {
+            **measured_method(self.model, self._given),
+            "kv_cache": {task: asdict(result) for task, result in held.items()},
+        }
 
 
 def _batch_size(given: int | str, most: int | None) -> int:
