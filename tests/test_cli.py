@@ -158,7 +158,7 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
 
 def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     rows = [
-        {"task": "perplexity", "value": 12.3456, "rows": 7, "by_position": [{"position": 4}]},
+        {"task": "perplexity", "value": 12.3456, "rows": 7, "acc_stderr": 0.1, "by_position": [{"position": 4}]},
         {"task": "passkey", "note": "skipped"},
     ]
     calls = []
@@ -166,6 +166,7 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     file = tmp_path / "figures.json"
     words = ["--limit", "3", "--passkeys", "4", "--words", "8", "--method", "DMC()", "--json", str(file)]
     words += ["--keys", "9", "--questions", "2", "--kinds", "multikey,multihop"]
+    words += ["--seed", "5", "--num-fewshot", "2", "--apply-chat-template"]
     assert kvtrain_cli.main(["eval", "m", "--tasks", "perplexity, passkey", *words]) == 0
     settings = {
         "corpus": "heldout",
@@ -176,8 +177,8 @@ def test_eval_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
         "device": "auto",
     }
     settings |= {"prompt": None, "ask": None, "passkeys": PasskeyTask(4, 8), "method": kvtrain.DMC()}
-    settings |= {"seed": 0, "num_fewshot": None, "chat_template": False}
     settings["retrieval"] = RetrievalTask(9, 2, {"multikey": 1.0, "multihop": 1.0})
+    settings |= {"seed": 5, "num_fewshot": 2, "chat_template": True}
     assert calls == [(("m", ["perplexity", "passkey"]), settings)]
     assert json.loads(file.read_text()) == rows
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

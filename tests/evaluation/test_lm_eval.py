@@ -1,6 +1,7 @@
 """lm-eval through the serving cache: both commands, lm-eval's own class where nothing is cut, and mistakes."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def requests(kind, *arguments, task="t"):
     return [Instance(kind, {}, given, 0, metadata=(task, 0, 1)) for given in arguments]
 
 
-def test_both_commands_give_the_same_numbers(files, tmp_path, capsys):
+def test_both_commands_give_the_same_numbers(files, tmp_path, capsys, caplog):
     from kvtrain.evaluation.lm_eval.__main__ import main as lm_eval_main
 
     tasks = ",".join(f"lm-eval:{files[name]}" for name in NAMES)
@@ -69,7 +70,13 @@ def test_both_commands_give_the_same_numbers(files, tmp_path, capsys):
     rows = {row["task"]: row for row in json.loads((tmp_path / "o.json").read_text())}
     model = ["--model_args", "pretrained=kvtrain:tiny", f"method={METHOD}", "decode=True"]
     theirs = [*model, "--tasks", *(files[name] for name in NAMES), "--output_path", str(tmp_path / "out")]
-    assert lm_eval_main(theirs) == 0
+    with caplog.at_level(logging.INFO, "kvtrain"):
+        assert lm_eval_main(theirs) == 0
+    assert [line.split(":")[0] for line in caplog.messages if "tokens kept in the mean" in line] == [
+        "local_choice",
+        "local_rolling",
+        "local_generation",
+    ]
     (written,) = (tmp_path / "out").rglob("*.json")
     found = json.loads(written.read_text())
     assert found["config"]["method"] == rows["lm-eval:local_choice"]["method"] == "H2O(recent=8, budget=24)"
@@ -238,6 +245,17 @@ def test_lm_evals_command_says_what_is_wrong_with_a_model_in_a_line(given, words
     assert lm_eval_main(["--model_args", given, "--tasks", files["choice"]]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(said) == 1 and words in said[0]
+
+
+def test_python_hands_arguments_over_in_a_string_too():
+    from lm_eval.api.registry import get_model
+
+    from kvtrain.evaluation.lm_eval import register
+
+    register()
+    given = "pretrained=kvtrain:tiny,method=H2O(budget=24, recent=8),max_length=64"
+    ours = get_model("kvtrain").create_from_arg_string(given, {"batch_size": 3, "device": None})
+    assert (ours.model.config.method.budget, ours.max_length, ours.batch_size) == (24, 64, 3)
 
 
 def test_what_cannot_be_answered_is_refused(host, tokenizer):

@@ -21,15 +21,17 @@ from tests.thinning import thinned
 
 # Policies that cut a prompt when it ends, beside the caches that do not.
 DENSE = {f"{name}_dense": replace(policy, prompt="dense", page_size=4) for name, policy in POLICIES.items()}
+METHODS = {"full": kvtrain.Full(), "h2o_dense": DENSE["h2o_dense"]}
 WIDE = 0.1  # a row's list of pages is as wide as that of the longest row beside it
+QUANTIZED = {f"{name}_4_bits": replace(method, kv_bits=4) for name, method in METHODS.items()}
 SAMPLE = ("dmc", "lckv", "duo", "transnormer_t2", "h2o_dense")
 
 
 def model_with(name):
     """A small model with a cache, in float64."""
-    entry = CACHES.get(name)
+    entry, plain = CACHES.get(name), {**DENSE, **QUANTIZED}
     host = make_host("llama", layers=2 if entry is None else entry.layers, dtype=torch.float64)
-    return (kvtrain.retrofit(host, DENSE[name]) if entry is None else entry.retrofit(host)).eval()
+    return (kvtrain.retrofit(host, plain[name]) if entry is None else entry.retrofit(host)).eval()
 
 
 def asked():
@@ -65,7 +67,7 @@ def scores(model, requests, batch=8):
     return [found[number] for number in range(len(requests))], meter.result()
 
 
-@pytest.mark.parametrize("name", thinned([*CACHES, *DENSE], SAMPLE))
+@pytest.mark.parametrize("name", thinned([*CACHES, *DENSE, *QUANTIZED], SAMPLE))
 def test_a_score_is_that_of_its_row_alone_token_by_token(name):
     model, requests = model_with(name), asked()
     found, figures = scores(model, requests)

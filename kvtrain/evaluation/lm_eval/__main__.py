@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from kvtrain.errors import in_one_line, is_mistake
 from kvtrain.evaluation.lm_eval import MODEL_NAME, refused_by_lm_eval, register
+from kvtrain.inference.device import pick_device
 
 _HELP = (
     "lm-eval's command line, which measures through the cache that serves: --model kvtrain is added where no model is "
@@ -61,7 +60,7 @@ def _with_defaults(arguments: list[str]) -> list[str]:
     if not named & {"--tasks", "-t"} or named & {"--config", "-C"}:
         return arguments
     model = [] if named & {"--model", "-M"} else ["--model", MODEL_NAME]
-    device = [] if "--device" in named else ["--device", "cuda:0" if torch.cuda.is_available() else "cpu"]
+    device = [] if "--device" in named else ["--device", str(pick_device())]
     return [*arguments, *model, *device]
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, TypeVar
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from kvtrain.evaluation.lm_eval.generation import decoding_of, generate_answers
 from kvtrain.evaluation.lm_eval.scoring import Continuation, batched, score_continuations, score_windows
 from kvtrain.evaluation.measured_method import measured_method
 from kvtrain.evaluation.row_meter import RowMeter
+from kvtrain.inference.device import pick_device
 from kvtrain.inference.load import open_model
 from kvtrain.models.method import Method
 from kvtrain.models.parse_method import parse_method
@@ -49,7 +49,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         add_bos_token: Whether texts begin with the tokenizer's start token; where it has one, unless said otherwise, as
             they do when the model serves.
         decode: Read the windows of ``loglikelihood_rolling`` token by token, for methods that cut prompts.
-        device: To run on.
+        device: To run on; see ``pick_device``.
         max_batch_size: lm-eval's command hands it to every model; refused, as batches are not sized by trying.
 
     Raises:
@@ -81,7 +81,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
             raise UsageError("a model that is open already has its method; leave out method=")
         if tokenizer is None:
             raise UsageError("a model that is open already comes with its tokenizer: give tokenizer=")
-        self.model = pretrained if device is None else pretrained.to(_present(device))
+        self.model = pretrained if device is None else pretrained.to(pick_device(device))
         self.tokenizer = tokenizer
         self.max_length = max_length or _positions(self.model)
         self.max_gen_toks = max_gen_toks
@@ -109,6 +109,13 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
             raise UsageError("--model_args pretrained=MODEL is missing: a folder, a Hub id or kvtrain:tiny")
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "ServedLM":
+        """From ``model_args`` in one string, whose values may hold commas within brackets; see the other form."""
+        from lm_eval._cli.utils import key_val_to_dict
+
+        return cls.create_from_arg_obj(key_val_to_dict(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int | None:
@@ -197,6 +204,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         scores = score_windows(self.model, flat, self.batch_size, self._meter, decode=self._decode)
         for window, total in tqdm(scores, total=len(flat), desc="windows", disable=disable_tqdm):
             found[owners[window]] += total
+        for request, total in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return found
 
     def _windows(self, text: str) -> list[Continuation]:
@@ -256,10 +265,16 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results: the method, and what rows of each task held."""
-        figures = {task: meter.result() for task, meter in self.meters.items()}
-        held = {task: asdict(result) for task, result in figures.items() if result is not None}
-        return {**measured_method(self.model, self._given), "kv_cache": held}
+        """What lm-eval writes beside its results: the method, and what rows of each task held, which is logged too."""
+        held = {task: result for task, meter in self.meters.items() if (result := meter.result()) is not None}
+        for task, result in held.items():
+            kept = f"{result.kept_tokens:.1f} tokens kept in the mean ({result.compression:.2f}x)"
+            own = f"{result.kv_bytes_mean:,.0f} bytes a row, {result.kv_bytes_end:,.0f} at its end"
+            logger.info("%s: %s, %s, %s at its peak", task, kept, own, f"{result.kv_bytes_peak:,.0f}")
+        return {
+            **measured_method(self.model, self._given),
+            "kv_cache": {task: asdict(result) for task, result in held.items()},
+        }
 
 
 def _batch_size(given: int | str, most: int | None) -> int:
@@ -271,17 +286,6 @@ def _batch_size(given: int | str, most: int | None) -> int:
     if most is not None or not str(given).isdecimal() or int(given) < 1:
         raise UsageError(f"batch_size must be a number from 1 on, not {given!r}; none is found by trying")
     return int(given)
-
-
-def _present(device: str) -> str:
-    """A device that is there.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"there is no {device} here; say device=cpu (lm-eval's command: --device cpu)")
-    return device
 
 
 def _positions(model: Any) -> int:

@@ -91,9 +91,9 @@ def _continue(
             hidden = decoder(ids[:, step - 1 : step], **kwargs).last_hidden_state[:, -1]
         scored = mask[:, step].bool()
         watch.look(cache, scored)
-        targets = torch.where(scored, ids[:, step], IGNORE_INDEX)
+        targets = torch.where(scored, ids[:, step], IGNORE_INDEX).to(hidden.device)
         totals -= linear_token_losses(hidden, head, targets).double().cpu()
-        greedy &= ((head(hidden).argmax(-1) == targets) | ~scored).cpu()
+        greedy &= (head(hidden).argmax(-1) == targets).cpu() | ~scored.cpu()
     watch.close()
     return [Score(total, right) for total, right in zip(totals.tolist(), greedy.tolist(), strict=True)]
 
@@ -138,7 +138,7 @@ def _feed(model: Any, windows: list[Continuation], meter: RowMeter, decode: bool
         kwargs = {"attention_mask": mask[:, part], "past_key_values": cache, "prefill": not decode}
         hidden = model.get_decoder()(ids[:, part], **kwargs).last_hidden_state
         watch.look(cache, mask[:, part].any(1))
-        losses = linear_token_losses(hidden.flatten(0, 1), head, targets[:, part].flatten())
+        losses = linear_token_losses(hidden.flatten(0, 1), head, targets[:, part].flatten().to(hidden.device))
         totals -= losses.double().view(hidden.shape[:2]).sum(1).cpu()
     watch.close()
     return totals.tolist()
