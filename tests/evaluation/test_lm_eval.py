@@ -219,7 +219,7 @@ def test_a_mistake_is_said_in_a_line(line, words, files, tmp_path, capsys):
         ({"method": "H2O()"}, "has its method; leave out method="),
         pytest.param(
             {"device": "cuda:0"},
-            "there is no cuda:0 here",
+            "no device .cuda:0. here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
