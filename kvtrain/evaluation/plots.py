@@ -59,13 +59,7 @@ def speed_figure(rows: Rows) -> Figure | None:
     Args:
         rows: Rows of ``metrics.csv``.
     """
-    curve = Curve.of(rows, "tokens_per_second")
-    if not curve:
-        return None
-    figure, axes = canvas("Speed", "tokens a second")
-    axes.plot(curve.steps, curve.values, color=BLUE, linewidth=2)
-    axes.set_ylim(bottom=0)
-    return figure
+    return _column_figure(rows, "tokens_per_second", "Speed", "tokens a second")
 
 
 def _held_out_curves(axes: Axes, held_out: Curve, control: Curve) -> None:
@@ -103,13 +97,20 @@ def learning_rate_figure(rows: Rows) -> Figure | None:
     Args:
         rows: Rows of ``metrics.csv``.
     """
-    curve = Curve.of(rows, "learning_rate")
+    figure = _column_figure(rows, "learning_rate", "Learning rate", "learning rate")
+    if figure is not None:
+        figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    return figure
+
+
+def _column_figure(rows: Rows, column: str, title: str, unit: str) -> Figure | None:
+    """A column over the run, from 0 on; None where it was not logged."""
+    curve = Curve.of(rows, column)
     if not curve:
         return None
-    figure, axes = canvas("Learning rate", "learning rate")
+    figure, axes = canvas(title, unit)
     axes.plot(curve.steps, curve.values, color=BLUE, linewidth=2)
     axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     return figure
 
 
