@@ -40,8 +40,8 @@ def config(
         place, _, last = name.rpartition(".")
         (init[place] if place else init)[last] = value
     init["phases"] = stretched(init["phases"], steps)
-    own = {"default_root_dir": str(run), "max_steps": steps, "val_check_interval": max(1, steps // 2)}
-    content["trainer"] |= own
+    own = {"val_check_interval": max(1, steps // 2), "checkpoint_every": max(1, steps // 20)}
+    content["trainer"] |= {"default_root_dir": str(run), "max_steps": steps, **own}
     return {**content, "seed_everything": seed, "data": dict(data)}
 
 
