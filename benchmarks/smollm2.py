@@ -26,6 +26,7 @@ from arms import HEADS, PAGE, head_worth, learnt_worth
 from cells import UNTRAINED, Bench, Cell, Figures, Task, arms_of, cell_of, slug, untrained_cells
 from smollm2_base import NAME, smollm2
 from training import DMS_COMPRESSION, ROOT, config, export, train
+from transformers.utils.logging import disable_progress_bar
 
 from kvtrain.data.corpus import require_corpus
 from kvtrain.data.module import default_cache
@@ -45,9 +46,10 @@ _HELD = "kv_share_mean"
 
 def bench(base: str, text: str, length: int) -> Bench:
     """What is measured at a length."""
-    tasks = [Task("retrieval", SAMPLES, SAMPLES, {"corpus": text, "ask": "after", "retrieval": RETRIEVAL}, 0.98)]
+    asked = {"corpus": text, "ask": "after", "retrieval": RETRIEVAL}
+    tasks = [Task("retrieval", SAMPLES, SAMPLES, asked, answering=0.98)]
     if length == LENGTH:
-        tasks.insert(0, Task("continuation", WINDOWS, WINDOWS, {"corpus": text}, 0.875))
+        tasks.insert(0, Task("continuation", WINDOWS, WINDOWS, {"corpus": text}, answering=0.875))
     return Bench(base, RESULTS / slug(_text_name(text)) / str(length), tuple(tasks), length)
 
 
@@ -153,7 +155,8 @@ def show(results: Path) -> None:
         print(f"\n{folder.parent.name}, {here.length:,} tokens\n\n{table(here.rows())}\n")
         arms = [arm for arm in ARMS if any(_HELD in row for row in here.rows() if row["arm"] == arm)]
         chart = RUNS / "comparison" / folder.parent.name / folder.name
-        print(*compare([f"{arm}={here.file(arm)}" for arm in arms], chart), sep="\n")
+        files = [f"{'plain model' if arm == 'Full' else arm}={here.file(arm)}" for arm in arms]
+        print(*compare(files, chart), sep="\n")
 
 
 def main() -> None:
@@ -170,18 +173,28 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing")
     asked = parser.parse_args()
     if asked.print:
-        return show(RESULTS)
+        show(RESULTS)
+    else:
+        fill(asked)
+
+
+def fill(asked: argparse.Namespace) -> None:
+    """Measure what is missing of what was asked for.
+
+    Raises:
+        SystemExit: There is no such text, or no such arm.
+    """
+    disable_progress_bar()
     try:
         require_corpus(asked.text)
     except ValueError as error:
-        parser.error(str(error))
+        raise SystemExit(str(error)) from error
     wanted = arms_of(asked.arms or ["trained", "untrained"], {"trained": TRAINED, "untrained": UNTRAINED})
     base = str(smollm2(asked.cache, asked.text))
-    for one in (bench(base, asked.text, length) for length in asked.lengths):
+    for here in (bench(base, asked.text, length) for length in asked.lengths):
         for cell in all_cells(asked.ratios):
-            if cell.arm in wanted and cell not in one.done():
-                measure(cell, one, asked.steps)
-    return None
+            if cell.arm in wanted and cell not in here.done():
+                measure(cell, here, asked.steps)
 
 
 if __name__ == "__main__":
