@@ -1,4 +1,4 @@
-"""Every method at the same bytes, on a model that people know: SmolLM2-135M-Instruct, as it was published.
+"""Every method at the same bytes, on a model that people know: SmolLM2-135M-Instruct, out of its four-bit package.
 
 A text is continued (windows of 1,024 tokens, of which 768 are a prompt), and names are found in it: six are explained
 in 1,024, 2,048 or 4,096 tokens, and all asked for once the prompt has been read and cut. Nobody has trained the model
