@@ -49,7 +49,9 @@ FIXED: dict[str, Method] = {
 HEADS = ("Duo, free signal", "RazorAttention")  # choices of full heads
 
 
-def fit(sized: Sized, share_of: Callable[[Method], float], share: float, length: int) -> Method | None:
+def fit(
+    sized: Sized, share_of: Callable[[Method], float], share: float, length: int, answering: float = 1.0
+) -> Method | None:
     """The method whose size takes a share of Full's bytes in the mean; None where none comes within a tenth.
 
     Args:
@@ -57,8 +59,9 @@ def fit(sized: Sized, share_of: Callable[[Method], float], share: float, length:
         share_of: Measures what share it takes.
         share: Aimed at.
         length: Tokens of a row, which is the largest size.
+        answering: Share of them that a row has in the mean while it answers: the first size is one for so many.
     """
-    size, seen = round(share * length), dict[int, float]()
+    size, seen = round(share * length * answering), dict[int, float]()
     for _ in range(_TRIES):
         size = max(SINK + WINDOW, min(size, length))
         if size in seen:

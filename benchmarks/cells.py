@@ -1,7 +1,8 @@
 """Cells of comparisons at equal bytes: what ``kvtrain eval`` says of arms, in files that ``report --compare`` draws."""
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -35,14 +36,17 @@ class Task:
     Attributes:
         name: Of ``kvtrain eval``.
         limit: Windows or samples, of every kind where there are several.
-        trial: As many to try a size on: what some policies keep depends on the text.
+        trial: As many to try a size on: what some policies keep depends on the text. Where it is ``limit``, the last
+            try is the measurement.
         settings: See ``kvtrain.evaluation.evaluate.Settings``.
+        answering: Tokens of a row while it answers, in the mean, as a share of its length: sizes are tried from there.
     """
 
     name: str
     limit: int
     trial: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    answering: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,23 @@ class Bench:
         """
         rows = []
         for task in self.tasks:
-            method = self._method(cell, task, worth)
-            rows += [{"task": task.name, "method": None}] if method is None else self.measure(task, self.base, method)
+            measure = functools.cache(functools.partial(self.measure, task, self.base))
+            method = self._method(cell, task, worth, measure)
+            rows += [{"task": task.name, "method": None}] if method is None else measure(method, task.limit)
         return rows
 
-    def _method(self, cell: Cell, task: Task, worth: Tensor | None) -> Method | None:
+    def _method(
+        self, cell: Cell, task: Task, worth: Tensor | None, measure: Callable[[Method, int], list[Figures]]
+    ) -> Method | None:
         if cell.arm in FIXED:
             return FIXED[cell.arm]
         share = 1 / cell.ratio
         sized = SIZED[cell.arm] if worth is None else streaming(worth, share, self.length)
 
         def share_of(method: Method) -> float:
-            return mean(row["kv_share_mean"] for row in self.measure(task, self.base, method, task.trial))
+            return mean(row["kv_share_mean"] for row in measure(method, task.trial))
 
-        return fit(sized, share_of, share, self.length)
+        return fit(sized, share_of, share, self.length, task.answering)
 
     def rows(self) -> list[Figures]:
         """All that there is, with what ``Cell`` names in every row."""
@@ -133,3 +140,21 @@ def untrained_cells(ratios: Iterable[int]) -> list[Cell]:
     """Arms that need no training, at every ratio; those without a size once."""
     ratios = list(ratios)
     return [Cell(arm, ratio) for arm in UNTRAINED for ratio in ((AS_IT_IS,) if arm in FIXED else ratios)]
+
+
+def arms_of(names: Iterable[str], groups: Mapping[str, Iterable[str]]) -> set[str]:
+    """Arms by name, or by group.
+
+    Args:
+        names: Of either.
+        groups: Arms by the name of their group.
+
+    Raises:
+        SystemExit: There is none of a name.
+    """
+    known = {name: set(arms) for name, arms in groups.items()}
+    known |= {arm: {arm} for arms in groups.values() for arm in arms}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"no arm {unknown[0]!r}; there are {', '.join(known)}")
+    return set().union(*(known[name] for name in names))
