@@ -49,7 +49,7 @@ format: setup ## Apply the style
 	$(BIN)/ruff format .
 
 bench: setup ## Every benchmark, in the size that fits this machine
-	@set -e; for script in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/compare.py benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 

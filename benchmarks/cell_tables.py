@@ -45,7 +45,7 @@ def details(rows: Sequence[Figures], arms: Sequence[str]) -> str:
         for ratio, task in dict.fromkeys((row["ratio"], row["task"]) for row in mine):
             own = [row for row in mine if (row["ratio"], row["task"]) == (ratio, task)]
             shares = [f"{mean(row[name] for row in own):.1%}" for name in SHARES]
-            seeds = len({row["seed"] for row in own}) if own[0]["tokens"] else "-"
+            seeds = len({row["seed"] for row in own}) if own[0]["training_tokens"] else "-"
             aim = f"1/{ratio}" if ratio else "-"
             scores = [_score(own, task), *(f"{kind} {score:.2f}" for kind, score in _kinds(own).items())]
             cells = [arm, aim, task, ", ".join(scores), *shares, f"{own[0]['tokens']:,}", str(seeds)]

@@ -107,18 +107,18 @@ class Bench:
         """Cells that there are."""
         return {cell_of(row) for row in self.rows()}
 
-    def keep(self, cell: Cell, rows: Iterable[Figures], **also: Any) -> None:
+    def keep(self, cell: Cell, rows: Iterable[Figures], training_tokens: int = 0) -> None:
         """Put a cell's rows into the file of its arm.
 
         Args:
             cell: Which.
             rows: From ``kvtrain eval``.
-            **also: To stand in every row.
+            training_tokens: That its model was trained on.
         """
         path = self.file(cell.arm)
         before = json.loads(path.read_text()) if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = [{**row, **cell._asdict(), **also} for row in rows]
+        own = [{**row, **cell._asdict(), "training_tokens": training_tokens} for row in rows]
         write_text(path, json.dumps([*before, *own], indent=1) + "\n")
 
     def file(self, arm: str) -> Path:

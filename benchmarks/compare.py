@@ -14,18 +14,16 @@ one goes on; cells that the results hold already are left alone.
 
 import argparse
 import functools
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from arms import FIXED, HEADS, PAGE, head_worth, learnt_worth
 from cell_tables import SHARES, details, summary
-from cells import AS_IT_IS, UNTRAINED, Bench, Cell, Figures, Task, slug, untrained_cells
+from cells import AS_IT_IS, UNTRAINED, Bench, Cell, Figures, Task, arms_of, slug, untrained_cells
+from training import DMS_COMPRESSION, ROOT, config, export, read_recipe, train
 from transformers import AutoConfig
 from turns import machine
 
@@ -33,7 +31,6 @@ from kvtrain.assets import resolve
 from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.evaluation.comparison import compare
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS, RESULTS = ROOT / "runs" / "compare", ROOT / "benchmarks" / "results" / "compare"
 STEPS, BATCH, LENGTH = 800, 2, 1024  # of every training
 RATIOS = (2, 4, 8)
@@ -63,7 +60,7 @@ def _dmc(ratio: int, heads: int) -> dict[str, Any]:
 
 def _dms(ratio: int, heads: int) -> dict[str, Any]:
     """What leaves a window and a part of the older tokens; see ``DMS.expected_slots``."""
-    return {"method.compression": {2: 2.08, 4: 4.4, 8: 9.8}[ratio], "method.page_size": PAGE}
+    return {"method.compression": DMS_COMPRESSION[ratio], "method.page_size": PAGE}
 
 
 def _dms_all(ratio: int, heads: int) -> dict[str, Any]:
@@ -95,6 +92,7 @@ TRAINED = {
     GATES: Recipe("duo"),
 }
 ARMS = (*TRAINED, *UNTRAINED)
+GROUPS = {"trained": TRAINED, "untrained": UNTRAINED}
 
 
 def trained_cells(ratios: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
@@ -111,20 +109,12 @@ def trained_cells(ratios: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
 # --- training
 
 
-def config(cell: Cell, base: str, run: Path) -> dict[str, Any]:
+def settings_of(cell: Cell, base: str, run: Path) -> dict[str, Any]:
     """What ``kvtrain fit`` reads: the arm's recipe on the base, its data and the schedule of all."""
     recipe = TRAINED[cell.arm]
-    content = read_recipe(recipe.name)
     heads = AutoConfig.from_pretrained(resolve(base)).num_key_value_heads
-    init = content["model"]["init_args"]
-    init |= {"base": base, "seed": cell.seed}
-    for name, value in recipe.changes(cell.ratio, heads).items():
-        place, _, last = name.rpartition(".")
-        (init[place] if place else init)[last] = value
-    init["phases"] = stretched(init["phases"])
-    content["trainer"] |= {"default_root_dir": str(run), "max_steps": STEPS, "val_check_interval": STEPS // 2}
-    content["seed_everything"], content["data"] = cell.seed, data(base, cell.seed + 1)
-    return content
+    others = {"data": data(base, cell.seed + 1), "changes": recipe.changes(cell.ratio, heads)}
+    return config(recipe.name, run, base=base, steps=STEPS, seed=cell.seed, **others)
 
 
 def data(base: str, seed: int) -> dict[str, Any]:
@@ -134,38 +124,10 @@ def data(base: str, seed: int) -> dict[str, Any]:
     return {**content, "init_args": {**content["init_args"], **own}}
 
 
-def stretched(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Phases over all steps."""
-    factor = STEPS / sum(phase["steps"] for phase in phases)
-    lengths = ("steps", "warmup_steps", "decay_steps")
-    return [{k: round(v * factor) if k in lengths else v for k, v in phase.items()} for phase in phases]
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe of the packaged models."""
-    content: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "tiny" / f"{name}.yaml").read_text())
-    return content
-
-
-def train(cell: Cell, base: str) -> Path:
-    """The run of a cell, trained to its end; one that was stopped goes on."""
+def trained(cell: Cell, base: str) -> Path:
+    """The run of a cell, trained to its end."""
     run = RUNS / slug(base) / f"{slug(cell.arm)}-{cell.ratio}-{cell.seed}"
-    run.mkdir(parents=True, exist_ok=True)
-    settings = run / "asked.yaml"
-    settings.write_text(yaml.safe_dump(config(cell, base, run)))
-    begun = ("--ckpt_path", "last") if any((run / "checkpoints").glob("*")) else ()
-    kvtrain("fit", "--config", str(settings), *begun)
-    return run
-
-
-def kvtrain(*arguments: str) -> None:
-    """Run a command; its output goes to the terminal.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    if subprocess.run([sys.executable, str(ROOT / "kvtrain_cli.py"), *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"kvtrain {arguments[0]} failed")
+    return train(run, settings_of(cell, base, run))
 
 
 # --- measuring
@@ -174,19 +136,16 @@ def kvtrain(*arguments: str) -> None:
 def measure(cell: Cell, bench: Bench) -> None:
     """Train and measure one cell, and keep its rows."""
     if cell.arm not in TRAINED:
-        bench.keep(cell, bench.untrained(cell, _worth(cell.arm, bench.base)), tokens=0)
+        bench.keep(cell, bench.untrained(cell, _worth(cell.arm, bench.base)))
         return
     if cell.arm == GATES:
-        gates = train(Cell(GATES, AS_IT_IS, cell.seed), bench.base)
+        gates = trained(Cell(GATES, AS_IT_IS, cell.seed), bench.base)
         rows = [{**row, "trained": True} for row in bench.untrained(cell, learnt_worth(gates))]
     else:
-        run = train(cell, bench.base)
-        exported = run / "exported"
-        if not exported.exists():
-            kvtrain("export", str(run), str(exported))
+        exported = export(trained(cell, bench.base))
         rows = [row for task in bench.tasks for row in bench.measure(task, str(exported))]
         rows = [named(row, cell, bench.base) for row in rows]
-    bench.keep(cell, rows, tokens=STEPS * BATCH * LENGTH)
+    bench.keep(cell, rows, training_tokens=STEPS * BATCH * LENGTH)
 
 
 def named(row: Figures, cell: Cell, base: str) -> Figures:
@@ -212,7 +171,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing")
     asked = parser.parse_args()
     bench = Bench(asked.base, RESULTS / slug(asked.base), TASKS)
-    wanted = arms_of(asked.arms or ["trained", "untrained"])
+    wanted = arms_of(asked.arms or GROUPS, GROUPS)
     cells = [*trained_cells(asked.ratios, asked.seeds), *untrained_cells(asked.ratios)]
     for cell in cells if not asked.print else ():
         if cell.arm in wanted and cell not in bench.done():
@@ -229,19 +188,6 @@ def show(bench: Bench) -> None:
     files = [f"{'plain model' if arm == 'Full' else arm}={bench.file(arm)}" for arm in arms if bench.file(arm).exists()]
     for path in compare(files, RUNS / slug(bench.base) / "comparison"):
         print(path)
-
-
-def arms_of(names: list[str]) -> set[str]:
-    """Arms by name, or by group.
-
-    Raises:
-        SystemExit: There is none of a name.
-    """
-    groups = {"trained": set(TRAINED), "untrained": set(UNTRAINED)} | {arm: {arm} for arm in ARMS}
-    unknown = [name for name in names if name not in groups]
-    if unknown:
-        raise SystemExit(f"no arm {unknown[0]!r}; there are {', '.join(groups)}")
-    return set().union(*(groups[name] for name in names))
 
 
 if __name__ == "__main__":

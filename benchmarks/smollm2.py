@@ -43,6 +43,7 @@ LENGTH, BATCH = 1024, 2  # of trainings
 GATES, ADAPTERS = "Duo", "DMS, adapters alone"
 TRAINED = {GATES: 300, ADAPTERS: 600}  # steps
 ARMS = (*UNTRAINED, *TRAINED)
+GROUPS = {"trained": TRAINED, "untrained": UNTRAINED}
 _HELD = "kv_share_mean"
 
 
@@ -108,7 +109,7 @@ def measure(cell: Cell, bench: Bench, steps: int | None) -> None:
         rows = [row for task in bench.tasks for row in bench.measure(task, exported)]
     else:
         rows = bench.untrained(cell, _worth(cell.arm, bench.base) if cell.arm in HEADS else None)
-    bench.keep(cell, [without_paths(row) for row in rows], tokens=asked * BATCH * LENGTH)
+    bench.keep(cell, [without_paths(row) for row in rows], asked * BATCH * LENGTH)
 
 
 @functools.cache
@@ -137,7 +138,7 @@ def table(rows: Iterable[Figures]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for cell in sorted(cells, key=lambda cell: (ARMS.index(cell.arm), cell.ratio)):
         found = [_figure(cells[cell].get(task, {}), key) for task, keys in shown.items() for key in (_HELD, *keys)]
-        tokens = next(iter(cells[cell].values()))["tokens"]
+        tokens = next(iter(cells[cell].values()))["training_tokens"]
         ratio = f"1/{cell.ratio}" if cell.ratio else ""
         lines.append(f"| {' | '.join([cell.arm, ratio, *found, f'{tokens:,}' if tokens else ''])} |")
     return "\n".join(lines)
@@ -191,7 +192,7 @@ def fill(asked: argparse.Namespace) -> None:
         require_corpus(asked.text)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    wanted = arms_of(asked.arms or ["trained", "untrained"], {"trained": TRAINED, "untrained": UNTRAINED})
+    wanted = arms_of(asked.arms or GROUPS, GROUPS)
     base = str(smollm2(asked.cache, asked.text))
     for here in (bench(base, asked.text, length) for length in asked.lengths):
         for cell in all_cells(asked.ratios):
