@@ -48,7 +48,7 @@ def details(rows: Sequence[Figures], arms: Sequence[str]) -> str:
             seeds = len({row["seed"] for row in own}) if own[0]["training_tokens"] else "-"
             aim = f"1/{ratio}" if ratio else "-"
             scores = [_score(own, task), *(f"{kind} {score:.2f}" for kind, score in _kinds(own).items())]
-            cells = [arm, aim, task, ", ".join(scores), *shares, f"{own[0]['tokens']:,}", str(seeds)]
+            cells = [arm, aim, task, ", ".join(scores), *shares, f"{own[0]['training_tokens']:,}", str(seeds)]
             lines.append(f"| {' | '.join(cells)} |")
     absent = [f"{row['arm']} at 1/{row['ratio']} ({row['task']})" for row in rows if not row["method"]]
     lines += [f"\nNot within a tenth of the bytes at any size: {', '.join(absent)}."] if absent else []
