@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtrain.evaluation.comparison_plots import quality_figure
-from kvtrain.evaluation.comparison_points import MIB, Panel, Point, panels_of, read_points, require_one_measure
+from kvtrain.evaluation.comparison_points import MIB, Panel, Point, panels_of, pooled, read_points, require_one_measure
 from kvtrain.evaluation.page import wide_table, write_page
 
 FOLDER, PAGE = "comparison", "comparison.html"
@@ -13,6 +13,8 @@ _TITLE, _WIDTH = "Quality over KV bytes", 960
 
 def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
     """Draw quality over bytes, one panel a task and a line a method, and write a page that needs no other file.
+
+    Kinds of a task are drawn as one, and stand in tables by themselves.
 
     Args:
         files: JSON of ``kvtrain eval``, or ``NAME=FILE`` to name its line.
@@ -26,10 +28,12 @@ def compare(files: Sequence[str], output: Path | None = None) -> list[Path]:
             not measured on the same.
     """
     points = [point for file in files for point in read_points(file)]
-    require_one_measure(points)
-    figure = quality_figure(points)
+    drawn = pooled(points)
+    require_one_measure([*points, *drawn])
+    figure = quality_figure(drawn)
     folder = Path(FOLDER) if output is None else output
-    tables = [_table(panel, part) for panel, part in panels_of(points).items()]
+    parts = {**panels_of(drawn), **panels_of(points)}
+    tables = [_table(panel, part) for panel, part in parts.items()]
     return write_page(folder, PAGE, _TITLE, {"quality": figure}, after="\n".join(tables), width=_WIDTH)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from kvtrain.errors import UsageError
@@ -63,6 +64,7 @@ class Point:
         end: After the last step.
         peak: The most after any pass, those over the prompt included.
         share: ``mean`` as a share of what a plain cache would hold; None of a model that has no host.
+        answers: That were asked for.
         measured_on: What figures must have in common to stand side by side.
     """
 
@@ -77,6 +79,7 @@ class Point:
     end: float
     peak: float
     share: float | None
+    answers: int
     measured_on: dict[str, Any]
 
 
@@ -121,7 +124,7 @@ def _named(file: str) -> tuple[str | None, Path]:
 def panels_of(points: Sequence[Point]) -> dict[Panel, list[Point]]:
     """Points by their panels, which are in the order of ``PANELS``."""
     there = dict.fromkeys(point.panel for point in points)
-    ordered = [panel for known in PANELS.values() for panel in there if panel.title == known.title]
+    ordered = [panel for known in PANELS.values() for panel in there if panel.title.startswith(known.title)]
     return {panel: [point for point in points if point.panel == panel] for panel in ordered}
 
 
@@ -131,11 +134,45 @@ def _family(row: dict[str, Any]) -> str:
 
 
 def _panel(row: dict[str, Any]) -> Panel:
-    """Where a row belongs; RULER's kinds are of one length each."""
-    kind, family = row.get("kind"), _family(row)
+    """Where a row belongs; what RULER asks for is of one length each."""
+    family = _family(row)
+    panel = replace(PANELS[family], kind=row.get("kind"))
     if family == "ruler":
-        kind = f"{kind}, {row['measured_on']['sequence_length']} tokens"
-    return replace(PANELS[family], kind=kind)
+        panel = replace(panel, title=f"{panel.title} in {row['measured_on']['sequence_length']:,} tokens")
+    return panel
+
+
+def pooled(points: Sequence[Point]) -> list[Point]:
+    """All kinds of a task as one: what is found of all answers, and bytes in the mean over kinds.
+
+    Args:
+        points: From ``read_points``; those of tasks without kinds, and kinds that stand alone, stay as they are.
+    """
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        key = (replace(point.panel, kind=None), point.label, point.model, point.method, point.trained)
+        groups.setdefault(key, []).append(point)
+    several = {key[0] for key, group in groups.items() if len({point.panel.kind for point in group}) > 1}
+    return [one for key, group in groups.items() for one in ([_pool(key[0], group)] if key[0] in several else group)]
+
+
+def _pool(panel: Panel, points: Sequence[Point]) -> Point:
+    def average(name: str) -> float:
+        return float(mean(getattr(point, name) for point in points))
+
+    answers = sum(point.answers for point in points)
+    kinds = sorted({str(point.panel.kind) for point in points})
+    return replace(
+        points[0],
+        panel=panel,
+        quality=sum(point.quality * point.answers for point in points) / answers,
+        mean=average("mean"),
+        end=average("end"),
+        peak=average("peak"),
+        share=None if points[0].share is None else average("share"),
+        answers=answers,
+        measured_on={**points[0].measured_on, "kinds": ", ".join(kinds)},
+    )
 
 
 def _point(row: dict[str, Any], name: str | None) -> Point:
@@ -153,6 +190,7 @@ def _point(row: dict[str, Any], name: str | None) -> Point:
         end=float(row["kv_bytes_end"]),
         peak=float(row["kv_bytes_peak"]),
         share=None if row["kv_share_mean"] is None else float(row["kv_share_mean"]),
+        answers=int(row.get("answers", 1)),
         measured_on=dict(row["measured_on"]),
     )
 

@@ -8,7 +8,7 @@ import pytest
 import kvtrain_cli
 from kvtrain.evaluation.comparison import compare
 from kvtrain.evaluation.comparison_plots import quality_figure
-from kvtrain.evaluation.comparison_points import label, read_points
+from kvtrain.evaluation.comparison_points import label, pooled, read_points
 
 ON = {"corpus": "heldout", "sequence_length": 64, "tokenizer": "a1"}
 MEASURED = {"model": "m", "kv_bytes_end": 5e5, "kv_share_mean": 0.5, "measured_on": ON}
@@ -79,13 +79,29 @@ def test_the_page_stands_alone_and_is_the_same_again(files, tmp_path, capsys):
     assert [path.read_bytes() for path in again] == [(tmp_path / "out" / path.name).read_bytes() for path in again]
 
 
-def test_kinds_of_retrieval_are_panels_of_their_own(tmp_path):
+def test_kinds_of_retrieval_are_one_panel_and_tables_of_their_own(tmp_path):
+    """Of all answers, a quarter of which is of one kind; where kinds differ between methods nothing is drawn."""
     rows = [passkey("Full()", 0.9, 2**20)]
-    rows += [{**passkey("Full()", 0.5, 2**20), "task": "retrieval", "kind": kind} for kind in ("single", "hops")]
+    for kind, answers, found, held in (("single", 10, 0.5, 2**20), ("hops", 30, 0.9, 2**19)):
+        row = passkey("Full()", found, held)
+        rows.append({**row, "task": "retrieval", "kind": kind, "answers": answers})
     (tmp_path / "a.json").write_text(json.dumps([*rows, continuation("Full()", 18.0, 2**20)]))
-    titles = [axes.get_title(loc="left") for axes in quality_figure(read_points(str(tmp_path / "a.json"))).axes]
-    parts = [f"Share of values found: {kind}" for kind in ("single", "hops")]
-    assert titles == ["Perplexity of continuations", "Share of passkeys found", *parts]
+    points = read_points(str(tmp_path / "a.json"))
+    drawn = pooled(points)
+    assert [point.panel.heading for point in drawn] == [
+        *("Share of passkeys found", "Share of values found", "Perplexity of continuations")
+    ]
+    assert (drawn[1].quality, drawn[1].mean, drawn[1].answers) == (pytest.approx(0.8), 0.75 * 2**20, 40)
+    titles = [axes.get_title(loc="left") for axes in quality_figure(drawn).axes]
+    assert titles == ["Perplexity of continuations", "Share of passkeys found", "Share of values found"]
+    *_, page = compare([str(tmp_path / "a.json")], tmp_path / "out")
+    text = page.read_text(encoding="utf-8")
+    for heading in (*titles, "Share of values found: single", "Share of values found: hops"):
+        assert f">{heading}<" in text
+    single = {**rows[1], "method": "H2O(budget=64, recent=8)", "trained": False}
+    (tmp_path / "b.json").write_text(json.dumps([single]))
+    with pytest.raises(ValueError, match=r"were measured on different things \(kinds: hops, single and single\)"):
+        compare([str(tmp_path / "a.json"), str(tmp_path / "b.json")], tmp_path / "two")
 
 
 def test_kinds_of_ruler_are_panels_of_a_length_each(tmp_path):
@@ -97,7 +113,7 @@ def test_kinds_of_ruler_are_panels_of_a_length_each(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "task": "lm-eval:mmlu"}]))
     points = read_points(str(tmp_path / "a.json"))
     assert [point.panel.heading for point in points] == [
-        f"Share of what RULER asks for: vt, {length} tokens" for length in (512, 1024)
+        f"Share of what RULER asks for in {length:,} tokens: vt" for length in (512, 1024)
     ]
     assert [point.quality for point in points] == [0.25, 0.25]
 
