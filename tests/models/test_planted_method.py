@@ -111,7 +111,7 @@ def test_a_recipe_trains_estimates_exports_evaluates_and_reports(window, tmp_pat
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
     written = [Path(line).name for line in capsys.readouterr().out.splitlines()]
-    assert written == ["loss.png", "window_seen.png", "learning_rate.png", "report.html"]
+    assert written == ["loss.png", "window_seen.png", "learning_rate.png", "speed.png", "report.html"]
     page, last = (run / "report" / "report.html").read_text(), read_metrics(run)[-1]
     assert f"<th>Pull on the last norm at the end</th><td>{last['norm_pull']:.3f}</td>" in page
     (bars,) = figures(load_tables(run))["window_seen"].axes[0].containers

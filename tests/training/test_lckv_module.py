@@ -165,7 +165,7 @@ def test_a_run_from_nothing_and_its_report(place, tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run")]) == 0
     written = {path.name for path in (tmp_path / "run" / "report").iterdir()}
-    assert written == {"loss.png", "kv_map.png", "learning_rate.png", "report.html"}
+    assert written == {"loss.png", "kv_map.png", "learning_rate.png", "speed.png", "report.html"}
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     gap = f"{held_out[-1]['val_serving_gap']:+.5f}"
     assert f"<th>Held-out loss, serving minus training form</th><td>{gap}</td>" in page

@@ -72,7 +72,7 @@ PICTURES = {"dmc": ["compression"], "duo": [], "lckv": ["kv_map"], "transnormer"
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_reported(name, tmp_path):
     written = report_run(HERE / PLACE / name, tmp_path)
-    assert [path.stem for path in written] == ["loss", *PICTURES[name], "learning_rate", "report"]
+    assert [path.stem for path in written] == ["loss", *PICTURES[name], "learning_rate", "speed", "report"]
 
 
 def losses_of_last_batches(monkeypatch):
