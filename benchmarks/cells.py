@@ -121,6 +121,11 @@ class Bench:
         own = [{**row, **cell._asdict(), "training_tokens": training_tokens} for row in rows]
         write_text(path, json.dumps([*before, *own], indent=1) + "\n")
 
+    def charted(self, arms: Iterable[str]) -> list[str]:
+        """Files of arms for ``report --compare``, each under its name, where they hold anything."""
+        measured = {row["arm"] for row in self.rows() if row.get("method")}
+        return [f"{'plain model' if arm == 'Full' else arm}={self.file(arm)}" for arm in arms if arm in measured]
+
     def file(self, arm: str) -> Path:
         """Where an arm's rows lie."""
         return self.folder / f"{slug(arm)}.json"

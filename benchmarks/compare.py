@@ -185,8 +185,7 @@ def show(bench: Bench) -> None:
     if not rows:
         raise SystemExit(f"{bench.base}: nothing measured yet")
     print(f"{machine()}; {bench.base}\n\n{details(rows, arms)}\n\nIn short:\n\n{summary(rows, arms)}\n")
-    files = [f"{'plain model' if arm == 'Full' else arm}={bench.file(arm)}" for arm in arms if bench.file(arm).exists()]
-    for path in compare(files, RUNS / slug(bench.base) / "comparison"):
+    for path in compare(bench.charted(arms), RUNS / slug(bench.base) / "comparison"):
         print(path)
 
 

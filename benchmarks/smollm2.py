@@ -81,7 +81,7 @@ def data(base: str, task: RetrievalTask, text_share: float) -> dict[str, Any]:
 
 def gates(base: str, steps: int) -> Path:
     """The run that learns what heads are worth, once for all ratios."""
-    run = RUNS / "duo"
+    run = RUNS / f"duo-{steps}"
     changes = {"distill": {"of": "logits"}}
     content = config("duo", run, base=base, steps=steps, seed=1, data=data(base, RETRIEVAL, 0.0), changes=changes)
     return train(run, content)
@@ -89,7 +89,7 @@ def gates(base: str, steps: int) -> Path:
 
 def adapters(base: str, ratio: int, steps: int) -> Path:
     """The run of DMS at a ratio; compression leaves a window and a part of the older tokens."""
-    run = RUNS / f"dms-{ratio}"
+    run = RUNS / f"dms-{ratio}-{steps}"
     changes = {"method.compression": DMS_COMPRESSION[ratio], "method.page_size": PAGE}
     return train(
         run, config("dms", run, base=base, steps=steps, seed=1, data=data(base, RETRIEVAL, 0.5), changes=changes)
@@ -101,7 +101,7 @@ def adapters(base: str, ratio: int, steps: int) -> Path:
 
 def measure(cell: Cell, bench: Bench, steps: int | None) -> None:
     """Measure a cell, trained first where it trains, and keep its rows."""
-    asked = steps or TRAINED.get(cell.arm, 0)
+    asked = (steps or TRAINED[cell.arm]) if cell.arm in TRAINED else 0
     if cell.arm == GATES:
         rows = [{**row, "trained": True} for row in bench.untrained(cell, learnt_worth(gates(bench.base, asked)))]
     elif cell.arm == ADAPTERS:
@@ -156,10 +156,8 @@ def show(results: Path) -> None:
     for folder in sorted(results.glob("*/*"), key=lambda path: (path.parent, int(path.name))):
         here = Bench("", folder, (), int(folder.name))
         print(f"\n{folder.parent.name}, {here.length:,} tokens\n\n{table(here.rows())}\n")
-        arms = [arm for arm in ARMS if any(_HELD in row for row in here.rows() if row["arm"] == arm)]
         chart = RUNS / "comparison" / folder.parent.name / folder.name
-        files = [f"{'plain model' if arm == 'Full' else arm}={here.file(arm)}" for arm in arms]
-        print(*compare(files, chart), sep="\n")
+        print(*compare(here.charted(ARMS), chart), sep="\n")
 
 
 def main() -> None:

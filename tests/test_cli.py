@@ -120,7 +120,7 @@ def planted(monkeypatch, module: str, **functions) -> None:
 
 def test_export_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("kvtrain.export.hf.export_run", lambda *args, keep_adapter: calls.append((*args, keep_adapter)))
+    monkeypatch.setattr("kvtrain.export.hf.export_run", lambda *args, **rest: calls.append((*args, *rest.values())))
     monkeypatch.setattr("kvtrain.export.hf.export_plain", lambda *args: calls.append(args))
     monkeypatch.setattr("kvtrain.export.push.require_token", lambda: calls.append("token"))
     monkeypatch.setattr("kvtrain.export.push.push_folder", lambda *args: calls.append(args) or Pushed("abc", True))
@@ -131,8 +131,8 @@ def test_export_passes_its_arguments_on(monkeypatch, capsys):
     run, out = Path("runs/x"), Path("out")
     target = PushTarget("me/model", "main", private=True)
     assert calls == [
-        (run, out, "bfloat16", False, False),
-        *("token", (run, out, "float32", True, True), (out, target)),
+        (run, out, "bfloat16", False, False, None),
+        *("token", (run, out, "float32", True, True, "me/model"), (out, target)),
         ("kvtrain:tiny", kvtrain.DMC(compression=2), out, "bfloat16", False),
     ]
     assert capsys.readouterr().out == "out\nout\nme/model@main: pushed in commit abc\nout\n"

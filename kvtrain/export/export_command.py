@@ -45,7 +45,7 @@ def run(asked: Namespace) -> None:
     if method is not None and asked.keep_adapter:
         raise UsageError("--keep-adapter is of a run with lora; a plain model has no adapter")
     if method is None:
-        hf.export_run(Path(asked.run), output, *options, keep_adapter=asked.keep_adapter)
+        hf.export_run(Path(asked.run), output, *options, keep_adapter=asked.keep_adapter, hub_id=asked.push_to)
     else:
         hf.export_plain(asked.run, method, output, *options)
     print(output, flush=True)

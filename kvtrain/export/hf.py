@@ -36,7 +36,13 @@ logger = logging.getLogger("kvtrain")
 
 
 def export_run(
-    run: Path, output: Path, dtype: str = "bfloat16", with_code: bool = False, *, keep_adapter: bool = False
+    run: Path,
+    output: Path,
+    dtype: str = "bfloat16",
+    with_code: bool = False,
+    *,
+    keep_adapter: bool = False,
+    hub_id: str | None = None,
 ) -> Path:
     """Write a run's last checkpoint as an HF folder; nothing is left there on failure.
 
@@ -48,6 +54,7 @@ def export_run(
         dtype: Of the weights: ``bfloat16``, ``float16`` or ``float32``.
         with_code: Write the model's code beside them, so that nobody needs kvtrain to open the folder.
         keep_adapter: Leave adapters out of the weights, and write them to ``adapter`` in the folder as PEFT does.
+        hub_id: Where the folder will be found, for the adapter; the folder itself where absent.
 
     Raises:
         ValueError: No checkpoint, one without export data, an existing output, code that cannot travel, or no adapter
@@ -63,7 +70,7 @@ def export_run(
         tokenizer.chat_template = stored.settings["chat_template"]
     adapter = None
     if keep_adapter:
-        stored, adapter = take_adapter(stored, run)
+        stored, adapter = take_adapter(stored, run, hub_id or str(output))
     folder = run if is_run(run) else run.parent.parent
     return _write(stored, tokenizer, output, weight_type, with_code, (folder.name, read_provenance(folder)), adapter)
 
@@ -113,7 +120,7 @@ def _write(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if adapter is not None:
-            adapter.write(folder / ADAPTER_FOLDER, str(output))
+            adapter.write(folder / ADAPTER_FOLDER)
         (folder / "README.md").write_text(model_card(model, *origin, bool(code)))
     return output
 

@@ -27,29 +27,27 @@ class KeptAdapter:
     Attributes:
         settings: How it was made.
         tensors: Its matrices by PEFT's names.
+        base: Where the model will be found that it stands on.
     """
 
     settings: LoRA
     tensors: Mapping[str, Tensor]
+    base: str
 
-    def write(self, folder: Path, base: str) -> None:
-        """Write what ``peft.PeftModel.from_pretrained`` opens.
-
-        Args:
-            folder: A new one.
-            base: Of the model that it stands on.
-        """
+    def write(self, folder: Path) -> None:
+        """Write what ``peft.PeftModel.from_pretrained`` opens into a new folder."""
         folder.mkdir()
-        self.settings.peft_config(task_type="CAUSAL_LM", base_model_name_or_path=base).save_pretrained(folder)
+        self.settings.peft_config(task_type="CAUSAL_LM", base_model_name_or_path=self.base).save_pretrained(folder)
         save_file(dict(self.tensors), folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def take_adapter(stored: StoredModel, run: Path) -> tuple[StoredModel, KeptAdapter]:
+def take_adapter(stored: StoredModel, run: Path, base: str) -> tuple[StoredModel, KeptAdapter]:
     """Part a checkpoint's adapter from all else that was learnt.
 
     Args:
         stored: The checkpoint.
         run: Where it comes from.
+        base: Where the model will be found that the adapter stands on.
 
     Raises:
         UsageError: It has none.
@@ -60,7 +58,7 @@ def take_adapter(stored: StoredModel, run: Path) -> tuple[StoredModel, KeptAdapt
     settings = dict(stored.settings["config"])
     config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
     borrowed = borrowed_of(config)
-    kept = KeptAdapter(LoRA(**lora), peft_tensors(stored.weights, borrowed))
+    kept = KeptAdapter(LoRA(**lora), peft_tensors(stored.weights, borrowed), base)
     return StoredModel(stored.settings, without_matrices(stored.weights)), kept
 
 

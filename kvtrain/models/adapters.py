@@ -35,7 +35,8 @@ class LoRA:
         alpha: Their product is scaled by ``alpha / rank``.
         dropout: On what enters them, while training.
         targets: Last names of the linear modules that get them.
-        train_also: Last names of modules whose own weights train, too, whole.
+        train_also: Last names of linear modules whose own weights train, too, whole.
+        learning_rate_scale: Adapters learn at so large a multiple of the learning rate.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         use_dora: Learn the length of every row of a weight beside its direction.
         quantize: Hold the frozen weights of the targets in 8 bits (``int8``) or in 4 (``nf4``) while adapters train.
@@ -49,6 +50,7 @@ class LoRA:
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: list(_PROJECTIONS))
     train_also: list[str] = field(default_factory=list)
+    learning_rate_scale: float = 1.0
     use_rslora: bool = False
     use_dora: bool = False
     quantize: Quantization | None = None
@@ -56,6 +58,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
+        if self.learning_rate_scale <= 0:
+            raise ValueError(f"lora.learning_rate_scale must be above 0, not {self.learning_rate_scale:g}")
         if self.alpha <= 0:
             raise ValueError(f"lora.alpha must be above 0, not {self.alpha:g}")
         if not 0 <= self.dropout < 1:
@@ -114,10 +118,13 @@ class OwnRows(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Outputs ``(..., out)`` of inputs ``(..., in)``."""
         output: Tensor = self.inner(hidden)
-        if not self.active:
-            return output
-        output = output.clone()
-        output[..., self.rows] = getattr(self, _ROWS)(hidden).to(output.dtype)
+        own: nn.Linear = getattr(self, _ROWS)
+        if self.active:
+            output = output.clone()
+            output[..., self.rows] = own(hidden.to(own.weight.dtype)).to(output.dtype)
+        elif torch.is_grad_enabled():  # no gradient at all would be a fault to those who sum them over ranks
+            nothing = 0.0 * torch.stack([parameter.sum() for parameter in own.parameters()]).sum()
+            output = output + nothing.to(output.dtype)
         return output
 
 
@@ -177,11 +184,14 @@ def first_values(shapes: Mapping[str, torch.Size], seed: int) -> dict[str, Tenso
 
 def _check(model: nn.Module, settings: LoRA) -> None:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     there = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     for target in [*settings.targets, *settings.train_also]:
         if target not in there:
             raise UsageError(f"lora: the model has no linear module {target!r}; there are {', '.join(there)}")
     for name, module in linear.items():
+        if id(module.weight) in tied and name.rpartition(".")[2] in {*settings.targets, *settings.train_also}:
+            raise UsageError(f"lora: {name} has the weight of the embeddings, into which nothing merges; leave it out")
         if name.rpartition(".")[2] in settings.targets and settings.rank > min(module.weight.shape):
             size = " x ".join(map(str, module.weight.shape))
             raise UsageError(f"lora.rank is {settings.rank}, more than {name} ({size}) can have; lower it")

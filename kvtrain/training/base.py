@@ -329,6 +329,10 @@ class TrainingModule(pl.LightningModule, ABC):
         """Why the model is not one to serve yet, with the remedy; None where it is."""
         return None
 
+    def divide_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Parameter groups of the model, as they are or in parts with an ``lr`` of their own, a factor."""
+        return groups
+
     def extra_param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups that are no part of the model."""
         return []
@@ -337,7 +341,7 @@ class TrainingModule(pl.LightningModule, ABC):
         """AdamW, and a learning rate that is a function of the step."""
         decayed, plain = split_parameters(self.model)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups += self.extra_param_groups()
+        groups = [*self.divide_groups(groups), *self.extra_param_groups()]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from kvtrain.data.packing import Batch
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.dms import DMS
@@ -16,9 +14,10 @@ from kvtrain.training.teachers import teach
 class DMSModule(BorrowedChannelModule):
     """Raises the target from 1 to the method's ``compression`` in ``retrofit``, and holds it in ``finetune``.
 
-    With ``trainable: adapter`` the decisions' own parameters alone train. The teacher is the model itself with nothing
-    marked, so there is no second copy of it; checkpoints hold those parameters alone, and exporting puts them into the
-    base again. With ``trainable: all`` weights move, and the untouched base teaches: a second copy in memory.
+    With ``trainable: adapter`` the decisions' own parameters train, beside those of ``lora``. The teacher is the model
+    itself with nothing marked, so there is no second copy of it; checkpoints hold what is learnt alone, and exporting
+    puts it into the base again. With ``trainable: all`` weights move, and the untouched base teaches: a second copy in
+    memory.
 
     A borrowed channel (``decide_by: query_channel``) is freed first: in ``zero_out`` a factor on it falls to 0.
     Without that phase its rows are cleared at the start.
@@ -70,20 +69,15 @@ class DMSModule(BorrowedChannelModule):
         """See ``RetrofitModule``."""
         return not self._trains_adapter or f".{PROJECTION}" in name  # with which the name of the norm begins, too
 
-    def _load_teacher(self) -> None:
-        """Where adapters alone train, nothing: the model is its own teacher."""
-        if not self._trains_adapter:
-            super()._load_teacher()
-
-    def teacher_model(self) -> nn.Module | None:
-        """See ``TrainingModule``; the model itself, or the untouched base."""
-        if self.distillation is None or not self._trains_adapter:
-            return super().teacher_model()
-        return self.model
+    @property
+    def teaches_itself(self) -> bool:
+        """See ``RetrofitModule``; where all of the base is there, and stays."""
+        changes = self.num_key_value_heads or (self.lora is not None and self.lora.train_also)
+        return self._trains_adapter and not changes
 
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """What the teacher makes of the batch, and how to learn from it."""
-        if self.distillation is None or not self._trains_adapter:
+        if self.distillation is None or not self.teaches_itself:
             return super().teacher_inputs(batch)
         with self.as_base():
             teacher = teach(self.model, batch, step=DMSStep(full_attention=True))

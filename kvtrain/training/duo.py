@@ -45,7 +45,7 @@ class HeadGates(HeadTable):
 
 
 class DuoModule(RetrofitModule):
-    """Learns one gate for every key-value head; everything else stays as it is.
+    """Learns one gate for every key-value head; everything else stays as it is, but for what ``lora`` adds.
 
     The teacher is the model itself with all gates open, so there is no second copy of it. Held-out figures are those
     of the rounded model. Checkpoints hold the gates alone, and exporting puts them into the base again.
@@ -78,6 +78,8 @@ class DuoModule(RetrofitModule):
         super().__init__(base, method or Duo(), distill=distill, betas=betas, **training)
         if self.method.full_heads is not None:
             raise ValueError("full_heads is what training finds; leave it out of the recipe")
+        if self.lora is not None and self.lora.train_also:
+            raise ValueError("the model with open gates teaches, and its weights must stay; leave lora.train_also out")
         if regularization < 0:
             raise ValueError(f"regularization must not be negative, not {regularization}")
         self.regularization, self.multiplier_scale = regularization, multiplier_scale
@@ -90,12 +92,14 @@ class DuoModule(RetrofitModule):
         """See ``RetrofitModule``."""
         return False
 
+    @property
+    def teaches_itself(self) -> bool:
+        """See ``RetrofitModule``."""
+        return True
+
     def learns(self, name: str) -> bool:
         """See ``RetrofitModule``."""
         return name.endswith(".gates")
-
-    def _load_teacher(self) -> None:
-        """Nothing: the model is its own teacher."""
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Gates are written down at every validation."""

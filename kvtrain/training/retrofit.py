@@ -88,6 +88,11 @@ class RetrofitModule(MethodModule):
         """Whether the host's own weights train."""
         return self.lora is None
 
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the model is its own teacher, in another form and without adapters."""
+        return False
+
     def is_trainable(self, name: str) -> bool:
         """See ``TrainingModule``; beside adapters what the method adds to the host trains, too."""
         if self.lora is None:
@@ -142,6 +147,8 @@ class RetrofitModule(MethodModule):
             self._load_teacher()
 
     def _load_teacher(self) -> None:
+        if self.teaches_itself:
+            return
         self._teacher = (traits(self._trainer).build_teacher(self),)
 
     def build_teacher(self) -> PreTrainedModel:
@@ -150,7 +157,11 @@ class RetrofitModule(MethodModule):
             return second_model(self._load_base(), self.device)
         quantized = self.lora is not None and self.lora.quantize
         modules = base_layers(self.model, self._unchanged) if quantized else {}
-        return second_model(self._sharing_teacher.pop(), self.device, modules)
+        teacher, shared = second_model(self._sharing_teacher.pop(), self.device, modules), set(self.model.parameters())
+        for parameter in teacher.parameters():  # a strategy may have narrowed what they share
+            if parameter not in shared and parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.model.dtype)
+        return teacher
 
     def build_meta_teacher(self) -> nn.Module:
         """The base as it is, on the meta device."""
@@ -161,7 +172,9 @@ class RetrofitModule(MethodModule):
         return self._map_base()
 
     def teacher_model(self) -> nn.Module | None:
-        """See ``TrainingModule``; the untouched base."""
+        """See ``TrainingModule``; the untouched base, or the model itself."""
+        if self.teaches_itself:
+            return self.model if self.distillation else None
         return self._teacher[0] if self._teacher else None
 
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
@@ -183,18 +196,34 @@ class RetrofitModule(MethodModule):
             theirs = dict(plain.named_parameters())
             self._unchanged = {name for name, own in model.named_parameters() if own is theirs.get(name)}
             add_adapters(model, self.lora, borrowed_rows(model), self.seed)
-            if self.distillation and self.shares_teacher:
+            if self.distillation and self.shares_teacher and not self.teaches_itself:
                 self._sharing_teacher = [sharing(plain, model, self.is_trainable)]
         if not self.trains_base:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.is_trainable(name))
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         return model
+
+    def divide_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See ``TrainingModule``; adapters may learn faster or slower."""
+        if self.lora is None or self.lora.learning_rate_scale == 1.0:
+            return groups
+        adapters = {parameter for name, parameter in self.model.named_parameters() if is_adapter(name)}
+        parts = []
+        for group in groups:
+            own, others = ([p for p in group["params"] if (p in adapters) == wanted] for wanted in (True, False))
+            parts += [{**group, "params": own, "lr": self.lora.learning_rate_scale}, {**group, "params": others}]
+        return parts
 
     def build_meta_model(self) -> nn.Module:
         """See ``TrainingModule``."""
         model = super().build_meta_model()
         if self.lora is not None:
             add_adapters(model, self.lora, borrowed_rows(model), self.seed)
+            for name, parameter in model.named_parameters():
+                if self.is_trainable(name):
+                    parameter.data = parameter.data.float()
         return model
 
     def pretrained_weights(self) -> Tensors:

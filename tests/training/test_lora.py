@@ -202,6 +202,51 @@ def stored(folder):
     return read_checkpoint(folder / "last.ckpt")["state_dict"]
 
 
+@pytest.mark.parametrize("settings", [{"num_key_value_heads": 1}, {"lora": LoRA(rank=2, train_also=["o_proj"])}])
+def test_who_changes_more_than_adapters_has_another_teacher(settings, bases, rows, tmp_path):
+    """The untouched base, whatever the student has become."""
+    module = module_of("dms", bases, **settings)
+    trainer = train(module, rows, tmp_path, 6)
+    host, batch = untouched("dms", bases), next(iter(trainer.train_dataloader))
+    assert module.teacher_model() is not module.model
+    one = batch["document_ids"][0] == batch["document_ids"][0, 0]
+    expected = host.model(batch["input_ids"][:1], position_ids=batch["position_ids"][:1]).last_hidden_state
+    found = module.teacher_inputs(batch)[1]["teacher"].hidden
+    torch.testing.assert_close(found[0, one], expected[0, one], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"leave lora\.train_also out"):
+        module_of("duo", bases, lora=LoRA(rank=2, train_also=["o_proj"]))
+
+
+def test_what_trains_is_float32_and_what_shares_the_embeddings_stays_alone(tmp_path, bases):
+    module = module_of("dmc", bases, weights="bfloat16", lora=LoRA(rank=2, train_also=["o_proj"]))
+    for model in (module.build_model(), module.build_meta_model()):
+        kinds = {(parameter.dtype, module.is_trainable(name)) for name, parameter in model.named_parameters()}
+        assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    make_host("llama", dtype=torch.float32, tie_word_embeddings=True).save_pretrained(tmp_path)
+    for settings in ({"targets": ["lm_head"]}, {"train_also": ["lm_head"]}):
+        module = RetrofitModule(base=str(tmp_path), phases=[Phase("all", 1, 1e-3)], lora=LoRA(rank=2, **settings))
+        with pytest.raises(UsageError, match="lora: lm_head has the weight of the embeddings"):
+            module.build_model()
+
+
+@pytest.mark.parametrize("name", ["dmc", "dms", "duo"])
+def test_every_parameter_has_a_gradient_where_ranks_sum_them(name, bases, rows, tmp_path):
+    """DDP ends a run over one that has none; borrowed rows have one while the channel is freed. Narrow weights, too."""
+    steps = sum(steps for _, steps in CASES[name][3])
+    train(module_of(name, bases), rows, tmp_path, steps, strategy="ddp")
+    torch.distributed.destroy_process_group()
+    train(module_of(name, bases, weights="bfloat16"), rows, tmp_path / "narrow", steps)
+
+
+def test_adapters_may_learn_at_a_rate_of_their_own(bases):
+    module = module_of("duo", bases, lora=LoRA(rank=2, learning_rate_scale=0.01))
+    module.model = module.build_model()
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    names = {parameter: name for name, parameter in module.model.named_parameters()}
+    rates = {(".lora_" in names[p], group["initial_lr"]) for group in groups for p in group["params"]}
+    assert rates == {(True, 0.01), (False, 1.0)}
+
+
 def test_rows_of_their_own():
     """Inactive they are not there; active they are all that is left of those outputs, and merging says the same."""
     torch.manual_seed(0)
@@ -236,6 +281,7 @@ def test_the_borrowed_channel_keeps_its_old_rows(bases, rows, tmp_path):
     [
         ({"rank": 0}, "lora.rank must be at least 1"),
         ({"alpha": 0.0}, "lora.alpha must be above 0"),
+        ({"learning_rate_scale": 0.0}, "lora.learning_rate_scale must be above 0"),
         ({"dropout": 1.0}, "lora.dropout must be from 0 to below 1"),
         ({"targets": []}, "lora.targets names no module; the usual ones are q_proj"),
         ({"quantize": "int3"}, "lora.quantize must be int8 or nf4, not 'int3'"),

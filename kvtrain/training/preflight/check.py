@@ -48,7 +48,7 @@ class Preflight(NamedTuple):
 
 @contextmanager
 def check_launch(arguments: list[str], timeout: float, try_first: bool = True) -> Iterator[Preflight]:
-    """Look a launch over: every process of it calls this. Nothing is kept, and nothing is left behind.
+    """Look a launch over: every process of it calls this. Nothing is left behind but tokenised text in the cache.
 
     Processes leave together, when the first one is through with the outcome: a launcher ends all with the first that
     leaves with an error.

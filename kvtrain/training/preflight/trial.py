@@ -24,7 +24,7 @@ from kvtrain.training.refusals import refusals
 from kvtrain.training.trainer import KVTrainer
 
 # Of the recipe's trainer, what a micro-batch depends on.
-_SETTINGS = ("accelerator", "precision", "num_threads", "gradient_clip_val")
+_SETTINGS = ("accelerator", "precision", "strategy", "num_threads", "gradient_clip_val")
 _MANY_PROCESSES = "not tried: several processes train, and this is one"
 
 
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
 
 def try_batch(recipe: ReadRecipe) -> Trial:
-    """Read a recipe's data, build its model, and train one micro-batch; nothing is kept.
+    """Read a recipe's data, build its model, and train one micro-batch; kept is tokenised text in the cache alone.
 
     Args:
         recipe: For one process.
