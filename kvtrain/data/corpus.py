@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kvtrain.assets import HELDOUT
 from kvtrain.data.hub import HUB_PREFIX, hub_rows
 from kvtrain.data.passkey import passkey_texts
-from kvtrain.data.rows import jsonl_rows, missing_column, parquet_rows
+from kvtrain.data.rows import jsonl_rows, missing_column, parquet_rows, require_encodable
 from kvtrain.data.shards import MANIFEST
 from kvtrain.errors import first_line
 
@@ -157,10 +157,7 @@ def _document(row: object, text_column: str, source: str) -> Document:
     text = row[text_column]
     if not isinstance(text, str):
         raise ValueError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{source}: field {text_column!r} holds half a surrogate pair, not text") from error
+    require_encodable(text, f"{source}: field {text_column!r}")
     return Document(text, source)
 
 

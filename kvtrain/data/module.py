@@ -19,6 +19,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("KVTRAIN_CACHE", "~/.cache/kvtrain")).expanduser()
 
 
+def check_rows(batch_size: int, validation_rows: int | None, sequence_length: int, seed: int) -> None:
+    """Refuse numbers of which no packed rows can be made.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    require_at_least(1, "batch_size", batch_size)
+    require_at_least(1, "validation_rows", validation_rows)
+    require_at_least(2, "sequence_length", sequence_length)
+    require_seed("data.seed", seed)
+
+
 class DataModule(pl.LightningDataModule):
     """What every source of batches has.
 
@@ -133,10 +145,7 @@ class PackedDataModule(DataModule):
         strict_resume: bool = True,
     ) -> None:
         super().__init__()
-        require_at_least(1, "batch_size", batch_size)
-        require_at_least(1, "validation_rows", validation_rows)
-        require_at_least(2, "sequence_length", sequence_length)
-        require_seed("data.seed", seed)
+        check_rows(batch_size, validation_rows, sequence_length, seed)
         self.tokenizer_name = tokenizer
         self.corpora = _as_list("corpus", corpus)
         self.validation_corpora = _as_list("validation_corpus", validation_corpus)

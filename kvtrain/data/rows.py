@@ -24,6 +24,18 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
                 yield parse_json(line.rstrip(), source), source
 
 
+def require_encodable(text: str, where: str) -> None:
+    """Refuse text that no file can hold.
+
+    Raises:
+        ValueError: It has half of a surrogate pair, as escapes in JSON may.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half a surrogate pair, not text") from error
+
+
 def parse_json(data: bytes, source: str) -> Any:
     """JSON text, or why it is none.
 

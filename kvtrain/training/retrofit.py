@@ -143,13 +143,8 @@ class RetrofitModule(MethodModule):
     def on_fit_start(self) -> None:
         """Load the teacher where there is one."""
         super().on_fit_start()
-        if self.distillation:
-            self._load_teacher()
-
-    def _load_teacher(self) -> None:
-        if self.teaches_itself:
-            return
-        self._teacher = (traits(self._trainer).build_teacher(self),)
+        if self.distillation and not self.teaches_itself:
+            self._teacher = (traits(self._trainer).build_teacher(self),)
 
     def build_teacher(self) -> PreTrainedModel:
         """The base as it is, on the device; beside adapters it has the very weights of the model that stay."""
@@ -201,9 +196,14 @@ class RetrofitModule(MethodModule):
         if not self.trains_base:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.is_trainable(name))
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            self._widen(model)
         return model
+
+    def _widen(self, model: nn.Module) -> None:
+        """Hold in float32 what trains, whatever the rest is held in."""
+        for name, parameter in model.named_parameters():
+            if self.is_trainable(name):
+                parameter.data = parameter.data.float()
 
     def divide_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See ``TrainingModule``; adapters may learn faster or slower."""
@@ -221,9 +221,7 @@ class RetrofitModule(MethodModule):
         model = super().build_meta_model()
         if self.lora is not None:
             add_adapters(model, self.lora, borrowed_rows(model), self.seed)
-            for name, parameter in model.named_parameters():
-                if self.is_trainable(name):
-                    parameter.data = parameter.data.float()
+            self._widen(model)
         return model
 
     def pretrained_weights(self) -> Tensors:

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from kvtrain.data.rows import require_encodable
+
 Message = dict[str, Any]
 MESSAGE_COLUMNS = ("messages", "conversations")
 PROMPT, COMPLETION = "prompt", "completion"
@@ -130,10 +132,7 @@ def _text(content: object, where: str) -> str:
         content = "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"{where} is {type(content).__name__}, not text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a surrogate pair, not text") from error
+    require_encodable(content, where)
     return content
 
 

@@ -11,11 +11,11 @@ from kvtrain.data.chat.prepare import ChatRecord, chats_fingerprint, prepare_cha
 from kvtrain.data.chat.rendering import ChatRenderer, RenderingCounts
 from kvtrain.data.chat.template import read_template
 from kvtrain.data.loader import PackedLoader
-from kvtrain.data.module import DataModule, default_cache
+from kvtrain.data.module import DataModule, check_rows, default_cache
 from kvtrain.data.prepare import tokenizer_digest, write_once
 from kvtrain.data.shards import MANIFEST, TokenShards
 from kvtrain.data.tokenizer import load_tokenizer
-from kvtrain.errors import UsageError, require_at_least, require_seed
+from kvtrain.errors import UsageError
 
 logger = logging.getLogger("kvtrain")
 
@@ -70,10 +70,7 @@ class ChatDataModule(DataModule):
         strict_resume: bool = True,
     ) -> None:
         super().__init__()
-        require_at_least(1, "batch_size", batch_size)
-        require_at_least(1, "validation_rows", validation_rows)
-        require_at_least(2, "sequence_length", sequence_length)
-        require_seed("data.seed", seed)
+        check_rows(batch_size, validation_rows, sequence_length, seed)
         if not 0.0 < validation_share < 1.0:
             raise ValueError(f"validation_share is a share, above 0 and below 1, not {validation_share}")
         if too_long not in get_args(TooLong):
