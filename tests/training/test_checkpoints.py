@@ -15,8 +15,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from kvtrain import durable, run_folder
 from kvtrain.cli import main
 from kvtrain.errors import UsageError
-from kvtrain.run_lock import FILE_NAME, Owner
 from kvtrain.models.dmc import DMC
+from kvtrain.run_lock import FILE_NAME, Owner
 from kvtrain.training import DMCModule, Phase, checkpoint_io
 from kvtrain.training.callbacks import checkpoints
 from kvtrain.training.callbacks.head_compression import HeadCompression
