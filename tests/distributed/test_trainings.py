@@ -61,7 +61,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gating(place):
-    """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts; Duo on shared rows; adapters.
+    """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts; Duo on shared rows.
 
     A run goes on where ranks share rows, and another where they no longer do.
     """
