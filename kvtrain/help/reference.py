@@ -9,7 +9,7 @@ from docstring_parser import Docstring, parse
 from kvtrain.recipes import Recipe, list_recipes, recipes_folder
 
 _OWN = "kvtrain."  # modules whose settings are ours to describe
-_GENERATED = "Written by `python -m kvtrain.help`; change the code, and run it again.\n"
+_GENERATED = "<!-- Written by `python -m kvtrain.help`; change the code, and run it again. -->\n"
 
 
 def reference_pages(commands: Mapping[str, str]) -> dict[str, str]:
