@@ -1,4 +1,4 @@
-"""Every other page, from the first command to the last, in the order of the site and in one folder."""
+"""Every other page, from its first command to its last, in the folder of someone who began with text of their own."""
 
 import json
 
@@ -7,24 +7,55 @@ import pytest
 from tests.docs.pages import DOCS, ROOT, navigation
 from tests.docs.reader import Reader
 
-pytestmark = pytest.mark.roads
+pytestmark = [pytest.mark.roads, pytest.mark.timeout(900)]  # beside other work
 
-FAST = ("python.md",)  # by test_readers.py
-ROADS = [name for name in navigation() if name not in FAST and not name.startswith("reference/")]
+FIRST, FAST = "retrofit.md", ("python.md",)  # which test_readers.py follows
+OTHERS = [name for name in navigation() if name not in (FIRST, *FAST) and not name.startswith("reference/")]
+# Commands of a page, each once, in the order of their first uses.
+NAMES = {
+    "retrofit.md": "recipes prepare estimate check fit validate report export eval generate serve",
+    "choose.md": "eval generate",
+    "chats.md": "prepare fit export estimate",
+    "machines.md": "estimate recipes",
+    "evaluate.md": "eval report",
+    "serve.md": "serve",
+    "hub.md": "push",
+}
+LEAVES = {
+    "retrofit.md": ("runs/mine/report/report.html", "exported/mine/model.safetensors"),
+    "chats.md": ("chat-shards/samples.html", "exported/lora-dmc-adapter/adapter/adapter_config.json"),
+    "machines.md": ("launch/torchrun.sh",),
+    "evaluate.md": ("comparison/comparison.html", "runs/mine/eval.json"),
+}
 
 
-def test_pages_are_followed(tmp_path, monkeypatch, capsys):
-    """Whoever begins in an empty folder with text of their own gets through all of them."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Empty at first."""
+    return tmp_path_factory.mktemp("reader")
+
+
+@pytest.fixture
+def reader(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("KVTRAIN_API_KEY", raising=False)
-    reader = Reader(tmp_path, capsys)
-    ran = {name: reader.follow(DOCS / name) for name in ROADS}
-    retrofit = ["recipes", "prepare", "estimate", "check", "fit", "validate", "report"]
-    assert ran["retrofit.md"] == [*retrofit, "export", "eval", "eval", "generate", "serve", "estimate", "estimate"]
-    assert set(ran["serve.md"]) == {"serve"} and set(ran["hub.md"]) == {"push"}
-    assert {"prepare", "fit", "export", "estimate"} == set(ran["chats.md"])
-    assert (tmp_path / "runs/mine/report/report.html").is_file()
-    assert (tmp_path / "comparison/comparison.html").is_file()
-    assert json.loads((tmp_path / "exported/mine/config.json").read_text())["model_type"] == "kvtrain"
-    assert (tmp_path / "exported/lora-dmc-adapter/adapter/adapter_config.json").is_file()
+    return Reader(folder, capsys)
+
+
+def follow(reader: Reader, name: str) -> None:
+    ran = reader.follow(DOCS / name)
+    assert list(dict.fromkeys(ran)) == NAMES.get(name, "").split()
+    assert [path for path in LEAVES.get(name, ()) if not (reader.folder / path).is_file()] == []
+
+
+def test_whoever_begins_in_an_empty_folder_gets_through(reader):
+    follow(reader, FIRST)
+    assert json.loads((reader.folder / "exported/mine/config.json").read_text())["method_config"]["name"] == "dmc"
     assert not (ROOT / "runs" / "mine").exists()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_page_is_followed_from_there(reader, name):
+    if not (reader.folder / "exported" / "mine").exists():  # asked for alone
+        reader.follow(DOCS / FIRST)
+    follow(reader, name)
