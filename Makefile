@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvtrain-installed
 EXTRAS := $(VENV)/.kvtrain-extras-installed
+DOCS   := $(VENV)/.kvtrain-docs-installed
 FAST   := not roads and not slow and not gpu and not soak
 ROADS  := roads and not slow and not gpu and not soak
 
@@ -13,7 +14,7 @@ WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format bench compare clean
+.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format docs bench compare clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +49,10 @@ format: setup ## Apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS) ## Build the pages of docs/ as a site, in site/
+	$(BIN)/python -m kvtrain.help
+	$(BIN)/zensical build --strict
+
 bench: setup ## Every benchmark, in the size that fits this machine
 	@set -e; for script in $(filter-out benchmarks/compare.py benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
@@ -57,7 +62,7 @@ compare: setup ## Every method at the same bytes on one base: trains, measures a
 	$(BIN)/python benchmarks/compare.py
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .cache build dist site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -78,6 +83,10 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,docs]'
+	@touch $@
+
 $(EXTRAS): $(STAMP)
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,interop,tensorboard,wandb]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,deepspeed,docs,interop,tensorboard,wandb]'
 	@touch $@

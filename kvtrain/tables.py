@@ -6,10 +6,12 @@ from typing import Any
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it."""
+    """A value as a table shows it: a number with four digits, or all that it has before the point."""
     if value is None:
         return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -21,7 +21,7 @@ SOURCES = sorted([*(ROOT / "kvtrain").rglob("*.py"), *ROOT.glob("*.py")])
 CODE = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
-TESTED_EXTRAS = ("serve", "dev", "deepspeed", "tensorboard", "wandb", "eval", "interop")
+TESTED_EXTRAS = ("serve", "dev", "deepspeed", "tensorboard", "wandb", "eval", "interop", "docs")
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 80
 # Of the package alone.

@@ -92,8 +92,9 @@ def base_license(base: str) -> str | None:
     """
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a card that cannot be had or read says nothing
         card = cached_file(resolve(base), "README.md")
-        if card is not None:
-            named = getattr(ModelCard(Path(card).read_text(encoding="utf-8")).data, "license", None)
+        text = "" if card is None else Path(card).read_text(encoding="utf-8")
+        if text.lstrip().startswith("---"):  # the Hub's reader warns of cards that tell it nothing
+            named = getattr(ModelCard(text).data, "license", None)
             return named if isinstance(named, str) else None
     return None
 

@@ -1,7 +1,6 @@
-"""Pages of ``kvtrain --help``, stored as text so that they are shown at once.
+"""Pages of ``kvtrain --help``, stored as text shown at once so, and the pages of ``docs/`` that the code tells.
 
-``python -m kvtrain.help`` writes those again that follow from the code; ``fit.txt`` and ``validate.txt`` are
-written by hand.
+``python -m kvtrain.help`` writes all of it again; ``fit.txt`` and ``validate.txt`` are written by hand.
 """
 
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from kvtrain.cli import COMMANDS, build_parser, command_page
 
 FOLDER = Path(__file__).parent
+DOCS = FOLDER.parents[1] / "docs"  # in a checkout
 
 
 def generated_pages() -> dict[str, str]:
@@ -18,3 +18,21 @@ def generated_pages() -> dict[str, str]:
         if command.add_arguments is not None:
             pages[name] = build_parser(name).format_help()
     return pages
+
+
+def command_pages() -> dict[str, str]:
+    """Text of every page by its name, in the order of ``kvtrain --help``, those that are written by hand among them."""
+    generated = generated_pages()
+    names = ("kvtrain", *COMMANDS)
+    return {name: generated.get(name) or (FOLDER / f"{name}.txt").read_text() for name in names}
+
+
+def documents() -> dict[str, str]:
+    """Text of every file below ``docs/`` that follows from the code, or from a page, by its path there."""
+    from kvtrain.help.notebook import notebook
+    from kvtrain.help.reference import reference_pages
+
+    page = "retrofit.md"
+    reference = {f"reference/{name}": text for name, text in reference_pages(command_pages()).items()}
+    road = notebook((DOCS / page).read_text(encoding="utf-8"), f"docs/{page}", "retrofit_my_model")
+    return {**reference, "retrofit_your_model.ipynb": road}

@@ -37,7 +37,7 @@ from kvtrain.training.trainer import DEFAULT_RUN, KVTrainer, check_numbers, chec
 HELP_ALL = "--help-all"
 logger = logging.getLogger("kvtrain")
 # Imported here, so that a recipe may name them without their modules.
-_SOURCES = (
+DATA_MODULES = (
     PackedDataModule,
     ChatDataModule,
     MaskedDataModule,
@@ -159,7 +159,10 @@ class RecipeCLI(LightningCLI):
         modules = training_modules()
         for chosen in modules:
             options |= messages.setting_names(chosen, "model")
-        sources = [*_SOURCES, *(other for other in messages.concrete_subclasses(DataModule) if other not in _SOURCES)]
+        sources = [
+            *DATA_MODULES,
+            *(other for other in messages.concrete_subclasses(DataModule) if other not in DATA_MODULES),
+        ]
         for chosen in sources:
             options |= messages.setting_names(chosen, "data")
         short = [chosen.__name__ for chosen in modules]

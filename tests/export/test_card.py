@@ -75,12 +75,13 @@ def test_full_says_that_it_takes_more(tmp_path):
         (None, None),
     ],
 )
-def test_the_licence_is_what_the_base_s_card_names(model, tmp_path, text, license):
+def test_the_licence_is_what_the_base_s_card_names(model, tmp_path, text, license, caplog):
     base = tmp_path / "secret-place" / "base"
     base.mkdir(parents=True)
     if text is not None:
         (base / "README.md").write_text(text)
     assert base_license(str(base)) == license
+    assert caplog.messages == []  # of the Hub's reader, which says that a card has no metadata
     card = card_of(model, write_run(tmp_path / "run", base=str(base), corpus=str(tmp_path / "corpus.jsonl")))
     assert front_matter(card).get("license") == license
     assert ("unknown: the base's card names none" in card) == (license is None)

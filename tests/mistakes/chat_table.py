@@ -33,7 +33,7 @@ PREPARE = [
     ("--chats chats/good.jsonl --template-arguments [1]", "'[1]' is not a JSON object"),
     (
         "--chats chats/good.jsonl --chat-template nope.jinja",
-        "nope.jinja: No such file or directory; chat_template is a",
+        "nope.jinja: No such file or directory; a chat template is given as text",
     ),
     ("--chats chats/good.jsonl --chat-template bad.jinja", "chats/good.jsonl row 1: the chat template fails on it"),
     (
@@ -59,7 +59,10 @@ DATA = [
         "chats/order.jsonl row 2: message 1 of role 'assistant' opens the chat",
     ),
     ("--data.init_args.validation_chats chats/silent.jsonl", "chats/silent.jsonl row 1: no turn of the assistant"),
-    ("--data.init_args.chat_template null", "the tokenizer has no chat template; set chat_template to"),
+    (
+        "--data.init_args.chat_template null",
+        "the tokenizer has no chat template; give one, or its file, as data.chat_template of",
+    ),
     ("--data.init_args.chat_template nope.jinja", "nope.jinja: No such file or directory"),
     ("--data.init_args.chat_template chats/refuses.jinja", "the chat template fails on it (only on Sundays)"),
     ("--data.init_args.validation_share 1", "validation_share is a share, above 0 and below 1, not 1.0"),

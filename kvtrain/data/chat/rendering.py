@@ -99,7 +99,10 @@ class ChatRenderer:
         from tokenizers import Tokenizer, processors
 
         if self.template is None and not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; set chat_template to a template or its file")
+            raise ValueError(
+                "the tokenizer has no chat template; give one, or its file, as data.chat_template of the recipe or as "
+                "--chat-template of kvtrain prepare"
+            )
         self.counts = RenderingCounts()
         # Byte-level tokenizers trim white space off the offsets that they report, and turns may begin with some.
         self._encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
@@ -164,7 +167,7 @@ class ChatRenderer:
             raise ValueError(
                 f"{where}: the chat template asks for it by another beginning than it has: after "
                 f"{prompt[:place][-_SHOWN:]!r} the generation prompt writes {prompt[place:][:_SHOWN]!r} and the answer "
-                f"{text[place:][:_SHOWN]!r}; give a chat_template that begins both alike or marks answers by "
+                f"{text[place:][:_SHOWN]!r}; give a chat template that begins both alike or marks answers by "
                 "{% generation %}, or template_arguments with which it does, such as enable_thinking: false"
             )
         end = len(text.rstrip())
@@ -172,7 +175,7 @@ class ChatRenderer:
             end = len(text)
             self.counts.endless += 1
         if end == len(prompt):
-            raise ValueError(f"{where}: the chat template writes nothing for it; give another chat_template")
+            raise ValueError(f"{where}: the chat template writes nothing for it; give another chat template")
         return Span(len(prompt), end)
 
     def _targets(self, offsets: list[tuple[int, int]], spans: list[Span]) -> Mask:
@@ -232,5 +235,5 @@ def _require_said(message: Message, rendered: str, where: str) -> None:
     words = message["content"].split()
     if words and not message.get("tool_calls") and words[-1] not in rendered:
         raise ValueError(
-            f"{where}: the chat template leaves out what it says ({words[-1][:_SHOWN]!r}); give another chat_template"
+            f"{where}: the chat template leaves out what it says ({words[-1][:_SHOWN]!r}); give another chat template"
         )

@@ -22,7 +22,7 @@ def read_template(given: str) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"{given} is no UTF-8 text, so no chat template") from error
     except OSError as error:
-        raise UsageError(f"{given}: {error.strerror}; chat_template is a template, or the file of one") from error
+        raise UsageError(f"{given}: {error.strerror}; a chat template is given as text, or as its file") from error
     if not template.strip():
         raise UsageError(f"{given} is empty; write a chat template into it, or leave it out")
     return template

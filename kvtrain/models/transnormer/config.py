@@ -79,6 +79,11 @@ class TransNormerConfig(PortableConfig):
         pooling: What a classifier looks at: the ``"mean"`` over a row's tokens, or its ``"first"``.
         initialization: ``"xavier"`` (the published language model) or ``"normal"``.
         initializer_range: Standard deviation of ``"normal"``.
+        use_cache: Generate with a cache.
+        tie_word_embeddings: The head has the embedding's weights.
+        pad_token_id: Token that pads, where there is one; likewise ...
+        bos_token_id: ... that begins a text, and ...
+        eos_token_id: ... that ends one.
 
     Raises:
         ValueError: A value is out of range.

@@ -144,7 +144,7 @@ PROMPTS_A_THOUGHT = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
         ("{{ messages[0].content }}", "x.jsonl row 3: answer 1: the chat template writes nothing for it"),
         (
             CHATML.replace("message.content", "(message.content[0].text if message.content is not string else '')"),
-            "x.jsonl row 3: answer 1: the chat template leaves out what it says ('Yes.'); give another chat_template",
+            "x.jsonl row 3: answer 1: the chat template leaves out what it says ('Yes.'); give another chat template",
         ),
         ("{{ raise_exception('no such role') }}", "x.jsonl row 3: the chat template fails on it (no such role)"),
         ("{{ messages[0].nothing.at_all }}", "x.jsonl row 3: the chat template fails on it ("),
@@ -164,5 +164,7 @@ def test_templates_that_are_refused(chat_tokenizer: Any, template: str, words: s
 
 
 def test_a_tokenizer_without_a_template_is_refused(chat_tokenizer: Any):
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; set chat_template to a template or its"):
+    with pytest.raises(
+        ValueError, match=r"give one, or its file, as data\.chat_template of the recipe or as --chat-template of"
+    ):
         ChatRenderer(chat_tokenizer)
