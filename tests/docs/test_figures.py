@@ -1,0 +1,87 @@
+"""Figures on pages are those of benchmarks/results."""
+
+import json
+import re
+from statistics import mean
+
+import pytest
+
+from tests.docs.pages import DOCS, README, ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+CELLS = [
+    row for path in (RESULTS / "compare" / "kvtrain-recall").glob("*.json") for row in json.loads(path.read_text())
+]
+POLICIES = (RESULTS / "2026-11-30-policies.txt").read_text().split("In short:")[1]
+# Of the table of choose.md: a method's name in the comparison, and in the table of policies.
+NAMES = {
+    "Full(kv_bits=8)": ("4 bits", None),
+    "DMC": ("DMC", None),
+    "DMS": ("DMS", None),
+    "Duo": (None, "Duo, free signal"),
+    "StreamingLLM": ("StreamingLLM", "StreamingLLM"),
+    "H2O": ("H2O", "H2O"),
+    "TOVA": ("TOVA", "TOVA"),
+    "SnapKV": (None, "SnapKV"),
+    'SnapKV(per_layer="pyramid")': (None, "PyramidKV"),
+    'SnapKV(per_head="adaptive")': (None, "Ada-KV"),
+    "ExpectedAttention": (None, "ExpectedAttention"),
+    "CORM": (None, "CORM"),
+    "D2O": (None, "D2O"),
+    "MiKV": (None, "MiKV, 4 bits"),
+    "RandomEviction": (None, "random eviction"),
+}
+
+
+def measured(arm: str, ratio: int) -> tuple[str, str]:
+    """Perplexity, and the share of answers found, in the mean over seeds."""
+    rows = [row for row in CELLS if (row["arm"], row["ratio"]) == (arm, ratio)]
+    found = []
+    for seed in {row["seed"] for row in rows}:
+        asked = [row for row in rows if row["seed"] == seed and row["task"] == "retrieval"]
+        found.append(sum(row["accuracy"] * row["answers"] for row in asked) / sum(row["answers"] for row in asked))
+    perplexity = mean(row["perplexity"] for row in rows if row["task"] == "continuation")
+    return f"{perplexity:.2f}", f"{mean(found):.2f}"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of the rows of tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def of_policies(name: str) -> tuple[str, str]:
+    """Perplexity and what is found at a quarter."""
+    (row,) = [row for row in rows_of(POLICIES) if row[0] == name]
+    return row[2], row[5]
+
+
+CHOICES = {row[0]: row[4:] for row in rows_of((DOCS / "choose.md").read_text()) if len(row) == 6}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_table_of_methods_says_what_was_measured(method):
+    (cells,) = [cells for name, cells in CHOICES.items() if re.search(rf"`{re.escape(method)}`", name)]
+    arm, policy = NAMES[method]
+    for place, cell in enumerate(cells):
+        italic = re.findall(r"\*([\d.]+)\*", cell)
+        assert italic == ([measured(arm, 0 if arm == "4 bits" else 4)[place]] if arm else []), cell
+        if policy:
+            upright = re.sub(r",? ?\*[\d.]+\*", "", cell)
+            assert upright == of_policies(policy)[place]
+
+
+def test_the_comparison_says_what_was_measured():
+    section = (DOCS / "results.md").read_text().split("## One base, the same bytes")[1].split("\n## ")[0]
+    rows = rows_of(section)[2:]
+    assert len(rows) >= 5
+    assert [row for row in rows if tuple(row[1:]) != measured(row[0], 4)] == [], "benchmarks/compare.py --print"
+    plain = " ".join(section.split())
+    arms = {"Control": "control", "the base": "Full", "8 bits": "8 bits", "4 bits": "4 bits"}
+    for words, arm in arms.items():
+        (said,) = re.findall(rf"{words} \(\d+%[^)]*\): ([\d.]+) and (\d\.\d+)", plain)
+        assert said == measured(arm, 0)
+
+
+def test_the_readme_says_what_the_results_say():
+    ours = [row for row in rows_of(README.read_text()) if row[0] in ("base, untouched", "DMC")]
+    assert len(ours) == 2 and [row for row in ours if row not in rows_of((DOCS / "results.md").read_text())] == []
