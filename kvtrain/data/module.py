@@ -52,6 +52,11 @@ class DataModule(pl.LightningDataModule):
         return None
 
     @property
+    def stop_token_id(self) -> int | None:
+        """The token that ends what is learned, and that an export ends at too; None where no text has one."""
+        return None
+
+    @property
     def length_multiple(self) -> int:
         """A number that divides every row's tokens: all of them, unless rows differ."""
         return self.sequence_length

@@ -161,7 +161,17 @@ def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Te
     if base:
         with contextlib.suppress(OSError):  # most bases have one
             model.generation_config = GenerationConfig.from_pretrained(resolve(base))
+    if (stop := stored.settings.get("stop_token_id")) is not None:
+        _end_at(model.generation_config, stop)
     return model.eval(), weights
+
+
+def _end_at(generation: GenerationConfig, stop: int) -> None:
+    """Let answers end at one more token."""
+    own = generation.eos_token_id
+    ends = [] if own is None else own if isinstance(own, list) else [own]
+    if stop not in ends:
+        generation.eos_token_id = [*ends, stop]
 
 
 def _completed(stored: StoredModel, others: Mapping[str, Tensor], config: KVTrainConfig) -> Mapping[str, Tensor]:

@@ -309,6 +309,8 @@ class TrainingModule(pl.LightningModule, ABC):
         settings = {"config": json.loads(config), "tokenizer": tokenizer, "unfinished": self.export_warning()}
         if template := getattr(data, "chat_template", None):
             settings["chat_template"] = template
+        if (stop := getattr(data, "stop_token_id", None)) is not None:
+            settings["stop_token_id"] = stop
         if base := self.frozen_base():
             settings |= base
             learnt = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -60,4 +60,7 @@ def test_the_road_of_chats(tmp_path):
     run(Forked, KVTRAIN, ["export", str(killed), exported], log)
     text, tokens = json.loads(run(Fresh, ASK, [exported], log).splitlines()[-1])
     assert text == "### user\nWhat is 7 + 1?<|endoftext|>\n### assistant\n" and 1 <= tokens <= 4
-    assert load_tokenizer(exported).chat_template
+    tokenizer = load_tokenizer(exported)
+    assert tokenizer.chat_template
+    ends = json.loads((tmp_path / "exported" / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in ([ends] if isinstance(ends, int) else ends)

@@ -95,6 +95,11 @@ class ChatDataModule(DataModule):
         """See ``DataModule``."""
         return self.template
 
+    @property
+    def stop_token_id(self) -> int | None:
+        """See ``DataModule``; it ends an answer."""
+        return self.renderer.stop_token_id()
+
     def highest_id(self) -> int | None:
         """See ``DataModule``; tokens that were added to a tokenizer for its template are used."""
         tokenizer, template = self.renderer.tokenizer, str(self.renderer.chat_template)

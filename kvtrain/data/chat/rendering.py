@@ -119,6 +119,16 @@ class ChatRenderer:
         template: str | dict[str, str] = self.template or self.tokenizer.chat_template
         return template
 
+    def stop_token_id(self) -> int | None:
+        """The token that ends an answer; None where the template writes none, or nothing for a chat of two turns."""
+        turns = [{"role": role, "content": "1"} for role in ("user", "assistant")]
+        try:
+            (text,) = ChatRenderer(self.tokenizer, self.template, self.arguments).encode(Chat(turns, None, "two turns"))
+        except ValueError:
+            return None
+        last = text.ids[int(np.flatnonzero(text.targets)[-1])]
+        return last if last in self._stop_ids else None
+
     def encode(self, chat: Chat) -> Iterator[EncodedText]:
         """Tokens and loss masks of a chat's texts, mostly one.
 

@@ -127,6 +127,20 @@ def test_what_is_counted(renderer: Any):
     assert chatml_counting.counts.straddling == 1
 
 
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (CHATML, "<|im_end|>"),
+        (QWEN, "<|im_end|>"),
+        ("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}", None),
+        ("{{ raise_exception('I want tools') }}", None),
+    ],
+)
+def test_the_token_that_ends_an_answer(chat_tokenizer: Any, template: str, stop: str | None):
+    found = ChatRenderer(chat_tokenizer, template).stop_token_id()
+    assert found == (None if stop is None else chat_tokenizer.convert_tokens_to_ids(stop))
+
+
 PROMPTS_A_THOUGHT = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
 
