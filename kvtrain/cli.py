@@ -177,6 +177,9 @@ def _check(arguments: list[str]) -> None:
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, Hub id or kvtrain:tiny")
     parser.add_argument("--prompt", required=True, help="text to go on from")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="answer the prompt, put into the tokenizer's chat template"
+    )
     add_method_argument(parser)
     add_device_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (64)")
@@ -199,6 +202,7 @@ def _generate(arguments: list[str]) -> None:
         temperature=asked.temperature,
         top_p=asked.top_p,
         seed=asked.seed,
+        chat_template=asked.apply_chat_template,
     )
     print(generation.text)
     print(generation.facts(), file=sys.stderr)

@@ -148,10 +148,10 @@ def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
         return SimpleNamespace(text="once upon", facts=lambda: "12 tok/s")
 
     planted(monkeypatch, "kvtrain.inference.generate", generate_text=generate_text)
-    words = ["--temperature", "0.5", "--top-p=0.9", "--seed", "7"]
+    words = ["--temperature", "0.5", "--top-p=0.9", "--seed", "7", "--apply-chat-template"]
     assert kvtrain_cli.main(["generate", "m", "--prompt", "once", *words, "--method", "DMC()"]) == 0
-    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7}
-    assert calls == [("m", "once", {"method": kvtrain.DMC(), "device": "auto", "max_new_tokens": 64, **sampling})]
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7, "max_new_tokens": 64, "chat_template": True}
+    assert calls == [("m", "once", {"method": kvtrain.DMC(), "device": "auto", **sampling})]
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("once upon\n", "12 tok/s\n")
 

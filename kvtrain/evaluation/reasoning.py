@@ -8,6 +8,7 @@ from kvtrain.errors import UsageError, unknown
 from kvtrain.evaluation.lm_eval.generation import Decoding, generate_answers
 from kvtrain.evaluation.row_meter import RowFigures, RowMeter
 from kvtrain.evaluation.samples import SAMPLES
+from kvtrain.inference.prompt import chat_ids
 
 NEW_TOKENS = 256  # of an answer, where nobody says how many
 _BATCH = 8
@@ -97,8 +98,6 @@ def reasoning(
     Raises:
         UsageError: The tokenizer has no chat template, or the task generates nothing by itself.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise UsageError("the tokenizer has no chat template; leave --apply-chat-template out")
     count = SAMPLES if limit is None else limit
     shown = (0 if chat_template else 2) if num_fewshot is None else num_fewshot
     data = task.questions(count + shown, seed)
@@ -132,10 +131,7 @@ def _chat(tokenizer: Any, examples: Sequence[dict[str, Any]], question: str) -> 
     for example in examples:
         answer = f"<answer>{example['answer']}</answer>"
         turns += [_turn("user", f"{example['question']}\n\n{_ASK_FOR_TAGS}"), _turn("assistant", answer)]
-    turns.append(_turn("user", f"{question}\n\n{_ASK_FOR_TAGS}"))
-    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    ids: list[int] = tokenizer.apply_chat_template(turns, **settings)
-    return ids
+    return chat_ids(tokenizer, [*turns, _turn("user", f"{question}\n\n{_ASK_FOR_TAGS}")])
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

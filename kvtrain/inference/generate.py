@@ -9,7 +9,7 @@ import torch
 from kvtrain.errors import require_at_least, require_seed
 from kvtrain.inference.device import AUTO, pick_device
 from kvtrain.inference.load import open_model
-from kvtrain.inference.prompt import beyond_positions, prompt_ids
+from kvtrain.inference.prompt import beyond_positions, chat_ids, prompt_ids
 from kvtrain.models.method import Method
 
 
@@ -52,8 +52,9 @@ def generate_text(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    chat_template: bool = False,
 ) -> Generation:
-    """Continue a prompt.
+    """Continue a prompt, or answer it.
 
     Args:
         model: Folder, Hub id, or ``kvtrain:tiny``.
@@ -64,9 +65,10 @@ def generate_text(
         temperature: 0 is greedy.
         top_p: Nucleus of the distribution to sample from.
         seed: Of the sampling.
+        chat_template: Whether the prompt is what a user says in a chat, to be put into the tokenizer's template.
 
     Raises:
-        ValueError: There is no such model, a number is out of range, or the model has too few positions.
+        ValueError: There is no such model or template, a number is out of range, or the model has too few positions.
     """
     require_at_least(1, "max_new_tokens", max_new_tokens)
     require_seed("seed", seed)
@@ -77,7 +79,8 @@ def generate_text(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is not UTF-8 text; convert it first")
     loaded, tokenizer = open_model(model, method=method, device=pick_device(device))
-    ids = prompt_ids(tokenizer, prompt)
+    turn = {"role": "user", "content": prompt}
+    ids = chat_ids(tokenizer, [turn]) if chat_template else prompt_ids(tokenizer, prompt)
     if (reason := beyond_positions(loaded.max_positions, len(ids), max_new_tokens)) is not None:
         raise ValueError(reason)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

@@ -1,4 +1,6 @@
-"""Token ids of a prompt, and whether a model can go on from so many."""
+"""Token ids of a prompt or a chat, and whether a model can go on from so many."""
+
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
         ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise UsageError("the prompt is empty and the tokenizer has no start token; give a prompt")
+    return ids
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a chat whose next turn is the assistant's, by the tokenizer's chat template.
+
+    Args:
+        tokenizer: With a template.
+        turns: Each with ``role`` and ``content``.
+
+    Raises:
+        ValueError: There is no template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("the tokenizer has no chat template; leave --apply-chat-template out")
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    ids: list[int] = tokenizer.apply_chat_template(list(turns), **settings)  # type: ignore[assignment, arg-type]
     return ids
 
 

@@ -60,6 +60,9 @@ def test_the_road_of_chats(tmp_path):
     run(Forked, KVTRAIN, ["export", str(killed), exported], log)
     text, tokens = json.loads(run(Fresh, ASK, [exported], log).splitlines()[-1])
     assert text == "### user\nWhat is 7 + 1?<|endoftext|>\n### assistant\n" and 1 <= tokens <= 4
+    asked = ["generate", exported, "--prompt", "What is 7 + 1?", "--apply-chat-template", "--max-new-tokens", "4"]
+    answer = run(Forked, KVTRAIN, asked, log)
+    assert f"of {len(load_tokenizer(exported)(text)['input_ids']) + tokens - 1} tokens" in answer
     tokenizer = load_tokenizer(exported)
     assert tokenizer.chat_template
     ends = json.loads((tmp_path / "exported" / "generation_config.json").read_text())["eos_token_id"]
