@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from kvtrain.tables import print_table
 DEBUG = "KVTRAIN_DEBUG"
 _USAGE_EXIT_CODE = 2
 _PAGE_WIDTH = 100
+# Of packages that transformers imports where they are installed; what they say then nobody can change.
+_IMPORT_REMARKS = ("torchao", "torch.utils._pytree")
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,8 @@ def _run(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise UsageError(unknown("command", name, COMMANDS, "See kvtrain --help"))
+    for logger in map(logging.getLogger, _IMPORT_REMARKS):
+        logger.setLevel(logging.ERROR)
     COMMANDS[name].run(rest)
     return 0
 

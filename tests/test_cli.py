@@ -140,6 +140,14 @@ def test_export_passes_its_arguments_on(monkeypatch, capsys):
     assert "--keep-adapter is of a run with lora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["torchao", "torch.utils._pytree"])
+def test_packages_that_come_along_stay_silent(name, capsys):
+    assert kvtrain_cli.main(["recipes"]) == 0
+    capsys.readouterr()
+    logging.getLogger(name).warning("a remark that nobody can act on")
+    assert capsys.readouterr().err == ""
+
+
 def test_generate_prints_the_text_and_the_facts(monkeypatch, capsys):
     calls = []
 
