@@ -14,7 +14,7 @@ MIB = 2**20
 PLAIN = "plain model"
 _NO_BYTES = (
     "{path}: nothing in it says what a cache holds while it answers; measure with kvtrain eval --tasks continuation, "
-    "--tasks ruler:LENGTH, or --tasks passkey,retrieval --ask after"
+    "--tasks ruler:LENGTH, reasoning:NAME or lm-eval:NAME, or --tasks passkey,retrieval --ask after"
 )
 
 
@@ -45,6 +45,8 @@ PANELS = {
     "passkey": Panel("accuracy", "Share of passkeys found", "higher"),
     "retrieval": Panel("accuracy", "Share of values found", "higher"),
     "ruler": Panel("recall", "Share of what RULER asks for", "higher"),
+    "reasoning": Panel("score", "reasoning-gym", "higher"),
+    "lm-eval": Panel("acc", "lm-eval", "higher"),  # the metric is the task's own
 }
 
 
@@ -134,9 +136,14 @@ def _family(row: dict[str, Any]) -> str:
 
 
 def _panel(row: dict[str, Any]) -> Panel:
-    """Where a row belongs; what RULER asks for is of one length each."""
-    family = _family(row)
+    """Where a row belongs; what RULER asks for is of one length each, and others' tasks stand by themselves."""
+    family, _, task = str(row["task"]).partition(":")
     panel = replace(PANELS[family], kind=row.get("kind"))
+    if family == "reasoning":
+        panel = replace(panel, title=f"{panel.title}, {task.partition(':')[0]}: score")
+    if family == "lm-eval":
+        key, better = str(row["metric"]), row["better"]
+        panel = replace(panel, key=key, title=f"{panel.title}, {task}: {key}", better=better)
     if family == "ruler":
         panel = replace(panel, title=f"{panel.title} in {row['measured_on']['sequence_length']:,} tokens")
     return panel

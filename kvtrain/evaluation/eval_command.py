@@ -10,7 +10,8 @@ from kvtrain.errors import require_file_place
 from kvtrain.parser import Parser, add_device_argument, add_method_argument
 from kvtrain.tables import cell, print_table
 
-_JSON_ALONE = ("method", "trained", "measured_on", "kv_bytes_mean", "kv_bytes_end", "kv_bytes_peak")
+_BYTES = ("kv_bytes_mean", "kv_bytes_end", "kv_bytes_peak")
+_JSON_ALONE = ("method", "trained", "measured_on", "metric", "better", *_BYTES)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -110,12 +110,34 @@ def test_kinds_of_ruler_are_panels_of_a_length_each(tmp_path):
         {**row, "task": task, "kind": "vt", "recall": 0.25, "measured_on": {**ON, "sequence_length": length}}
         for task, length in (("ruler:512", 512), ("ruler:1024:vt", 1024))
     ]
-    (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "task": "lm-eval:mmlu"}]))
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "task": "perplexity"}]))
     points = read_points(str(tmp_path / "a.json"))
     assert [point.panel.heading for point in points] == [
         f"Share of what RULER asks for in {length:,} tokens: vt" for length in (512, 1024)
     ]
     assert [point.quality for point in points] == [0.25, 0.25]
+
+
+def test_tasks_of_others_are_panels_of_their_own(tmp_path):
+    """By the metric that lm-eval names first, and the way in which it improves; a sum over tasks has no bytes."""
+    row = {key: value for key, value in passkey("Full()", 0.5, 2**20).items() if key != "accuracy"}
+    rows = [
+        {**row, "task": "lm-eval:arc_easy", "acc": 0.25, "acc_stderr": 0.1, "metric": "acc", "better": "higher"},
+        {**row, "task": "lm-eval:text", "bits_per_byte": 2.0, "metric": "bits_per_byte", "better": "lower"},
+        {**row, "task": "lm-eval:both", "acc": 0.3, "metric": "acc", "better": "higher", "kv_bytes_mean": None},
+        {**row, "task": "reasoning:chain_sum:64", "score": 0.75, "solved": 0.5},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = [
+        (point.panel.heading, point.panel.better, point.quality) for point in read_points(str(tmp_path / "a.json"))
+    ]
+    assert found == [
+        ("lm-eval, arc_easy: acc", "higher", 0.25),
+        ("lm-eval, text: bits_per_byte", "lower", 2.0),
+        ("reasoning-gym, chain_sum: score", "higher", 0.75),
+    ]
+    *_, page = compare([str(tmp_path / "a.json")], tmp_path / "out")
+    assert all(f">{heading}<" in page.read_text(encoding="utf-8") for heading, _, _ in found)
 
 
 @pytest.mark.parametrize(

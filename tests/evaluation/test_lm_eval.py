@@ -85,6 +85,8 @@ def test_both_commands_give_the_same_numbers(files, tmp_path, capsys, caplog):
         row, result = rows[f"lm-eval:local_{name}"], found["results"][f"local_{name}"]
         for metric in metrics[name]:
             assert row[metric] == pytest.approx(result[f"{metric},none"], rel=1e-6)
+        shown = ("word_perplexity", "lower") if name == "rolling" else (metrics[name][0], "higher")
+        assert (row["metric"], row["better"]) == shown
         held = found["config"]["kv_cache"][f"local_{name}"]
         assert row["kept_tokens"] == pytest.approx(held["kept_tokens"])
         assert row["kv_bytes_mean"] == pytest.approx(held["kv_bytes_mean"], rel=0.02)  # other rows side by side

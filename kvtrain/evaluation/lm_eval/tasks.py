@@ -106,13 +106,15 @@ class LmEvalTask:
 
 
 def _row(name: str, results: dict[str, Any], runner: Any) -> dict[str, Any]:
-    """Metrics as ``acc``, or ``exact_match/strict`` of a filter; sizes; and what rows of the task held."""
+    """Metrics as ``acc``, or ``exact_match/strict`` of a filter; the first, which charts show; sizes; what was held."""
     found: dict[str, Any] = results["results"][name]
     figures = {
         metric.removesuffix(",none").replace(",", "/"): float(value)
         for metric, value in found.items()
         if isinstance(value, int | float) and "," in metric
     }
+    first = next((metric for metric in figures if not metric.partition("/")[0].endswith("_stderr")), None)
+    rises = results.get("higher_is_better", {}).get(name, {}).get(str(first).partition("/")[0], True)
     meter = runner.meters.get(name)
     held = None if meter is None else meter.result()
     version = results["versions"].get(name)
@@ -121,6 +123,8 @@ def _row(name: str, results: dict[str, Any], runner: Any) -> dict[str, Any]:
         "task": f"lm-eval:{name}",
         "documents": results["n-samples"].get(name, {}).get("effective"),
         **figures,
+        "metric": first,
+        "better": "higher" if rises else "lower",
         **({} if held is None else asdict(held)),
         "measured_on": {"num_fewshot": results["n-shot"].get(name), "version": numbered},
     }
