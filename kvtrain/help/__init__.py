@@ -8,7 +8,8 @@ from pathlib import Path
 from kvtrain.cli import COMMANDS, build_parser, command_page
 
 FOLDER = Path(__file__).parent
-DOCS = FOLDER.parents[1] / "docs"  # in a checkout
+DOCS = FOLDER.parents[1] / "docs"  # of a checkout
+PAGE = "retrofit.md"  # which is a notebook, too
 
 
 def generated_pages() -> dict[str, str]:
@@ -32,7 +33,6 @@ def documents() -> dict[str, str]:
     from kvtrain.help.notebook import notebook
     from kvtrain.help.reference import reference_pages
 
-    page = "retrofit.md"
     reference = {f"reference/{name}": text for name, text in reference_pages(command_pages()).items()}
-    road = notebook((DOCS / page).read_text(encoding="utf-8"), f"docs/{page}", "retrofit_my_model")
+    road = notebook((DOCS / PAGE).read_text(encoding="utf-8"), f"docs/{PAGE}", "retrofit_my_model")
     return {**reference, "retrofit_your_model.ipynb": road}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -9,9 +10,15 @@ import pytest
 from tests.docs.pages import DOCS, README, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-CELLS = [
-    row for path in (RESULTS / "compare" / "kvtrain-recall").glob("*.json") for row in json.loads(path.read_text())
-]
+
+
+def read(folder: Path) -> list[dict]:
+    """Rows of all cells."""
+    return [row for path in folder.glob("*.json") for row in json.loads(path.read_text())]
+
+
+CELLS = read(RESULTS / "compare" / "kvtrain-recall")
+SMOLLM2 = read(RESULTS / "smollm2" / "wikitext2-valid" / "1024")
 POLICIES = (RESULTS / "2026-11-30-policies.txt").read_text().split("In short:")[1]
 # Of the table of choose.md: a method's name in the comparison, and in the table of policies.
 NAMES = {
@@ -33,9 +40,9 @@ NAMES = {
 }
 
 
-def measured(arm: str, ratio: int) -> tuple[str, str]:
+def measured(arm: str, ratio: int, cells: list[dict] = CELLS) -> tuple[str, str]:
     """Perplexity, and the share of answers found, in the mean over seeds."""
-    rows = [row for row in CELLS if (row["arm"], row["ratio"]) == (arm, ratio)]
+    rows = [row for row in cells if (row["arm"], row["ratio"]) == (arm, ratio)]
     found = []
     for seed in {row["seed"] for row in rows}:
         asked = [row for row in rows if row["seed"] == seed and row["task"] == "retrieval"]
@@ -80,6 +87,16 @@ def test_the_comparison_says_what_was_measured():
     for words, arm in arms.items():
         (said,) = re.findall(rf"{words} \(\d+%[^)]*\): ([\d.]+) and (\d\.\d+)", plain)
         assert said == measured(arm, 0)
+
+
+def test_the_table_of_smollm2_says_what_was_measured():
+    section = (DOCS / "results.md").read_text().split("## On a model that people know")[1].split("\n## ")[0]
+    rows = rows_of(section)[2:]
+    assert len(rows) >= 3
+    for arm, share, *scores in rows:
+        ratio = 0 if arm in ("Full", "4 bits") else round(1 / float(share))
+        held = [row["kv_share_mean"] for row in SMOLLM2 if (row["arm"], row["ratio"]) == (arm, ratio)]
+        assert tuple(scores) == measured(arm, ratio, SMOLLM2) and abs(mean(held) - float(share)) < 0.005
 
 
 def test_the_readme_says_what_the_results_say():
