@@ -3,20 +3,26 @@
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from arms import FIXED, HEADS, SIZED, fit, streaming
-from torch import Tensor
+from torch import Tensor, bfloat16
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from kvtrain.durable import write_text
 from kvtrain.evaluation.evaluate import run_tasks
+from kvtrain.kernels.dispatch import cpu_has_bfloat16
 from kvtrain.models.method import Method
 
 AS_IT_IS = 0  # the ratio of arms without a size
 UNTRAINED = (*FIXED, *SIZED, *HEADS)
+
+_FEW_ROWS = 16
 
 Figures = dict[str, Any]
 
@@ -70,7 +76,8 @@ class Bench:
     def measure(self, task: Task, model: str, method: Method | None = None, limit: int | None = None) -> list[Figures]:
         """Rows of ``kvtrain eval`` on a task."""
         settings = {**task.settings, "sequence_length": self.length, "limit": limit or task.limit}
-        return run_tasks(model, [task.name], dtype=self.dtype, method=method, **settings)
+        with nullcontext() if cpu_has_bfloat16() else WideProducts():
+            return run_tasks(model, [task.name], dtype=self.dtype, method=method, **settings)
 
     def untrained(self, cell: Cell, worth: Tensor | None = None) -> list[Figures]:
         """Rows of an arm that needs no training, at its own size for each task; without a method where none fits.
@@ -129,6 +136,16 @@ class Bench:
     def file(self, arm: str) -> Path:
         """Where an arm's rows lie."""
         return self.folder / f"{slug(arm)}.json"
+
+
+class WideProducts(TorchFunctionMode):
+    """Layers of bfloat16 sum in float32 and round once, as instructions for it do, where a CPU has none of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See torch; a few rows are as fast without."""
+        if func is linear and args[0].dtype == bfloat16 and args[0].shape[:-1].numel() > _FEW_ROWS:
+            return linear(*(None if tensor is None else tensor.float() for tensor in args)).to(bfloat16)
+        return func(*args, **(kwargs or {}))
 
 
 def cell_of(row: Figures) -> Cell:

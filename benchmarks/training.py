@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from kvtrain.kernels.dispatch import cpu_has_bfloat16
+
 ROOT = Path(__file__).resolve().parent.parent
 DMS_COMPRESSION = {2: 2.08, 4: 4.4, 8: 9.8}  # beside a window of 16 it leaves this part of 1,024 tokens
 _STEPS = ("steps", "warmup_steps", "decay_steps")  # of a phase
@@ -42,6 +44,8 @@ def config(
     init["phases"] = stretched(init["phases"], steps)
     own = {"val_check_interval": max(1, steps // 2), "checkpoint_every": max(1, steps // 20)}
     content["trainer"] |= {"default_root_dir": str(run), "max_steps": steps, **own}
+    if content["trainer"]["accelerator"] == "cpu" and not cpu_has_bfloat16():
+        content["trainer"]["precision"] = "32-true"
     return {**content, "seed_everything": seed, "data": dict(data)}
 
 

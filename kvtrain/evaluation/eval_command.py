@@ -20,8 +20,8 @@ def add_arguments(parser: Parser) -> None:
         "--tasks",
         required=True,
         metavar="A,B",
-        help="perplexity, continuation, passkey, retrieval, ruler:LENGTH, ruler:LENGTH:KIND, lm-eval:NAME or "
-        "lm-eval:FILE.yaml; several with commas",
+        help="perplexity, continuation, passkey, retrieval, ruler:LENGTH, ruler:LENGTH:KIND, lm-eval:NAME, "
+        "lm-eval:FILE.yaml, reasoning:NAME or reasoning:NAME:TOKENS of an answer (256); several with commas",
     )
     add_method_argument(parser)
     add_device_argument(parser)
@@ -52,10 +52,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="perplexity, and answers without --ask, token by token, slowly"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ruler's samples (0)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's tasks")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ruler's and reasoning's samples (0)")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="put lm-eval's questions into the tokenizer's chat template"
+        "--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's and reasoning's tasks"
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="put their questions into the tokenizer's chat template"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 

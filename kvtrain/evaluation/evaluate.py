@@ -35,9 +35,9 @@ class Settings:
         decode: Feed what is read as a whole token by token, as generation does, instead of in stretches.
         passkeys: What is hidden in a sample of the task ``passkey``.
         retrieval: Likewise of ``retrieval``; each of its kinds is measured by itself.
-        seed: Of the samples of ``ruler``.
-        num_fewshot: Examples before each question of lm-eval's tasks; None leaves it to them.
-        chat_template: Whether lm-eval's questions are put into the tokenizer's chat template.
+        seed: Of the samples of ``ruler`` and ``reasoning``.
+        num_fewshot: Examples before each question of ``lm-eval`` and ``reasoning``; None leaves it to them.
+        chat_template: Whether their questions are put into the tokenizer's chat template.
 
     Raises:
         ValueError: A number is out of range, there is no such corpus, or no such time to ask.
@@ -158,6 +158,23 @@ def _ruler_row(model: Any, tokenizer: Any, asked: Settings, task: Any, haystack:
     return {"kind": task.kind, **_figures(result), MEASURED_ON: on}
 
 
+def _reasoning(argument: str) -> "Task":
+    """``NAME``, or ``NAME:TOKENS``."""
+    from kvtrain.evaluation.reasoning import NEW_TOKENS, ReasoningTask, reasoning
+
+    name, colon, tokens = argument.partition(":")
+    if colon and (not tokens.isdecimal() or int(tokens) < 1):
+        raise UsageError(f"reasoning:{argument}: give the most tokens of an answer, such as reasoning:{name}:1024")
+    task = ReasoningTask(name, int(tokens) if colon else NEW_TOKENS)
+
+    def measure(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
+        settings = {"num_fewshot": asked.num_fewshot, "chat_template": asked.chat_template, "seed": asked.seed}
+        result = reasoning(model, tokenizer, task, limit=asked.limit, **settings)  # type: ignore[arg-type]
+        return [{**_figures(result), MEASURED_ON: {**settings, "new_tokens": task.new_tokens}}]
+
+    return measure
+
+
 Task = Callable[[Any, Any, Settings], list[Figures]]  # a row of figures, or several of them
 TASKS: dict[str, Task] = {
     "perplexity": _perplexity,
@@ -166,8 +183,8 @@ TASKS: dict[str, Task] = {
     "retrieval": _retrieval,
 }
 # Tasks with an argument, ``FAMILY:ARGUMENT``, which is refused before a model is read.
-FAMILIES: dict[str, Callable[[str], Task]] = {"lm-eval": _lm_eval, "ruler": _ruler}
-_FORMS = (*TASKS, "lm-eval:NAME", "ruler:LENGTH")
+FAMILIES: dict[str, Callable[[str], Task]] = {"lm-eval": _lm_eval, "reasoning": _reasoning, "ruler": _ruler}
+_FORMS = (*TASKS, "lm-eval:NAME", "reasoning:NAME", "ruler:LENGTH")
 _READ_WHOLE = {"perplexity"}  # as one prompt
 _ASKED = {"passkey", "retrieval"}  # likewise, unless it is said when to ask
 

@@ -87,7 +87,7 @@ class TrainingModule(pl.LightningModule, ABC):
         self.weight_decay, self.betas, self.seed = weight_decay, betas, seed
         self.activation_checkpointing = activation_checkpointing
         self.step_figures = StepFigures()
-        self._last_step: int | None = None  # of this process' training
+        self._last_step: int | None = None  # that the model has seen
 
     def setup(self, stage: str) -> None:
         """Let checkpoints be loaded that leave out what does not train."""
@@ -296,6 +296,10 @@ class TrainingModule(pl.LightningModule, ABC):
 
     def write_record(self, run: Path) -> None:
         """Put into a run folder, when training begins, what reports will want to know of the model."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Know how far the model has come: a trainer that only validates restores no progress."""
+        self._last_step = max(0, checkpoint["global_step"] - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``kvtrain export`` needs, as JSON, so that checkpoints stay free of pickled objects."""

@@ -22,6 +22,7 @@ ZERO = ("zero2", "zero3")
 GATING = ("ddp", "fsdp2", *(ZERO if DEEPSPEED_INSTALLED else ()))
 SHARING = "context"  # ranks share rows
 EVERY = (*GATING, "hsdp", SHARING)
+ADAPTERS = "dmc, adapters"
 SHARDED = tuple(strategy for strategy in EVERY if strategy not in ("ddp", SHARING))
 
 pytestmark = [pytest.mark.timeout(1500)]
@@ -69,21 +70,29 @@ def gating(place):
     for ours, theirs in (("fsdp2", SHARING), (SHARING, "fsdp2")):
         going_on = jobs[f"dmc {ours} resumed"]
         jobs[f"dmc {ours} then {theirs}"] = {**going_on, "strategy": theirs, "run": f"{ours} then {theirs}"}
+    jobs |= whole_and_in_two(ADAPTERS, "fsdp2")
+    if "zero3" in GATING:
+        jobs[f"{ADAPTERS} zero3"] = {"name": ADAPTERS, "strategy": "zero3", "steps": STEPS}
     shared = {"strategy": SHARING, "steps": STEPS}
     jobs["merging"] = {"name": "dmc, merging", "run": "merging", **shared}
     return work(place, jobs | {f"duo {SHARING}": {"name": "duo", **shared}})
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("run", [*(f"dmc {strategy}" for strategy in (*GATING, SHARING)), f"duo {SHARING}"])
-def test_two_processes_end_as_one(place, gating, run):
-    assert_same(gating[run], train(run.split()[0], place, steps=STEPS))
+@pytest.mark.parametrize("name", ["dmc", ADAPTERS, "duo"])
+def test_two_processes_end_as_one(place, gating, name, subtests):
+    alone = train(name, place, steps=STEPS)
+    runs = [run for run in gating if run.rpartition(" ")[0] == name and run.rpartition(" ")[2] in EVERY]
+    assert len(runs) == {"dmc": len(GATING) + 1, ADAPTERS: len({"fsdp2", "zero3"} & {*GATING}), "duo": 1}[name]
+    for run in runs:
+        with subtests.test(run):
+            assert_same(gating[run], alone)
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("strategy", ["fsdp2", SHARING])
-def test_a_sharded_run_goes_on_bit_for_bit_at_a_boundary(gating, strategy):
-    assert_equal(gating[f"dmc {strategy} resumed"]["weights"], gating[f"dmc {strategy}"]["weights"])
+@pytest.mark.parametrize("run", ["dmc fsdp2", f"dmc {SHARING}", f"{ADAPTERS} fsdp2"])
+def test_a_sharded_run_goes_on_bit_for_bit_at_a_boundary(gating, run):
+    assert_equal(gating[f"{run} resumed"]["weights"], gating[run]["weights"])
 
 
 @pytest.mark.roads
@@ -106,6 +115,26 @@ def test_heads_are_counted_once_on_shared_rows(place, gating):
 @pytest.mark.roads
 def test_a_sharded_run_is_exported(place, gating):
     assert_exported(place, "dmc fsdp2", gating["dmc fsdp2"]["weights"])
+
+
+@pytest.mark.roads
+def test_a_sharded_run_of_adapters_keeps_little_and_is_merged(place, gating):
+    """Its checkpoint holds what trains alone; the folder has every weight of the base, the adapted ones moved."""
+    run = f"{ADAPTERS} fsdp2"
+    folder = export_run(place / run, place / f"{run} exported", dtype="float32")
+    base = kvtrain.load(str(place / ADAPTERS), dtype=torch.float32).state_dict()
+    merged = kvtrain.load(str(folder)).state_dict()
+    moved = {name for name, weight in base.items() if not torch.equal(merged[name], weight)}
+    assert merged.keys() == base.keys() and moved == {name for name in base if "_proj." in name and "weight" in name}
+    before = gating[run]["weights"]
+    for name in moved:
+        layer = f"model.{name.removesuffix('.weight')}"
+        inner = layer if f"{layer}.base_layer.weight" in before else f"{layer}.inner"
+        product = before[f"{inner}.lora_B.default.weight"] @ before[f"{inner}.lora_A.default.weight"]
+        expected = base[name] + 2.0 * product
+        for row in torch.nonzero((merged[name] - expected).abs().amax(1) > 1e-6).flatten():
+            separate = before[f"{layer}.own_rows.weight"]
+            assert (separate == merged[name][row]).all(1).any()
 
 
 @pytest.mark.slow

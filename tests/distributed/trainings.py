@@ -17,6 +17,7 @@ from kvtrain.data.module import data_place
 from kvtrain.data.packing import PackedRows
 from kvtrain.data.shards import TokenShards
 from kvtrain.losses.distillation import Distillation
+from kvtrain.models.adapters import LoRA
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dms import DMS
 from kvtrain.models.duo import Duo
@@ -60,6 +61,7 @@ STATE = {
 # The divergence alone is 0 at first, and its gradient rounding, of which AdamW would make whole steps.
 MIXED = Distillation(weight=0.5)
 ONE = [Phase("all", 20, 1e-3)]
+ADAPTERS = LoRA(rank=2, alpha=4.0)
 # The first boundary clears the borrowed rows, and each the optimizer.
 BOUNDARY = 3
 DMC_PHASES = [Phase("zero_out", BOUNDARY, 5e-4), Phase("retrofit", 10, 5e-4), Phase("finetune", 7, 5e-4)]
@@ -105,12 +107,21 @@ TRAININGS: dict[str, Training] = {
         lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, num_key_value_heads=1),
         needs_whole_rows="context_parallel is 2, and the model has 1 key-value heads",
     ),
+    "dmc, adapters": Training(
+        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, lora=ADAPTERS)
+    ),
     "dms": Training(
         lambda base: DMSModule(
             base,
             DMS(compression=4.0, window=3, init_bias=1.0),
             phases=[Phase("retrofit", BOUNDARY, 5e-4), Phase("finetune", 17, 5e-4)],
             activation_checkpointing=True,
+        ),
+        QWEN,
+    ),
+    "dms, adapters": Training(
+        lambda base: DMSModule(
+            base, DMS(compression=4.0, window=3, init_bias=1.0), phases=[Phase("finetune", 20, 5e-4)], lora=ADAPTERS
         ),
         QWEN,
     ),
@@ -132,6 +143,10 @@ TRAININGS: dict[str, Training] = {
     "lckv, averaged": Training(
         lambda base: LCKVModule(base, LCKV(kv_map="0_1_1_1_4", init="mean", residual=True), phases=ONE),
         {**QWEN, "layers": 5},
+    ),
+    "lckv, adapters": Training(
+        lambda base: LCKVModule(base, LCKV(kv_map="cla2"), phases=ONE, distill=MIXED, lora=ADAPTERS),
+        {**QWEN, "layers": 4},
     ),
     "lckv from nothing": Training(
         lambda base: LCKVPretrainModule(f"{base}/config.json", SHARING, phases=ONE), {**QWEN, "layers": 5}

@@ -11,7 +11,7 @@ import torch
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.full import Full
 from kvtrain.models.host import retrofit
-from kvtrain.training.callbacks import throughput
+from kvtrain.training.callbacks import run_summary, throughput
 from kvtrain.training.callbacks.head_compression import HeadCompression
 from kvtrain.training.callbacks.memory import peak_resident_bytes
 from kvtrain.training.callbacks.throughput import Throughput
@@ -192,6 +192,15 @@ def test_ranks_exchange_figures_where_they_are_logged_and_nowhere_else(rows, tmp
     monkeypatch.setattr(TinyFull, "all_gather", lambda self, own: calls.append(own.numel()) or own)
     train(TinyFull(), rows, tmp_path, 6, log_every_n_steps=3)
     assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_precision_that_the_cpu_lacks_is_named(rows, tmp_path, monkeypatch, caplog, has_bfloat16):
+    monkeypatch.setattr(run_summary, "cpu_has_bfloat16", lambda: has_bfloat16)
+    train(TinyFull(), rows, tmp_path / "whole", 1)
+    assert "bfloat16" not in caplog.text
+    train(TinyFull(), rows, tmp_path / "half", 1, precision="bf16-mixed")
+    assert ("set --trainer.precision 32-true" in caplog.text) != has_bfloat16
 
 
 def test_peak_memory_is_logged_where_metrics_are(rows, tmp_path):

@@ -15,14 +15,16 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from kvtrain import durable, run_folder
 from kvtrain.cli import main
 from kvtrain.errors import UsageError
+from kvtrain.models.dmc import DMC
 from kvtrain.run_lock import FILE_NAME, Owner
-from kvtrain.training import Phase, checkpoint_io
+from kvtrain.training import DMCModule, Phase, checkpoint_io
 from kvtrain.training.callbacks import checkpoints
 from kvtrain.training.callbacks.head_compression import HeadCompression
+from kvtrain.training.trainer import KVTrainer
 from tests.training.measured import MEASURED
 
 from .small_runs import fit, refused, steps_saved
-from .tiny_runs import TinyDMC, TinyFull, make_rows, table, train
+from .tiny_runs import RowsData, TinyDMC, TinyFull, make_rows, table, train
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,25 @@ def test_going_on_from_the_best(recipe, capsys):
     assert "12 steps from 9 of 128 tokens" in capsys.readouterr().err
     durable.remove(run / "checkpoints" / "best.ckpt")
     assert "has no best checkpoint" in refused(capsys, *arguments)
+
+
+def test_a_checkpoint_is_measured_in_its_own_phase(rows, tmp_path):
+    """Not in the first one, in which the borrowed channel still takes part in attention."""
+
+    class Phased(TinyDMC):
+        def __init__(self):
+            phases = [Phase(name, steps, 1e-2) for name, steps in (("zero_out", 4), ("retrofit", 4), ("finetune", 4))]
+            DMCModule.__init__(self, "unused", DMC(compression=2.0, window=4), phases=phases, seed=3)
+
+    settings = {"limit_val_batches": 1.0, "val_check_interval": 6, "enable_checkpointing": True, "checkpoint_every": 6}
+    train(Phased(), rows, tmp_path, 12, **settings)
+    logged = {int(row["step"]) + 1: row["val_loss"] for row in table(tmp_path / "metrics.csv") if "val_loss" in row}
+    for step in (6, 12):
+        module = Phased()
+        trainer = KVTrainer(default_root_dir=str(tmp_path), accelerator="cpu", devices=1, enable_progress_bar=False)
+        path = run_folder.step_path(tmp_path, step)
+        trainer.validate(module, RowsData(rows), ckpt_path=path, verbose=False, weights_only=True)
+        assert trainer.callback_metrics["val_loss"].item() == pytest.approx(logged[step], rel=1e-6), step
 
 
 def test_a_flipped_byte_is_refused(recipe, capsys):

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from kvtrain import run_folder
 from kvtrain.data.module import data_place
+from kvtrain.kernels.dispatch import cpu_has_bfloat16
 from kvtrain.metrics import METRICS
 from kvtrain.training.base import TrainingModule
 from kvtrain.training.csv_logger import CSVMetrics
@@ -63,6 +64,16 @@ class RunSummary(pl.Callback):
         if trainer.is_global_zero:
             pl_module.write_record(Path(trainer.default_root_dir))
         logger.info("%s", run_summary_line(trainer, pl_module))
+        if (
+            trainer.strategy.root_device.type == "cpu"
+            and trainer.precision.startswith("bf16")
+            and not cpu_has_bfloat16()
+        ):
+            logger.warning(
+                "this CPU has no instructions for bfloat16: products in %s take many times as long as in float32; "
+                "set --trainer.precision 32-true",
+                trainer.precision,
+            )
 
 
 def run_summary_line(trainer: pl.Trainer, module: TrainingModule) -> str:
