@@ -223,7 +223,7 @@ def test_the_tokens_of_the_template_count(chats: Path, chat_tokenizer: Any, tmp_
         ({"seed": -1}, "data.seed must be from 0"),
         (
             {"chat_template": "nowhere.jinja"},
-            "nowhere.jinja: No such file or directory; chat_template is a template, or",
+            "nowhere.jinja: No such file or directory; a chat template is given as text, or",
         ),
     ],
 )
