@@ -10,6 +10,7 @@ one goes on; cells that the results hold already are left alone.
     python benchmarks/compare.py --arms untrained       # those that need no training: less than an hour
     python benchmarks/compare.py --arms DMC DMS --ratios 4
     python benchmarks/compare.py --print                # the table of what there is, and the chart
+    python benchmarks/compare.py --scale 150 --steps 4000 --batch-size 16   # on a GPU, from a larger base of its own
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from arms import FIXED, HEADS, PAGE, head_worth, learnt_worth
 from cell_tables import SHARES, details, summary
 from cells import AS_IT_IS, UNTRAINED, Bench, Cell, Figures, Task, arms_of, slug, untrained_cells
+from scaled_base import SHAPES, scaled_base
 from training import DMS_COMPRESSION, ROOT, config, export, read_recipe, train
 from transformers import AutoConfig
 from turns import machine
@@ -32,7 +34,7 @@ from kvtrain.data.retrieval import RetrievalTask
 from kvtrain.evaluation.comparison import compare
 
 RUNS, RESULTS = ROOT / "runs" / "compare", ROOT / "benchmarks" / "results" / "compare"
-STEPS, BATCH, LENGTH = 800, 2, 1024  # of every training
+STEPS, BATCH, LENGTH = 800, 2, 1024  # of every training, where nothing else is asked for
 RATIOS = (2, 4, 8)
 TASK = RetrievalTask()
 TASKS = (Task("continuation", 45, 4), Task("retrieval", 48, 2, {"ask": "after", "retrieval": TASK}))
@@ -109,51 +111,67 @@ def trained_cells(ratios: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
 # --- training
 
 
-def settings_of(cell: Cell, base: str, run: Path) -> dict[str, Any]:
-    """What ``kvtrain fit`` reads: the arm's recipe on the base, its data and the schedule of all."""
-    recipe = TRAINED[cell.arm]
-    heads = AutoConfig.from_pretrained(resolve(base)).num_key_value_heads
-    others = {"data": data(base, cell.seed + 1), "changes": recipe.changes(cell.ratio, heads)}
-    return config(recipe.name, run, base=base, steps=STEPS, seed=cell.seed, **others)
+@dataclass(frozen=True)
+class Schedule:
+    """What every training has, from which base.
 
+    Attributes:
+        base: Folder or name.
+        name: What results call it.
+        runs: Where runs go.
+        steps: Of all phases together.
+        batch_size: Rows of a step.
+    """
 
-def data(base: str, seed: int) -> dict[str, Any]:
-    """Half text and half retrieval, as ``kvtrain:recall`` has learnt from, in rows long enough to leave something."""
-    content: dict[str, Any] = read_recipe("recall")["data"]
-    own = {"tokenizer": base, "shortest": LENGTH // 4, "growth_batches": 0, "batch_size": BATCH, "seed": seed}
-    return {**content, "init_args": {**content["init_args"], **own}}
+    base: str
+    name: str
+    runs: Path
+    steps: int
+    batch_size: int
 
+    @property
+    def tokens(self) -> int:
+        """That a model is trained on."""
+        return self.steps * self.batch_size * LENGTH
 
-def trained(cell: Cell, base: str) -> Path:
-    """The run of a cell, trained to its end."""
-    run = RUNS / slug(base) / f"{slug(cell.arm)}-{cell.ratio}-{cell.seed}"
-    return train(run, settings_of(cell, base, run))
+    def trained(self, cell: Cell) -> Path:
+        """The run of a cell, trained to its end."""
+        run = self.runs / f"{slug(cell.arm)}-{cell.ratio}-{cell.seed}"
+        recipe = TRAINED[cell.arm]
+        heads = AutoConfig.from_pretrained(resolve(self.base)).num_key_value_heads
+        others = {"data": self.data(cell.seed + 1), "changes": recipe.changes(cell.ratio, heads)}
+        return train(run, config(recipe.name, run, base=self.base, steps=self.steps, seed=cell.seed, **others))
+
+    def data(self, seed: int) -> dict[str, Any]:
+        """Half text and half retrieval, as ``kvtrain:recall`` learnt from, in rows long enough to leave something."""
+        content: dict[str, Any] = read_recipe("recall")["data"]
+        rows = {"shortest": LENGTH // 4, "growth_batches": 0, "batch_size": self.batch_size}
+        return {**content, "init_args": {**content["init_args"], **rows, "tokenizer": self.base, "seed": seed}}
 
 
 # --- measuring
 
 
-def measure(cell: Cell, bench: Bench) -> None:
+def measure(cell: Cell, bench: Bench, schedule: Schedule) -> None:
     """Train and measure one cell, and keep its rows."""
-    if cell.arm not in TRAINED:
-        bench.keep(cell, bench.untrained(cell, _worth(cell.arm, bench.base)))
-        return
+    tokens, model = (schedule.tokens, f"{schedule.name}, {cell.arm}") if cell.arm in TRAINED else (0, schedule.name)
     if cell.arm == GATES:
-        gates = trained(Cell(GATES, AS_IT_IS, cell.seed), bench.base)
+        gates = schedule.trained(Cell(GATES, AS_IT_IS, cell.seed))
         rows = [{**row, "trained": True} for row in bench.untrained(cell, learnt_worth(gates))]
+    elif cell.arm in TRAINED:
+        exported = export(schedule.trained(cell))
+        rows = [beside_base(row, cell) for task in bench.tasks for row in bench.measure(task, str(exported))]
     else:
-        exported = export(trained(cell, bench.base))
-        rows = [row for task in bench.tasks for row in bench.measure(task, str(exported))]
-        rows = [named(row, cell, bench.base) for row in rows]
-    bench.keep(cell, rows, training_tokens=STEPS * BATCH * LENGTH)
+        rows = bench.untrained(cell, _worth(cell.arm, bench.base))
+    bench.keep(cell, [{**row, "model": model} for row in rows], tokens)
 
 
-def named(row: Figures, cell: Cell, base: str) -> Figures:
-    """A row of a trained arm: by its base in place of a folder, and beside the base's cache where heads are fewer."""
+def beside_base(row: Figures, cell: Cell) -> Figures:
+    """A row of a trained arm, its bytes beside the base's cache where heads are fewer."""
     cut = {"GQA": cell.ratio, "DMC on GQA": cell.ratio // 2}.get(cell.arm, 1)
     shares = {name: row[name] / cut for name in SHARES}
     own = {"method": f"GQA, 1/{cut} of the heads", "trained": True} if cell.arm == "GQA" else {}
-    return {**row, **shares, **own, "model": f"{base}, {cell.arm}"}
+    return {**row, **shares, **own}
 
 
 @functools.cache
@@ -164,28 +182,44 @@ def _worth(arm: str, base: str) -> torch.Tensor | None:
 def main() -> None:
     """Fill in what is missing, then print the table and draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="kvtrain:recall", help="folder or name of the base (kvtrain:recall)")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--base", default="kvtrain:recall", help="folder or name of the base (kvtrain:recall)")
+    base.add_argument("--scale", type=int, choices=SHAPES, help="a base of so many million parameters, trained first")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="that it learns from, too")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of every training of an arm ({STEPS})")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help=f"rows of {LENGTH:,} tokens of a step ({BATCH})")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"these alone: trained, untrained, {', '.join(ARMS)}")
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS, choices=RATIOS, help="of the bytes (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of trainings (1)")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     asked = parser.parse_args()
-    bench = Bench(asked.base, RESULTS / slug(asked.base), TASKS)
+    schedule = schedule_of(asked)
+    bench = Bench(schedule.base, RESULTS / schedule.runs.name, TASKS)
     wanted = arms_of(asked.arms or GROUPS, GROUPS)
     cells = [*trained_cells(asked.ratios, asked.seeds), *untrained_cells(asked.ratios)]
     for cell in cells if not asked.print else ():
         if cell.arm in wanted and cell not in bench.done():
-            measure(cell, bench)
-    show(bench)
+            measure(cell, bench, schedule)
+    show(bench, schedule)
 
 
-def show(bench: Bench) -> None:
+def schedule_of(asked: argparse.Namespace) -> Schedule:
+    """What is asked for; runs and results of another schedule than the usual one have a folder of their own."""
+    name = f"base-{asked.scale}m" if asked.scale else asked.base
+    usual = (asked.steps, asked.batch_size) == (STEPS, BATCH)
+    runs = RUNS / (slug(name) if usual else f"{slug(name)}-{asked.steps}x{asked.batch_size}")
+    trains = asked.scale and not asked.print
+    base = str(scaled_base(asked.scale, RUNS, asked.text)) if trains else name
+    return Schedule(base, name, runs, asked.steps, asked.batch_size)
+
+
+def show(bench: Bench, schedule: Schedule) -> None:
     """Print the tables, and draw the chart."""
     rows, arms = bench.rows(), ["control", *FIXED, *(arm for arm in ARMS if arm not in ("control", *FIXED))]
     if not rows:
-        raise SystemExit(f"{bench.base}: nothing measured yet")
-    print(f"{machine()}; {bench.base}\n\n{details(rows, arms)}\n\nIn short:\n\n{summary(rows, arms)}\n")
-    for path in compare(bench.charted(arms), RUNS / slug(bench.base) / "comparison"):
+        raise SystemExit(f"{schedule.name}: nothing measured yet")
+    print(f"{machine()}; {schedule.name}\n\n{details(rows, arms)}\n\nIn short:\n\n{summary(rows, arms)}\n")
+    for path in compare(bench.charted(arms), schedule.runs / "comparison"):
         print(path)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from kvtrain.kernels.dispatch import cpu_has_bfloat16
@@ -22,29 +23,36 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def config(
-    recipe: str, run: Path, *, base: str, steps: int, seed: int, data: Mapping[str, Any], changes: Mapping[str, Any]
+    recipe: str,
+    run: Path,
+    *,
+    steps: int,
+    seed: int,
+    data: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """What ``kvtrain fit`` reads: a recipe on a base, with data and a schedule of its own.
+    """What ``kvtrain fit`` reads: a recipe on a base, with data and a schedule of its own, on a GPU where there is one.
 
     Args:
         recipe: Its name in ``recipes/tiny``.
         run: Where the run goes.
-        base: Folder or name.
         steps: Of all phases together, which are stretched to them.
         seed: Of everything but the data.
         data: What stands in the recipe's place for them.
         changes: Settings of the module by dotted names.
+        base: Folder or name; None trains a model from nothing.
     """
     content = read_recipe(recipe)
     init = content["model"]["init_args"]
-    init |= {"base": base, "seed": seed}
+    init |= {"seed": seed} if base is None else {"seed": seed, "base": base}
     for name, value in changes.items():
         place, _, last = name.rpartition(".")
         (init[place] if place else init)[last] = value
     init["phases"] = stretched(init["phases"], steps)
     own = {"val_check_interval": max(1, steps // 2), "checkpoint_every": max(1, steps // 20)}
-    content["trainer"] |= {"default_root_dir": str(run), "max_steps": steps, **own}
-    if content["trainer"]["accelerator"] == "cpu" and not cpu_has_bfloat16():
+    content["trainer"] |= {"default_root_dir": str(run), "max_steps": steps, "accelerator": "auto", **own}
+    if not torch.cuda.is_available() and not cpu_has_bfloat16():
         content["trainer"]["precision"] = "32-true"
     return {**content, "seed_everything": seed, "data": dict(data)}
 
