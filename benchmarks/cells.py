@@ -143,9 +143,15 @@ class WideProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See torch; a few rows are as fast without."""
-        if func is linear and args[0].dtype == bfloat16 and args[0].shape[:-1].numel() > _FEW_ROWS:
-            return linear(*(None if tensor is None else tensor.float() for tensor in args)).to(bfloat16)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not linear or not args or args[0].dtype != bfloat16 or args[0].shape[:-1].numel() <= _FEW_ROWS:
+            return func(*args, **kwargs)
+        wide = {name: _float(value) for name, value in kwargs.items()}
+        return linear(*map(_float, args), **wide).to(bfloat16)
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
 
 
 def cell_of(row: Figures) -> Cell:

@@ -97,7 +97,7 @@ def read_points(file: str) -> list[Point]:
     name, path = _named(file)
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        points = [_point(row, name) for row in rows if _family(row) in PANELS and row.get("kv_bytes_mean") is not None]
+        points = [_point(row, name) for row in rows if _is_drawn(row)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not what this version of kvtrain eval --json writes ({error})") from error
     if not points:
@@ -135,12 +135,18 @@ def _family(row: dict[str, Any]) -> str:
     return str(row["task"]).partition(":")[0]
 
 
+def _is_drawn(row: dict[str, Any]) -> bool:
+    """Whether a row has a panel and bytes; lm-eval's sums over tasks have none, and its early rows no metric."""
+    metric = row.get("metric") is not None or _family(row) != "lm-eval"
+    return _family(row) in PANELS and metric and row.get("kv_bytes_mean") is not None
+
+
 def _panel(row: dict[str, Any]) -> Panel:
     """Where a row belongs; what RULER asks for is of one length each, and others' tasks stand by themselves."""
     family, _, task = str(row["task"]).partition(":")
     panel = replace(PANELS[family], kind=row.get("kind"))
     if family == "reasoning":
-        panel = replace(panel, title=f"{panel.title}, {task.partition(':')[0]}: score")
+        panel = replace(panel, title=f"{panel.title}, {task}: score")
     if family == "lm-eval":
         key, better = str(row["metric"]), row["better"]
         panel = replace(panel, key=key, title=f"{panel.title}, {task}: {key}", better=better)

@@ -58,7 +58,9 @@ def add_arguments(parser: Parser) -> None:
         "--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's and reasoning's tasks"
     )
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="put their questions into the tokenizer's chat template"
+        "--apply-chat-template",
+        action="store_true",
+        help="put lm-eval's and reasoning's questions into a chat template",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, by position too")
 

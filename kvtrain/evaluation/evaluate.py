@@ -160,7 +160,7 @@ def _ruler_row(model: Any, tokenizer: Any, asked: Settings, task: Any, haystack:
 
 def _reasoning(argument: str) -> "Task":
     """``NAME``, or ``NAME:TOKENS``."""
-    from kvtrain.evaluation.reasoning import NEW_TOKENS, ReasoningTask, reasoning
+    from kvtrain.evaluation.reasoning import NEW_TOKENS, ReasoningTask, package_version, reasoning
 
     name, colon, tokens = argument.partition(":")
     if colon and (not tokens.isdecimal() or int(tokens) < 1):
@@ -168,9 +168,10 @@ def _reasoning(argument: str) -> "Task":
     task = ReasoningTask(name, int(tokens) if colon else NEW_TOKENS)
 
     def measure(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
-        settings = {"num_fewshot": asked.num_fewshot, "chat_template": asked.chat_template, "seed": asked.seed}
-        result = reasoning(model, tokenizer, task, limit=asked.limit, **settings)  # type: ignore[arg-type]
-        return [{**_figures(result), MEASURED_ON: {**settings, "new_tokens": task.new_tokens}}]
+        settings: dict[str, Any] = {"seed": asked.seed, "chat_template": asked.chat_template}
+        found = reasoning(model, tokenizer, task, limit=asked.limit, num_fewshot=asked.num_fewshot, **settings)
+        figures, own = _figures(found), {"new_tokens": task.new_tokens, "version": package_version()}
+        return [{**figures, MEASURED_ON: {**settings, **own, "num_fewshot": figures.pop("num_fewshot")}}]
 
     return measure
 

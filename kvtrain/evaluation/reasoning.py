@@ -1,5 +1,6 @@
 """Tasks that reasoning-gym generates and verifies, answered through the cache that serves."""
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,12 @@ from kvtrain.errors import UsageError, unknown
 from kvtrain.evaluation.lm_eval.generation import Decoding, generate_answers
 from kvtrain.evaluation.row_meter import RowFigures, RowMeter
 from kvtrain.evaluation.samples import SAMPLES
-from kvtrain.inference.prompt import chat_ids
+from kvtrain.inference.prompt import beyond_positions, chat_ids, prompt_ids
 
 NEW_TOKENS = 256  # of an answer, where nobody says how many
 _BATCH = 8
 _STOP = "\n\nQuestion:"
+_EXAMPLES = 2  # before a question, where nobody says how many and no template asks for the answer's form
 _ASK_FOR_TAGS = "Put your final answer, and nothing else, between <answer> and </answer>."
 
 
@@ -23,13 +25,17 @@ class ReasoningResult:
     Attributes:
         score: What the task's own verifier gives its answers, from 0 to 1, in the mean.
         solved: Share of answers with the full score.
+        unreadable: Answers on which the verifier fails, which score nothing.
         samples: How many there are.
+        num_fewshot: Examples before each question.
         answering: What the cache holds while answers are decoded.
     """
 
     score: float
     solved: float
+    unreadable: int
     samples: int
+    num_fewshot: int
     answering: RowFigures
 
 
@@ -58,7 +64,7 @@ class ReasoningTask:
 
         Args:
             count: How many.
-            seed: Which; the first ones are the same whatever their number.
+            seed: Which.
 
         Raises:
             UsageError: The task generates nothing by itself.
@@ -91,39 +97,72 @@ def reasoning(
         task: What is asked.
         limit: Questions; 50 where absent.
         seed: Of the questions.
-        num_fewshot: Examples before each question, which are none of those asked; None: 2, and none in a template.
+        num_fewshot: Examples before each question, which are none of those asked; None: 2, but none in a template, nor
+            where the task has no answer to show.
         chat_template: Whether questions are put into the tokenizer's chat template.
         batch: Questions that are answered at a time; no figure depends on it.
 
     Raises:
-        UsageError: The tokenizer has no chat template, or the task generates nothing by itself.
+        ValueError: The tokenizer has no chat template, the task has nothing to show or generates nothing by itself, or
+            the model has too few positions.
     """
     count = SAMPLES if limit is None else limit
-    shown = (0 if chat_template else 2) if num_fewshot is None else num_fewshot
-    data = task.questions(count + shown, seed)
-    entries = [data[place] for place in range(count + shown)]
-    asked, examples = entries[:count], entries[count:]
+    data = task.questions(count, seed)
+    asked = [data[place] for place in range(count)]
+    examples = _examples(task, asked, seed, num_fewshot, chat_template)
     write = _chat if chat_template else _completion
     prompts = [write(tokenizer, examples, entry["question"]) for entry in asked]
-    decoding, meter, scores = Decoding(task.new_tokens, () if chat_template else (_STOP,)), RowMeter(model), []
+    if reason := beyond_positions(model.max_positions, max(map(len, prompts)), task.new_tokens):
+        raise UsageError(f"reasoning:{task.name}: {reason}")
+    decoding, meter = Decoding(task.new_tokens, () if chat_template else (_STOP,)), RowMeter(model)
+    scores: list[float | None] = []
     for begin in range(0, count, batch):
         texts = generate_answers(model, tokenizer, prompts[begin : begin + batch], decoding, meter)
         scores += [_score(data, text, entry) for text, entry in zip(texts, asked[begin : begin + batch], strict=True)]
     answering = meter.result()
     assert answering is not None
-    return ReasoningResult(sum(scores) / count, sum(score == 1.0 for score in scores) / count, count, answering)
+    read = [score for score in scores if score is not None]
+    solved, unreadable = sum(score == 1.0 for score in read) / count, count - len(read)
+    return ReasoningResult(sum(read) / count, solved, unreadable, count, len(examples), answering)
 
 
-def _score(data: Any, text: str, entry: dict[str, Any]) -> float:
-    """What the verifier says of what stands between the last tags, or of all where there are none."""
+def _examples(
+    task: ReasoningTask, asked: Sequence[dict[str, Any]], seed: int, num_fewshot: int | None, chat_template: bool
+) -> list[dict[str, Any]]:
+    """Questions with answers to show, of another seed and none of those asked."""
+    shows = all(isinstance(entry["answer"], str) for entry in asked)
+    count = (0 if chat_template or not shows else _EXAMPLES) if num_fewshot is None else num_fewshot
+    if count and not shows:
+        raise UsageError(f"reasoning:{task.name} has answers to verify and none to show; set num_fewshot to 0")
+    questions, found = {entry["question"] for entry in asked}, list[dict[str, Any]]()
+    others = task.questions(4 * count, seed + 1) if count else ()
+    for entry in others:
+        if entry["question"] not in questions and len(found) < count:
+            found.append(entry)
+    if len(found) < count:
+        raise UsageError(
+            f"reasoning:{task.name} repeats itself: no {count} examples are none of the {len(asked)} asked"
+        )
+    return found
+
+
+def _score(data: Any, text: str, entry: dict[str, Any]) -> float | None:
+    """What the verifier says of what stands between the last tags, or of all where there are none; None if it fails."""
     found = _package().utils.extract_answer(text)
-    return float(data.score_answer((text if found is None else found).strip(), entry))
+    try:
+        return float(data.score_answer((text if found is None else found).strip(), entry))
+    except Exception:  # a verifier is a program, and some read whatever they are given as JSON or as numbers
+        return None
+
+
+def package_version() -> str:
+    """Of reasoning-gym, whose questions may change with it."""
+    return importlib.metadata.version("reasoning-gym")
 
 
 def _completion(tokenizer: Any, examples: Sequence[dict[str, Any]], question: str) -> list[int]:
     shown = [f"Question: {example['question']}\nAnswer: {example['answer']}\n\n" for example in examples]
-    ids: list[int] = tokenizer("".join([*shown, f"Question: {question}\nAnswer:"]))["input_ids"]
-    return ids
+    return prompt_ids(tokenizer, "".join([*shown, f"Question: {question}\nAnswer:"]))
 
 
 def _chat(tokenizer: Any, examples: Sequence[dict[str, Any]], question: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from kvtrain.errors import UsageError
+from kvtrain.errors import UsageError, first_line
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -31,12 +31,17 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[dict[str, str]]
         turns: Each with ``role`` and ``content``.
 
     Raises:
-        ValueError: There is no template.
+        ValueError: There is no template, it fails on the chat, or it writes nothing.
     """
     if not tokenizer.chat_template:
         raise UsageError("the tokenizer has no chat template; leave --apply-chat-template out")
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    ids: list[int] = tokenizer.apply_chat_template(list(turns), **settings)  # type: ignore[assignment, arg-type]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(list(turns), **settings)  # type: ignore[assignment, arg-type]
+    except Exception as error:  # a template is a program, which may fail in any way
+        raise UsageError(f"the chat template fails on this chat ({first_line(error)})") from error
+    if not ids:
+        raise UsageError("the chat template writes nothing for this chat; leave --apply-chat-template out")
     return ids
 
 

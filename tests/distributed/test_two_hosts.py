@@ -73,8 +73,11 @@ def test_torchrun_trains_on_two_hosts_what_one_process_trains(place):
     assert 0 < last["tokens_per_second_least"] <= last["tokens_per_second"] / 4 <= last["tokens_per_second_most"]
     # As the script would, on one host: what was begun on two goes on.
     assert fit(recipe, "--ckpt_path", "last", *ONE, "--trainer.max_steps", str(STEPS)) == 0
-    for name, tensor in weights(place / "alone").items():
-        torch.testing.assert_close(weights(run)[name], tensor, rtol=1e-4, atol=1e-5)
+    ours, theirs = weights(run), weights(place / "alone")
+    assert ours.keys() == theirs.keys()
+    # As one vector: AdamW makes whole steps of a gradient that is nothing but rounding.
+    astray = torch.cat([(ours[name] - tensor).flatten() for name, tensor in theirs.items()]).norm()
+    assert astray < 1e-5 * torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
     assert gradient_norms(run) == pytest.approx(gradient_norms(place / "alone"), rel=1e-4)
 
 

@@ -15,7 +15,7 @@ OTHERS = [name for name in navigation() if name not in (FIRST, *FAST) and not na
 NAMES = {
     "retrofit.md": "recipes prepare estimate check fit validate report export eval generate serve",
     "choose.md": "eval generate",
-    "chats.md": "prepare fit export estimate",
+    "chats.md": "prepare fit export generate estimate",
     "machines.md": "estimate recipes",
     "evaluate.md": "eval report",
     "serve.md": "serve",

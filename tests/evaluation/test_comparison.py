@@ -125,6 +125,7 @@ def test_tasks_of_others_are_panels_of_their_own(tmp_path):
         {**row, "task": "lm-eval:arc_easy", "acc": 0.25, "acc_stderr": 0.1, "metric": "acc", "better": "higher"},
         {**row, "task": "lm-eval:text", "bits_per_byte": 2.0, "metric": "bits_per_byte", "better": "lower"},
         {**row, "task": "lm-eval:both", "acc": 0.3, "metric": "acc", "better": "higher", "kv_bytes_mean": None},
+        {**row, "task": "lm-eval:early", "acc": 0.3},
         {**row, "task": "reasoning:chain_sum:64", "score": 0.75, "solved": 0.5},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -134,7 +135,7 @@ def test_tasks_of_others_are_panels_of_their_own(tmp_path):
     assert found == [
         ("lm-eval, arc_easy: acc", "higher", 0.25),
         ("lm-eval, text: bits_per_byte", "lower", 2.0),
-        ("reasoning-gym, chain_sum: score", "higher", 0.75),
+        ("reasoning-gym, chain_sum:64: score", "higher", 0.75),
     ]
     *_, page = compare([str(tmp_path / "a.json")], tmp_path / "out")
     assert all(f">{heading}<" in page.read_text(encoding="utf-8") for heading, _, _ in found)

@@ -20,7 +20,8 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tiny():
-    return kvtrain.load("kvtrain:tiny", dtype=torch.float32), load_tokenizer("kvtrain:tiny")
+    host = kvtrain.load("kvtrain:tiny", dtype=torch.float32)
+    return kvtrain.retrofit(host, kvtrain.Full()).eval(), load_tokenizer("kvtrain:tiny")
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -29,7 +30,7 @@ def test_verified_answers_score(tiny, chat, monkeypatch):
     model, tokenizer = tiny
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE if chat else None)
     task, seen = ReasoningTask("basic_arithmetic"), []
-    data = task.questions(8, seed=3)
+    data = task.questions(6, seed=3)
     right = ["so <answer>" + entry["answer"] + "</answer>" if chat else f" {entry['answer']}\n" for entry in data]
 
     def answers(model, tokenizer, prompts, decoding, meter):
@@ -41,10 +42,13 @@ def test_verified_answers_score(tiny, chat, monkeypatch):
     monkeypatch.setattr(module.RowMeter, "result", lambda self: "figures")
     result = reasoning(model, tokenizer, task, limit=6, seed=3, chat_template=chat, batch=4)
     assert (result.score, result.solved, result.samples) == (pytest.approx(0.5, abs=0.01), 0.5, 6)
+    assert (result.num_fewshot, result.unreadable) == (0 if chat else 2, 0)
     for prompt, entry in zip(seen, list(data)[:6], strict=True):
         assert entry["question"] in prompt
         assert prompt.endswith("<assistant>" if chat else "\nAnswer:")
-        assert (f"Answer: {data[7]['answer']}\n\n" in prompt) != chat  # an example, which is none of those asked
+        shown = [line for line in prompt.split("\n") if line.startswith(("Question: ", "<|endoftext|>Question: "))]
+        assert len(shown) == len({*shown}) == (0 if chat else 3)  # none of those asked stands before
+        assert prompt.startswith("<user>" if chat else "<|endoftext|>")
 
 
 def test_scores_come_with_what_the_cache_holds(tiny):
@@ -56,8 +60,21 @@ def test_scores_come_with_what_the_cache_holds(tiny):
     whole, parts = (reasoning(served, tokenizer, task, limit=4, batch=batch) for batch in (4, 3))
     assert (whole.score, whole.answering.kept_tokens) == (parts.score, parts.answering.kept_tokens)
     assert whole.answering.kept_tokens == 24
-    full = reasoning(kvtrain.retrofit(model, kvtrain.Full()), tokenizer, task, limit=4)
+    full = reasoning(model, tokenizer, task, limit=4)
     assert full.answering.kept_tokens > 60 and full.answering.compression == 1
+
+
+def test_an_answer_that_a_verifier_cannot_read_scores_nothing(tiny):
+    """It wants numbers, and raises on words."""
+    result = reasoning(*tiny, ReasoningTask("prime_factorization", 4), limit=3)
+    assert (result.score, result.unreadable, result.samples) == (0, 3, 3)
+
+
+def test_a_task_without_answers_shows_none(tiny):
+    task = ReasoningTask("graph_color", 4)
+    assert reasoning(*tiny, task, limit=2).num_fewshot == 0
+    with pytest.raises(UsageError, match="has answers to verify and none to show; set num_fewshot to 0"):
+        reasoning(*tiny, task, limit=2, num_fewshot=1)
 
 
 def test_rows_of_the_command():

@@ -31,15 +31,27 @@ def card_of(folder):
     return " ".join((folder / "README.md").read_text().split())
 
 
-def write_run(folder, method, tokenizer=None, **host):
+def write_run(folder, method, tokenizer=None, change=lambda settings: None, **host):
     """A run folder with a checkpoint such as training writes."""
     host = {"layers": 4} | host
     model = kvtrain.retrofit(make_host("qwen3", dtype=torch.float32, **host), method)
     settings = {"config": json.loads(model.config.to_json_string(use_diff=False)), "tokenizer": tokenizer}
+    change(settings)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     (folder / "checkpoints").mkdir(parents=True)
     torch.save({"state_dict": state, CHECKPOINT_KEY: json.dumps(settings)}, folder / "checkpoints" / "last.ckpt")
     return model
+
+
+@pytest.mark.parametrize(("own", "ends"), [(None, [9]), (2, [2, 9]), ([3, 2], [3, 2, 9]), (9, 9)])
+def test_answers_end_at_the_stop_token_of_the_chats_too(tmp_path, own, ends):
+    def change(settings):
+        settings["stop_token_id"] = 9
+        settings["config"]["text_config"]["eos_token_id"] = own
+
+    write_run(tmp_path / "run", kvtrain.Full(), change=change)
+    folder = export_run(tmp_path / "run", tmp_path / "out")
+    assert kvtrain.load(str(folder)).generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)

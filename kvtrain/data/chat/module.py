@@ -95,7 +95,7 @@ class ChatDataModule(DataModule):
         """See ``DataModule``."""
         return self.template
 
-    @property
+    @cached_property
     def stop_token_id(self) -> int | None:
         """See ``DataModule``; it ends an answer."""
         return self.renderer.stop_token_id()

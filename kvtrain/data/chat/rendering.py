@@ -121,13 +121,16 @@ class ChatRenderer:
 
     def stop_token_id(self) -> int | None:
         """The token that ends an answer; None where the template writes none, or nothing for a chat of two turns."""
-        turns = [{"role": role, "content": "1"} for role in ("user", "assistant")]
-        try:
-            (text,) = ChatRenderer(self.tokenizer, self.template, self.arguments).encode(Chat(turns, None, "two turns"))
-        except ValueError:
-            return None
-        last = text.ids[int(np.flatnonzero(text.targets)[-1])]
-        return last if last in self._stop_ids else None
+        turns = [{"role": role, "content": "1"} for role in ("system", "user", "assistant")]
+        for messages in (turns[1:], turns):  # some templates want the first, some refuse it
+            renderer = ChatRenderer(self.tokenizer, self.template, self.arguments)
+            try:
+                *_, text = renderer.encode(Chat(messages, None, "two turns"))
+            except ValueError:
+                continue
+            learned = np.asarray(text.ids)[text.targets]
+            return int(learned[-1]) if learned.size and learned[-1] in self._stop_ids else None
+        return None
 
     def encode(self, chat: Chat) -> Iterator[EncodedText]:
         """Tokens and loss masks of a chat's texts, mostly one.

@@ -88,7 +88,8 @@ class LmEvalTask:
                 raise
             raise UsageError(f"lm-eval:{self.name}: {first_line(error)}") from error
         assert results is not None  # of one process
-        return [_row(name, results, runner) for name in results["results"]]
+        on = {"chat_template": chat_template, "decode": decode}
+        return [_row(name, results, runner, on) for name in results["results"]]
 
     def _load(self) -> list[Any]:
         """Tasks and groups with their documents, without those that are parts of others.
@@ -105,7 +106,7 @@ class LmEvalTask:
         return [item for name, item in found.items() if name not in parts]
 
 
-def _row(name: str, results: dict[str, Any], runner: Any) -> dict[str, Any]:
+def _row(name: str, results: dict[str, Any], runner: Any, on: dict[str, Any]) -> dict[str, Any]:
     """Metrics as ``acc``, or ``exact_match/strict`` of a filter; the first, which charts show; sizes; what was held."""
     found: dict[str, Any] = results["results"][name]
     figures = {
@@ -126,5 +127,5 @@ def _row(name: str, results: dict[str, Any], runner: Any) -> dict[str, Any]:
         "metric": first,
         "better": "higher" if rises else "lower",
         **({} if held is None else asdict(held)),
-        "measured_on": {"num_fewshot": results["n-shot"].get(name), "version": numbered},
+        "measured_on": {"num_fewshot": results["n-shot"].get(name), "version": numbered, **on},
     }

@@ -134,6 +134,10 @@ def test_what_is_counted(renderer: Any):
         (QWEN, "<|im_end|>"),
         ("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}", None),
         ("{{ raise_exception('I want tools') }}", None),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn') }}{% endif %}" + CHATML,
+            "<|im_end|>",
+        ),
     ],
 )
 def test_the_token_that_ends_an_answer(chat_tokenizer: Any, template: str, stop: str | None):
