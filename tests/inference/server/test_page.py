@@ -75,7 +75,9 @@ def ask(page, text, tokens):
 
 
 def test_a_text_goes_on_while_the_cache_is_shown(open_page, tmp_path):
-    with serve(model_of("dmc"), tokenizer_with(None), keys=()) as served:
+    model = model_of("dmc")
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.01))  # the text outlasts a browser on a busy machine
+    with serve(model, tokenizer_with(None), keys=()) as served:
         page = open_page(served.url)
         assert page.text_content("#talk-title") == "Continue a text" and "small" in page.title()
         ask(page, "import os", 2000)
