@@ -70,14 +70,7 @@ def generate_text(
     Raises:
         ValueError: There is no such model or template, a number is out of range, or the model has too few positions.
     """
-    require_at_least(1, "max_new_tokens", max_new_tokens)
-    require_seed("seed", seed)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number from 0 on, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("the prompt is not UTF-8 text; convert it first")
+    _check(prompt, max_new_tokens, temperature, top_p, seed)
     loaded, tokenizer = open_model(model, method=method, device=pick_device(device))
     turn = {"role": "user", "content": prompt}
     ids = chat_ids(tokenizer, [turn]) if chat_template else prompt_ids(tokenizer, prompt)
@@ -105,3 +98,15 @@ def generate_text(
         kept_tokens=cache.mean_kv_tokens().mean().item(),
         kv_bytes=cache.kv_bytes(),
     )
+
+
+def _check(prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Refuse numbers out of range and what is no text, before a model is read."""
+    require_at_least(1, "max_new_tokens", max_new_tokens)
+    require_seed("seed", seed)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number from 0 on, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt is not UTF-8 text; convert it first")
