@@ -82,7 +82,7 @@ def test_the_comparison_says_what_was_measured():
     section = (DOCS / "results.md").read_text().split("## One base, the same bytes")[1].split("\n## ")[0]
     rows = rows_of(section)[2:]
     assert [row for row in rows if tuple(row[1:]) != measured(row[0], 4)] == [], "benchmarks/compare.py --print"
-    there = {row["arm"] for row in CELLS if row["ratio"] == 4}
+    there = {row["arm"] for row in CELLS if row["ratio"] == 4 and row["method"]}  # some come to no such share
     assert {row[0] for row in rows} == there == {arm for arm, _ in NAMES.values()} & there
     plain = " ".join(section.split())
     arms = {"Control": "control", "the base": "Full", "8 bits": "8 bits", "4 bits": "4 bits"}
