@@ -170,8 +170,8 @@ def _reasoning(argument: str) -> "Task":
     def measure(model: Any, tokenizer: Any, asked: Settings) -> list[Figures]:
         settings: dict[str, Any] = {"seed": asked.seed, "chat_template": asked.chat_template}
         found = reasoning(model, tokenizer, task, limit=asked.limit, num_fewshot=asked.num_fewshot, **settings)
-        figures, own = _figures(found), {"new_tokens": task.new_tokens, "version": package_version()}
-        return [{**figures, MEASURED_ON: {**settings, **own, "num_fewshot": figures.pop("num_fewshot")}}]
+        used = {"num_fewshot": found.num_fewshot, "new_tokens": task.new_tokens, "version": package_version()}
+        return [{**_figures(found), MEASURED_ON: {**settings, **used}}]
 
     return measure
 

@@ -14,6 +14,7 @@ from kvtrain.evaluation.answering import read_prompts
 from kvtrain.evaluation.recall import Ask, check_ask
 from kvtrain.evaluation.row_meter import RowFigures, RowMeter, RowWatch
 from kvtrain.evaluation.samples import SAMPLES, draw_samples
+from kvtrain.models.end_tokens import end_token_ids
 
 _BATCH = 8
 
@@ -91,8 +92,7 @@ def string_recall(answer: str, references: Sequence[str]) -> float:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    own = model.generation_config.eos_token_id
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    found = {*end_token_ids(model.generation_config), tokenizer.eos_token_id}
     return {token for token in found if token is not None}
 
 

@@ -23,6 +23,7 @@ from kvtrain.export.weights import write_model
 from kvtrain.models.adapters import LORA_KEY, LoRA, merged
 from kvtrain.models.checkpoint import StoredModel, open_checkpoint
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.end_tokens import end_token_ids
 from kvtrain.models.gqa import gqa_state
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.method import Method
@@ -168,9 +169,7 @@ def rebuild_model(stored: StoredModel) -> tuple[PreTrainedModel, Mapping[str, Te
 
 def _end_at(generation: GenerationConfig, stop: int) -> None:
     """Let answers end at one more token."""
-    own = generation.eos_token_id
-    ends = [] if own is None else own if isinstance(own, list) else [own]
-    if stop not in ends:
+    if stop not in (ends := end_token_ids(generation)):
         generation.eos_token_id = [*ends, stop]
 
 

@@ -1,4 +1,4 @@
-"""Pages of ``kvtrain --help``, stored as text shown at once so, and the pages of ``docs/`` that the code tells.
+"""Pages of ``kvtrain --help``, stored as text to be shown at once, and those of ``docs/`` that follow from code.
 
 ``python -m kvtrain.help`` writes all of it again; ``fit.txt`` and ``validate.txt`` are written by hand.
 """

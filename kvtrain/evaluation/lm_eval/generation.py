@@ -13,6 +13,7 @@ from kvtrain.errors import UsageError
 from kvtrain.evaluation.answering import PROMPT_CHUNK, pad_rows
 from kvtrain.evaluation.row_meter import RowMeter, RowWatch
 from kvtrain.inference.engine.text import TextStream
+from kvtrain.models.end_tokens import end_token_ids
 
 _ONE_EACH = ("num_beams", "num_return_sequences")  # settings under which rows would not be answers
 
@@ -100,9 +101,8 @@ def generate_answers(
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> set[int]:
     """Tokens that end an answer: the model's, the tokenizer's, and stop strings that are special tokens."""
-    own = model.generation_config.eos_token_id
     special = tokenizer.added_tokens_encoder
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *map(special.get, stops)}
+    found = {*end_token_ids(model.generation_config), tokenizer.eos_token_id, *map(special.get, stops)}
     return {token for token in found if token is not None}
 
 

@@ -21,6 +21,7 @@ from kvtrain.inference.engine.sampling import sample
 from kvtrain.inference.engine.scheduler import Chunk, Scheduler
 from kvtrain.inference.engine.sequence import ServedSequence
 from kvtrain.inference.prompt import beyond_positions
+from kvtrain.models.end_tokens import end_token_ids
 from kvtrain.models.language_model import CachedLanguageModel
 
 _PROBE = 256  # tokens that tell at the start what a token takes
@@ -49,7 +50,7 @@ class EngineLoop:
         self.runner = Runner(model.eval(), budget, limits.compiled_rows, limits.page_size)
         self.max_positions: int | None = model.max_positions
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self._eos_token_ids = _eos_token_ids(model)
+        self._eos_token_ids = frozenset(end_token_ids(model.generation_config))
         self.forecast = self._probe()
         rollback = model.assisted_options() == {}  # tokens go back without a limit
         self.scheduler = Scheduler(self.runner.rows, limits, self.forecast, rollback)
@@ -250,11 +251,3 @@ def _counts(sequence: ServedSequence) -> Usage:
         seen_tokens=sequence.seen,
         preemptions=sequence.preemptions,
     )
-
-
-def _eos_token_ids(model: Any) -> frozenset[int]:
-    """End tokens, as ``generate`` knows them."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
