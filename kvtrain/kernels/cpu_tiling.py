@@ -25,7 +25,7 @@ def without_values() -> Iterator[None]:
         _WITHOUT_VALUES.reset(token)
 
 
-def _valueless() -> bool:
+def without_values_now() -> bool:
     """Whether this is ``without_values``; what is compiled never is, and a compiler cannot ask."""
     return not torch.compiler.is_compiling() and _WITHOUT_VALUES.get()
 
@@ -37,7 +37,7 @@ def tiles_to_run(alike: range, odd: int = 0) -> range:
         alike: Numbers of the parts, in order.
         odd: How many at the end differ from the others; they are kept beside the two.
     """
-    return alike[-2 - odd :] if _valueless() else alike
+    return alike[-2 - odd :] if without_values_now() else alike
 
 
 def spans(length: int, size: int) -> list[slice]:
@@ -45,7 +45,7 @@ def spans(length: int, size: int) -> list[slice]:
 
     The list is shared by all who ask for the same: leave it as it is.
     """
-    return _spans(length, size, _valueless())
+    return _spans(length, size, without_values_now())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,7 +63,7 @@ def rows_per_tile(tensor: Tensor) -> int:
 
 def row_tiles(tensor: Tensor) -> list[slice]:
     """Where to cut the first axis so that each part has ``rows_per_tile`` entries, the last perhaps fewer."""
-    return _spans(len(tensor), rows_per_tile(tensor), _valueless())
+    return _spans(len(tensor), rows_per_tile(tensor), without_values_now())
 
 
 def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -74,6 +74,6 @@ def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     rows = rows_per_tile(flat[0])
-    cuts = _spans(len(flat[0]), rows, _valueless())
+    cuts = _spans(len(flat[0]), rows, without_values_now())
     first = cuts[0].start if cuts else 0
     return zip(*[tensor[first:].split(rows) for tensor in flat], strict=True)

@@ -16,6 +16,7 @@ from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum
 from kvtrain.kernels.dispatch import wide_matmul
 from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum, linear_mixed_sum
 from kvtrain.kernels.documents import Documents
+from kvtrain.kernels.experts import experts_mlp
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
 from kvtrain.kernels.mlp import swiglu
 from kvtrain.kernels.norm import rms_norm, simple_rms_norm
@@ -26,6 +27,7 @@ from tests.kernels import test_attention_mixed as mixed
 from tests.kernels import test_block_attention as blocks
 from tests.kernels import test_cross_entropy as cross_entropy
 from tests.kernels import test_distillation as distillation
+from tests.kernels import test_experts as experts
 from tests.kernels import test_linear_attention as linear
 from tests.kernels import test_pointwise as pointwise
 from tests.models import test_duo_compensation as compensation
@@ -186,7 +188,8 @@ def _dense_mixture(targets: Tensor, hidden: Tensor, weight: Tensor, **teacher: T
 
 
 def pointwise_calls() -> dict[str, KernelCall]:
-    """Norms, gate, rotary embedding, and products that are not rounded."""
+    """Norms, gate, experts, rotary embedding, and products that are not rounded."""
+    few, chosen = experts.problem()
     hidden, weight = normal(3, 37, 48, seed=0), normal(48, seed=1)
     turned, positions = normal(2, 3, 20, 16, seed=2), torch.stack([torch.arange(20), torch.arange(20) + 900])
     angles = {"cos": normal(2, 20, 16, seed=3), "sin": normal(2, 20, 16, seed=4)}
@@ -202,6 +205,7 @@ def pointwise_calls() -> dict[str, KernelCall]:
         ),
         "rotary": KernelCall(partial(_rotary, backend="torch"), formula, {"heads": turned}, {"positions": positions}),
         "rotary, learnt angles": KernelCall(apply_rotary, _turned, {"heads": turned, **angles}),
+        "experts": KernelCall(experts_mlp, experts.definition, few, {"chosen": chosen}),
         "wide product": KernelCall(
             lambda left, right: wide_matmul(left, right.mT),
             lambda left, right: left @ right.mT,
