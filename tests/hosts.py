@@ -11,11 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import kvtrain
@@ -23,11 +26,21 @@ import kvtrain
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
     "olmo2": Olmo2Config,
+    "olmoe": OlmoeConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 VOCAB = 61
+# Families with experts: five of them, of which a token has two.
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS,
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
+}
 
 
 def make_host(
@@ -50,7 +63,7 @@ def make_host(
         eos_token_id=2,
         pad_token_id=0,
         sliding_window=None,
-        **{"head_dim": 8, "vocab_size": VOCAB, **settings},
+        **{"head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
@@ -60,6 +73,8 @@ def make_host(
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "k_proj" in name or "q_proj" in name:
                 parameter.mul_(10)  # decisions that differ from token to token, attention that is not flat
+            elif ".experts." in name or name.endswith("mlp.gate.weight"):
+                parameter.mul_(10)  # routers that tell tokens apart, experts that can be told apart
     return model
 
 
@@ -116,6 +131,7 @@ def random_adapters(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def exact(host: PreTrainedModel) -> PreTrainedModel:
     """The same host in float64 throughout: transformers computes norms and angles in float32."""
     host = copy.deepcopy(host)
+    host.set_experts_implementation("eager")  # the only one that has float64
     for name, module in host.named_modules():
         if name.endswith("norm"):
             module.forward = functools.partial(_exact_norm, module.weight, module.variance_epsilon)

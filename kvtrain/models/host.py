@@ -13,6 +13,7 @@ from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
+from kvtrain.models.experts import EXPERTS_NAME
 from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_names
 from kvtrain.models.hosts.base import PROJECTIONS
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
@@ -50,6 +51,8 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     """
     _check_host(host)
     host_config: PreTrainedConfig = type(host.config).from_dict(host.config.to_dict())
+    if host.config._experts_implementation != "grouped_mm":  # which is chosen where nobody chose
+        host_config._experts_implementation = host.config._experts_implementation
     config = KVTrainConfig(text_config=host_config, method_config=method.to_dict(), dtype=host.dtype)
     with torch.device("meta"):
         model = retrofitted_class(host_config)(config)
@@ -79,8 +82,22 @@ def _check_host(host: Any) -> None:
         raise ValueError("this model has adapters; retrofit what merge_and_unload() of its peft.PeftModel returns")
     if not is_model:
         raise ValueError(f"a host is a transformers model with a language-model head, not a {type(host).__name__}")
+    _check_undivided(host.config)
     if isinstance(host.config, KVTrainConfig):
         raise ValueError("this model is retrofitted already; retrofit its host, or load it with kvtrain.load")
+
+
+def _check_undivided(config: PreTrainedConfig) -> None:
+    """Refuse models whose experts transformers has given to different devices.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if getattr(getattr(config, "distributed_config", None), "enable_expert_parallel", False):
+        raise ValueError(
+            "expert parallelism (enable_expert_parallel) is not supported; load the model without it, and train under "
+            "fsdp2 or ZeRO-3, which shard experts like all other weights"
+        )
 
 
 @functools.cache
@@ -139,10 +156,13 @@ class KVTrainMixin(CachedLanguageModel):
     def __init__(self, config: KVTrainConfig) -> None:
         host_config, method = config.host_config, config.method
         adapter = host_adapter(host_config)
+        _check_undivided(config)
         adapter.validate(host_config)
         method.validate(host_config)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
+        if host_config._experts_implementation is None:
+            host_config._experts_implementation = EXPERTS_NAME
         super().__init__(host_config)
         _replace_modules(self, builder(method, host_config))
         self.config = config

@@ -10,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from kvtrain.errors import UsageError
+from kvtrain.models.hosts import host_adapter
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -49,7 +50,7 @@ def host_weights(path: str, config: PreTrainedConfig) -> dict[str, Tensor]:
     Raises:
         UsageError: There are no safetensors, or a weight is missing.
     """
-    mapped = map_weights(path)
+    mapped = host_adapter(config).stored_weights(map_weights(path), config)
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict(keep_vars=True)
     present = {id(tensor): mapped[name] for name, tensor in expected.items() if name in mapped}

@@ -1,14 +1,15 @@
 """Floating-point operations of a training step, counted from the model, and what a device can do in a second.
 
-Counted are the matrix products of every ``nn.Linear``, the head among them, and of attention. Norms,
-activations, the optimizer, a method's own bookkeeping and what a fused kernel computes twice are not. Attention is
-causal: of a row's T x T products half count, and borders of packed documents are not looked at.
+Counted are the matrix products of every ``nn.Linear``, the head among them, of routers, of the experts that a token
+takes, and of attention. Norms, activations, the optimizer, a method's own bookkeeping and what a fused kernel computes
+twice are not. Attention is causal: of a row's T x T products half count, and borders of packed documents are not looked
+at.
 
 Torch's ``FlopCounterMode`` is what tests hold these sums against, and not what a run asks: it counts nothing in a
 kernel that it has no formula for, which most of a GPU's are, and an estimate's step works on two of many slices.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,14 @@ class MixesTokens(Protocol):
 
     def mixing_flops(self, sequence_length: int) -> int:
         """Operations of one token, forward, in a row of so many tokens; linear layers not counted."""
+
+
+@runtime_checkable
+class HasOtherWeights(Protocol):
+    """A module that multiplies by weights which are in no ``nn.Linear``, such as a router's and those of experts."""
+
+    def weight_flops(self) -> Mapping[nn.Parameter, int]:
+        """Operations of one token with each of these weights, forward."""
 
 
 @runtime_checkable
@@ -76,11 +85,15 @@ def _own_forward(module: nn.Module, sequence_length: int) -> int:
     """Of a module by itself, without its children."""
     if isinstance(module, nn.Linear):  # the features, because under ZeRO-3 a weight's own shape is no guide
         return 2 * module.in_features * module.out_features
+    if isinstance(module, HasOtherWeights):
+        return sum(module.weight_flops().values())
     return module.mixing_flops(sequence_length) if isinstance(module, MixesTokens) else 0
 
 
 def _own_backward(module: nn.Module, sequence_length: int) -> int:
     """Each factor's gradient costs what the product costs; a frozen weight has none."""
+    if isinstance(module, HasOtherWeights):
+        return sum((2 if weight.requires_grad else 1) * flops for weight, flops in module.weight_flops().items())
     frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
     return (1 if frozen else 2) * _own_forward(module, sequence_length)
 

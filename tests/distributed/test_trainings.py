@@ -63,6 +63,7 @@ def place(tmp_path_factory):
 def gating(place):
     """One launch: DMC under every strategy, and its run under FSDP2 once more in two parts; Duo on shared rows.
 
+    Adapters and experts run under those that shard weights.
     A run goes on where ranks share rows, and another where they no longer do.
     """
     jobs = {f"dmc {strategy}": {"name": "dmc", "strategy": strategy, "steps": STEPS} for strategy in GATING}
@@ -73,17 +74,20 @@ def gating(place):
     jobs |= whole_and_in_two(ADAPTERS, "fsdp2")
     if "zero3" in GATING:
         jobs[f"{ADAPTERS} zero3"] = {"name": ADAPTERS, "strategy": "zero3", "steps": STEPS}
+    for strategy in {"fsdp2", "zero3"} & {*GATING}:
+        jobs[f"experts {strategy}"] = {"name": "experts", "strategy": strategy, "steps": STEPS}
     shared = {"strategy": SHARING, "steps": STEPS}
     jobs["merging"] = {"name": "dmc, merging", "run": "merging", **shared}
     return work(place, jobs | {f"duo {SHARING}": {"name": "duo", **shared}})
 
 
 @pytest.mark.roads
-@pytest.mark.parametrize("name", ["dmc", ADAPTERS, "duo"])
+@pytest.mark.parametrize("name", ["dmc", ADAPTERS, "duo", "experts"])
 def test_two_processes_end_as_one(place, gating, name, subtests):
     alone = train(name, place, steps=STEPS)
     runs = [run for run in gating if run.rpartition(" ")[0] == name and run.rpartition(" ")[2] in EVERY]
-    assert len(runs) == {"dmc": len(GATING) + 1, ADAPTERS: len({"fsdp2", "zero3"} & {*GATING}), "duo": 1}[name]
+    sharded = len({"fsdp2", "zero3"} & {*GATING})
+    assert len(runs) == {"dmc": len(GATING) + 1, ADAPTERS: sharded, "duo": 1, "experts": sharded}[name]
     for run in runs:
         with subtests.test(run):
             assert_same(gating[run], alone)

@@ -81,12 +81,14 @@ class Training:
     Attributes:
         make: The module, of the folder of its base.
         host: How the base is made.
+        by_batches: Whether its loss is one of a batch as a whole: one process then has batches as small as a rank's.
         needs_whole_rows: The words by which it refuses to let ranks share rows.
     """
 
     make: Callable[[str], Any]
     host: dict[str, Any] = field(default_factory=dict)
     needs_whole_rows: str = ""
+    by_batches: bool = False
 
 
 QWEN = {"family": "qwen3"}
@@ -109,6 +111,14 @@ TRAININGS: dict[str, Training] = {
     ),
     "dmc, adapters": Training(
         lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, lora=ADAPTERS)
+    ),
+    "experts": Training(
+        lambda base: DMCModule(
+            base, DMC(compression=2.0, window=4), phases=DMC_PHASES, distill=MIXED, activation_checkpointing=True
+        ),
+        {"family": "qwen3_moe"},
+        needs_whole_rows="this host's own losses are means over whole batches; set context_parallel to 1",
+        by_batches=True,
     ),
     "dms": Training(
         lambda base: DMSModule(
@@ -171,11 +181,15 @@ def write_place(folder: Path) -> None:
 
 
 class SharedRows(RowsData):
-    """The same rows a step on any number of processes."""
+    """The same rows a step on any number of processes; ``batch_size`` of them a batch, over all processes."""
+
+    def __init__(self, rows: PackedRows, batch_size: int) -> None:
+        super().__init__(rows)
+        self.batch_size = batch_size
 
     def loader(self, seed: int | None, **settings: Any) -> PackedLoader:
         place = data_place(self.trainer)
-        return PackedLoader(self.rows, ROWS_A_BATCH // place["world_size"], seed=seed, **place, **settings)
+        return PackedLoader(self.rows, self.batch_size // place["world_size"], seed=seed, **place, **settings)
 
 
 class Notes(pl.Callback):
@@ -229,6 +243,9 @@ def train(
         **settings: Of the trainer.
     """
     pl.seed_everything(0, verbose=False)
+    batch_size = ROWS_A_BATCH
+    if TRAININGS[name].by_batches and world_size == 1:
+        batch_size, window = batch_size // 2, window * 2
     module, notes = TRAININGS[name].make(str(place / name)), Notes()
     saves = {"checkpoint_every": 3} if run else {"enable_checkpointing": False}
     trainer = KVTrainer(
@@ -240,7 +257,7 @@ def train(
         accumulate_grad_batches=window,
         val_check_interval=VALIDATED_EVERY * window,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=2,
+        num_sanity_val_steps=2 * ROWS_A_BATCH // batch_size,
         callbacks=[notes],
         logger=False,
         log_every_n_steps=1,
@@ -249,7 +266,7 @@ def train(
     )
     trainer.fit(
         module,
-        SharedRows(PackedRows(TokenShards(place / "rows"), LENGTH)),
+        SharedRows(PackedRows(TokenShards(place / "rows"), LENGTH), batch_size),
         ckpt_path=resume and resume.format(place=place),
         weights_only=True,
     )

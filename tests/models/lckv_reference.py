@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 
+from tests.models.naive_experts import naive_experts
+
 KeyValue = tuple[Tensor, Tensor]  # keys before rotation (B, H_kv, T, D), and values
 
 
@@ -105,6 +107,8 @@ class Reference:
         return hidden + self._feed(layer, self._norm(after, hidden))
 
     def _feed(self, layer: int, hidden: Tensor) -> Tensor:
+        if self._weight(layer, "mlp.gate.weight") is not None:
+            return naive_experts(self.weights, f"model.layers.{layer}.mlp.", self.config, hidden)
         gated = silu(self._linear(layer, "mlp.gate_proj", hidden)) * self._linear(layer, "mlp.up_proj", hidden)
         return self._linear(layer, "mlp.down_proj", gated)
 

@@ -15,11 +15,7 @@ from kvtrain.models import hosts
 from kvtrain.models.hosts import host_adapters
 from tests import hosts as tiny_hosts
 
-SOURCES = {
-    "planted": "planted_host.py",
-    "uneven": "planted_uneven_host.py",
-    "experts": "planted_experts_host.py",
-}
+SOURCES = {"planted": "planted_host.py", "uneven": "planted_uneven_host.py"}
 
 
 @contextlib.contextmanager

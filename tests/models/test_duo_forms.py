@@ -12,6 +12,8 @@ import kvtrain
 from kvtrain.models.duo.attention import DuoStep
 from tests.hosts import FAMILIES, make_host, random_ids
 
+from .naive_experts import naive_experts
+
 PROPERTY = settings(max_examples=25)
 SINK, RECENT, LENGTH = 2, 5, 21
 # Fractions on both sides of one half, and both ends: two layers of two key-value heads.
@@ -84,6 +86,8 @@ class Dense:
         return states + self.feed(prefix, self.norm(f"{prefix}post_attention_layernorm", states))
 
     def feed(self, prefix, states):
+        if f"{prefix}mlp.gate.weight" in self.weights:
+            return naive_experts(self.weights, f"{prefix}mlp.", self.config, states)
         gate, up = (self.linear(f"{prefix}mlp.{name}_proj", states) for name in ("gate", "up"))
         return self.linear(f"{prefix}mlp.down_proj", gate * torch.sigmoid(gate) * up)
 
@@ -362,7 +366,7 @@ def test_trained_is_rounded_is_served(family, full_heads, packed):
         ).abs().max() > 1e-2
         taught_logits = taught(trained, ids, **told)[0] @ host.lm_head.weight.mT
         close(taught_logits, Dense(host).logits(ids, gates, "teacher", told.get("document_ids")))
-        assert (taught_logits - expected).abs().max() > 1e-3  # what the released code trains is not what it serves
+        assert (taught_logits - expected).abs().max() > 1e-4  # what the released code trains is not what it serves
         if not packed:
             cache = served.make_cache()
             parts = [served(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 3, 1, 6], 1)]

@@ -1,4 +1,4 @@
-"""Losses of a host's family join that of the tokens: a planted family with experts, and Qwen3-MoE's own formula."""
+"""Losses of a host's family join that of the tokens: routers of families with experts, and the hosts' own formula."""
 
 import copy
 import pickle
@@ -8,24 +8,14 @@ import torch
 
 import kvtrain
 from kvtrain.kernels.distillation import TeacherHead
-from tests.hosts import make_host, random_ids
+from tests.hosts import EXPERTS, FAMILY_SETTINGS, exact, make_host, random_ids
 
-from .planted_families import planting
-
-COEFFICIENT, EXPERTS, CHOSEN = 0.3, 5, 2
+COEFFICIENT, COUNT, CHOSEN = (EXPERTS[name] for name in ("router_aux_loss_coef", "num_experts", "num_experts_per_tok"))
 METHODS = [kvtrain.Full(), kvtrain.DMC(), kvtrain.LCKV(kv_map="2_2_2"), kvtrain.LCKV(kv_map="0_0_2")]
 
 
-@pytest.fixture
-def family(tmp_path, monkeypatch):
-    with planting("experts", tmp_path / "elsewhere", monkeypatch) as module:
-        yield module
-
-
-def make_experts(dtype=torch.float64, **settings):
-    own = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 16, "initializer_range": 0.3}
-    own |= {"router_aux_loss_coef": COEFFICIENT, **settings}
-    return make_host("experts", layers=3, dtype=dtype, **own)
+def make_experts(dtype=torch.float64, family="qwen3_moe", **settings):
+    return make_host(family, layers=3, dtype=dtype, **settings)
 
 
 def naive_balance(model, run, real):
@@ -40,11 +30,11 @@ def naive_balance(model, run, real):
         hook.remove()
     rows = [row for logits in seen.values() for row, counts in zip(logits, real.flatten(), strict=True) if counts]
     total = 0.0
-    for expert in range(EXPERTS):
+    for expert in range(COUNT):
         shares = [torch.softmax(row, -1)[expert] for row in rows]
         chosen = [float(expert in row.topk(CHOSEN).indices) for row in rows]
         total = total + sum(chosen) / len(rows) * sum(shares) / len(rows)
-    return EXPERTS * total, result
+    return COUNT * total, result
 
 
 def make_batch():
@@ -57,7 +47,6 @@ def make_batch():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.usefixtures("family")
 def test_it_is_the_naive_formula_times_the_hosts_coefficient(method, checkpointing):
     model = kvtrain.retrofit(make_experts(), method).train()
     ids, documents, labels = make_batch()
@@ -80,20 +69,37 @@ def test_it_is_the_naive_formula_times_the_hosts_coefficient(method, checkpointi
         torch.testing.assert_close(both, tokens + COEFFICIENT * extra, rtol=1e-4, atol=1e-7)  # routers are float32
 
 
-@pytest.mark.usefixtures("family")
-def test_it_is_what_the_host_itself_returns():
-    """transformers: ``aux_loss``, and a loss that holds it, where ``output_router_logits=True``."""
-    host = make_experts()
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [*((family, {}) for family in FAMILY_SETTINGS), ("qwen3_moe", {"mlp_only_layers": [1]})],
+    ids=[*FAMILY_SETTINGS, "a dense layer"],
+)
+def test_it_and_its_gradient_are_the_hosts_own(family, settings):
+    """transformers: ``aux_loss`` where ``output_router_logits=True``."""
+    host = make_experts(family=family, **settings)
     ids, mask = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
     mask[1, 9:] = 0
     arguments = {"labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
-    expected = host(ids, output_router_logits=True, **arguments)
-    output = kvtrain.retrofit(host, kvtrain.Full()).train()(ids, **arguments)
-    assert output.loss_parts["aux_loss"].item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
-    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    same, model = exact(host), kvtrain.retrofit(host, kvtrain.Full()).train()
+    expected, output = same(ids, output_router_logits=True, **arguments), model(ids, **arguments)
+    assert output.loss_parts["aux_loss"].item() == pytest.approx(expected.aux_loss.item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    names = [name for name, _ in host.named_parameters() if "mlp.gate" in name or "embed" in name or "experts" in name]
+    hosts = torch.autograd.grad(expected.aux_loss, [same.get_parameter(name) for name in names], allow_unused=True)
+    model.extra_losses = ()
+    weights = [model.get_parameter(name) for name in names]
+    total = torch.autograd.grad(output.loss, weights)
+    tokens = torch.autograd.grad(model(ids, **arguments).loss, weights)
+    for host_grad, with_it, without in zip(hosts, total, tokens, strict=True):
+        own = (with_it - without) / COEFFICIENT
+        expected_grad = torch.zeros_like(own) if host_grad is None else host_grad  # the last layer's experts
+        torch.testing.assert_close(own, expected_grad, rtol=1e-6, atol=1e-6 * max(map(_largest, hosts)))
 
 
-@pytest.mark.usefixtures("family")
+def _largest(grad):
+    return 0.0 if grad is None else grad.abs().max().item()
+
+
 def test_weights_of_ragged_batches_add_up_to_the_coefficient():
     """Whatever the loss is divided by: batches that share a number of targets share the coefficient likewise."""
     model = kvtrain.retrofit(make_experts(), kvtrain.Full()).train()
@@ -117,7 +123,6 @@ def test_weights_of_ragged_batches_add_up_to_the_coefficient():
     assert nothing == 0
 
 
-@pytest.mark.usefixtures("family")
 def test_a_teacher_s_divergence_has_it_beside_it():
     model = kvtrain.retrofit(make_experts(), kvtrain.Full()).train()
     ids = random_ids(2, 12)
@@ -128,7 +133,6 @@ def test_a_teacher_s_divergence_has_it_beside_it():
     torch.testing.assert_close(output.loss.detach(), expected)
 
 
-@pytest.mark.usefixtures("family")
 def test_who_does_not_learn_by_it_does_not_have_it():
     """Evaluation, a coefficient of 0 and frozen routers measure and learn from the tokens alone."""
     ids = random_ids(2, 12)
@@ -146,7 +150,6 @@ def test_who_does_not_learn_by_it_does_not_have_it():
     assert off.extra_losses == () and "extra_losses" in vars(off)
 
 
-@pytest.mark.usefixtures("family")
 def test_models_with_it_are_copied_pickled_and_not_checkpointed_reentrantly():
     model, ids = kvtrain.retrofit(make_experts(torch.float32), kvtrain.Full()).train(), random_ids(1, 9)
     expected, again = model(ids, labels=ids).loss, copy.deepcopy(model)

@@ -9,7 +9,6 @@ import yaml
 
 from kvtrain.metrics import read_metrics
 from kvtrain.training import Phase, PretrainModule
-from tests.models.planted_families import planting
 
 from .small_runs import HOST, fit, recipe_text
 
@@ -24,13 +23,12 @@ STEP = {
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch):
+def host(tmp_path):
     """The configuration file of a host with experts."""
-    config = {**HOST, "model_type": "experts", "architectures": ["ExpertsForCausalLM"], "num_experts": 4}
+    config = {**HOST, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4}
     config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": COEFFICIENT}
     (tmp_path / "host.json").write_text(json.dumps(config))
-    with planting("experts", tmp_path / "elsewhere", monkeypatch):
-        yield tmp_path / "host.json"
+    return tmp_path / "host.json"
 
 
 def make_batches(module):

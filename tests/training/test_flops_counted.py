@@ -1,5 +1,7 @@
 """Our sums of operations against torch's counter, which looks at what runs."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,7 +10,7 @@ import kvtrain
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.training.flops import training_flops
-from tests.hosts import make_host, random_ids
+from tests.hosts import FAMILY_SETTINGS, make_host, random_ids
 
 ROWS, LENGTH = 2, 128
 TOKENS = ROWS * LENGTH
@@ -49,6 +51,13 @@ def retrofitted(method=None, **host):
     return kvtrain.retrofit(make_host(dtype=torch.float32, **host), method or kvtrain.Full()).train()
 
 
+def with_experts(family, **settings):
+    """Expert by expert, in products that the counter knows, and without the few of the routers' loss."""
+    host = make_host(family, dtype=torch.float32, router_aux_loss_coef=0.0, **settings)
+    host.set_experts_implementation("eager")
+    return kvtrain.retrofit(host, kvtrain.Full()).train()
+
+
 def transnormer(variant):
     settings = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     settings |= {"intermediate_size": 96, "block_size": 32, "variant": variant}
@@ -65,6 +74,7 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
     ("model", "beside"),
     [
         (retrofitted, EXACT),
+        *((functools.partial(with_experts, family), EXACT) for family in FAMILY_SETTINGS),
         (lambda: retrofitted(family="qwen3", layers=3, tie_word_embeddings=True), EXACT),
         (
             lambda: kvtrain.retrofit(kvtrain.convert_gqa(make_host(dtype=torch.float32), 1), kvtrain.Full()).train(),
@@ -75,7 +85,7 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
         (lambda: transnormer("T1"), CHUNKS),
         (lambda: transnormer("T2"), CHUNKS),
     ],
-    ids=["full", "qwen3", "gqa", "lckv-once", "dmc", "t1", "t2"],
+    ids=["full", *FAMILY_SETTINGS, "qwen3", "gqa", "lckv-once", "dmc", "t1", "t2"],
 )
 def test_what_runs_is_what_is_counted(model, beside):
     model = model()
@@ -100,6 +110,13 @@ def test_checkpointing_runs_all_of_a_layer_again_but_its_last_product():
     model.gradient_checkpointing_enable()
     last = sum(2 * layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
     assert count(lambda: loss_of(model)) == training_flops(model, LENGTH).hardware - last
+
+
+def test_frozen_experts_have_no_gradient_of_their_own():
+    model = with_experts("qwen3_moe", mlp_only_layers=[1])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" not in name)
+    assert count(lambda: loss_of(model)) == training_flops(model, LENGTH).model
 
 
 def test_a_teacher_s_own_size_counts():

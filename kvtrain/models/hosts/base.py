@@ -1,9 +1,9 @@
 """What differs between families of hosts, as far as surgery and caches must know."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from kvtrain.models.extra_losses import ExtraLoss
@@ -65,6 +65,15 @@ class HostAdapter:
         from kvtrain.models.modules import GatedMLP  # settings read adapters, and import no modelling code
 
         return GatedMLP(mlp)
+
+    def stored_weights(self, weights: Mapping[str, Tensor], config: PreTrainedConfig) -> Mapping[str, Tensor]:
+        """Weights by their names in the model, of those that a folder's files hold.
+
+        Args:
+            weights: By their names in the files; to be looked at no more than ``LateTensor`` does.
+            config: The host's.
+        """
+        return weights
 
     def rotary_embedding(self, config: PreTrainedConfig) -> nn.Module:
         """The decoder's angles by position, for caches, which have no model at hand.

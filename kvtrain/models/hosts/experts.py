@@ -1,0 +1,62 @@
+"""What families with experts have in common; none by itself."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from kvtrain.losses.load_balancing import load_balancing
+from kvtrain.models.extra_losses import ExtraLoss, LayerNotes
+from kvtrain.models.hosts.base import HostAdapter
+from kvtrain.models.late_tensor import LateTensor
+
+
+def balance(notes: LayerNotes, *, chosen: int) -> Tensor:
+    """The routers' loss from the logits ``(B T, experts)`` that they noted.
+
+    Args:
+        notes: Of a forward pass.
+        chosen: Experts of a token.
+    """
+    return load_balancing(list(notes.values()), chosen, None if notes.real is None else notes.real.flatten())
+
+
+class ExpertsAdapter(HostAdapter):
+    """See ``HostAdapter``; layers whose feed-forward part has no router may stand among the others.
+
+    Attributes:
+        stored_mlp: What files call the feed-forward part.
+        stored_projections: And of each expert the gate, what is gated, and the way back.
+    """
+
+    stored_mlp: ClassVar[str] = "mlp"
+    stored_projections: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+
+    def feed_forward(self, mlp: nn.Module, layer_idx: int) -> nn.Module:
+        """See ``HostAdapter``."""
+        from kvtrain.models.experts import ExpertsMLP
+
+        return ExpertsMLP(mlp, layer_idx) if hasattr(mlp, "experts") else super().feed_forward(mlp, layer_idx)
+
+    def stored_weights(self, weights: Mapping[str, Tensor], config: PreTrainedConfig) -> Mapping[str, Tensor]:
+        """See ``HostAdapter``: files hold every expert by itself, and models all of a layer in two tensors."""
+        named, experts = dict(weights), range(config.num_experts)
+        for layer in range(config.num_hidden_layers):
+            own, stored = (f"model.layers.{layer}.{mlp}." for mlp in (self.mlp, self.stored_mlp))
+            parts = [
+                [f"{stored}experts.{expert}.{name}.weight" for expert in experts] for name in self.stored_projections
+            ]
+            if f"{stored}gate.weight" in named:
+                named[f"{own}gate.weight"] = named.pop(f"{stored}gate.weight")
+            if all(name in named for part in parts for name in part):
+                gates, ups, downs = ([named.pop(name) for name in part] for part in parts)
+                named[f"{own}experts.gate_up_proj"] = LateTensor.stack(gates, ups)
+                named[f"{own}experts.down_proj"] = LateTensor.stack(downs)
+        return named
+
+    def extra_losses(self, config: PreTrainedConfig) -> Sequence[ExtraLoss]:
+        """See ``HostAdapter``: how unevenly experts are used."""
+        value = functools.partial(balance, chosen=config.num_experts_per_tok)
+        return [ExtraLoss("aux_loss", config.router_aux_loss_coef, value)]
