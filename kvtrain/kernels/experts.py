@@ -3,8 +3,12 @@
 The sums of a token depend on its own experts alone, in their order, and never on which other tokens came with it.
 """
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.cpu_tiling import without_values_now
 from kvtrain.kernels.dispatch import autocast_off
@@ -38,19 +42,47 @@ def _products(rows: Tensor, matrices: Tensor, experts: Tensor, ends: Tensor) -> 
         return torch.bmm(matrices[experts], rows[:, :, None]).squeeze(2)
     if _has_grouped_mm(rows):
         return torch.nn.functional.grouped_mm(rows, matrices.transpose(1, 2), offs=ends.int())
-    spans = rows.split(_sizes(ends, len(rows)))
-    return torch.cat([span @ matrix.T for span, matrix in zip(spans, matrices.unbind(), strict=True)])
+    products: Tensor = _ProductsByExpert.apply(rows, matrices, _spans(ends, len(rows)))  # type: ignore[no-untyped-call]
+    return products
 
 
 def _has_grouped_mm(rows: Tensor) -> bool:
     if rows.dtype == torch.float64 or rows.device.type not in ("cpu", "cuda"):
         return False
+    if without_values_now() and rows.dtype != torch.bfloat16:  # torch knows its sizes in this type alone
+        return False
     return rows.device.type == "cpu" or torch.cuda.get_device_capability(rows.device) >= (8, 0)
 
 
-def _sizes(ends: Tensor, total: int) -> list[int]:
+def _spans(ends: Tensor, total: int) -> list[slice]:
     """Rows of every expert; about as many of each, where tensors have no values."""
     experts = len(ends)
-    if without_values_now():
-        return [total * (expert + 1) // experts - total * expert // experts for expert in range(experts)]
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+    stops = [total * expert // experts for expert in range(1, experts + 1)] if without_values_now() else ends.tolist()
+    return [slice(start, stop) for start, stop in pairwise([0, *stops])]
+
+
+class _ProductsByExpert(torch.autograd.Function):
+    """What ``grouped_mm`` does, one expert after the other, and holding no more."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, spans: list[slice]) -> Tensor:
+        ctx.save_for_backward(rows, matrices)
+        ctx.spans = spans
+        products = rows.new_empty(len(rows), matrices.shape[1])
+        for span, matrix in zip(spans, matrices, strict=True):
+            torch.mm(rows[span], matrix.T, out=products[span])
+        return products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, matrices = ctx.saved_tensors
+        for_rows, for_matrices = ctx.needs_input_grad[:2]
+        grad_rows = torch.empty_like(rows) if for_rows else None
+        grad_matrices = torch.empty_like(matrices) if for_matrices else None
+        for expert, span in enumerate(ctx.spans):
+            if grad_rows is not None:
+                torch.mm(grad[span], matrices[expert], out=grad_rows[span])
+            if grad_matrices is not None:
+                torch.mm(grad[span].T, rows[span], out=grad_matrices[expert])
+        return grad_rows, grad_matrices, None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from kvtrain.models.adapters import LoRA
 from kvtrain.models.dmc import DMC
@@ -81,6 +81,24 @@ def test_torch_s_own_tracker_says_the_same(host):
             take_step(model, optimizer)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     assert meter.peaks["step"].live == peak["Total"] > 500_000
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_all_experts_are_held_and_those_of_a_token_fed(tmp_path, monkeypatch, precision):
+    """Whatever routers choose: a step is as large with values as without."""
+    found = {}
+    for count in (4, 8):
+        own = {**SIZES, "num_experts": count, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        Qwen3MoeConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=LAYERS, **own).save_pretrained(tmp_path)
+        module = DMCModule(str(tmp_path), DMC(), phases=PHASES)
+        found[count] = measure_step_memory(module, batch_size=ROWS, sequence_length=LENGTH, precision=precision)
+    monkeypatch.setattr(memory_estimate, "_without_values", contextlib.nullcontext)
+    real = measure_step_memory(module, batch_size=ROWS, sequence_length=LENGTH, precision=precision)
+    assert (found[8].peak, found[8].activations) == (real.peak, real.activations)
+    experts = LAYERS * 4 * (3 * 32 * 64 + 32)
+    width = 8 if precision == "64-true" else 4
+    assert found[8].parameters - found[4].parameters == width * experts
+    assert estimate(module, batch_size=ROWS, sequence_length=LENGTH, precision=precision).parameters > 2 * experts
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
