@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from kvtrain.models.hosts import host_adapters
+from kvtrain.models.hosts.base import HostAdapter
+
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -35,10 +38,14 @@ def write_model(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
         model.generation_config.save_pretrained(folder)
     pattern = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
     split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE)
+    adapter, places = host_adapters().get(model.config.model_type, HostAdapter()), dict[str, str]()
     for file, names in split.filename_to_tensors.items():
-        save_file({name: _read(name, weights, stored[name]) for name in names}, folder / file, {"format": "pt"})
+        read = ((name, _read(name, weights, stored[name])) for name in names)
+        content = {own: part for name, weight in read for own, part in adapter.file_weights(name, weight).items()}
+        save_file(content, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(content, file)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": places}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

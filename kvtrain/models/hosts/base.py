@@ -75,6 +75,15 @@ class HostAdapter:
         """
         return weights
 
+    def file_weights(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """What files of the host's family hold in the place of a weight: ``stored_weights`` the other way round.
+
+        Args:
+            name: In the model.
+            weight: The weight.
+        """
+        return {name: weight}
+
     def rotary_embedding(self, config: PreTrainedConfig) -> nn.Module:
         """The decoder's angles by position, for caches, which have no model at hand.
 

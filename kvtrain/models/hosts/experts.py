@@ -56,6 +56,22 @@ class ExpertsAdapter(HostAdapter):
                 named[f"{own}experts.down_proj"] = LateTensor.stack(downs)
         return named
 
+    def file_weights(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """See ``HostAdapter``: every expert by itself."""
+        stored, (gate, up, down) = name.replace(f".{self.mlp}.", f".{self.stored_mlp}."), self.stored_projections
+        place, _, last = stored.rpartition(".")
+        if last == "gate_up_proj":
+            parts = dict(zip((gate, up), weight.chunk(2, 1), strict=True))
+        elif place.endswith(".experts"):
+            parts = {down: weight}
+        else:
+            return {stored if ".gate." in stored else name: weight}
+        return {
+            f"{place}.{expert}.{part}.weight": matrix.clone()  # safetensors wants memory of its own for each
+            for part, matrices in parts.items()
+            for expert, matrix in enumerate(matrices)
+        }
+
     def extra_losses(self, config: PreTrainedConfig) -> Sequence[ExtraLoss]:
         """See ``HostAdapter``: how unevenly experts are used."""
         value = functools.partial(balance, chosen=config.num_experts_per_tok)
