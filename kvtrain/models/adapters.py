@@ -23,7 +23,8 @@ from kvtrain.models.weights import StoredWeights
 LORA_KEY = "lora"  # of checkpoints' settings
 ADAPTER = "default"  # PEFT's name of the only one
 _BASE_LAYER, _ROWS, _LORA = ".base_layer", "own_rows", ".lora_"
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *_FEED_FORWARD)
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ def _check(model: nn.Module, settings: LoRA) -> None:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     there = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    for name, parameter in model.named_parameters():
+        place, _, last = name.rpartition(".")
+        if parameter.dim() == 3 and last in settings.targets:
+            usable = ", ".join(one for one in settings.targets if one not in _FEED_FORWARD) or "q_proj"
+            raise UsageError(f"lora: {last!r} of {place} are experts, which get no adapters; lora.targets: [{usable}]")
     for target in [*settings.targets, *settings.train_also]:
         if target not in there:
             raise UsageError(f"lora: the model has no linear module {target!r}; there are {', '.join(there)}")

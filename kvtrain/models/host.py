@@ -161,8 +161,8 @@ class KVTrainMixin(CachedLanguageModel):
         method.validate(host_config)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
-        if host_config._experts_implementation is None:
-            host_config._experts_implementation = EXPERTS_NAME
+        chosen = config._experts_implementation or host_config._experts_implementation
+        host_config._experts_implementation = chosen or EXPERTS_NAME
         super().__init__(host_config)
         _replace_modules(self, builder(method, host_config))
         self.config = config

@@ -24,20 +24,23 @@ CANCELLED = (3, 7)
 # The same with prompts that are read in full and then cut.
 SERVED = [name for name in SOME_CACHES if name in POLICIES]
 DENSE = {f"{name}_dense": replace(POLICIES[name], prompt="dense", page_size=4) for name in SERVED}
-METHODS = [*MAIN, *DENSE]
+EXPERTS = "dmc, experts"
+METHODS = [*MAIN, *DENSE, EXPERTS]
 # Of policies one that cuts as it goes and two that cut prompts when they end.
 SOME_METHODS = [
     name for name in METHODS if name in ("h2o", "snapkv_dense", "mikv_dense") or name not in {*POLICIES, *DENSE}
 ]
-SWAPPED = [(name, None) for name in METHODS] + [(name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")]
+SWAPPED = [(name, None) for name in METHODS if name != EXPERTS] + [
+    (name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")
+]
 
 
 @remember
 def model_of(method):
     if method in DENSE:
         return kvtrain.retrofit(make_host(), DENSE[method])
-    entry = CACHES[method]
-    return entry.retrofit(make_host(layers=entry.layers))
+    entry = CACHES[method.partition(",")[0]]
+    return entry.retrofit(make_host("qwen3_moe" if method == EXPERTS else "llama", layers=entry.layers))
 
 
 @remember
