@@ -51,7 +51,7 @@ class ExpertsMLP(nn.Module):
         """Feed ``(B, T, D)`` forward."""
         flat = hidden_states.flatten(0, 1)
         logits, weights, chosen = self.gate(flat)
-        if self.gate.weight.requires_grad:
+        if self.training and self.gate.weight.requires_grad:
             note(self.layer_idx, logits)
         output: Tensor = self.experts(flat, chosen, weights)
         return output.view_as(hidden_states)

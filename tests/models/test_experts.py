@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import kvtrain
+from kvtrain.models.compiled import CompiledStep
 from kvtrain.models.late_tensor import LateTensor
 from kvtrain.models.weights import host_weights
 from tests.hosts import FAMILY_SETTINGS, make_host, random_ids
@@ -63,6 +64,18 @@ def test_an_implementation_that_was_chosen_stays(tmp_path):
     assert chosen(model) == {"grouped_mm"}
     for one in (*models, model):
         torch.testing.assert_close(one(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_one_graph():
+    model, ids = kvtrain.retrofit(make_host("qwen3_moe", dtype=torch.float32), kvtrain.Full()), random_ids(2, 9)
+    caches = [model.make_cache(1 << 22, preallocate=True) for _ in range(2)]
+    for cache in caches:
+        model(ids, past_key_values=cache)
+    step = CompiledStep(model, caches[0], backend="aot_eager")
+    found, expected = step(ids[:, :1]), model(ids[:, :1], past_key_values=caches[1]).logits[:, -1]
+    assert (step.compilations, step.eager) == (1, False)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
