@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-RETROFITS = ("full", "dmc", "dms", "lckv", "duo")
+RETROFITS = ("full", "experts", "dmc", "dms", "lckv", "duo")
 OURS = (*RETROFITS, "transnormer")
 
 ASSISTED = (
@@ -80,6 +80,7 @@ MODEL = (
     refusal(*WEIGHTS, OURS, "test_attention_outputs"),
     refusal(*WEIGHTS, RETROFITS, "test_capture_outputs_decorator"),
     refusal(*WEIGHTS, ("dmc", "dms"), "test_sliding_window_mask"),
+    refusal("windows are not supported", "set sliding_window=None", ("experts",), "test_sliding_window_mask"),
     refusal(
         "attention is the method's own, and no other is to be had",
         "would do nothing",
@@ -101,7 +102,7 @@ MODEL = (
     refusal(
         "reentrant checkpointing loses the gradients of what layers hand over beside their hidden states",
         "use_reentrant=False",
-        ("dmc", "dms", "lckv"),
+        ("experts", "dmc", "dms", "lckv"),
         "test_training_gradient_checkpointing_use_reentrant_true",
     ),
     internals(

@@ -12,7 +12,7 @@ import kvtrain
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.method import Method
-from tests.hosts import FAMILIES
+from tests.hosts import FAMILIES, FAMILY_SETTINGS
 
 BATCH, LENGTH, VOCAB = 13, 7, 99
 COMMON = {
@@ -39,7 +39,8 @@ def host_config(family: str, layers: int) -> PreTrainedConfig:
     """Of a decoder as small as their own."""
     sizes = {"num_hidden_layers": layers, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
     windows = {"sliding_window": None} if family == "mistral" else {}
-    return FAMILIES[family](**COMMON, **sizes, **windows, max_position_embeddings=512)
+    experts = {**FAMILY_SETTINGS[family], "router_aux_loss_coef": 1e-3} if family in FAMILY_SETTINGS else {}
+    return FAMILIES[family](**COMMON, **sizes, **windows, **experts, max_position_embeddings=512)
 
 
 def host(family: str) -> Subject:
@@ -48,13 +49,15 @@ def host(family: str) -> Subject:
     return Subject("host", model_class, lambda: host_config(family, 2))
 
 
-def retrofit(family: str, method: Method, layers: int = 2, iterated: tuple[int, ...] = ()) -> Subject:
+def retrofit(
+    family: str, method: Method, layers: int = 2, iterated: tuple[int, ...] = (), name: str | None = None
+) -> Subject:
     """A decoder with a method in it."""
 
     def config() -> KVTrainConfig:
         return KVTrainConfig(text_config=host_config(family, layers), method_config=method.to_dict())
 
-    return Subject(method.name, retrofitted_class(host_config(family, layers)), config, iterated)
+    return Subject(name or method.name, retrofitted_class(host_config(family, layers)), config, iterated)
 
 
 def transnormer(variant: str) -> Subject:
@@ -71,6 +74,7 @@ SUBJECTS = {
     for subject in (
         host("llama"),
         retrofit("llama", kvtrain.Full()),
+        retrofit("qwen3_moe", kvtrain.Full(), name="experts"),
         retrofit("qwen3", kvtrain.DMC(init_bias=0.0)),  # about half of the tokens merge
         retrofit("qwen3", kvtrain.DMS(window=2, init_bias=-1.0)),  # every token is marked
         retrofit("mistral", kvtrain.LCKV(kv_map="lckv-w2"), layers=4, iterated=(2,)),
