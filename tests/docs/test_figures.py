@@ -26,7 +26,9 @@ NAMES = {
     "num_key_value_heads": ("GQA", None),
     "DMC": ("DMC", None),
     "DMS": ("DMS", None),
-    "Duo": (None, "Duo, free signal"),
+    "Duo": ("Duo", None),
+    "free_signal": ("Duo, free signal", "Duo, free signal"),
+    "razor_gates": ("RazorAttention", None),
     "StreamingLLM": ("StreamingLLM", "StreamingLLM"),
     "H2O": ("H2O", "H2O"),
     "TOVA": ("TOVA", "TOVA"),
@@ -35,9 +37,9 @@ NAMES = {
     'SnapKV(per_head="adaptive")': ("Ada-KV", "Ada-KV"),
     "ExpectedAttention": ("ExpectedAttention", "ExpectedAttention"),
     "CORM": (None, "CORM"),
-    "D2O": (None, "D2O"),
+    "D2O": ("D2O", "D2O"),
     "MiKV": (None, "MiKV, 4 bits"),
-    "RandomEviction": (None, "random eviction"),
+    "RandomEviction": ("random eviction", "random eviction"),
 }
 
 
