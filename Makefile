@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvtrain-installed
 EXTRAS := $(VENV)/.kvtrain-extras-installed
 DOCS   := $(VENV)/.kvtrain-docs-installed
-FAST   := not roads and not slow and not gpu and not soak
-ROADS  := roads and not slow and not gpu and not soak
+FAST   := not roads and not slow and not gpu and not soak and not vllm
+ROADS  := roads and not slow and not gpu and not soak and not vllm
 
 # WORKERS processes share the tests, file by file, in the order of their names.
 WORKERS ?= 2
@@ -35,7 +35,7 @@ test-versions: setup ## Named tests under the oldest, the pinned and the newest 
 	$(BIN)/python -m tests.versions
 
 test-all: $(EXTRAS) ## Everything, in full grids, on new random examples, and for a GPU where there is one
-	$(PYTEST) --hypothesis-profile=random -m "not soak"
+	$(PYTEST) --hypothesis-profile=random -m "not soak and not vllm"
 
 soak: $(EXTRAS) ## The endurance tests, for hours
 	$(BIN)/python -m pytest -m soak
