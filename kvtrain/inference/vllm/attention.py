@@ -125,6 +125,7 @@ class QueryProjection(ColumnParallelLinear):
         size = host.total_num_heads * host.head_size
         own = {"quant_config": host.quant_config, "prefix": host.prefix, "return_bias": host.return_bias}
         super().__init__(host.hidden_size, size, host.bias is not None, **own)
+        self.output_sizes = host.output_sizes  # by which what comes out is split
         self.absent = 2 * host.num_kv_heads * host.head_size
 
     def forward(self, hidden: Tensor) -> Any:

@@ -24,7 +24,7 @@ class ServedConfig(KVTrainConfig):
     @property
     def layer_types(self) -> list[str] | None:
         """The host's; of a hybrid other words, or vLLM concludes from the host's that it keeps no state."""
-        host: list[str] | None = getattr(self.host_config, "layer_types", None)
+        host: list[str] | None = getattr(self.text_config, "layer_types", None)
         return host if host is None or role_of(self) is not Role.HYBRID else ["hybrid"] * len(host)
 
 
