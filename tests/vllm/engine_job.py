@@ -3,8 +3,8 @@
     python -m tests.vllm.engine_job < job.json
 
 A job has ``folder``, ``options`` of ``LLM``, and ``rounds``: lists of prompts, which are lists of tokens and are asked
-together. What comes out has ``tokens``, a list a round, and figures of the engine. Of a job with ``refused`` instead, pairs
-of a folder and options, comes out what vLLM's configuration says to each.
+together. What comes out has ``tokens``, a list a round, and figures of the engine. A job may have ``refused`` instead,
+pairs of a folder and options, and what vLLM's configuration says to each comes out.
 """
 
 import json
