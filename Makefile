@@ -5,16 +5,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvtrain-installed
 EXTRAS := $(VENV)/.kvtrain-extras-installed
+VLLM   := .venv-vllm
 DOCS   := $(VENV)/.kvtrain-docs-installed
-FAST   := not roads and not slow and not gpu and not soak
-ROADS  := roads and not slow and not gpu and not soak
+FAST   := not roads and not slow and not gpu and not soak and not vllm
+ROADS  := roads and not slow and not gpu and not soak and not vllm
 
 # WORKERS processes share the tests, file by file, in the order of their names.
 WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-roads test-versions test-all soak lint format docs bench compare clean
+.PHONY: help setup quickstart test test-roads test-versions test-all test-vllm soak lint format docs bench compare clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,7 +36,10 @@ test-versions: setup ## Named tests under the oldest, the pinned and the newest 
 	$(BIN)/python -m tests.versions
 
 test-all: $(EXTRAS) ## Everything, in full grids, on new random examples, and for a GPU where there is one
-	$(PYTEST) --hypothesis-profile=random -m "not soak"
+	$(PYTEST) --hypothesis-profile=random -m "not soak and not vllm"
+
+test-vllm: $(VLLM)/.kvtrain-installed ## What vLLM serves and refuses, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m vllm tests/vllm
 
 soak: $(EXTRAS) ## The endurance tests, for hours
 	$(BIN)/python -m pytest -m soak
@@ -62,7 +66,7 @@ compare: setup ## Every method at the same bytes on one base: trains, measures a
 	$(BIN)/python benchmarks/compare.py
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .cache build dist site
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .cache build dist site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -85,6 +89,15 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+# Names of metadata are those of the installation, so kvtrain is installed too, without what it asks for beside vLLM.
+$(VLLM)/.kvtrain-installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM)/bin/python -m pip install -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
 $(EXTRAS): $(STAMP)

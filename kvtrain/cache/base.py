@@ -26,7 +26,8 @@ class KVCache(GeneratingCache):
         budget: Limit on bytes, which the layers' stores were given too.
 
     Attributes:
-        seen: Positions that went by, padding included: the logical length that ``generate`` counts with.
+        seen: Positions that went by, padding included: the logical length of ``generate``.
+        stores: All that holds something, of the layers and of the cache itself.
     """
 
     layers: list[KVCacheLayer]  # type: ignore[assignment]
@@ -34,13 +35,12 @@ class KVCache(GeneratingCache):
     def __init__(self, layers: Sequence[KVCacheLayer], budget: ByteBudget | None = None) -> None:
         super().__init__(layers=list(layers))
         self.budget = budget
-        self.seen = 0
-        self._chosen = False  # whether a pass is over some rows alone
+        self.seen, self._chosen = 0, False  # whether a pass is over some rows alone
         stores = [store for layer in layers for store in layer.stores]
         placement, cuts = stores[0].placement, any(layer.cuts_prompts for layer in layers)
         self._rows = StateStore({"tokens": ((), torch.long)}, placement)
         self._open_prompts = OpenPrompts(placement) if cuts else None
-        self._stores = [*stores, self._rows, *filter(None, [self._open_prompts])]
+        self.stores = [*stores, self._rows, *filter(None, [self._open_prompts])]
 
     @property
     def num_rows(self) -> int:
@@ -59,11 +59,11 @@ class KVCache(GeneratingCache):
 
     def kv_bytes(self) -> int:
         """Bytes really allocated, over all layers; pages that are reserved count from when they are taken."""
-        return sum(store.num_bytes() for store in self._stores)
+        return sum(store.num_bytes() for store in self.stores)
 
     def free_bytes(self) -> int:
         """Those of ``kv_bytes`` that hold nothing at present (spare pages)."""
-        return sum(store.free_bytes() for store in self._stores)
+        return sum(store.free_bytes() for store in self.stores)
 
     def held_bytes(self) -> int:
         """Those of ``kv_bytes`` that hold something."""
@@ -71,11 +71,11 @@ class KVCache(GeneratingCache):
 
     def reserved_bytes(self) -> int:
         """Bytes that a cache with ``preallocate`` has reserved for pages and rows, whoever has them."""
-        return sum(store.reserved_bytes() for store in self._stores)
+        return sum(store.reserved_bytes() for store in self.stores)
 
     def row_bytes(self) -> Tensor:
         """Those of ``held_bytes`` that each row holds, ``(B,)`` on the CPU."""
-        return torch.stack([store.row_bytes().cpu() for store in self._stores]).sum(0)
+        return torch.stack([store.row_bytes().cpu() for store in self.stores]).sum(0)
 
     def kv_tokens(self) -> Tensor:
         """Entries kept, ``(layers, B, H_kv)``; 0 where a layer has fewer heads than another."""
@@ -94,7 +94,7 @@ class KVCache(GeneratingCache):
             tokens: New tokens a row; where a pass is over some rows, of these alone.
             rows: New rows besides those that are here.
         """
-        return sum(store.bytes_for(tokens, rows) for store in self._stores)
+        return sum(store.bytes_for(tokens, rows) for store in self.stores)
 
     @contextlib.contextmanager
     def rows(self, rows: Sequence[int]) -> Iterator[None]:
@@ -116,14 +116,14 @@ class KVCache(GeneratingCache):
             yield
             return
         index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
-        for store in self._stores:
+        for store in self.stores:
             store.narrow(index.to(store.placement.device))
         self._chosen = True
         try:
             yield
         finally:
             self._chosen = False
-            for store in self._stores:
+            for store in self.stores:
                 store.widen()
 
     @bookkeeping
@@ -155,7 +155,7 @@ class KVCache(GeneratingCache):
 
     def _take_ahead(self, purpose: str) -> None:
         """Let every store take what one more token of every row may need, after a single question to the device."""
-        asked = [(store, question) for store in self._stores if (question := store.ask_ahead()) is not None]
+        asked = [(store, question) for store in self.stores if (question := store.ask_ahead()) is not None]
         if asked:
             device = asked[0][1].device
             answers = torch.stack([question.to(device) for _, question in asked]).tolist()
@@ -177,9 +177,9 @@ class KVCache(GeneratingCache):
         Raises:
             ValueError: The cache's pages are not reserved.
         """
-        pages = max(store.pages_to_list() for store in self._stores)
+        pages = max(store.pages_to_list() for store in self.stores)
         with contextlib.ExitStack() as stack:
-            for store in self._stores:
+            for store in self.stores:
                 stack.enter_context(store.fixed(pages))
             yield self.num_rows, pages
 
@@ -238,7 +238,7 @@ class KVCache(GeneratingCache):
         self._check_whole()
         first = self.num_rows
         self._require(self.bytes_for(0, count), f"{count} new rows")
-        for store in self._stores:
+        for store in self.stores:
             store.admit(count)
         return range(first, first + count)
 
@@ -253,8 +253,8 @@ class KVCache(GeneratingCache):
         if torch.equal(indices, torch.arange(self.num_rows, device=indices.device)):
             return
         if self.budget is not None:
-            self._require(sum(store.bytes_to_select(indices) for store in self._stores), "repeated rows")
-        for store in self._stores:
+            self._require(sum(store.bytes_to_select(indices) for store in self.stores), "repeated rows")
+        for store in self.stores:
             store.select_rows(indices)
 
     def free_rows(self, rows: Sequence[int]) -> None:
@@ -276,7 +276,7 @@ class KVCache(GeneratingCache):
         self._check_rows(rows)
         if rows:
             index = torch.tensor(sorted(set(rows)), dtype=torch.long, device=self.tokens.device)
-            for store in self._stores:
+            for store in self.stores:
                 store.clear_rows(index.to(store.placement.device))
 
     def copy_row(self, source: int, target: int) -> None:
@@ -290,8 +290,8 @@ class KVCache(GeneratingCache):
         if source == target:
             return
         if self.budget is not None:
-            self._require(sum(store.bytes_to_copy(source, target) for store in self._stores), "a copied row")
-        for store in self._stores:
+            self._require(sum(store.bytes_to_copy(source, target) for store in self.stores), "a copied row")
+        for store in self.stores:
             store.copy_row(source, target)
 
     def join(self, other: Self, *, move: bool = False) -> None:
@@ -308,9 +308,9 @@ class KVCache(GeneratingCache):
         self._check_whole()
         if other is self:
             raise ValueError("a cache cannot join itself; repeat its rows with batch_repeat_interleave")
-        if [store.form() for store in self._stores] != [store.form() for store in other._stores]:
+        if [store.form() for store in self.stores] != [store.form() for store in other.stores]:
             raise ValueError("these caches keep different things; give both the same model and options of make_cache")
-        pairs = list(zip(self._stores, other._stores, strict=True))
+        pairs = list(zip(self.stores, other.stores, strict=True))
         growth = [mine.bytes_to_join(theirs) for mine, theirs in pairs]
         shared = move and other.budget is self.budget
         self._require(peak_growth(growth, pairs) if shared else sum(growth), f"{other.num_rows} joining rows")
@@ -329,7 +329,7 @@ class KVCache(GeneratingCache):
             ValueError: There is no such row.
         """
         self._check_rows([row])
-        return CacheSnapshot([store.snapshot_row(row) for store in self._stores], self.seen)
+        return CacheSnapshot([store.snapshot_row(row) for store in self.stores], self.seen)
 
     def restore_row(self, row: int, snapshot: CacheSnapshot) -> None:
         """Put a row back to a snapshot of this cache or of another one of the same model.
@@ -342,7 +342,7 @@ class KVCache(GeneratingCache):
             CacheFullError: The budget does not allow it; nothing has changed.
         """
         self._check_rows([row])
-        pairs = list(zip(self._stores, snapshot.stores, strict=True))
+        pairs = list(zip(self.stores, snapshot.stores, strict=True))
         self._require(sum(store.bytes_to_restore(row, state) for store, state in pairs), "a snapshot")
         for store, state in pairs:
             store.restore_row(row, state)
@@ -352,7 +352,7 @@ class KVCache(GeneratingCache):
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self._check_whole()
-        for store in self._stores:
+        for store in self.stores:
             store.reset()
         self.seen = 0
 

@@ -62,6 +62,11 @@ class StateStore(RowStore):
         """See ``RowStore``."""
         return self._rows
 
+    def lie_in(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let the rows be those of ``tensors (B, ...)``, somebody else's memory: what is replaced is copied there."""
+        self._state, self._memory = dict(tensors), dict(tensors)
+        self._rows = next(iter(tensors.values())).shape[0]
+
     def admit(self, count: int) -> None:
         """See ``RowStore``."""
         self._append({name: self._empty(name, count) for name in self.shapes}, count)

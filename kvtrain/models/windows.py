@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.attention import attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.models.ordering import padding_first, take_slots
@@ -63,3 +65,31 @@ def attend_cache_and_window(
         documents=Documents(valid.long(), documents.long()),
         scale=scale,
     )
+
+
+def attend_ring(ring: RingStore, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """New tokens, as many in every row, over what a ring holds and over each other; the ring takes them up.
+
+    Args:
+        ring: Of the rows.
+        query: ``(B, H, n, D)``.
+        key: ``(B, H_kv, n, D)``.
+        value: ``(B, H_kv, n, D)``.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(B, H, n, D)``.
+    """
+    if query.shape[2] == 1:
+        ring.write(key, value, None)  # over a token that is out of the window
+        keys, values, positions = ring.gather()
+        there = (positions >= 0)[:, None, None]
+        return scaled_dot_product_attention(query, keys, values, attn_mask=there, scale=scale, enable_gqa=True)
+    valid = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool)
+    keys, values, positions = ring.gather()
+    order = positions.argsort(1)
+    held = take_slots(keys, order), take_slots(values, order), positions.gather(1, order)
+    window, sink = ring.recent, ring.sink
+    output, _ = attend_cache_and_window(query, (key, value), held, valid, window=window, sink=sink, scale=scale)
+    ring.write(key, value, valid)
+    return output

@@ -95,5 +95,5 @@ def test_rows_of_other_pages_are_refused_and_nothing_has_changed(method):
     for attempt in (lambda: cache.join(other), lambda: cache.restore_row(1, other.snapshot_row(0))):
         with pytest.raises(ValueError, match="page size"):
             attempt()
-    assert cache.tokens.tolist() == [20, 20] and {store.num_rows for store in cache._stores} == {2}
+    assert cache.tokens.tolist() == [20, 20] and {store.num_rows for store in cache.stores} == {2}
     close(model(ids[:2, 20:25], past_key_values=cache).logits, expected[:2, 20:25])

@@ -21,7 +21,7 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, cache):
         super().__init__()
-        self.others = {tensor.untyped_storage().data_ptr() for store in cache._stores for tensor in store.tensors()}
+        self.others = {tensor.untyped_storage().data_ptr() for store in cache.stores for tensor in store.tensors()}
         self.made, self.bytes = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -126,7 +126,7 @@ def test_rows_that_are_cleared_keep_their_numbers_and_give_their_bytes_back(meth
     cache.clear_rows([1])
     after, waiting = cache.row_bytes(), model.make_cache()
     waiting.admit(1)
-    columns = sum(store.num_heads * 4 * store.rows.columns for store in cache._stores if hasattr(store, "rows"))
+    columns = sum(store.num_heads * 4 * store.rows.columns for store in cache.stores if hasattr(store, "rows"))
     assert cache.tokens.tolist() == [30, 0, 30] and int(after[1]) == waiting.held_bytes() + columns
     assert int(after.sum()) == cache.held_bytes() and bool((after <= before).all())  # the table may be narrower
     with cache.rows([1]):
@@ -141,13 +141,13 @@ def test_rows_move_without_being_held_twice(method):
     model(ids[:1, :40], past_key_values=other)
     alone = model.make_cache()
     alone.join(other)
-    largest = max(store.num_bytes() for store in alone._stores)  # without pages that are ahead
+    largest = max(store.num_bytes() for store in alone.stores)  # without pages that are ahead
     budget.limit = budget.used + largest - 1
     with pytest.raises(CacheFullError):
         cache.join(other, move=True)
     assert other.num_rows == 1 and cache.num_rows == 0
     budget.limit += 1
-    if len(other._stores) > 2:
+    if len(other.stores) > 2:
         with pytest.raises(CacheFullError):
             cache.join(other)
     cache.join(other, move=True)
@@ -161,7 +161,7 @@ def test_a_row_is_copied_without_being_held_once_more(method):
     model, (ids, expected) = model_of(method), streams(method)
     cache = model.make_cache(2**24, preallocate=True)
     model(ids[:3, :40], past_key_values=cache)
-    row, largest = int(cache.row_bytes()[0]), max(int(store.row_bytes()[0]) for store in cache._stores)
+    row, largest = int(cache.row_bytes()[0]), max(int(store.row_bytes()[0]) for store in cache.stores)
     with cache.rows([1]):
         model(ids[1:2, 40:44], past_key_values=cache)
     with Peak(cache) as peak:
@@ -177,7 +177,7 @@ def test_a_copy_of_a_row_keeps_to_the_budget_and_is_refused_before_anything_chan
     cache.admit(2)
     with cache.rows([1]):
         model(ids[:1, :30], past_key_values=cache)
-    wanted = sum(store.bytes_to_copy(1, 0) for store in cache._stores)
+    wanted = sum(store.bytes_to_copy(1, 0) for store in cache.stores)
     assert wanted or "transnormer" in method
     budget.limit = budget.used + wanted - 1
     if wanted:

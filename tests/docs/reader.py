@@ -72,6 +72,8 @@ def check(words: list[str]) -> None:
             check(rest)
         case ["python", "-m", module, *_]:
             assert find_spec(module), module
+        case ["vllm", "serve", folder, *_]:
+            assert not folder.startswith("-"), folder
         case ["python", file, *_]:
             assert (ROOT / file).is_file(), file
         case _:

@@ -43,7 +43,7 @@ def stays_the_same(model, way, folder):
     model = WAYS[way](model, folder)
     assert model.model.layers[0].self_attn.o_proj.weight.is_meta
     torch.testing.assert_close(told(model), expected)
-    placements = {(store.placement.dtype, store.placement.device) for store in model.make_cache()._stores}
+    placements = {(store.placement.dtype, store.placement.device) for store in model.make_cache().stores}
     assert placements == {(torch.bfloat16, CPU)}
 
 
