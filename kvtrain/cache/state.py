@@ -63,7 +63,12 @@ class StateStore(RowStore):
         return self._rows
 
     def lie_in(self, tensors: Mapping[str, Tensor]) -> None:
-        """Let the rows be those of ``tensors (B, ...)``, somebody else's memory: what is replaced is copied there."""
+        """Let the rows be those of somebody else's memory, where what replaces a tensor is copied.
+
+        Args:
+            tensors: ``(B, ...)`` of every name, with the shapes and dtypes of the state; they are neither copied nor
+                cleared, and rows do not join or leave while the store lies in them.
+        """
         self._state, self._memory = dict(tensors), dict(tensors)
         self._rows = next(iter(tensors.values())).shape[0]
 

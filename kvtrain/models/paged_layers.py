@@ -13,6 +13,10 @@ from transformers import PreTrainedConfig
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.discovery import exported_by_files
 from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.method import Method
+
+# The reason of every method whose heads keep different tokens.
+ONE_TABLE = "vLLM keeps one table of blocks for all of them"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def paged_layers(config: PreTrainedConfig) -> list[PagedLayer]:
         if isinstance(settings, support.settings):
             found: list[PagedLayer] = support.layers(settings, host)
             return found
-    raise ValueError(f"method {settings.name!r} is not served by vLLM; use kvtrain generate")
+    raise not_served(f"method {settings.name!r}" if isinstance(settings, Method) else f"{host.model_type!r}")
 
 
 def whole_layers(host_config: PreTrainedConfig) -> list[PagedLayer]:
@@ -86,8 +90,8 @@ def whole_layers(host_config: PreTrainedConfig) -> list[PagedLayer]:
     return [PagedLayer(layer, heads) for layer, (heads, _) in enumerate(key_value_shapes(host_config))]
 
 
-def refuse(what: str, reason: str = "") -> ValueError:
-    """The error of what vLLM cannot hold.
+def not_served(what: str, reason: str = "") -> ValueError:
+    """The error of what vLLM cannot hold, for its finder to raise.
 
     Args:
         what: Is not served.

@@ -305,3 +305,18 @@ def test_a_compiled_function_puts_in_what_it_computes():
         expected = torch.cat([expected, torch.zeros(1, 2, 3)]) + added
         double(added)
         assert torch.equal(store["sums"], expected)
+
+
+@pytest.mark.parametrize("reserve", [None, 16 * ROW_BYTES])
+def test_rows_lie_in_the_memory_of_somebody_else_while_they_are_asked_to(reserve):
+    """What replaces a tensor is copied there, and other rows that lay there before are not touched."""
+    store, memory = make_store(3, reserve), {name: torch.stack([fill(name, 9)] * 2) for name in SHAPES}
+    own = store.tensors()
+    store.lie_in(memory)
+    assert store.num_rows == 2 and all(store[name] is memory[name] for name in SHAPES)
+    for name in SHAPES:
+        store[name] = torch.stack([fill(name, number) for number in (1, 2)])
+        assert torch.equal(memory[name], torch.stack([fill(name, 1), fill(name, 2)]))
+    assert not any(tensor.any() for tensor in own)
+    with pytest.raises(ValueError, match="state 'sums' is"):
+        store["sums"] = torch.zeros(3, 2, 3, dtype=torch.float64)

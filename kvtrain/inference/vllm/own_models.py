@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from kvtrain.cache.base import KVCache
-from kvtrain.cache.state import StateStore
-from kvtrain.inference.vllm.state_layout import StateLayout
+from kvtrain.inference.vllm.state_layout import cache_layout, model_layout
 from kvtrain.inference.vllm.state_pages import Requests, StatePages
 from kvtrain.models.registry import own_model_class
 
@@ -34,13 +32,13 @@ class OwnModel(nn.Module, HasInnerState, IsAttentionFree):
         self.model.tie_weights()
         _keep_wide(self.model)
         self.cache: KVCache = self.model.make_cache()
-        self.state = StatePages(_layout(self.cache), _STATE)
+        self.state = StatePages(cache_layout(self.cache), _STATE)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         """See vLLM's ``IsHybrid``."""
         model = vllm_config.model_config
-        return ((state_layout(model.hf_config, model.dtype).piece_bytes,),)
+        return ((model_layout(model.hf_config, model.dtype).piece_bytes,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -90,24 +88,6 @@ class OwnModel(nn.Module, HasInnerState, IsAttentionFree):
             weights, mapper=WeightsMapper(orig_to_new_prefix={"": "model."})
         )
         return loaded
-
-
-def state_layout(config: PreTrainedConfig, dtype: torch.dtype) -> StateLayout:
-    """How the state of a row lies in its page.
-
-    Args:
-        config: Of a model of our own.
-        dtype: That it is served in.
-    """
-    with torch.device("meta"):
-        model = own_model_class(config)(config).to(dtype)
-    return _layout(model.make_cache())
-
-
-def _layout(cache: KVCache) -> StateLayout:
-    stores = [store for store in cache.stores if isinstance(store, StateStore)]
-    assert len(stores) == len(cache.stores), "a cache that grows has no page of constant size"
-    return StateLayout(stores)
 
 
 def _keep_wide(model: nn.Module) -> None:

@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from kvtrain.cache.base import KVCache
 from kvtrain.cache.state import StateStore
+from kvtrain.models.registry import own_model_class
 
 # Stores count a row's tokens under this name; an engine knows them, and so no page holds them.
 _COUNTER = "tokens"
@@ -67,11 +70,34 @@ class StateLayout:
         rows.masked_fill_(past[:, None] == 0, 0)
         for store in self.stores:
             own = {
-                part.name: rows[:, part.begin : part.end].view(part.dtype).unflatten(1, part.shape)
+                part.name: rows[:, part.begin : part.end].view(part.dtype).view(-1, *part.shape)
                 for part in self._parts
                 if part.store is store
             }
             store.lie_in(own | {name: past.clone() for name in store.shapes if name == _COUNTER})
+
+
+def model_layout(config: PreTrainedConfig, dtype: torch.dtype) -> StateLayout:
+    """How all that a model of our own keeps of a row lies in one page.
+
+    Args:
+        config: Of the model.
+        dtype: That it is served in.
+    """
+    with torch.device("meta"):
+        model = own_model_class(config)(config).to(dtype)
+    return cache_layout(model.make_cache())
+
+
+def cache_layout(cache: KVCache) -> StateLayout:
+    """The same of a cache, whose stores it opens.
+
+    Args:
+        cache: Of constant size a row.
+    """
+    stores = [store for store in cache.stores if isinstance(store, StateStore)]
+    assert len(stores) == len(cache.stores), "a cache that grows has no page of constant size"
+    return StateLayout(stores)
 
 
 def _parts(stores: Sequence[StateStore]) -> Iterator[Part]:

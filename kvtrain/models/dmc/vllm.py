@@ -3,11 +3,11 @@
 from transformers import PreTrainedConfig
 
 from kvtrain.models.dmc.config import DMC
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, refuse
+from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, not_served
 
 
 def _layers(settings: DMC, host_config: PreTrainedConfig) -> list[PagedLayer]:
-    raise refuse("method 'dmc'", "its heads have different lengths, and vLLM keeps one table of blocks for all of them")
+    raise not_served("method 'dmc'", f"its heads have different lengths, and {ONE_TABLE}")
 
 
 PAGED = PagedSupport(DMC, _layers)

@@ -3,11 +3,11 @@
 from transformers import PreTrainedConfig
 
 from kvtrain.models.dms.config import DMS
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, refuse
+from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, not_served
 
 
 def _layers(settings: DMS, host_config: PreTrainedConfig) -> list[PagedLayer]:
-    raise refuse("method 'dms'", "its heads have different lengths, and vLLM keeps one table of blocks for all of them")
+    raise not_served("method 'dms'", f"its heads have different lengths, and {ONE_TABLE}")
 
 
 PAGED = PagedSupport(DMS, _layers)

@@ -4,7 +4,7 @@ from transformers import PreTrainedConfig
 
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.hosts import common_key_value_shape
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, Ring, refuse
+from kvtrain.models.paged_layers import PagedLayer, PagedSupport, Ring, not_served
 
 
 def _layers(settings: Duo, host_config: PreTrainedConfig) -> list[PagedLayer]:
@@ -12,7 +12,7 @@ def _layers(settings: Duo, host_config: PreTrainedConfig) -> list[PagedLayer]:
         raise ValueError("gates are fractions yet; run kvtrain export, which rounds them")
     for name in ("compensation", "kv_bits"):
         if getattr(settings, name):
-            raise refuse(name)
+            raise not_served(name)
     heads, head_dim = common_key_value_shape(host_config)
     counts = [len(chosen) for chosen in settings.full_heads]
     if len(set(counts)) > 1:

@@ -7,17 +7,15 @@ from transformers import PreTrainedConfig
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.eviction.policies.streaming import StreamingLLM
 from kvtrain.models.hosts import common_key_value_shape
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, Ring, refuse
+from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, Ring, not_served
 
 
 def _layers(settings: Eviction, host_config: PreTrainedConfig) -> list[PagedLayer]:
     """A token sees what was kept before it, and itself, and then one of them leaves."""
     if not isinstance(settings, StreamingLLM):
-        raise refuse(
-            f"method {settings.name!r}", "its heads drop different tokens, and vLLM keeps one table of blocks for all"
-        )
+        raise not_served(f"method {settings.name!r}", f"its heads drop different tokens, and {ONE_TABLE}")
     if settings.kv_bits is not None:
-        raise refuse("kv_bits")
+        raise not_served("kv_bits")
     plain = StreamingLLM(budget=settings.budget, sink=settings.sink, prompt="blocks", page_size=settings.page_size)
     if isinstance(settings.budget, float) or replace(settings, recent=0) != plain:
         raise ValueError(

@@ -3,12 +3,12 @@
 from transformers import PreTrainedConfig
 
 from kvtrain.models.full.config import Full
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, refuse, whole_layers
+from kvtrain.models.paged_layers import PagedLayer, PagedSupport, not_served, whole_layers
 
 
 def _layers(settings: Full, host_config: PreTrainedConfig) -> list[PagedLayer]:
     if settings.kv_bits is not None:
-        raise refuse("kv_bits")
+        raise not_served("kv_bits")
     return whole_layers(host_config)
 
 

@@ -4,7 +4,7 @@ from transformers import PreTrainedConfig
 
 from kvtrain.models.hosts import key_value_shapes
 from kvtrain.models.lckv.config import LCKV
-from kvtrain.models.paged_layers import PagedLayer, PagedSupport, refuse
+from kvtrain.models.paged_layers import PagedLayer, PagedSupport, not_served
 
 
 def _layers(settings: LCKV, host_config: PreTrainedConfig) -> list[PagedLayer]:
@@ -17,9 +17,9 @@ def _layers(settings: LCKV, host_config: PreTrainedConfig) -> list[PagedLayer]:
     if settings.mask_all_diagonals:
         raise ValueError("mask_all_diagonals is not served by vLLM, whose tokens see themselves; use kvtrain generate")
     if values.sources != keys.sources:
-        raise refuse("value_map", "keys and values of one layer lie in one block")
+        raise not_served("value_map", "keys and values of one layer lie in one block")
     if settings.residual:
-        raise refuse("residual")
+        raise not_served("residual")
     heads = [heads for heads, _ in key_value_shapes(host_config)]
     windows = [settings.sliding_window if sliding else None for sliding in keys.sliding]
     return [PagedLayer(*layer) for layer in zip(keys.sources, heads, windows, strict=True)]
