@@ -48,7 +48,8 @@ def test_the_pool_holds_more_tokens(name, least):
 
 
 def test_rows_that_are_preempted_go_on():
-    figures = answers("cla2", [prompts()], num_gpu_blocks_override=16, block_size=32, enable_prefix_caching=False)
+    few = {"num_gpu_blocks_override": 16, "block_size": 32, "max_model_len": 256}
+    figures = answers("cla2", [prompts()], enable_prefix_caching=False, **few)
     assert figures["preemptions"] > 0
     check_tokens("cla2", figures["tokens"][0])
 
