@@ -15,6 +15,8 @@ from kvtrain.models.gqa import convert_gqa
 from kvtrain.models.method import Method
 
 TINY = resolve("kvtrain:tiny")  # 6 layers, 8 key-value heads of 32 channels
+EXPERTS = ("qwen3_moe", "mixtral", "olmoe")
+FAMILIES = ("mistral", "qwen2", "qwen3", "olmo2", *EXPERTS)
 NEW_TOKENS = 48
 LEAST_GAP = 1e-4  # between the best two logits, below which a tie is no mistake
 LENGTHS = (3, 7, 20, 33, 64, 90, 130, 200)
@@ -51,15 +53,14 @@ def _family(model_type: str, method: Method) -> Callable[[], PreTrainedModel]:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         tokens = {"vocab_size": AutoConfig.from_pretrained(TINY).vocab_size, "tie_word_embeddings": False}
         tokens |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        config = AutoConfig.for_model(
-            model_type, **sizes, **heads, **tokens, initializer_range=0.3, sliding_window=None
-        )
+        experts = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        others = {"initializer_range": 0.3, "sliding_window": None, **(experts if model_type in EXPERTS else {})}
+        config = AutoConfig.for_model(model_type, **sizes, **heads, **tokens, **others)
         return kvtrain.retrofit(AutoModelForCausalLM.from_config(config, dtype=torch.float32), method)
 
     return build
 
 
-FAMILIES = ("mistral", "qwen2", "qwen3", "olmo2")
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "full": lambda: kvtrain.retrofit(_tiny(), kvtrain.Full()),
     "gqa2": lambda: convert_gqa(_tiny(), 2),

@@ -67,7 +67,7 @@ class StateLayout:
             rows: ``(B, num_pages * piece_bytes)`` uint8.
             past: ``(B,)`` tokens that each row has seen; without any its bytes are whatever was there, and cleared.
         """
-        rows.masked_fill_(past[:, None] == 0, 0)
+        rows.view(torch.int64).masked_fill_(past[:, None] == 0, 0)  # eight bytes at a time
         for store in self.stores:
             own = {
                 part.name: rows[:, part.begin : part.end].view(part.dtype).view(-1, *part.shape)

@@ -78,6 +78,11 @@ class Page(MambaBase):
         return (torch.uint8,)
 
     @property
+    def words(self) -> Tensor:
+        """All pages, ``(N, num_bytes / 8)``: copied eight bytes at a time."""
+        return self.kv_cache[0].view(torch.int64)
+
+    @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
         """See vLLM's; its metadata is what ``requests_of`` reads."""
         return MambaAttentionBackendEnum.LINEAR
@@ -110,12 +115,13 @@ class StatePages:
             return False
         for requests in _kept(metadata[self.pages[0].name]):
             slots = [metadata[page.name].state_indices_tensor[requests.index].long() for page in self.pages]
-            rows = torch.cat([page.kv_cache[0][slot] for page, slot in zip(self.pages, slots, strict=True)], 1)
-            self.layout.open(rows, requests.past)
+            pieces = [page.words.index_select(0, slot) for page, slot in zip(self.pages, slots, strict=True)]
+            rows = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+            self.layout.open(rows.view(torch.uint8), requests.past)
             output[requests.tokens] = step(requests)
-            pieces = rows.split(self.layout.piece_bytes, 1)
-            for page, slot, piece in zip(self.pages, slots, pieces, strict=True):
-                page.kv_cache[0][slot] = piece
+            width = rows.shape[1] // len(pieces)
+            for page, slot, piece in zip(self.pages, slots, rows.split(width, 1), strict=True):
+                page.words.index_copy_(0, slot, piece)
         return True
 
 
