@@ -1,7 +1,7 @@
 """Weights and configuration of a model as a Hugging Face folder, one tensor at a time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,9 +41,7 @@ def write_model(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
     adapter, places = host_adapters().get(model.config.model_type, HostAdapter()), dict[str, str]()
     for file, names in split.filename_to_tensors.items():
         read = ((name, _read(name, weights, stored[name])) for name in names)
-        content = {own: part for name, weight in read for own, part in adapter.file_weights(name, weight).items()}
-        save_file(content, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(content, file)
+        places |= dict.fromkeys(_write_file(read, adapter, folder / file), file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": places}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -60,6 +58,13 @@ def _stored(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             chosen = wide if tensor.is_floating_point() else tensor.dtype
             stored[name] = torch.empty(tensor.shape, dtype=chosen, device="meta")
     return stored
+
+
+def _write_file(weights: Iterable[tuple[str, Tensor]], adapter: HostAdapter, path: Path) -> list[str]:
+    """Write weights as a family's files have them, and give their names; none is held when the next file is read."""
+    content = {own: part for name, weight in weights for own, part in adapter.file_weights(name, weight).items()}
+    save_file(content, path, {"format": "pt"})
+    return list(content)
 
 
 def _read(name: str, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
