@@ -344,3 +344,9 @@ def test_dropout_is_for_training_alone(variant):
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_engines_are_told_that_only_learnt_positions_end():
+    assert TransNormerConfig(position_embedding="learned").model_max_length is None
+    assert TransNormerConfig().model_max_length > 1 << 20 > TransNormerConfig().max_position_embeddings
+    assert "model_max_length" not in TransNormerConfig().to_dict()

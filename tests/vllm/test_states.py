@@ -4,8 +4,10 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
-from tests.vllm.folders import FAMILIES, prompts
+import kvtrain
+from tests.vllm.folders import FAMILIES, folder, prompts
 from tests.vllm.jobs import answers, check_tokens
 
 TRANSNORMERS = ("t1", "t2", "t2-none", "t1-paper")
@@ -62,6 +64,14 @@ def test_rows_that_are_preempted_go_on():
     figures = answers("duo", [prompts()], max_model_len=256, num_gpu_blocks_override=20)
     assert figures["preemptions"] > 0
     check_tokens("duo", figures["tokens"][0])
+
+
+def test_a_linear_model_reads_on_where_it_is_asked_to():
+    long = [[3 + number % 500 for number in range(700)]]
+    (answer,) = answers("t1", [long], max_model_len=1024)["tokens"][0]
+    model = kvtrain.load(folder("t1"), dtype=torch.float32).eval()
+    wanted = model.generate(torch.tensor(long), max_new_tokens=48, do_sample=False, eos_token_id=None)
+    assert answer == wanted[0, 700:].tolist()
 
 
 def test_few_pages_serve_many_rows():

@@ -14,6 +14,7 @@ Pooling = Literal["mean", "first"]
 Initialization = Literal["xavier", "normal"]
 
 MODEL_TYPE = "transnormer"
+_ENDLESS = 1 << 30  # tokens
 
 _LM = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 267744}
 _ROBERTA = {
@@ -165,6 +166,11 @@ class TransNormerConfig(PortableConfig):
     def num_block_layers(self) -> int:
         """Layers that attend within blocks: the first half, rounded down."""
         return self.num_hidden_layers // 2
+
+    @property
+    def model_max_length(self) -> int | None:
+        """What engines that look for it, such as vLLM, may let texts come to; None where positions have been learnt."""
+        return None if self.position_embedding == "learned" else _ENDLESS
 
     def heads(self, layer_idx: int) -> int:
         """Heads of a layer."""
