@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -17,6 +18,8 @@ from transformers import (
     dynamic_module_utils,
     pipeline,
 )
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto import modeling_auto
 
 import kvtrain
@@ -68,6 +71,8 @@ def stranger(monkeypatch, tmp_path):
             name = table[model_type]
             monkeypatch.delitem(table, model_type)
             monkeypatch.delattr(type(transformers), name)
+    for interface in (AttentionInterface, AttentionMaskInterface, ExpertsInterface):  # a second kvtrain enters its own
+        monkeypatch.setattr(interface, "_global_mapping", {**interface._global_mapping})
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
