@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
-from tests.hosts import FAMILIES, dmc_at_rate, dms_at_rate, random_ids
+from kvtrain.models.hosts import windows
+from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids
 
 
 class Entry(NamedTuple):
@@ -23,14 +24,16 @@ class Entry(NamedTuple):
 def lckv(kv_map: str, **settings: object) -> Entry:
     """As many passes as tokens: then the parallel form is exact, and so are blocks."""
     method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
-    return Entry(lambda host: kvtrain.retrofit(host, method), layers=len(kv_map.split("_")))
+    families = tuple(family for family in FAMILIES if family not in SLIDING)  # maps say themselves which layers slide
+    return Entry(lambda host: kvtrain.retrofit(host, method), len(kv_map.split("_")), families)
 
 
 def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:
     """For every layer its full heads, from the number of heads that the host has."""
 
     def retrofit(host: PreTrainedModel) -> PreTrainedModel:
-        chosen = [full(host.config.num_key_value_heads) for full in full_heads]
+        heads, sliding = host.config.num_key_value_heads, windows(host.config)
+        chosen = [[] if layer in sliding else full(heads) for layer, full in enumerate(full_heads)]
         method = kvtrain.Duo(sink=2, recent=7, full_heads=chosen, page_size=4, compensation=compensation)
         return kvtrain.retrofit(host, method)
 

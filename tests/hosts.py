@@ -4,6 +4,7 @@ import copy
 import functools
 from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import kvtrain
+from kvtrain.models.hosts import whole_layers
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -30,6 +32,7 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "olmo2": Olmo2Config,
     "olmoe": OlmoeConfig,
     "qwen2": Qwen2Config,
+    "qwen2_sliding": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
 }
@@ -39,8 +42,11 @@ EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
+    "qwen2_sliding": {"use_sliding_window": True, "sliding_window": 6},
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
 }
+# Families whose layers see a window, but for every second one, which sees everything.
+SLIDING = ("qwen2_sliding",)
 
 
 def make_host(
@@ -53,6 +59,8 @@ def make_host(
     **settings: object,
 ) -> PreTrainedModel:
     """A host with random weights, in evaluation mode; biases and norms are random too."""
+    if family in SLIDING and "layer_types" not in settings:
+        settings["layer_types"] = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(layers)]
     config = FAMILIES[family](
         hidden_size=32,
         intermediate_size=48,
@@ -62,8 +70,7 @@ def make_host(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        sliding_window=None,
-        **{"head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
+        **{"sliding_window": None, "head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
@@ -76,6 +83,11 @@ def make_host(
             elif ".experts." in name or name.endswith("mlp.gate.weight"):
                 parameter.mul_(10)  # routers that tell tokens apart, experts that can be told apart
     return model
+
+
+def whole_attention(model: PreTrainedModel) -> list[Any]:
+    """The attention of the layers that see everything, which is the method's."""
+    return [model.model.layers[layer].self_attn for layer in whole_layers(model.config.host_config)]
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -93,8 +105,8 @@ def merge_rate(model: PreTrainedModel, ids: Tensor) -> float:
 
 def set_bias(model: PreTrainedModel, bias: float) -> None:
     """Move the threshold of every decision."""
-    for layer in model.model.layers:
-        layer.self_attn.settings = replace(layer.self_attn.settings, init_bias=bias)
+    for attention in whole_attention(model):
+        attention.settings = replace(attention.settings, init_bias=bias)
 
 
 def dmc_at_rate(host: PreTrainedModel, rate: float, ids: Tensor, **settings: object) -> PreTrainedModel:
@@ -122,8 +134,8 @@ def random_adapters(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Let adapters decide by what is about normal with deviation 1."""
     scale = model.method.decision_scale * model.config.host_config.hidden_size**0.5
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.model.layers:
-        weight = layer.self_attn.dms_proj_alpha.weight
+    for attention in whole_attention(model):
+        weight = attention.dms_proj_alpha.weight
         weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) / scale)
     return model
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvtrain.export.provenance import Provenance
-from kvtrain.models.cache_size import break_even, cache_bytes, kv_bytes_per_token
+from kvtrain.models.cache_size import break_even, cache_bytes, host_kv_bytes
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.portable import SHIM, PortableConfig
 
@@ -89,10 +89,10 @@ def _cache(model: PreTrainedModel, origin: Provenance) -> list[str]:
     if not isinstance(config, KVTrainConfig):
         return []
     host, method, lengths = config.host_config, config.method, sorted({1024, origin.sequence_length or 1024})
-    plain, rows = kv_bytes_per_token(host), []
+    rows = []
     for tokens in lengths:
-        held = cache_bytes(host, method, tokens)
-        rows.append((f"{tokens:,}", f"{plain * tokens:,}", f"{held:,}", f"{plain * tokens / held:.2f}"))
+        plain, held = host_kv_bytes(host, tokens), cache_bytes(host, method, tokens)
+        rows.append((f"{tokens:,}", f"{plain:,}", f"{held:,}", f"{plain / held:.2f}"))
     least = break_even(host, method, lengths[-1])
     shorter = f"A row below {least:,} tokens takes more than the host's." if least and least > 1 else ""
     if least is None:

@@ -50,12 +50,12 @@ class Builder(ABC, Generic[Settings]):
         raise NotImplementedError(f"{type(self).__module__} makes its cache layers together")
 
     def cache_layers(
-        self, placements: list[Placement], page_size: int | None = None, **options: Any
-    ) -> list[KVCacheLayer]:
-        """An empty cache layer for every layer; methods whose layers share something make them together.
+        self, placements: Mapping[int, Placement], page_size: int | None = None, **options: Any
+    ) -> dict[int, KVCacheLayer]:
+        """Empty cache layers, by layer; methods whose layers share something make them together.
 
         Args:
-            placements: Where the tensors of each layer lie.
+            placements: Of the method's layers, where the tensors of each lie: of all that it makes attention for.
             page_size: Slots in a page; those of the settings where absent.
             **options: Of ``make_cache``, for methods that have some.
 
@@ -64,7 +64,7 @@ class Builder(ABC, Generic[Settings]):
         """
         self.refuse_options(options)
         sized = self.with_page_size(page_size)
-        return [sized.cache_layer(index, placement) for index, placement in enumerate(placements)]
+        return {layer: sized.cache_layer(layer, placement) for layer, placement in placements.items()}
 
     def with_page_size(self, page_size: int | None) -> Self:
         """The same with another ``page_size`` in its settings, for caches; None changes nothing.

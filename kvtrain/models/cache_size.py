@@ -1,24 +1,35 @@
 """What a row takes in a cache of half precision, known before there is a model."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
 
-from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
-from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.hosts import key_value_shapes, windows
 from kvtrain.models.method import Method
 from kvtrain.models.registry import builder
+from kvtrain.models.sliding import cache_layers
 
 KV_DTYPE = torch.bfloat16  # caches are served in half precision
 _PAGES_AFTER = 512  # tokens behind a break-even in which the next page may be taken
 
 
-def kv_bytes_per_token(config: PreTrainedConfig) -> int:
-    """Bytes that a full cache holds for one token: keys and values of every layer and key-value head."""
-    return sum(2 * heads * head_dim * KV_DTYPE.itemsize for heads, head_dim in key_value_shapes(config))
+def host_kv_bytes(config: PreTrainedConfig, tokens: int) -> int:
+    """Bytes of the keys and values of a row that the host itself looks at: all of them, or those in layers' windows.
+
+    Args:
+        config: The host.
+        tokens: Of the row.
+    """
+    sliding = windows(config)
+    return sum(
+        2 * heads * head_dim * KV_DTYPE.itemsize * min(tokens, sliding.get(layer, tokens))
+        for layer, (heads, head_dim) in enumerate(key_value_shapes(config))
+    )
 
 
 def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
@@ -33,7 +44,7 @@ def cache_bytes(config: PreTrainedConfig, method: Method, tokens: int) -> int:
 
 
 def break_even(config: PreTrainedConfig, method: Method, most: int) -> int | None:
-    """The length from which on a row takes no more than in a full cache: pages are taken whole, and tables cost.
+    """The length from which on a row takes no more than the host's own cache: pages are taken whole, and tables cost.
 
     Args:
         config: The host.
@@ -43,13 +54,13 @@ def break_even(config: PreTrainedConfig, method: Method, most: int) -> int | Non
     Returns:
         Tokens; None where the row still takes more at ``most``.
     """
-    per_token, taken_after = kv_bytes_per_token(config), row_bytes(config, method)
+    taken_after, host = row_bytes(config, method), partial(host_kv_bytes, config)
     least, tokens = 1, 1
     while tokens <= min(most, least + _PAGES_AFTER):
         taken = taken_after(tokens)
-        if taken > per_token * tokens:
-            # A longer row takes no less, so that all are above until the full cache has come up.
-            least = tokens = max(tokens + 1, -(-taken // per_token))
+        if taken > host(tokens):
+            # A longer row takes no less, so that all are above until the host's cache has come up.
+            least = tokens = tokens + 1 + bisect_left(range(tokens + 1, most + 1), taken, key=host)
         else:
             tokens += 1
     return least if least <= most else None
@@ -63,6 +74,16 @@ def row_bytes(config: PreTrainedConfig, method: Method, dtype: torch.dtype = KV_
         method: As ``cache_bytes`` takes it.
         dtype: Of keys and values.
     """
-    served = method.as_served(config)
-    cache = KVCache(builder(served, config).cache_layers([Placement(dtype)] * config.num_hidden_layers))
-    return lambda tokens: cache.bytes_for(math.ceil(method.expected_slots(tokens)), rows=1)
+    served, sliding = method.as_served(config), windows(config)
+    layers = cache_layers(builder(served, config), [Placement(dtype)] * config.num_hidden_layers)
+    kept, whole = (  # of stores that keep what the method says, and of windows, which keep every token of theirs
+        [store for index, layer in enumerate(layers) if (index in sliding) == slides for store in layer.stores]
+        for slides in (False, True)
+    )
+
+    def taken(tokens: int) -> int:
+        slots = math.ceil(method.expected_slots(tokens))
+        counts = [(store, slots) for store in kept] + [(store, tokens) for store in whole]
+        return sum(store.bytes_for(count, 1) for store, count in counts)
+
+    return taken

@@ -20,6 +20,7 @@ from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import RMSNorm, RotaryEmbedding
 from kvtrain.models.registry import builder
+from kvtrain.models.sliding import assisted_options, cache_layers, layer_attention, validate_method
 
 ATTENTION_NAME = "kvtrain"
 
@@ -142,7 +143,7 @@ def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
         for name in adapter.norms:
             setattr(layer, name, RMSNorm(getattr(layer, name)))
         setattr(layer, adapter.mlp, adapter.feed_forward(getattr(layer, adapter.mlp), layer_idx))
-        setattr(layer, adapter.attention, parts.attention(attention, layer_idx))
+        setattr(layer, adapter.attention, layer_attention(parts, attention, layer_idx))
     decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)
 
 
@@ -158,7 +159,7 @@ class KVTrainMixin(CachedLanguageModel):
         adapter = host_adapter(host_config)
         _check_undivided(config)
         adapter.validate(host_config)
-        method.validate(host_config)
+        validate_method(method, host_config)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
         chosen = config._experts_implementation or host_config._experts_implementation
@@ -176,7 +177,7 @@ class KVTrainMixin(CachedLanguageModel):
 
     def cache_layers(self, placements: list[Placement], **options: Any) -> list[KVCacheLayer]:
         """See ``CachedLanguageModel``; the method's."""
-        return self.builder.cache_layers(placements, **options)
+        return cache_layers(self.builder, placements, **options)
 
     @property
     def builder(self) -> Builder[Any]:
@@ -185,7 +186,7 @@ class KVTrainMixin(CachedLanguageModel):
 
     def assisted_options(self) -> dict[str, Any] | None:
         """See ``CachedLanguageModel``; the method's."""
-        return self.method.assisted_options()
+        return assisted_options(self.method, self.config.host_config)
 
     @property
     def servable(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.hosts import key_value_shapes, whole_layers, windows
 
 Repeat = list[tuple[int, ...]]  # groups of layers that come again, alike and in order
 
@@ -36,6 +36,8 @@ class Method(ABC):
     # Whether a pass without a cache computes, all tokens at once, what one over a cache does. Methods that decide while
     # they serve have no such form: a pass without a cache then has one of its own, and training is refused.
     has_parallel_form: ClassVar[bool] = True
+    # Whether settings say which layers see a window, those of the host included; such layers are its own business then.
+    marks_windows: ClassVar[bool] = False
 
     @property
     def is_host(self) -> bool:
@@ -70,10 +72,12 @@ class Method(ABC):
     def repeats(self, host_config: PreTrainedConfig) -> list[Repeat]:
         """Which groups of layers cost the same: without one of them the model is a smaller one of the same make.
 
-        A host's layers come again, unless they differ in their keys and values.
+        A host's layers come again, unless they differ in their keys and values; those that slide by themselves.
         """
-        shapes = key_value_shapes(host_config)
-        return [[(layer,) for layer in range(len(shapes))]] if len(set(shapes)) == 1 else []
+        if len(set(key_value_shapes(host_config))) > 1:
+            return []
+        kinds = whole_layers(host_config), windows(host_config)
+        return [[(layer,) for layer in kind] for kind in kinds if kind]
 
     def simplified(self, dropped: Collection[int], host_config: PreTrainedConfig) -> Self:
         """Settings as an estimate rehearses them: what repeats and holds nothing new is done less often.

@@ -1,6 +1,6 @@
 """Learning which heads need everything (DuoAttention, arXiv 2410.10819; PruLong, arXiv 2506.17121)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,16 @@ class HeadGates(HeadTable):
 
     Args:
         run: Run folder.
-        read_gates: Called on every rank; gates ``(layers, H_kv)``, and as they would be rounded now.
+        read_gates: Called on every rank; by layer its gates ``(H_kv,)``, and as they would be rounded now.
     """
 
-    def __init__(self, run: Path, read_gates: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, run: Path, read_gates: Callable[[], Mapping[int, tuple[Tensor, Tensor]]]) -> None:
         super().__init__(run, HEAD_GATES)
         self._read_gates = read_gates
 
     def measure(self, trainer: pl.Trainer) -> ByLayer:
         """See ``HeadTable``."""
-        columns = zip(*self._read_gates(), strict=True)
-        return {layer: {"gate": gates, "full": full.long()} for layer, (gates, full) in enumerate(columns)}
+        return {layer: {"gate": gates, "full": full.long()} for layer, (gates, full) in self._read_gates().items()}
 
 
 class DuoModule(RetrofitModule):
@@ -105,12 +104,15 @@ class DuoModule(RetrofitModule):
         """Gates are written down at every validation."""
         return [HeadGates(Path(self.trainer.default_root_dir), self.head_gates)]
 
-    def head_gates(self) -> tuple[Tensor, Tensor]:
-        """Gates ``(layers, H_kv)``, and as they would be rounded now."""
-        stored = torch.stack([whole(module.gates) for module in gated_attention(self.model)]).float()
+    def head_gates(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer its gates ``(H_kv,)``, and as they would be rounded now."""
+        gated = gated_attention(self.model)
+        stored = torch.stack([whole(module.gates) for module in gated]).float()
         gates = open_probability(stored) if self.method.gates == "hard_concrete" else stored.clamp(0.0, 1.0)
         rounded = pattern_of(choose_full_heads(gates, self.method.sparsity), gates.shape[1])
-        return gates, rounded.to(gates)
+        return dict(
+            zip((module.layer_idx for module in gated), zip(gates, rounded.to(gates), strict=True), strict=True)
+        )
 
     def model_arguments(self, batch: Batch) -> dict[str, Any]:
         """While training the gates and where they are noted, otherwise the rounded ones."""
@@ -185,7 +187,7 @@ class DuoModule(RetrofitModule):
     def on_validation_epoch_start(self) -> None:
         """Round the gates, as an export would."""
         super().on_validation_epoch_start()
-        self._rounded = dict(enumerate(self.head_gates()[1]))
+        self._rounded = {layer: rounded for layer, (_, rounded) in self.head_gates().items()}
 
 
 def receptive_field(batch: Batch, settings: Duo, layers: int) -> Tensor | slice:

@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvtrain.errors import UsageError, first_line
 from kvtrain.models.adapters import refuse_adapter
-from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
+from kvtrain.models.cache_size import cache_bytes, host_kv_bytes
 from kvtrain.models.host import retrofit, retrofitted_class
 from kvtrain.models.hosts import host_adapter, key_value_shapes
 from kvtrain.models.method import Method, Repeat
+from kvtrain.models.sliding import validate_method
 from kvtrain.training.base import Cost, TrainingModule
 
 
@@ -58,7 +59,7 @@ class MethodModule(TrainingModule):
             )
         config = self.host_config()
         retrofitted_class(config)
-        self.method.validate(config)
+        validate_method(self.method, config)
 
     def require_context_parallel(self, ranks: int) -> None:
         """See ``TrainingModule``; the method must be able to, and heads must divide."""
@@ -88,7 +89,7 @@ class MethodModule(TrainingModule):
         return Cost(
             described=f"with {type(self.method).__name__}",
             layers=self.method.training_cost(config),
-            kv_bytes_before=sequence_length * kv_bytes_per_token(self.plain_config()),
+            kv_bytes_before=host_kv_bytes(self.plain_config(), sequence_length),
             kv_bytes_after=cache_bytes(config, self.method, sequence_length),
         )
 

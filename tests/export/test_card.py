@@ -6,7 +6,7 @@ import yaml
 import kvtrain
 from kvtrain.export.card import model_card
 from kvtrain.export.provenance import base_license, read_provenance
-from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
+from kvtrain.models.cache_size import cache_bytes, host_kv_bytes
 from tests.hosts import make_host
 
 PHASES = [{"name": "zero_out", "steps": 10, "learning_rate": 3e-5}, {"name": "retrofit", "steps": 1200}]
@@ -54,7 +54,7 @@ def test_base_text_steps_and_figures(model, tmp_path):
 def test_bytes_at_1024_tokens_and_at_the_trained_length(model, tmp_path):
     card, config = card_of(model, write_run(tmp_path / "run", sequence_length=4096)), model.config
     for tokens in (1024, 4096):
-        plain = tokens * kv_bytes_per_token(config.host_config)
+        plain = host_kv_bytes(config.host_config, tokens)
         held = cache_bytes(config.host_config, config.method, tokens)
         assert f"| {tokens:,} | {plain:,} | {held:,} | {plain / held:.2f} |" in card.splitlines()
     assert "tokens takes more than the host's" in card

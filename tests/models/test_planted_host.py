@@ -5,7 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import kvtrain
-from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
+from kvtrain.models.cache_size import cache_bytes, host_kv_bytes
 from kvtrain.models.hosts import host_adapter, host_adapters, key_value_shapes
 from tests.hosts import FAMILIES, make_host, random_ids
 
@@ -113,7 +113,7 @@ def test_layers_may_differ_in_key_value_heads(uneven, method, tmp_path):
 
 def test_bytes_are_counted_layer_by_layer(uneven):
     config = make_host("uneven", layers=3, key_value_heads=HEADS).config
-    assert kv_bytes_per_token(config) == 2 * sum(HEADS) * 8 * 2
+    assert host_kv_bytes(config, 1) == 2 * sum(HEADS) * 8 * 2
     alike = [cache_bytes(make_host("llama", layers=3, kv_heads=heads).config, kvtrain.Full(), 64) for heads in HEADS]
     table = 2 * 4 + 8  # bytes of a head for 64 tokens: layers that are alike have one table
     assert 3 * cache_bytes(config, kvtrain.Full(), 64) == sum(alike) + 2 * table * sum(HEADS)

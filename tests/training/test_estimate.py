@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvtrain
 from kvtrain.cli import main
-from kvtrain.models.cache_size import cache_bytes, kv_bytes_per_token
+from kvtrain.models.cache_size import cache_bytes, host_kv_bytes
 from kvtrain.models.dmc import DMC
 from kvtrain.models.full import Full
 from kvtrain.training import PretrainModule, RetrofitModule
@@ -60,7 +60,7 @@ def test_frozen_parameters_do_not_train():
 
 
 def test_kv_bytes_of_a_token():
-    assert kv_bytes_per_token(LlamaConfig(**SIZES)) == 2 * 3 * 2 * 8 * 2
+    assert host_kv_bytes(LlamaConfig(**SIZES), 1) == 2 * 3 * 2 * 8 * 2
 
 
 def real_cache_bytes(method, tokens):

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvtrain.models.dms.config import DMS
-from kvtrain.models.hosts import host_adapter, key_value_shape
+from kvtrain.models.hosts import host_adapter, key_value_shape, whole_layers
 
 # Parameters of adapters, by their names in an attention, which are the released code's.
 NORM, PROJECTION = "dms_proj_alpha_norm", "dms_proj_alpha"
@@ -16,7 +16,7 @@ def adapt_state(settings: DMS, state: dict[str, Tensor], host_config: PreTrained
     if settings.decide_by != "adapter":
         return state
     adapted, hidden = dict(state), int(host_config.hidden_size)
-    for layer in range(host_config.num_hidden_layers):
+    for layer in whole_layers(host_config):
         prefix = host_adapter(host_config).attention_name(layer)
         heads = key_value_shape(host_config, layer)[0]
         like = state[f"{prefix}.q_proj.weight"]

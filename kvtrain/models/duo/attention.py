@@ -18,10 +18,10 @@ from kvtrain.kernels.noise import keyed_logistic
 from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
-from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.gates import gate_values
 from kvtrain.models.duo.patterns import AttentionPatterns, mix_heads
+from kvtrain.models.streaming_cache import StreamingCacheLayer
 from kvtrain.models.windows import attend_cache_and_window
 
 
@@ -127,13 +127,13 @@ class RoundedAttention(HostAttention):
             output = self._by_class(self._own_full(context), patterns.full, patterns.streaming, query, key, value)
         else:
             layer = context.cache_layer(self.layer_idx)
-            assert isinstance(layer, DuoCacheLayer)
+            assert isinstance(layer, StreamingCacheLayer)
             output = self._serve(query, key, value, context, layer)
         return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: DuoCacheLayer
+        self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: StreamingCacheLayer
     ) -> Tensor:
         """New tokens, one or many, over the slots before them."""
         assert context.cache is not None and context.valid is not None
@@ -163,7 +163,7 @@ class RoundedAttention(HostAttention):
         layer.write(key, value, past, valid)
         return output
 
-    def _decode(self, query: Tensor, layer: DuoCacheLayer, dropped: Dropped | None) -> Tensor:
+    def _decode(self, query: Tensor, layer: StreamingCacheLayer, dropped: Dropped | None) -> Tensor:
         """One token a row, whose key and value the cache holds already."""
         output, lse = self.attend_pages(query, layer.pages)
         if dropped is None:

@@ -11,10 +11,10 @@ from kvtrain.cache.rows import Placement
 from kvtrain.models import build
 from kvtrain.models.attention import HostAttention
 from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
-from kvtrain.models.duo.cache import DuoCacheLayer
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.convert import adapt_state, round_gates, round_state
 from kvtrain.models.hosts import key_value_shape
+from kvtrain.models.streaming_cache import StreamingCacheLayer
 
 
 def binarize(model: Any, sparsity: float | None = None, gates: Tensor | None = None) -> Any:
@@ -52,8 +52,8 @@ class Builder(build.Builder[Duo]):
         return chosen(host_attention, layer_idx, self.settings)
 
     def cache_layers(
-        self, placements: list[Placement], page_size: int | None = None, slack: int = 0, **options: Any
-    ) -> list[KVCacheLayer]:
+        self, placements: Mapping[int, Placement], page_size: int | None = None, slack: int = 0, **options: Any
+    ) -> dict[int, KVCacheLayer]:
         """See ``build.Builder``.
 
         Args:
@@ -63,16 +63,13 @@ class Builder(build.Builder[Duo]):
             **options: Refused.
 
         Raises:
-            ValueError: ``slack`` is negative, there is another option or no slot in a page, or the gates are not
-                rounded.
+            ValueError: There is another option or no slot in a page, or the gates are not rounded.
         """
-        if slack < 0:
-            raise ValueError(f"slack is a number of tokens that can be taken back, 0 or more, not {slack}")
         self.refuse_options(options)
         sized = self.with_page_size(page_size)
-        return [sized.cache_layer(index, placement, slack) for index, placement in enumerate(placements)]
+        return {layer: sized.cache_layer(layer, placement, slack) for layer, placement in placements.items()}
 
-    def cache_layer(self, layer_idx: int, placement: Placement, slack: int = 0) -> DuoCacheLayer:
+    def cache_layer(self, layer_idx: int, placement: Placement, slack: int = 0) -> StreamingCacheLayer:
         """See ``build.Builder``; ``slack`` as in ``cache_layers``.
 
         Raises:
@@ -86,7 +83,9 @@ class Builder(build.Builder[Duo]):
             )
         heads, head_dim = key_value_shape(self.host_config, layer_idx)
         shape = (len(settings.full_heads[layer_idx]), heads, head_dim, settings.sink, settings.recent)
-        return DuoCacheLayer(*shape, placement, settings.page_size, settings.compensation, slack, settings.kv_bits)
+        return StreamingCacheLayer(
+            *shape, placement, settings.page_size, settings.compensation, slack, settings.kv_bits
+        )
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``build.Builder``."""

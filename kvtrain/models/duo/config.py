@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.hosts import common_key_value_shape
+from kvtrain.models.hosts import common_key_value_shape, whole_layers, windows
 from kvtrain.models.method import Method, Repeat, check_kv_bits
 
 Mixing = Literal["self", "teacher"]
@@ -29,7 +29,8 @@ class Duo(Method):
         gates: ``"plain"`` numbers from 0 to 1, or ``"hard_concrete"`` random ones (Louizos et al. 2018; PruLong),
             which are drawn anew at every step and end up at 0 or 1 by themselves.
         sparsity: Share of streaming heads that ``kvtrain export`` rounds to.
-        full_heads: The key-value heads of each layer that keep everything, as the base numbers them; set by rounding.
+        full_heads: The key-value heads of each layer that keep everything, as the base numbers them; none of layers
+            that slide in the host, which stay as they are. Set by rounding.
         page_size: Slots in a page of the serving cache.
         compensation: Streaming heads also see one token that stands for all that they have dropped (RazorAttention).
         kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``, in full and in streaming
@@ -91,7 +92,12 @@ class Duo(Method):
             return
         if len(self.full_heads) != depth:
             raise ValueError(f"full_heads names {len(self.full_heads)} layers and the host has {depth}")
+        sliding = windows(host_config)
         for layer, chosen in enumerate(self.full_heads):
+            if chosen and layer in sliding:
+                raise ValueError(
+                    f"full_heads of layer {layer} are {list(chosen)}, but it slides in the host; name none"
+                )
             if len(set(chosen)) != len(chosen) or any(not 0 <= head < heads for head in chosen):
                 raise ValueError(
                     f"full_heads of layer {layer} are {list(chosen)}; give different numbers from 0 to {heads - 1}"
@@ -109,9 +115,9 @@ class Duo(Method):
         """See ``Method.as_served``: which heads are full makes no difference to the bytes."""
         import torch
 
-        from kvtrain.models.duo.gates import choose_full_heads
+        from kvtrain.models.duo.gates import by_layer, choose_full_heads
 
         if self.full_heads is not None:
             return self
-        equal = torch.zeros(host_config.num_hidden_layers, common_key_value_shape(host_config)[0])
-        return self.rounded(choose_full_heads(equal, self.sparsity))
+        equal = torch.zeros(len(whole_layers(host_config)), common_key_value_shape(host_config)[0])
+        return self.rounded(by_layer(choose_full_heads(equal, self.sparsity), host_config))

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtrain.models.duo.attention import GatedAttention, RoundedAttention
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.duo.gates import HARD_CONCRETE_START, choose_full_heads, gate_values
-from kvtrain.models.hosts import host_adapter, key_value_shape
+from kvtrain.models.duo.gates import HARD_CONCRETE_START, by_layer, choose_full_heads, gate_values
+from kvtrain.models.hosts import host_adapter, key_value_shape, whole_layers
 from kvtrain.models.hosts.base import QUERY_KEY_NORMS
 from kvtrain.models.weights import StoredWeights
 
@@ -18,7 +18,7 @@ from kvtrain.models.weights import StoredWeights
 def adapt_state(settings: Duo, state: dict[str, Tensor], host_config: PreTrainedConfig) -> dict[str, Tensor]:
     """A host's weights by name with open gates, or with the heads that ``full_heads`` names sorted to the front."""
     adapted, start = dict(state), HARD_CONCRETE_START if settings.gates == "hard_concrete" else 1.0
-    for layer in range(host_config.num_hidden_layers):
+    for layer in whole_layers(host_config):
         prefix = f"{host_adapter(host_config).attention_name(layer)}."
         if settings.full_heads is None:
             heads, _ = key_value_shape(host_config, layer)
@@ -58,11 +58,11 @@ def round_state(
     """As ``round_gates`` of a model that is not in memory: settings and weights by name, sorted as they are read."""
     if settings.full_heads is not None:
         return settings, weights
-    adapter, layers = host_adapter(host_config), range(host_config.num_hidden_layers)
-    prefixes = [f"{adapter.attention_name(layer)}." for layer in layers]
-    gates = torch.stack([gate_values(weights[f"{prefix}gates"], settings.gates) for prefix in prefixes])
-    full_heads = choose_full_heads(gates, settings.sparsity)
-    owners = {name: layer for layer in layers for name in weights if name.startswith(prefixes[layer])}
+    adapter = host_adapter(host_config)
+    prefixes = {layer: f"{adapter.attention_name(layer)}." for layer in whole_layers(host_config)}
+    gates = torch.stack([gate_values(weights[f"{prefix}gates"], settings.gates) for prefix in prefixes.values()])
+    full_heads = by_layer(choose_full_heads(gates, settings.sparsity), host_config)
+    owners = {name: layer for layer, prefix in prefixes.items() for name in weights if name.startswith(prefix)}
 
     def read(name: str) -> Tensor:
         layer = owners.get(name)
@@ -71,12 +71,12 @@ def round_state(
         part = name.removeprefix(prefixes[layer])
         return sort_heads(part, weights[name], full_heads[layer], host_config, layer)
 
-    gated = {f"{prefix}gates" for prefix in prefixes}
+    gated = {f"{prefix}gates" for prefix in prefixes.values()}
     return settings.rounded(full_heads), StoredWeights({name: name for name in weights if name not in gated}, read)
 
 
 def gates_of(model: PreTrainedModel) -> Tensor:
-    """Gates ``(layers, H_kv)`` as they would be used in evaluation, without gradient.
+    """Gates ``(layers, H_kv)`` as they would be used in evaluation, without gradient, of the layers that have some.
 
     Raises:
         ValueError: The model has none.
@@ -110,9 +110,10 @@ def round_gates(model: Any, settings: Duo, sparsity: float, gates: Tensor | None
     gates = own if gates is None else gates
     if gates.shape != own.shape:
         raise ValueError(f"gates are (layers, key-value heads) = {tuple(own.shape)}, not {tuple(gates.shape)}")
-    rounded = settings.rounded(choose_full_heads(gates, sparsity))
+    rounded = settings.rounded(by_layer(choose_full_heads(gates, sparsity), model.config.host_config))
     assert rounded.full_heads is not None
-    for attention, full in zip(gated_attention(model), rounded.full_heads, strict=True):
+    for attention in gated_attention(model):
+        full = rounded.full_heads[attention.layer_idx]
         for module, child in attention.named_children():
             for kind, parameter in list(child.named_parameters()):
                 name = f"{module}.{kind}"

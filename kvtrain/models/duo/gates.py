@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from kvtrain.metrics import Table
+from kvtrain.models.hosts import whole_layers
 
 PATTERN_FILE, SETTINGS_FILE = "full_attention_heads.tsv", "config.json"
 
@@ -50,6 +52,12 @@ def choose_full_heads(gates: Tensor, sparsity: float) -> tuple[tuple[int, ...], 
     order = gates.detach().double().clamp(0.0, 1.0).flatten().argsort(descending=True, stable=True)
     chosen = order[:count].sort().values.tolist()
     return tuple(tuple(index % heads for index in chosen if index // heads == layer) for layer in range(layers))
+
+
+def by_layer(full_heads: Sequence[tuple[int, ...]], host_config: PreTrainedConfig) -> tuple[tuple[int, ...], ...]:
+    """Full heads of every layer, of those of the layers that have gates; none where the host slides."""
+    chosen = dict(zip(whole_layers(host_config), full_heads, strict=True))
+    return tuple(chosen.get(layer, ()) for layer in range(host_config.num_hidden_layers))
 
 
 def hard_concrete(logits: Tensor, noise: Tensor | None) -> Tensor:

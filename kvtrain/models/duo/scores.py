@@ -17,6 +17,7 @@ from kvtrain.models.context import ForwardContext
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.duo.config import Duo
 from kvtrain.models.duo.patterns import AttentionPatterns
+from kvtrain.models.sliding import SlidingAttention
 
 # Arguments of an attention that say who sees whom.
 # The published prompt: so many ids, drawn from this range of the vocabulary.
@@ -190,6 +191,7 @@ def _observe(
         seen.append(look(module, heads, kwargs["context"]).double().cpu())
 
     attentions = [module for module in model.modules() if isinstance(module, HostAttention)]
+    attentions = [attention for attention in attentions if not isinstance(attention, SlidingAttention)]
     hooks = [attention.register_forward_pre_hook(before, with_kwargs=True) for attention in attentions]
     try:
         model.model(input_ids, use_cache=False, step=DuoStep(full_attention=True), **arguments)

@@ -11,7 +11,7 @@ from kvtrain.models.eviction.attention import EvictingAttention
 from kvtrain.models.eviction.cache import EvictingCacheLayer
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.eviction.slots import LayerShape
-from kvtrain.models.hosts import host_adapter
+from kvtrain.models.hosts import host_adapter, whole_layers
 
 
 class Builder(build.Builder[Eviction]):
@@ -24,9 +24,10 @@ class Builder(build.Builder[Eviction]):
     def cache_layer(self, layer_idx: int, placement: Placement) -> EvictingCacheLayer:
         """See ``build.Builder``."""
         config, adapter = self.host_config, host_adapter(self.host_config)
+        layers = whole_layers(config)  # the only ones that have something to share out
         shape = LayerShape(
-            layer_idx,
-            config.num_hidden_layers,
+            layers.index(layer_idx),
+            len(layers),
             config.num_attention_heads,
             *adapter.key_value_shape(config, layer_idx),
             wide_dtype(placement.dtype),

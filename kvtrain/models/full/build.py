@@ -1,5 +1,6 @@
 """Modules and caches of the identity method."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from kvtrain.models import build
 from kvtrain.models.full.attention import FullAttention
 from kvtrain.models.full.cache import build_layers
 from kvtrain.models.full.config import Full
-from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.hosts import key_value_shape
 
 
 class Builder(build.Builder[Full]):
@@ -21,9 +22,10 @@ class Builder(build.Builder[Full]):
         return FullAttention(host_attention, layer_idx, self.settings.kv_bits)
 
     def cache_layers(
-        self, placements: list[Placement], page_size: int | None = None, **options: Any
-    ) -> list[KVCacheLayer]:
+        self, placements: Mapping[int, Placement], page_size: int | None = None, **options: Any
+    ) -> dict[int, KVCacheLayer]:
         """See ``build.Builder``; pages have 32 slots where ``page_size`` is absent."""
         self.refuse_options(options)
         slots = 32 if page_size is None else page_size
-        return build_layers(key_value_shapes(self.host_config), placements, slots, self.settings.kv_bits)
+        shapes = {layer: key_value_shape(self.host_config, layer) for layer in placements}
+        return build_layers(shapes, placements, slots, self.settings.kv_bits)

@@ -1,5 +1,7 @@
 """The cache that keeps everything, on pages."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from kvtrain.cache.layer import KVCacheLayer
@@ -40,19 +42,19 @@ class FullCacheLayer(KVCacheLayer):
 
 
 def build_layers(
-    shapes: list[KeyValueShape], placements: list[Placement], page_size: int, bits: int | None = None
-) -> list[KVCacheLayer]:
-    """Empty cache layers of a model.
+    shapes: Mapping[int, KeyValueShape], placements: Mapping[int, Placement], page_size: int, bits: int | None = None
+) -> dict[int, KVCacheLayer]:
+    """Empty cache layers of a model, by layer.
 
     Args:
-        shapes: Key-value heads of each layer, and channels of each.
-        placements: Where the tensors of each layer lie.
+        shapes: By layer, its key-value heads and the channels of each.
+        placements: By layer, where its tensors lie.
         page_size: Slots in a page.
         bits: Of a channel in quantized pages; None keeps keys and values as they are.
     """
     alike: dict[tuple[KeyValueShape, str], list[int]] = {}
-    for index, (shape, placement) in enumerate(zip(shapes, placements, strict=True)):
-        alike.setdefault((shape, str(placement.device)), []).append(index)
+    for index, placement in placements.items():
+        alike.setdefault((shapes[index], str(placement.device)), []).append(index)
     layers: dict[int, KVCacheLayer] = {}
     for (shape, _), members in alike.items():
         heads, head_dim = shape
@@ -60,7 +62,7 @@ def build_layers(
         placement = placements[members[0]].shared_by(len(members))
         pages = PagedStore(heads, dims, page_size, placement, bits)
         layers |= {index: FullCacheLayer(pages, index, index == members[0]) for index in members}
-    return [layers[index] for index in range(len(shapes))]
+    return layers
 
 
 def _names(layer_idx: int) -> tuple[str, str]:

@@ -32,6 +32,19 @@ def key_value_shape(host_config: PreTrainedConfig, layer_idx: int) -> KeyValueSh
     return host_adapter(host_config).key_value_shape(host_config, layer_idx)
 
 
+def windows(host_config: PreTrainedConfig) -> dict[int, int]:
+    """By layer, of a host's layers that see a window alone: so many of the latest tokens."""
+    adapter = host_adapter(host_config)
+    found = {layer: adapter.window(host_config, layer) for layer in range(host_config.num_hidden_layers)}
+    return {layer: window for layer, window in found.items() if window is not None}
+
+
+def whole_layers(host_config: PreTrainedConfig) -> list[int]:
+    """A host's layers that see every token; they are the ones that methods act on."""
+    slide = windows(host_config)
+    return [layer for layer in range(host_config.num_hidden_layers) if layer not in slide]
+
+
 def key_value_shapes(host_config: PreTrainedConfig) -> list[KeyValueShape]:
     """``key_value_shape`` of every layer."""
     return [key_value_shape(host_config, layer_idx) for layer_idx in range(host_config.num_hidden_layers)]

@@ -10,6 +10,7 @@ from kvtrain.models.extra_losses import ExtraLoss
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 QUERY_KEY_NORMS = ("q_norm", "k_norm")
+_SLIDING = "sliding_attention"
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 KeyValueShape = tuple[int, int]  # key-value heads, and the channels of each
@@ -31,6 +32,8 @@ class HostAdapter:
         mlp: Its feed-forward part.
         query_key_norm: Whether ``q_norm`` and ``k_norm`` of an attention normalize each ``"head"`` by itself or
             ``"all"`` together; None where there are none.
+        slides_by_layer: Whether ``layer_types`` say which layers see a window of ``sliding_window`` latest tokens; of
+            other families all layers do where the configuration has such a window.
     """
 
     model_type: ClassVar[str]
@@ -40,6 +43,7 @@ class HostAdapter:
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
     query_key_norm: ClassVar[Literal["head", "all"] | None] = None
+    slides_by_layer: ClassVar[bool] = False
 
     @property
     def attention_norms(self) -> tuple[str, ...]:
@@ -54,6 +58,12 @@ class HostAdapter:
         """Key-value heads of a layer, and the channels of each."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(config.num_key_value_heads), int(head_dim)
+
+    def window(self, config: PreTrainedConfig, layer_idx: int) -> int | None:
+        """Latest tokens that a layer sees, the current one included; None: all."""
+        window = getattr(config, "sliding_window", None)
+        slides = not self.slides_by_layer or config.layer_types[layer_idx] == _SLIDING
+        return int(window) if slides and window is not None else None
 
     def feed_forward(self, mlp: nn.Module, layer_idx: int) -> nn.Module:
         """What takes the place of a layer's feed-forward part, and owns the same parameters by the same names.
@@ -106,7 +116,7 @@ class HostAdapter:
         Raises:
             ValueError: With the remedy.
         """
-        _refuse_windows(config)
+        _refuse_layer_types(config)
         _refuse_rotary(config)
         if getattr(config, "attention_dropout", 0.0):
             raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
@@ -114,13 +124,10 @@ class HostAdapter:
             raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
 
 
-def _refuse_windows(config: PreTrainedConfig) -> None:
-    layer_types = getattr(config, "layer_types", None) or []
-    sliding = any(kind != "full_attention" for kind in layer_types)
-    if not layer_types and getattr(config, "sliding_window", None) is not None:
-        sliding = bool(getattr(config, "use_sliding_window", True))
-    if sliding:
-        raise ValueError("hosts with sliding-window layers are not supported; set sliding_window=None first")
+def _refuse_layer_types(config: PreTrainedConfig) -> None:
+    unknown = sorted({*(getattr(config, "layer_types", None) or [])} - {"full_attention", _SLIDING})
+    if unknown:
+        raise ValueError(f"layers of type {unknown[0]!r} are not supported; take a host of full and sliding attention")
 
 
 def _refuse_rotary(config: PreTrainedConfig) -> None:

@@ -7,6 +7,7 @@ class Qwen2Adapter(HostAdapter):
     """See ``HostAdapter``."""
 
     model_type = "qwen2"
+    slides_by_layer = True
 
 
 ADAPTER = Qwen2Adapter()

@@ -8,6 +8,7 @@ class Qwen3Adapter(HostAdapter):
 
     model_type = "qwen3"
     query_key_norm = "head"
+    slides_by_layer = True
 
 
 ADAPTER = Qwen3Adapter()

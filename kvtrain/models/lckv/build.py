@@ -1,5 +1,6 @@
 """Modules and caches of cross-layer sharing."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class Builder(build.Builder[LCKV]):
         return LayerSchedule(layers, rotary, self.settings, host_adapter(self.host_config), serve)
 
     def cache_layers(
-        self, placements: list[Placement], page_size: int | None = None, **options: Any
-    ) -> list[KVCacheLayer]:
+        self, placements: Mapping[int, Placement], page_size: int | None = None, **options: Any
+    ) -> dict[int, KVCacheLayer]:
         """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation.
 
         Raises:
@@ -37,10 +38,11 @@ class Builder(build.Builder[LCKV]):
         """
         if unknown := sorted(set(options) - {"sink", "recent"}):
             raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
-        layers = build_layers(self.with_page_size(page_size).settings, self.host_config, placements, **options)
+        places = [*placements.values()]  # of all layers: maps say which of them slide
+        layers = build_layers(self.with_page_size(page_size).settings, self.host_config, places, **options)
         if page_size is not None and not any(layer.pages for layer in layers):
             raise ValueError("a cache of windows alone is of constant size and has no pages; leave page_size out")
-        return [*layers]
+        return dict(enumerate(layers))
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``build.Builder``."""

@@ -1,13 +1,13 @@
 """Settings of cross-layer sharing: LCKV (Wu and Tu 2024, arXiv 2405.10637) and its kin (2410.14442)."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.hosts import common_key_value_shape
+from kvtrain.models.hosts import common_key_value_shape, windows
 from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
 from kvtrain.models.method import Method, Repeat
 
@@ -45,6 +45,7 @@ class LCKV(Method):
     """
 
     name: ClassVar[str] = "lckv"
+    marks_windows: ClassVar[bool] = True
     supports_context_parallel: ClassVar[bool] = True
 
     kv_map: str = "lckv-w2"
@@ -90,6 +91,7 @@ class LCKV(Method):
         """See ``Method.validate``."""
         common_key_value_shape(host_config)
         keys, _ = self.maps(host_config.num_hidden_layers)
+        self._check_windows(keys, windows(host_config))
         for stage in keys.stages():
             for layer in range(stage.first, stage.last + 1) if stage.cyclic else ():
                 if keys.sources[layer] < stage.first and keys.sliding[layer]:
@@ -100,6 +102,16 @@ class LCKV(Method):
                     )
         if self.residual and (keys.sources[0] != 0 or any(stage.cyclic for stage in keys.stages())):
             raise ValueError("residual needs a kv_map that reads from below alone, such as 'pizza-bottom'; turn it off")
+
+    def _check_windows(self, keys: KVMap, sliding: Mapping[int, int]) -> None:
+        """Refuse a map that says of a sliding host's layers what the host does not."""
+        marked = {layer: self.sliding_window for layer, slides in enumerate(keys.sliding) if slides}
+        if sliding and marked != sliding:
+            own = "_".join(f"{layer}{'s' * (layer in sliding)}" for layer in range(len(keys.sliding)))
+            raise ValueError(
+                f"this host has layers that see {max(sliding.values())} tokens; say so in kv_map, such as {own!r} with "
+                f"sliding_window={max(sliding.values())}, or set sliding_window=None in the host"
+            )
 
     def training_cost(self, host_config: PreTrainedConfig) -> float:
         """See ``Method.training_cost``."""

@@ -75,7 +75,7 @@ class _Evicted(StateStore):
         return {name: states.masked_fill(~real[:, None, :, None], 0) for name, states in copies.items()}
 
 
-class DuoCacheLayer(KVCacheLayer):
+class StreamingCacheLayer(KVCacheLayer):
     """Keys (rotated) and values of one layer.
 
     Token ``p`` of a row lies in slot ``p`` of a full head. In a streaming head it lies in slot ``p`` if ``p < sink``,

@@ -11,7 +11,7 @@ from kvtrain.kernels.attention import attention
 from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.rope import apply_rotary
-from kvtrain.models.duo.cache import DuoCacheLayer
+from kvtrain.models.streaming_cache import StreamingCacheLayer
 from tests.hosts import make_host, random_ids
 
 RECENT = 5
@@ -50,7 +50,9 @@ def test_a_ring_is_a_shift_buffer_in_another_order(data):
     sink, recent = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 7))
     num_full, streaming, rows = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2)), 2
     heads = num_full + streaming
-    layer = DuoCacheLayer(num_full, heads, 4, sink, recent, Placement(torch.float64), data.draw(st.integers(1, 5)))
+    layer = StreamingCacheLayer(
+        num_full, heads, 4, sink, recent, Placement(torch.float64), data.draw(st.integers(1, 5))
+    )
     layer.pages.admit(rows)
     buffers, past = [ShiftBuffer(sink, recent) for _ in range(rows)], torch.zeros(rows, dtype=torch.long)
     for width in data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5)):
