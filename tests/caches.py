@@ -12,20 +12,22 @@ from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.hosts import windows
 from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids
 
+ALL_FAMILIES = (*FAMILIES, *SLIDING)
+
 
 class Entry(NamedTuple):
     """A way to retrofit a host of so many layers, or to build a model that only takes its sizes from one."""
 
     retrofit: Callable[[PreTrainedModel], PreTrainedModel]
     layers: int = 2
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = ALL_FAMILIES
 
 
 def lckv(kv_map: str, **settings: object) -> Entry:
     """As many passes as tokens: then the parallel form is exact, and so are blocks."""
     method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
-    families = tuple(family for family in FAMILIES if family not in SLIDING)  # maps say themselves which layers slide
-    return Entry(lambda host: kvtrain.retrofit(host, method), len(kv_map.split("_")), families)
+    depth = len(kv_map.split("_"))  # whose map says itself which layers slide
+    return Entry(lambda host: kvtrain.retrofit(host, method), depth, tuple(FAMILIES))
 
 
 def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:
@@ -85,7 +87,7 @@ CACHES: dict[str, Entry] = {
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
     "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
-    **{name: evicting(policy, tuple(FAMILIES) if name == "h2o" else ("llama",)) for name, policy in POLICIES.items()},
+    **{name: evicting(policy, ALL_FAMILIES if name == "h2o" else ("llama",)) for name, policy in POLICIES.items()},
     "transnormer_t1": transnormer("T1", num_block_heads=2),
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),

@@ -32,21 +32,25 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "olmo2": Olmo2Config,
     "olmoe": OlmoeConfig,
     "qwen2": Qwen2Config,
-    "qwen2_sliding": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+}
+# The same with layers that see a window of six tokens, but for every second one, which sees everything.
+SLIDING: dict[str, type[PreTrainedConfig]] = {
+    "qwen2_sliding": Qwen2Config,
 }
 VOCAB = 61
 # Families with experts: five of them, of which a token has two.
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
-FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+WITH_EXPERTS: dict[str, dict[str, object]] = {
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
-    "qwen2_sliding": {"use_sliding_window": True, "sliding_window": 6},
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
 }
-# Families whose layers see a window, but for every second one, which sees everything.
-SLIDING = ("qwen2_sliding",)
+FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    **WITH_EXPERTS,
+    "qwen2_sliding": {"use_sliding_window": True},
+}
 
 
 def make_host(
@@ -59,9 +63,10 @@ def make_host(
     **settings: object,
 ) -> PreTrainedModel:
     """A host with random weights, in evaluation mode; biases and norms are random too."""
-    if family in SLIDING and "layer_types" not in settings:
-        settings["layer_types"] = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(layers)]
-    config = FAMILIES[family](
+    if family in SLIDING:
+        kinds = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(layers)]
+        settings = {"layer_types": kinds, "sliding_window": 6, **settings}
+    config = {**FAMILIES, **SLIDING}[family](
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
