@@ -6,6 +6,10 @@ from transformers import AutoConfig
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig, VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS,
+    ModelArchConfigConvertorBase,
+)
 
 from kvtrain.inference.vllm.preparation import prepare
 from kvtrain.inference.vllm.roles import Role, class_name, class_names, role_of
@@ -39,6 +43,18 @@ class Front(VerifyAndUpdateConfig):
             MambaModelConfig.verify_and_update_config(vllm_config)
 
 
+class OwnLength(ModelArchConfigConvertorBase):
+    """The longest text of a model of our own, where nobody asks for another; ``model_max_length`` is what one may ask.
+
+    vLLM would take that for the default, too, and set aside token ids for it in every row.
+    """
+
+    def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        """See vLLM's."""
+        key = "max_position_embeddings"
+        return float(getattr(self.hf_text_config, key)), key
+
+
 def register_all() -> None:
     """Register the configuration, and for every class its file, so that vLLM imports what it needs alone."""
     AutoConfig.register(MODEL_TYPE, ServedConfig, exist_ok=True)
@@ -48,3 +64,5 @@ def register_all() -> None:
         attribute = name if file == "hosts" else "OwnModel"
         ModelRegistry.register_model(name, f"kvtrain.inference.vllm.{file}:{attribute}")
         MODELS_CONFIG_MAP[name] = Front
+    for own in own_models():
+        MODEL_ARCH_CONFIG_CONVERTORS[own.config.model_type] = OwnLength
