@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig
 
+from kvtrain.cache.base import KVCache
 from kvtrain.cache.rows import Placement
 from kvtrain.models.hosts import key_value_shapes, windows
 from kvtrain.models.method import Method
@@ -76,14 +77,11 @@ def row_bytes(config: PreTrainedConfig, method: Method, dtype: torch.dtype = KV_
     """
     served, sliding = method.as_served(config), windows(config)
     layers = cache_layers(builder(served, config), [Placement(dtype)] * config.num_hidden_layers)
-    kept, whole = (  # of stores that keep what the method says, and of windows, which keep every token of theirs
-        [store for index, layer in enumerate(layers) if (index in sliding) == slides for store in layer.stores]
-        for slides in (False, True)
-    )
+    stores = KVCache(layers).stores
+    in_windows = {store for layer in sliding for store in layers[layer].stores}  # which keep every token of theirs
 
     def taken(tokens: int) -> int:
         slots = math.ceil(method.expected_slots(tokens))
-        counts = [(store, slots) for store in kept] + [(store, tokens) for store in whole]
-        return sum(store.bytes_for(count, 1) for store, count in counts)
+        return sum(store.bytes_for(tokens if store in in_windows else slots, 1) for store in stores)
 
     return taken

@@ -9,7 +9,7 @@ from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.full.config import Full
 from kvtrain.models.paged_layers import PagedLayer, Ring, paged_layers
 from kvtrain.models.registry import methods
-from tests.hosts import FAMILIES
+from tests.hosts import FAMILIES, make_host
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 16
 ONE_TABLE = "vLLM keeps one table of blocks for all of them; use kvtrain generate"
@@ -21,6 +21,7 @@ UNEVEN = (
 
 def host(family="llama", layers=LAYERS):
     return FAMILIES[family](
+        sliding_window=None,
         num_hidden_layers=layers,
         num_attention_heads=2 * HEADS,
         num_key_value_heads=HEADS,
@@ -216,6 +217,12 @@ def test_streamingllm_is_a_ring_that_shows_one_token_more_than_it_keeps():
     for settings in ({}, {"recent": 7}, {"page_size": 4}):  # nothing of which moves the window
         method = kvtrain.StreamingLLM(budget=32, prompt="blocks", **settings)
         assert layers_of(method) == [PagedLayer(layer, 0, ring=ring) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("method", [kvtrain.Full(), kvtrain.LCKV(kv_map="0s_1", sliding_window=6)], ids=str)
+def test_hosts_that_slide_are_refused(method):
+    with pytest.raises(ValueError, match="a host with sliding layers is not served by vLLM; use kvtrain generate"):
+        paged_layers(kvtrain.retrofit(make_host("qwen2_sliding"), method).config)
 
 
 def test_a_model_of_our_own_has_no_layers_of_blocks():

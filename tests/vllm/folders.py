@@ -34,6 +34,13 @@ def _duo(sink: int, recent: int) -> PreTrainedModel:
     return kvtrain.retrofit(_tiny(), kvtrain.Duo(sink=sink, recent=recent, full_heads=[[0, 2, 4, 6]] * 6))
 
 
+def _sliding() -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "mistral", num_hidden_layers=2, hidden_size=64, intermediate_size=64, sliding_window=24
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def _transnormer(variant: str, **settings) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(1)
@@ -78,6 +85,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **{f"{family}-cla2": _family(family, kvtrain.LCKV(kv_map="cla2")) for family in FAMILIES},
     **{f"{family}-duo": _family(family, kvtrain.Duo(sink=8, recent=24, full_heads=[[1]] * 4)) for family in FAMILIES},
     # What is refused:
+    "sliding": lambda: kvtrain.retrofit(_sliding(), kvtrain.Full()),
     "dmc": lambda: kvtrain.retrofit(_tiny(), kvtrain.DMC()),
     "from-above": _lckv(kv_map="lckv-w2"),
     "diagonals": _lckv(kv_map="plain", mask_all_diagonals=True),

@@ -17,6 +17,7 @@ SENTENCES = {
     "compensation": "compensation is not served by vLLM; use kvtrain generate",
     "bits": "kv_bits is not served by vLLM; use kvtrain generate",
     "h2o": "method 'h2o' is not served by vLLM",
+    "sliding": "a host with sliding layers is not served by vLLM; use kvtrain generate",
     "masked": "a masked language model generates no text; open it with kvtrain.load",
 }
 OPTIONS = {

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from kvtrain.models.duo.config import Duo
-from kvtrain.models.hosts import common_key_value_shape, whole_layers
+from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.paged_layers import PagedLayer, PagedSupport, Ring, not_served
 
 
@@ -14,17 +14,16 @@ def _layers(settings: Duo, host_config: PreTrainedConfig) -> list[PagedLayer]:
         if getattr(settings, name):
             raise not_served(name)
     heads, head_dim = common_key_value_shape(host_config)
-    layers = whole_layers(host_config)
-    counts = [len(settings.full_heads[layer]) for layer in layers]
+    counts = [len(chosen) for chosen in settings.full_heads]
     if len(set(counts)) > 1:
         listed = ", ".join(map(str, counts))
         raise ValueError(
-            f"full_heads has {listed} heads in layers {', '.join(map(str, layers))}: vLLM pads all layers "
+            f"full_heads has {listed} heads in layers {', '.join(map(str, range(len(counts))))}: vLLM pads all layers "
             "to the largest and nothing is saved; round with equal counts, or use kvtrain generate"
         )
     full = counts[0]
     ring = Ring(heads - full, head_dim, settings.sink, settings.recent) if full < heads else None
-    return [PagedLayer(layer, full, ring=ring) for layer in layers]
+    return [PagedLayer(layer, full, ring=ring) for layer in range(len(counts))]
 
 
 PAGED = PagedSupport(Duo, _layers)
