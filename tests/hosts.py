@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -24,6 +25,7 @@ from transformers import (
 import kvtrain
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "gemma3_text": Gemma3TextConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -36,7 +38,10 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 VOCAB = 61
 # Families with experts: five of them, of which a token has two.
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    # Every layer sees everything, and scores are not scaled by the width of a head.
+    "gemma3_text": {"sliding_window_pattern": 1, "sliding_window": 4096, "query_pre_attn_scalar": 12},
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
@@ -62,8 +67,7 @@ def make_host(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        sliding_window=None,
-        **{"head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
+        **{"sliding_window": None, "head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
