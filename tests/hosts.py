@@ -136,9 +136,13 @@ def exact(host: PreTrainedModel) -> PreTrainedModel:
     """The same host in float64 throughout: transformers computes norms and angles in float32."""
     host = copy.deepcopy(host)
     host.set_experts_implementation("eager")  # the only one that has float64
+    centered = host.config.model_type == "gemma3_text"  # its weights of norms are added to 1
     for name, module in host.named_modules():
         if name.endswith("norm"):
-            module.forward = functools.partial(_exact_norm, module.weight, module.variance_epsilon)
+            weight, epsilon = module.weight + 1 if centered else module.weight, host.config.rms_norm_eps
+            module.forward = functools.partial(_exact_norm, weight, epsilon)
+    if centered:
+        host.model.embed_tokens.embed_scale = torch.tensor(host.config.hidden_size**0.5, dtype=torch.float64)
     host.model.rotary_emb.forward = functools.partial(_exact_angles, host.config)
     return host
 
@@ -147,8 +151,11 @@ def _exact_norm(weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
     return weight * states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _exact_angles(config: PreTrainedConfig, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_angles(
+    config: PreTrainedConfig, states: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> tuple[Tensor, Tensor]:
+    rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = position_ids.unsqueeze(-1) * config.rope_parameters["rope_theta"] ** -exponents
+    angles = position_ids.unsqueeze(-1) * rope["rope_theta"] ** -exponents / rope.get("factor", 1.0)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
