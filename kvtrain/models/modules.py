@@ -81,7 +81,8 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Of ids ``(B, T)``, ``(B, T, D)``; the scale is rounded to the weight's dtype, as the host's."""
-        return super().forward(input) * torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        embedded = super().forward(input)
+        return embedded * embedded.new_full((), self.scale)
 
 
 class RotaryEmbedding(nn.Module):

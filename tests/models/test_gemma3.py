@@ -6,6 +6,7 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3RotaryEmbedding
 
 import kvtrain
+from kvtrain.models.compiled import CompiledStep
 from kvtrain.models.hosts import host_adapter
 from kvtrain.models.modules import ZeroCenteredRMSNorm
 from kvtrain.training.strategies.shards import compute_buffers
@@ -87,6 +88,18 @@ def test_what_trains_is_what_is_served_with_both_types(name):
     served = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
     close(served, model(ids, use_cache=False).logits)
     assert (served - kvtrain.retrofit(host_of(entry.layers), kvtrain.Full())(ids).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_one_graph():
+    model, ids = kvtrain.retrofit(host_of(dtype=torch.float32), kvtrain.Full()), random_ids(2, 9)
+    caches = [model.make_cache(1 << 22, preallocate=True) for _ in range(2)]
+    for cache in caches:
+        model(ids, past_key_values=cache)
+    step = CompiledStep(model, caches[0], backend="aot_eager")
+    found, expected = step(ids[:, :1]), model(ids[:, :1], past_key_values=caches[1]).logits[:, -1]
+    assert (step.compilations, step.eager) == (1, False)
+    close(found, expected, 1e-5)
 
 
 def test_layers_that_rotate_differently_share_no_keys():
