@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -26,6 +27,7 @@ import kvtrain
 from kvtrain.models.hosts import whole_layers
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "gemma3_text": Gemma3TextConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -37,18 +39,20 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 }
 # The same with layers that see a window of six tokens, but for every second one, which sees everything.
 SLIDING: dict[str, type[PreTrainedConfig]] = {
+    "gemma3_sliding": Gemma3TextConfig,
     "qwen2_sliding": Qwen2Config,
 }
 VOCAB = 61
 # Families with experts: five of them, of which a token has two.
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
-WITH_EXPERTS: dict[str, dict[str, object]] = {
+EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
+FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    # Every layer sees everything, and scores are not scaled by the width of a head.
+    "gemma3_text": {"sliding_window_pattern": 1, "sliding_window": 4096, "query_pre_attn_scalar": 12},
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
-}
-FAMILY_SETTINGS: dict[str, dict[str, object]] = {
-    **WITH_EXPERTS,
+    "gemma3_sliding": {"query_pre_attn_scalar": 12},
     "qwen2_sliding": {"use_sliding_window": True},
 }
 
@@ -149,9 +153,13 @@ def exact(host: PreTrainedModel) -> PreTrainedModel:
     """The same host in float64 throughout: transformers computes norms and angles in float32."""
     host = copy.deepcopy(host)
     host.set_experts_implementation("eager")  # the only one that has float64
+    centered = host.config.model_type == "gemma3_text"  # its weights of norms are added to 1
     for name, module in host.named_modules():
         if name.endswith("norm"):
-            module.forward = functools.partial(_exact_norm, module.weight, module.variance_epsilon)
+            weight, epsilon = module.weight + 1 if centered else module.weight, host.config.rms_norm_eps
+            module.forward = functools.partial(_exact_norm, weight, epsilon)
+    if centered:
+        host.model.embed_tokens.embed_scale = torch.tensor(host.config.hidden_size**0.5, dtype=torch.float64)
     host.model.rotary_emb.forward = functools.partial(_exact_angles, host.config)
     return host
 
@@ -160,8 +168,11 @@ def _exact_norm(weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
     return weight * states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _exact_angles(config: PreTrainedConfig, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_angles(
+    config: PreTrainedConfig, states: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> tuple[Tensor, Tensor]:
+    rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = position_ids.unsqueeze(-1) * config.rope_parameters["rope_theta"] ** -exponents
+    angles = position_ids.unsqueeze(-1) * rope["rope_theta"] ** -exponents / rope.get("factor", 1.0)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()

@@ -18,7 +18,6 @@ from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_nam
 from kvtrain.models.hosts.base import PROJECTIONS
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
-from kvtrain.models.modules import RMSNorm, RotaryEmbedding
 from kvtrain.models.registry import builder
 from kvtrain.models.sliding import assisted_options, cache_layers, layer_attention, validate_method
 
@@ -61,15 +60,24 @@ def retrofit(host: PreTrainedModel, method: Method) -> PreTrainedModel:
     adapted = builder(method, host_config).adapt_state(plain)
     state = {name: tensor.to(plain[name].dtype) if name in plain else tensor for name, tensor in adapted.items()}
     model.load_state_dict(state, assign=True)
-    buffers = dict(host.named_buffers())
-    for name, module in model.named_modules():
-        for key in module._non_persistent_buffers_set:
-            source = buffers[f"{name}.{key}"] if name else buffers[key]
-            module.register_buffer(key, source.clone(), persistent=False)
+    _fill_buffers(model, host)
     model.tie_weights()
     model.generation_config = host.generation_config
     model.train(host.training)
     return model
+
+
+def _fill_buffers(model: PreTrainedModel, host: PreTrainedModel) -> None:
+    """Give buffers that no file holds the host's values; where it has none by this name, they are computed."""
+    buffers = dict(host.named_buffers())
+    for name, module in model.named_modules():
+        places = {key: f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
+        if buffers.keys() >= set(places.values()):
+            for key, place in places.items():
+                module.register_buffer(key, buffers[place].clone(), persistent=False)
+        else:
+            computed: Any = module.to_empty(device=host.device)
+            computed.reset_parameters()
 
 
 def _check_host(host: Any) -> None:
@@ -126,22 +134,23 @@ def retrofitted_class(host_config: PreTrainedConfig) -> type["KVTrainMixin"]:
 
 
 def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
-    """Replace norms, feed-forward parts, rotary embedding and attention of a freshly built host, in place."""
+    """Replace embeddings, norms, feed-forward parts and attention of a freshly built host, in place."""
     decoder: Any = model.model
     adapter = host_adapter(parts.host_config)
+    decoder.embed_tokens = adapter.embedding(decoder.embed_tokens)
     attention_norms = adapter.attention_norms
     parts_of_attention = {*PROJECTIONS, *attention_norms}
-    setattr(decoder, adapter.final_norm, RMSNorm(getattr(decoder, adapter.final_norm)))
-    decoder.rotary_emb = RotaryEmbedding(decoder.rotary_emb)
+    setattr(decoder, adapter.final_norm, adapter.norm(getattr(decoder, adapter.final_norm)))
+    decoder.rotary_emb = adapter.decoder_rotary(decoder.rotary_emb, parts.host_config)
     for layer_idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, adapter.attention)
         found = set(attention._modules)
         if found != parts_of_attention:  # it does more, or less, than its family's adapter says
             raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(sorted(found))}")
         for name in attention_norms:
-            setattr(attention, name, RMSNorm(getattr(attention, name)))
+            setattr(attention, name, adapter.norm(getattr(attention, name)))
         for name in adapter.norms:
-            setattr(layer, name, RMSNorm(getattr(layer, name)))
+            setattr(layer, name, adapter.norm(getattr(layer, name)))
         setattr(layer, adapter.mlp, adapter.feed_forward(getattr(layer, adapter.mlp), layer_idx))
         setattr(layer, adapter.attention, layer_attention(parts, attention, layer_idx))
     decoder.layers = parts.layers(decoder.layers, decoder.rotary_emb)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.discovery import exported_by_files
-from kvtrain.models.hosts import key_value_shapes, windows
+from kvtrain.models.hosts import host_adapter, key_value_shapes, windows
 from kvtrain.models.method import Method
 
 # The reason of every method whose heads keep different tokens.
@@ -80,6 +80,8 @@ def paged_layers(config: PreTrainedConfig) -> list[PagedLayer]:
     settings, host = (config.method, config.host_config) if isinstance(config, KVTrainConfig) else (config, config)
     if isinstance(config, KVTrainConfig) and windows(host):
         raise not_served("a host with sliding layers")
+    if isinstance(config, KVTrainConfig) and not host_adapter(host).served_by_vllm:
+        raise not_served(f"a host of type {host.model_type!r}")
     for support in exported_by_files("kvtrain.models", "vllm", "PAGED"):
         if isinstance(settings, support.settings):
             found: list[PagedLayer] = support.layers(settings, host)

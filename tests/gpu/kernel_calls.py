@@ -18,7 +18,7 @@ from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum, linear_mixe
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.experts import experts_mlp
 from kvtrain.kernels.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
-from kvtrain.kernels.mlp import swiglu
+from kvtrain.kernels.mlp import geglu, swiglu
 from kvtrain.kernels.norm import rms_norm, simple_rms_norm
 from kvtrain.kernels.pooling import pool_segments, pool_segments_reference
 from kvtrain.kernels.rope import apply_rotary, rotary_angles
@@ -203,6 +203,7 @@ def pointwise_calls() -> dict[str, KernelCall]:
         "gate": KernelCall(
             partial(swiglu, backend="torch"), pointwise.swiglu_formula, {"gate": hidden, "up": hidden.flip(0)}
         ),
+        "gate, gelu": KernelCall(geglu, pointwise.geglu_formula, {"gate": hidden, "up": hidden.flip(0)}),
         "rotary": KernelCall(partial(_rotary, backend="torch"), formula, {"heads": turned}, {"positions": positions}),
         "rotary, learnt angles": KernelCall(apply_rotary, _turned, {"heads": turned, **angles}),
         "experts": KernelCall(experts_mlp, experts.definition, few, {"chosen": chosen}),

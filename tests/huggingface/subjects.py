@@ -12,7 +12,7 @@ import kvtrain
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.host import retrofitted_class
 from kvtrain.models.method import Method
-from tests.hosts import FAMILIES, FAMILY_SETTINGS
+from tests.hosts import EXPERT_FAMILIES, FAMILIES, FAMILY_SETTINGS
 
 BATCH, LENGTH, VOCAB = 13, 7, 99
 COMMON = {
@@ -39,7 +39,7 @@ def host_config(family: str, layers: int) -> PreTrainedConfig:
     """Of a decoder as small as their own."""
     sizes = {"num_hidden_layers": layers, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
     windows = {"sliding_window": None} if family == "mistral" else {}
-    experts = {**FAMILY_SETTINGS[family], "router_aux_loss_coef": 1e-3} if family in FAMILY_SETTINGS else {}
+    experts = {**FAMILY_SETTINGS[family], "router_aux_loss_coef": 1e-3} if family in EXPERT_FAMILIES else {}
     return FAMILIES[family](**COMMON, **sizes, **windows, **experts, max_position_embeddings=512)
 
 

@@ -24,13 +24,13 @@ CANCELLED = (3, 7)
 # The same with prompts that are read in full and then cut.
 SERVED = [name for name in SOME_CACHES if name in POLICIES]
 DENSE = {f"{name}_dense": replace(POLICIES[name], prompt="dense", page_size=4) for name in SERVED}
-EXPERTS = "dmc, experts"
-METHODS = [*MAIN, *DENSE, EXPERTS]
+OTHER_HOSTS = {"dmc, experts": "qwen3_moe", "dmc, windows": "qwen2_sliding"}
+METHODS = [*MAIN, *DENSE, *OTHER_HOSTS]
 # Of policies one that cuts as it goes and two that cut prompts when they end.
 SOME_METHODS = [
     name for name in METHODS if name in ("h2o", "snapkv_dense", "mikv_dense") or name not in {*POLICIES, *DENSE}
 ]
-SWAPPED = [(name, None) for name in METHODS if name != EXPERTS] + [
+SWAPPED = [(name, None) for name in METHODS if name not in OTHER_HOSTS] + [
     (name, 0) for name in ("full", "dmc", "h2o", "h2o_dense", "mikv_dense")
 ]
 
@@ -40,7 +40,7 @@ def model_of(method):
     if method in DENSE:
         return kvtrain.retrofit(make_host(), DENSE[method])
     entry = CACHES[method.partition(",")[0]]
-    return entry.retrofit(make_host("qwen3_moe" if method == EXPERTS else "llama", layers=entry.layers))
+    return entry.retrofit(make_host(OTHER_HOSTS.get(method, "llama"), layers=entry.layers))
 
 
 @remember

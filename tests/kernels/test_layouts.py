@@ -18,7 +18,7 @@ from kvtrain.kernels.cross_entropy import linear_cross_entropy_sum, linear_token
 from kvtrain.kernels.distillation import TeacherHead, linear_kl_sum
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.linear_attention import linear_attention
-from kvtrain.kernels.mlp import swiglu
+from kvtrain.kernels.mlp import geglu, swiglu
 from kvtrain.kernels.norm import rms_norm
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.pooling import pool_segments
@@ -93,6 +93,7 @@ CALLS: dict[str, tuple[Call, tuple[Shape, ...]]] = {
     "pooling": (lambda x, merge, weight: pool_segments(x, merge.sigmoid(), weight.exp(), 3), (KEY, KEY[:3], KEY[:3])),
     "norm": (lambda hidden, weight: rms_norm(hidden, weight, 1e-5), (QUERY, (D,))),
     "gate": (swiglu, (QUERY, QUERY)),
+    "gate, gelu": (geglu, (QUERY, QUERY)),
     "rotary": (lambda heads, angles: apply_rotary(heads, angles.detach(), angles.detach()), (QUERY, (B, T, D))),
     "loss": (lambda hidden, head: linear_cross_entropy_sum(hidden, head, TARGETS, chunk_size=3), ((7, D), (9, D))),
     "token losses": (lambda hidden, head: linear_token_losses(hidden, head, TARGETS, chunk_size=3), ((7, D), (9, D))),

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvtrain.kernels.dispatch import at_least_float32, autocast_off, choose_backend, wide_matmul
-from kvtrain.kernels.mlp import swiglu
+from kvtrain.kernels.mlp import geglu, swiglu
 from kvtrain.kernels.norm import rms_norm
 from kvtrain.kernels.rope import apply_rotary, rotary_angles
 from tests.backends import forget_backends
@@ -26,6 +26,10 @@ def norm_formula(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> 
 
 def swiglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate / (1 + (-gate).exp()) * up
+
+
+def geglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) / 2 * up
 
 
 def rotary_formula(heads: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
@@ -51,6 +55,13 @@ def test_swiglu_in_fp64():
     assert (found - swiglu_formula(gate, up)).abs().max() < 1e-12
 
 
+def test_geglu_in_fp64():
+    gate, up = normal(3, 5, 8) * 4, normal(3, 5, 8, seed=1)
+    for found in (geglu(gate, up), geglu(gate.clone().requires_grad_(), up)):
+        assert found.dtype == torch.float64
+        assert (found - geglu_formula(gate, up)).abs().max() < 1e-12
+
+
 def test_rotary_in_fp64():
     """Far positions too, where single precision is off by 1e-3."""
     heads, frequencies = normal(2, 3, 5, 8), 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
@@ -69,6 +80,7 @@ def test_half_types_are_computed_wide_and_rounded_once(dtype: torch.dtype):
     for found, expected in (
         (rms_norm(hidden, weight, 1e-6), norm_formula(hidden.double(), weight.double(), 1e-6)),
         (swiglu(gate, up), swiglu_formula(gate.double(), up.double())),
+        (geglu(gate, up), geglu_formula(gate.double(), up.double())),
     ):
         assert found.dtype == dtype
         rounding = torch.finfo(dtype).eps / 2
@@ -126,7 +138,7 @@ def test_scores_depend_on_distance_alone():
 
 
 @pytest.mark.parametrize("numbers", [1, 8, 2**17])
-@pytest.mark.parametrize("operation", ["norm", "swiglu", "broadcast swiglu", "rotary"])
+@pytest.mark.parametrize("operation", ["norm", "swiglu", "geglu", "broadcast swiglu", "rotary"])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int):
     """Whatever the size of a slice, in tensors that are not contiguous, too."""
     monkeypatch.setattr("kvtrain.kernels.cpu_tiling._NUMBERS", numbers)
@@ -134,6 +146,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, operation: str, numbers: int
     calls: dict[str, tuple[Any, ...]] = {
         "norm": (lambda x, w: rms_norm(x.mT, w, 1e-5), normal(3, 5), normal(3, seed=1)),
         "swiglu": (lambda x, y: swiglu(x.mT, y), normal(3, 5), normal(5, 3, seed=1)),
+        "geglu": (lambda x, y: geglu(x.mT, y), normal(3, 5), normal(5, 3, seed=1)),
         "broadcast swiglu": (swiglu, normal(5, 1), normal(3, seed=1)),
         "rotary": (lambda x: apply_rotary(x.transpose(1, 2), cos, sin), normal(2, 2, 3, 4)),
     }
@@ -148,17 +161,18 @@ def test_learnt_angles_have_gradients():
 
 
 def test_what_is_saved_for_the_backward_pass_is_not_wide():
-    """Half tensors in: the gate keeps its two inputs, the norm its input and weight, the rotation its angles."""
+    """Half tensors in: a gate keeps its two inputs, the norm its input and weight, the rotation its angles."""
     half = [normal(2, 3, 8, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in range(2)]
     weight = normal(8, dtype=torch.float32).requires_grad_()
     cos, sin = rotary_angles(torch.rand(4), torch.arange(3)[None], torch.float32)
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.shape)) or t, lambda t: t):
         swiglu(*half)
+        geglu(*half)
         rms_norm(half[0], weight, 1e-6)
         apply_rotary(half[0][None], cos, sin)
     assert sorted(saved, key=str) == sorted(
-        [(torch.bfloat16, (2, 3, 8))] * 3 + [(torch.float32, (8,))] + [(torch.float32, (1, 3, 8))] * 2, key=str
+        [(torch.bfloat16, (2, 3, 8))] * 5 + [(torch.float32, (8,))] + [(torch.float32, (1, 3, 8))] * 2, key=str
     )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy
 
+from tests.models import naive_families
 from tests.models.naive_experts import naive_experts
 
 KeyValue = tuple[Tensor, Tensor]  # keys before rotation (B, H_kv, T, D), and values
@@ -33,10 +34,10 @@ class Reference:
     ) -> None:
         self.weights: dict[str, Tensor] = dict(model.named_parameters())
         self.config = model.config.host_config
-        rotary = model.model.rotary_emb
+        rotary = next(module for module in model.model.rotary_emb.modules() if hasattr(module, "inv_freq"))
         size = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
         plain = rotary.rope_type == "default"
-        self.frequencies = self.config.rope_parameters["rope_theta"] ** -size if plain else rotary.inv_freq
+        self.frequencies = naive_families.rotary_base(self.config, 0) ** -size if plain else rotary.inv_freq
         self.amplitude = 1.0 if plain else rotary.attention_scaling
         self.keys = [int(entry.rstrip("s")) for entry in kv_map.split("_")]
         self.values = [int(entry.rstrip("s")) for entry in (values or kv_map).split("_")]
@@ -56,7 +57,7 @@ class Reference:
     def _norm(self, weight: Tensor | None, hidden: Tensor) -> Tensor:
         if weight is None:
             return hidden
-        return hidden / (hidden.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * weight
+        return naive_families.norm(self.config, weight, hidden)
 
     def _heads(self, layer: int, letter: str, hidden: Tensor) -> Tensor:
         """Projected and normed, not rotated: ``(B, heads, T, D)``."""
@@ -89,31 +90,32 @@ class Reference:
         """Rotated queries and keys; ``visible (T_q, T_k)``; zeros where a token sees nothing."""
         groups = query.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        scores = (query @ keys.mT * self.config.head_dim**-0.5).masked_fill(~visible, -1e300)
+        scores = (query @ keys.mT * naive_families.score_scale(self.config)).masked_fill(~visible, -1e300)
         output = scores.softmax(-1) @ values if keys.shape[2] else torch.zeros_like(query)
         return output * visible.any(-1)[:, None]
 
     def _layer(self, layer: int, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """``attend`` turns what the layer's attention is given into heads ``(B, H, T, D)``."""
-        before, after, fed = (
-            self._weight(layer, f"{name}_layernorm.weight") for name in ("input", "post_attention", "post_feedforward")
+        before, after, feeding, fed = (
+            self._weight(layer, f"{name}_layernorm.weight")
+            for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
         )
         heads = attend(self._norm(before, hidden))
         output = self._linear(layer, "self_attn.o_proj", heads.transpose(1, 2).flatten(2))
-        if fed is not None:  # OLMo2 norms what comes out
+        if fed is not None:  # OLMo2 norms what comes out, and Gemma that too
             hidden = hidden + self._norm(after, output)
-            return hidden + self._norm(fed, self._feed(layer, hidden))
+            return hidden + self._norm(fed, self._feed(layer, self._norm(feeding, hidden)))
         hidden = hidden + output
         return hidden + self._feed(layer, self._norm(after, hidden))
 
     def _feed(self, layer: int, hidden: Tensor) -> Tensor:
         if self._weight(layer, "mlp.gate.weight") is not None:
             return naive_experts(self.weights, f"model.layers.{layer}.mlp.", self.config, hidden)
-        gated = silu(self._linear(layer, "mlp.gate_proj", hidden)) * self._linear(layer, "mlp.up_proj", hidden)
-        return self._linear(layer, "mlp.down_proj", gated)
+        gate, up = (self._linear(layer, f"mlp.{name}_proj", hidden) for name in ("gate", "up"))
+        return self._linear(layer, "mlp.down_proj", naive_families.activate(self.config, gate) * up)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.weights["model.embed_tokens.weight"][ids]
+        return naive_families.embed(self.config, self.weights["model.embed_tokens.weight"], ids)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])

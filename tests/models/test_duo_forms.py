@@ -12,6 +12,7 @@ import kvtrain
 from kvtrain.models.duo.attention import DuoStep
 from tests.hosts import FAMILIES, make_host, random_ids
 
+from . import naive_families
 from .naive_experts import naive_experts
 
 PROPERTY = settings(max_examples=25)
@@ -43,7 +44,7 @@ class Dense:
         documents = torch.zeros_like(ids) if documents is None else documents
         same = documents[:, :, None] == documents[:, None]
         places = same.tril(-1).sum(-1)  # within each document
-        gated = plain = F.embedding(ids, self.weights["model.embed_tokens.weight"])
+        gated = plain = naive_families.embed(self.config, self.weights["model.embed_tokens.weight"], ids)
         for layer in range(self.config.num_hidden_layers):
             local, full = self.attend(layer, gated, same, places)
             host_full = self.attend(layer, plain, same, places)[1]
@@ -59,10 +60,9 @@ class Dense:
     def attend(self, layer, states, same, places):
         """Through the window and over everything, ``(B, H, T, D)`` both."""
         prefix = f"model.layers.{layer}."
-        postnorm = f"{prefix}post_feedforward_layernorm.weight" in self.weights  # OLMo2
-        states = states if postnorm else self.norm(f"{prefix}input_layernorm", states)
+        states = self.norm(f"{prefix}input_layernorm", states)
         query, key, value = (self.linear(f"{prefix}self_attn.{name}_proj", states) for name in "qkv")
-        query, key = (self.heads(prefix, name, tensor, places) for name, tensor in (("q", query), ("k", key)))
+        query, key = (self.heads(layer, name, tensor, places) for name, tensor in (("q", query), ("k", key)))
         value = value.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         distance = places[:, :, None] - places[:, None]
         visible = same & (distance >= 0)
@@ -70,7 +70,7 @@ class Dense:
         outputs = [[], []]
         for head in range(query.shape[1]):
             owner = head * key.shape[1] // query.shape[1]
-            scores = query[:, head] @ key[:, owner].mT / self.head_dim**0.5
+            scores = query[:, head] @ key[:, owner].mT * naive_families.score_scale(self.config)
             for output, mask in zip(outputs, (local, visible), strict=True):
                 output.append(scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, owner])
         return [torch.stack(output, 1) for output in outputs]
@@ -81,7 +81,8 @@ class Dense:
         attended = self.linear(f"{prefix}self_attn.o_proj", heads.transpose(1, 2).flatten(2))
         if f"{prefix}post_feedforward_layernorm.weight" in self.weights:
             states = states + self.norm(f"{prefix}post_attention_layernorm", attended)
-            return states + self.norm(f"{prefix}post_feedforward_layernorm", self.feed(prefix, states))
+            fed = self.feed(prefix, self.norm(f"{prefix}pre_feedforward_layernorm", states))
+            return states + self.norm(f"{prefix}post_feedforward_layernorm", fed)
         states = states + attended
         return states + self.feed(prefix, self.norm(f"{prefix}post_attention_layernorm", states))
 
@@ -89,18 +90,18 @@ class Dense:
         if f"{prefix}mlp.gate.weight" in self.weights:
             return naive_experts(self.weights, f"{prefix}mlp.", self.config, states)
         gate, up = (self.linear(f"{prefix}mlp.{name}_proj", states) for name in ("gate", "up"))
-        return self.linear(f"{prefix}mlp.down_proj", gate * torch.sigmoid(gate) * up)
+        return self.linear(f"{prefix}mlp.down_proj", naive_families.activate(self.config, gate) * up)
 
-    def heads(self, prefix, name, projected, places):
+    def heads(self, layer, name, projected, places):
         """Normalized where the host does it, and rotated, ``(B, heads, T, D)``."""
-        norm = f"{prefix}self_attn.{name}_norm"
+        norm = f"model.layers.{layer}.self_attn.{name}_norm"
         wide = norm + ".weight" in self.weights and self.weights[norm + ".weight"].numel() != self.head_dim
         projected = self.norm(norm, projected) if wide else projected
         heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if norm + ".weight" in self.weights and not wide:
             heads = self.norm(norm, heads)
         exponents = torch.arange(0, self.head_dim, 2, dtype=heads.dtype) / self.head_dim
-        angles = places[:, None, :, None] * self.config.rope_parameters["rope_theta"] ** -exponents
+        angles = places[:, None, :, None] * naive_families.rotary_base(self.config, layer) ** -exponents
         first, second = heads.chunk(2, -1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -109,8 +110,9 @@ class Dense:
         return F.linear(states, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def norm(self, name, states):
-        scale = (states.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
-        return self.weights[f"{name}.weight"] * states * scale
+        """By weights of this name, where the host has them."""
+        weight = self.weights.get(f"{name}.weight")
+        return states if weight is None else naive_families.norm(self.config, weight, states)
 
 
 def close(actual, expected, tolerance=1e-11):

@@ -10,10 +10,10 @@ import kvtrain
 from kvtrain.models.compiled import CompiledStep
 from kvtrain.models.late_tensor import LateTensor
 from kvtrain.models.weights import host_weights
-from tests.hosts import FAMILY_SETTINGS, make_host, random_ids
+from tests.hosts import EXPERT_FAMILIES, make_host, random_ids
 
 
-@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
 def test_files_that_hold_every_expert_by_itself_are_read(family, tmp_path):
     host = make_host(family, dtype=torch.float32)
     host.save_pretrained(tmp_path)

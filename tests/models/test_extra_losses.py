@@ -8,7 +8,7 @@ import torch
 
 import kvtrain
 from kvtrain.kernels.distillation import TeacherHead
-from tests.hosts import EXPERTS, WITH_EXPERTS, exact, make_host, random_ids
+from tests.hosts import EXPERT_FAMILIES, EXPERTS, exact, make_host, random_ids
 
 COEFFICIENT, COUNT, CHOSEN = (EXPERTS[name] for name in ("router_aux_loss_coef", "num_experts", "num_experts_per_tok"))
 METHODS = [kvtrain.Full(), kvtrain.DMC(), kvtrain.LCKV(kv_map="2_2_2"), kvtrain.LCKV(kv_map="0_0_2")]
@@ -71,8 +71,8 @@ def test_it_is_the_naive_formula_times_the_hosts_coefficient(method, checkpointi
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [*((family, {}) for family in WITH_EXPERTS), ("qwen3_moe", {"mlp_only_layers": [1]})],
-    ids=[*WITH_EXPERTS, "a dense layer"],
+    [*((family, {}) for family in EXPERT_FAMILIES), ("qwen3_moe", {"mlp_only_layers": [1]})],
+    ids=[*EXPERT_FAMILIES, "a dense layer"],
 )
 def test_it_and_its_gradient_are_the_hosts_own(family, settings):
     """transformers: ``aux_loss`` where ``output_router_logits=True``."""

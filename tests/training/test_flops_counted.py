@@ -10,7 +10,7 @@ import kvtrain
 from kvtrain.kernels.distillation import TeacherHead
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.training.flops import training_flops
-from tests.hosts import FAMILY_SETTINGS, make_host, random_ids
+from tests.hosts import EXPERT_FAMILIES, make_host, random_ids
 
 ROWS, LENGTH = 2, 128
 TOKENS = ROWS * LENGTH
@@ -74,7 +74,7 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
     ("model", "beside"),
     [
         (retrofitted, EXACT),
-        *((functools.partial(with_experts, family), EXACT) for family in FAMILY_SETTINGS),
+        *((functools.partial(with_experts, family), EXACT) for family in EXPERT_FAMILIES),
         (lambda: retrofitted(family="qwen3", layers=3, tie_word_embeddings=True), EXACT),
         (
             lambda: kvtrain.retrofit(kvtrain.convert_gqa(make_host(dtype=torch.float32), 1), kvtrain.Full()).train(),
@@ -85,7 +85,7 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
         (lambda: transnormer("T1"), CHUNKS),
         (lambda: transnormer("T2"), CHUNKS),
     ],
-    ids=["full", *FAMILY_SETTINGS, "qwen3", "gqa", "lckv-once", "dmc", "t1", "t2"],
+    ids=["full", *EXPERT_FAMILIES, "qwen3", "gqa", "lckv-once", "dmc", "t1", "t2"],
 )
 def test_what_runs_is_what_is_counted(model, beside):
     model = model()

@@ -31,6 +31,6 @@ class Builder(build.Builder[Eviction]):
             config.num_attention_heads,
             *adapter.key_value_shape(config, layer_idx),
             wide_dtype(placement.dtype),
-            partial(adapter.rotary_embedding, config),
+            partial(adapter.rotary_embedding, config, layer_idx),
         )
         return EvictingCacheLayer(self.settings, shape, placement)

@@ -26,7 +26,7 @@ class LayerShape(NamedTuple):
     num_heads: int  # of keys and values
     head_dim: int
     wide: torch.dtype  # of what is summed
-    make_rotary: Callable[[], nn.Module]  # the host's rotary embedding
+    make_rotary: Callable[[], nn.Module]  # the host's rotary embedding of this layer
 
 
 class LayerSlots(KVCacheLayer):

@@ -1,7 +1,8 @@
 """What differs between families of hosts, as far as surgery and caches must know."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -19,9 +20,10 @@ KeyValueShape = tuple[int, int]  # key-value heads, and the channels of each
 class HostAdapter:
     """Names the modules of one family and reads its configuration; the values here are Llama's.
 
-    All families have the outline of Llama's decoder, and no attribute says so: ``model.layers`` and
-    ``model.rotary_emb``; RMS norms with ``weight`` and ``variance_epsilon``; a gated MLP of ``gate_proj``, ``up_proj``
-    and ``down_proj``, where ``feed_forward`` knows of no other part; an attention with ``PROJECTIONS``.
+    All families have the outline of Llama's decoder, and no attribute says so: ``model.embed_tokens``,
+    ``model.layers`` and ``model.rotary_emb``; RMS norms with ``weight`` and ``variance_epsilon``, where ``norm`` knows
+    of no others; a gated MLP of ``gate_proj``, ``up_proj`` and ``down_proj``, where ``feed_forward`` knows of no other
+    part; an attention with ``PROJECTIONS``.
 
     Attributes:
         model_type: The family's name in ``config.json``.
@@ -34,6 +36,8 @@ class HostAdapter:
             ``"all"`` together; None where there are none.
         slides_by_layer: Whether ``layer_types`` say which layers see a window of ``sliding_window`` latest tokens; of
             other families all layers do where the configuration has such a window.
+        activation: Of the gate in ``feed_forward``: what a configuration calls it, and the one that is computed.
+        served_by_vllm: Whether vLLM's class of the family has been held against ours.
     """
 
     model_type: ClassVar[str]
@@ -44,6 +48,8 @@ class HostAdapter:
     mlp: ClassVar[str] = "mlp"
     query_key_norm: ClassVar[Literal["head", "all"] | None] = None
     slides_by_layer: ClassVar[bool] = False
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    served_by_vllm: ClassVar[bool] = True
 
     @property
     def attention_norms(self) -> tuple[str, ...]:
@@ -65,6 +71,16 @@ class HostAdapter:
         slides = not self.slides_by_layer or config.layer_types[layer_idx] == _SLIDING
         return int(window) if slides and window is not None else None
 
+    def embedding(self, embedding: nn.Module) -> nn.Module:
+        """What takes the place of the word embedding; as a rule nothing does."""
+        return embedding
+
+    def norm(self, norm: nn.Module) -> nn.Module:
+        """What takes the place of a norm, and owns the same parameters by the same names."""
+        from kvtrain.models.modules import RMSNorm  # settings read adapters, and import no modelling code
+
+        return RMSNorm(norm)
+
     def feed_forward(self, mlp: nn.Module, layer_idx: int) -> nn.Module:
         """What takes the place of a layer's feed-forward part, and owns the same parameters by the same names.
 
@@ -72,7 +88,7 @@ class HostAdapter:
             mlp: The host's.
             layer_idx: Under which it ``note``s what ``extra_losses`` are made of.
         """
-        from kvtrain.models.modules import GatedMLP  # settings read adapters, and import no modelling code
+        from kvtrain.models.modules import GatedMLP
 
         return GatedMLP(mlp)
 
@@ -94,17 +110,35 @@ class HostAdapter:
         """
         return {name: weight}
 
-    def rotary_embedding(self, config: PreTrainedConfig) -> nn.Module:
-        """The decoder's angles by position, for caches, which have no model at hand.
+    def rotary_parameters(self, config: PreTrainedConfig, layer_idx: int) -> Mapping[str, Any]:
+        """What a configuration says of the rotary embedding of a layer, ``rope_theta`` and the like."""
+        return getattr(config, "rope_parameters", None) or {}
+
+    def rotary_embedding(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
+        """A layer's angles by position, for caches, which have no model at hand.
 
         Args:
             config: The host's.
+            layer_idx: The layer.
         """
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         from kvtrain.models.modules import RotaryEmbedding
 
-        return RotaryEmbedding(LlamaRotaryEmbedding(config))  # type: ignore[arg-type]
+        own: Any = copy.copy(config)
+        own.rope_parameters = dict(self.rotary_parameters(config, layer_idx))
+        return RotaryEmbedding(LlamaRotaryEmbedding(own))
+
+    def decoder_rotary(self, rotary: nn.Module, config: PreTrainedConfig) -> nn.Module:
+        """What takes the place of the decoder's rotary embedding, and is called as it is.
+
+        Args:
+            rotary: The host's.
+            config: Its configuration.
+        """
+        from kvtrain.models.modules import RotaryEmbedding
+
+        return RotaryEmbedding(rotary)
 
     def extra_losses(self, config: PreTrainedConfig) -> Sequence[ExtraLoss]:
         """Losses of the family beside that of the tokens, such as a router's, with the host's coefficients."""
@@ -117,11 +151,13 @@ class HostAdapter:
             ValueError: With the remedy.
         """
         _refuse_layer_types(config)
-        _refuse_rotary(config)
+        for layer_idx in range(config.num_hidden_layers):
+            _refuse_rotary(self.rotary_parameters(config, layer_idx))
         if getattr(config, "attention_dropout", 0.0):
             raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
-        if getattr(config, "hidden_act", "silu") != "silu":
-            raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
+        name, known = self.activation
+        if (found := getattr(config, name, known)) != known:
+            raise ValueError(f"feed-forward activation {found!r} is not supported; use {known!r}")
 
 
 def _refuse_layer_types(config: PreTrainedConfig) -> None:
@@ -130,8 +166,7 @@ def _refuse_layer_types(config: PreTrainedConfig) -> None:
         raise ValueError(f"layers of type {unknown[0]!r} are not supported; take a host of full and sliding attention")
 
 
-def _refuse_rotary(config: PreTrainedConfig) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
+def _refuse_rotary(rope: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in _STATIC_ROPE:
         raise ValueError(f"rotary embedding of type {kind!r} is not supported; use {', '.join(_STATIC_ROPE)}")

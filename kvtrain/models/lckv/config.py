@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.hosts import common_key_value_shape, windows
+from kvtrain.models.hosts import common_key_value_shape, host_adapter, windows
 from kvtrain.models.lckv.kv_map import KVMap, parse_map, repeats, values_map
 from kvtrain.models.method import Method, Repeat
 
@@ -90,6 +90,7 @@ class LCKV(Method):
     def validate(self, host_config: PreTrainedConfig) -> None:
         """See ``Method.validate``."""
         common_key_value_shape(host_config)
+        _refuse_several_rotations(host_config)
         keys, _ = self.maps(host_config.num_hidden_layers)
         self._check_windows(keys, windows(host_config))
         for stage in keys.stages():
@@ -155,3 +156,13 @@ class LCKV(Method):
 def _maps(kv_map: str, value_map: str | None, depth: int) -> tuple[KVMap, KVMap]:
     keys = parse_map(kv_map, depth)
     return keys, values_map(value_map, keys)
+
+
+def _refuse_several_rotations(host_config: PreTrainedConfig) -> None:
+    adapter, layers = host_adapter(host_config), range(host_config.num_hidden_layers)
+    first, *others = (adapter.rotary_parameters(host_config, layer_idx) for layer_idx in layers)
+    if any(parameters != first for parameters in others):
+        raise ValueError(
+            "layers of this host rotate keys differently (rope_parameters by layer type), so that none can read "
+            "another's; take a method that leaves every layer its own keys, such as kvtrain.DMC, or another host"
+        )

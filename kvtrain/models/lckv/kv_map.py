@@ -102,9 +102,9 @@ def parse_map(text: str, depth: int) -> KVMap:
         text: ``kv(0)_kv(1)_..``, an ``s`` behind an entry makes its layer's attention a sliding window; or a preset's
             name: ``plain``; ``claN`` (groups of N neighbours share; arXiv 2405.12981); ``yoco`` (windows in the lower
             half, one memory for the upper; 2405.05254); ``yi`` (three windows, then a layer that sees everything, of
-            which every two share; Yi-Lightning, 2412.01253); ``lckv-wN`` (N layers of their own at both ends together, one
-            memory from the top for the rest; 2405.10637); ``{pizza,sandwich,lasagna}-{bottom,middle,top}-N`` with
-            N layers that own keys and values, half of all where N is left out (2410.14442).
+            which every two share; after Yi-Lightning, 2412.01253); ``lckv-wN`` (N layers of their own at both ends
+            together, one memory from the top for the rest; 2405.10637);
+            ``{pizza,sandwich,lasagna}-{bottom,middle,top}-N`` with N layers that own keys and values, half of all where N is left out (2410.14442).
         depth: Layers of the model.
 
     Raises:
