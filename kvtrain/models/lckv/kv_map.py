@@ -103,8 +103,8 @@ def parse_map(text: str, depth: int) -> KVMap:
             name: ``plain``; ``claN`` (groups of N neighbours share; arXiv 2405.12981); ``yoco`` (windows in the lower
             half, one memory for the upper; 2405.05254); ``yi`` (three windows, then a layer that sees everything, of
             which every two share; after Yi-Lightning, 2412.01253); ``lckv-wN`` (N layers of their own at both ends
-            together, one memory from the top for the rest; 2405.10637);
-            ``{pizza,sandwich,lasagna}-{bottom,middle,top}-N`` with N layers that own keys and values, half of all where N is left out (2410.14442).
+            together, one memory from the top for the rest; 2405.10637); and with N layers that own keys and values,
+            half of all where N is left out (2410.14442), ``{pizza,sandwich,lasagna}-{bottom,middle,top}-N``.
         depth: Layers of the model.
 
     Raises:
