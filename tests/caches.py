@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.hosts import windows
-from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids
+from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids, with_random_mixers
 
 ALL_FAMILIES = (*FAMILIES, *SLIDING)
 
@@ -40,6 +40,15 @@ def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> 
         return kvtrain.retrofit(host, method)
 
     return Entry(retrofit, layers=len(full_heads))
+
+
+def hybrid(families: tuple[str, ...] = ALL_FAMILIES, **settings: object) -> Entry:
+    """Every second of the layers that see everything is linear, its new weights random."""
+
+    def retrofit(host: PreTrainedModel) -> PreTrainedModel:
+        return with_random_mixers(kvtrain.convert_linear(host, page_size=4, **settings))
+
+    return Entry(retrofit, 3, families)
 
 
 def evicting(policy: Eviction, families: tuple[str, ...] = ("llama",)) -> Entry:
@@ -87,6 +96,8 @@ CACHES: dict[str, Entry] = {
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
     "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
+    "hybrid": hybrid(),
+    "hybrid_elu": hybrid(families=("llama",), features="elu", decay="none", gate=False),
     **{name: evicting(policy, ALL_FAMILIES if name == "h2o" else ("llama",)) for name, policy in POLICIES.items()},
     "transnormer_t1": transnormer("T1", num_block_heads=2),
     "transnormer_t2": transnormer("T2"),
