@@ -3,7 +3,7 @@
 The order is that of RADLADS (arXiv 2505.03005) and HALO (arXiv 2601.22156).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtrain.data.packing import Batch
+from kvtrain.errors import UsageError
 from kvtrain.kernels.cross_entropy import IGNORE_INDEX
 from kvtrain.losses.distillation import Distillation
 from kvtrain.models.context import LayerOutputs
@@ -69,12 +70,14 @@ class HybridModule(RetrofitModule):
         return self.phase_step().phase.name == MATCH
 
     def unlike_phases(self) -> list[int]:
-        """See ``TrainingModule``; in ``match`` targets are held besides, and no gradient runs through the model."""
+        """See ``TrainingModule``; in ``match`` targets are held besides, in ``distill`` the teacher's hidden states."""
         return list(range(len(self.schedule.phases)))
 
-    def learns_to_match(self, name: str) -> bool:
-        """Whether the parameter of this name belongs to a linear layer's attention."""
-        return name.startswith(tuple(self._linear_names()))
+    def require_context_parallel(self, ranks: int) -> None:
+        """See ``TrainingModule``; distances are shares of what whole rows hold."""
+        if any(phase.name == MATCH for phase in self.schedule.phases):
+            raise UsageError(f"the phase {MATCH} needs whole rows; set context_parallel to 1, or leave the phase out")
+        super().require_context_parallel(ranks)
 
     def _linear_names(self) -> dict[str, int]:
         """Linear layers by the prefix of their attention's names."""
@@ -104,21 +107,21 @@ class HybridModule(RetrofitModule):
 
     def divide_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See ``TrainingModule``; linear layers' parameters, and the others, which ``match`` leaves alone."""
-        matching = {parameter for name, parameter in self.model.named_parameters() if self.learns_to_match(name)}
-        parts = []
+        parts, matching = [], self._matching
         for group in super().divide_groups(groups):
-            own, others = ([p for p in group["params"] if (p in matching) == wanted] for wanted in (True, False))
-            parts += [{**group, "params": own, "in_match": True}, {**group, "params": others, "in_match": False}]
+            own, others = ([p for p in group["params"] if (p in matching) is wanted] for wanted in (True, False))
+            parts += [{**group, "params": own}, {**group, "params": others}]
         return parts
 
-    def configure_optimizers(self) -> Any:
-        """As ``TrainingModule``, with a rate of 0 for what does not learn in ``match``: AdamW leaves that as it is."""
-        configured = super().configure_optimizers()
-        scheduler = configured["lr_scheduler"]["scheduler"]
-        groups = scheduler.optimizer.param_groups
-        rates = [self.schedule.learning_rate if group["in_match"] else self._rate_of_others for group in groups]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(configured["optimizer"], rates)
-        return {**configured, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def group_rate(self, group: dict[str, Any]) -> Callable[[int], float]:
+        """See ``TrainingModule``; in ``match`` it is 0 for what does not learn then: AdamW leaves that as it is."""
+        return super().group_rate(group) if group["params"][0] in self._matching else self._rate_of_others
+
+    @property
+    def _matching(self) -> set[nn.Parameter]:
+        """What linear layers' attention is made of."""
+        prefixes = tuple(self._linear_names())
+        return {parameter for name, parameter in self.model.named_parameters() if name.startswith(prefixes)}
 
     def _rate_of_others(self, step: int) -> float:
         """Learning rate of what is no linear layer's."""

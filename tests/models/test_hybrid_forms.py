@@ -31,7 +31,8 @@ class Written(HostAttention):
         self.settings = mixer.settings
 
     def forward(self, hidden_states, position_embeddings, context, **_):
-        elu, documents = self.settings.features == "elu", context.documents.queries
+        elu = self.settings.features == "elu"
+        documents = torch.ones(hidden_states.shape[:2]) if context.documents is None else context.documents.queries
         heads = [self.split_heads(part(hidden_states)) for part in (self.q_proj, self.k_proj, self.v_proj)]
         query, key = self.normalize(*heads[:2])
         if elu:
