@@ -86,14 +86,22 @@ class HybridModule(RetrofitModule):
         return {f"{name(layer)}.": layer for layer in self.method.chosen_layers(config)}
 
     def teacher_inputs(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
-        """See ``TrainingModule``; while layers match, what the host's attention gives, and no token to predict."""
+        """See ``TrainingModule``; while layers match, what the host's attention gives, and no token to predict.
+
+        Several ranks predict one token a row, which the host does equally well: their strategies want a gradient for
+        every parameter, and weights of a layer in place when its gradients are computed.
+        """
         if not self._matches:
             return super().teacher_inputs(batch)
         (teacher,) = self._teacher
         with attention_outputs(teacher, self._linear_names()) as targets:
-            teach(teacher, batch)
-        nothing = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return {**batch, "labels": nothing}, {"step": HybridStep(targets), "outputs": LayerOutputs()}
+            taught = teach(teacher, batch)
+        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+        arguments: dict[str, Any] = {"step": HybridStep(targets), "outputs": LayerOutputs()}
+        if self.trainer.world_size > 1:
+            labels[:, 1] = batch["input_ids"][:, 1]
+            arguments |= {"teacher": taught, "distillation": Distillation()}
+        return {**batch, "labels": labels}, arguments
 
     def extra_loss(self, batch: Batch, arguments: dict[str, Any]) -> Tensor | None:
         """How far linear layers are from what they replace, while they match it."""

@@ -50,7 +50,7 @@ class Written(HostAttention):
                 shared = head // self.num_groups
                 state = keep * state + torch.outer(key[row, shared, token], heads[2][row, shared, token])
                 seen = self.scaling * query[row, head, token] @ state
-                output[row, head, token] = seen / (seen.square().mean() + 1e-6).sqrt()
+                output[row, head, token] = seen / (seen.square().mean() + self.settings.norm_eps).sqrt()
         output = output * self.mixer_norm.weight
         if self.settings.gate:
             output = output * torch.sigmoid(self.split_heads(self.mixer_gate(hidden_states)))
@@ -150,6 +150,7 @@ def test_new_weights_leave_those_that_are_there(tmp_path):
         ({"layers": [1, 1]}, "must name one layer or more, each once"),
         ({"layers": "most"}, "a list of layers or 'half'"),
         ({"features": "relu"}, "features must be none or elu"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0"),
         ({"page_size": 0}, "page_size must be at least 1"),
     ],
 )

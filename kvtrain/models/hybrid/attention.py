@@ -25,8 +25,6 @@ from kvtrain.models.hybrid.config import Hybrid
 from kvtrain.models.linear_state import LinearStateLayer, attend_state
 from kvtrain.models.modules import RMSNorm
 
-NORM_EPS = 1e-6
-
 
 @dataclass(frozen=True)
 class HybridStep:
@@ -52,7 +50,7 @@ class LinearMixer(HostAttention):
     def __init__(self, host_attention: nn.Module, layer_idx: int, settings: Hybrid) -> None:
         super().__init__(host_attention, layer_idx)
         self.settings, self._slopes = settings, settings.slopes(self.num_heads)
-        self.mixer_norm = RMSNorm(LlamaRMSNorm(self.head_dim, NORM_EPS))
+        self.mixer_norm = RMSNorm(LlamaRMSNorm(self.head_dim, settings.norm_eps))
         if settings.gate:
             self.mixer_gate = nn.Linear(int(self.config.hidden_size), self.num_heads * self.head_dim, bias=False)
             nn.init.zeros_(self.mixer_gate.weight)
@@ -77,7 +75,8 @@ class LinearMixer(HostAttention):
         assert context.outputs is not None
         mixed = self._mix(hidden_states.detach(), position_embeddings, context)
         context.outputs[self.layer_idx] = squared_distance(mixed, target, context.real)
-        return target, None
+        # The norm before this layer has a gradient of 0 so: strategies over several ranks want one of every parameter.
+        return target + 0.0 * hidden_states, None
 
     def _mix(self, hidden_states: Tensor, angles: Angles, context: ForwardContext) -> Tensor:
         query, key, value, gate = self._project(hidden_states, angles, context)
