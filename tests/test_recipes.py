@@ -19,6 +19,7 @@ SOME = (
     "dms",
     "duo",
     "gqa",
+    "hybrid",
     "lckv",
     "listops",
     "pretrain",

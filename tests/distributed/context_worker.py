@@ -24,7 +24,7 @@ from kvtrain.models.dms.attention import DMSStep
 from kvtrain.models.duo.attention import DuoStep
 from kvtrain.models.gating import has_choice
 from kvtrain.training.teachers import teach
-from tests.hosts import make_host, random_adapters, random_ids
+from tests.hosts import make_host, random_adapters, random_ids, with_random_mixers
 
 FULL = kvtrain.Full()
 # Documents that begin and end in either half and across both, and padding; rows of 24 tokens.
@@ -85,6 +85,11 @@ def duo(case: dict[str, Any] | None = None, **settings: Any) -> Case:
     return Case(kvtrain.Duo(sink=1, recent=4, **settings), **{**usual, **(case or {})})
 
 
+def hybrid(case: dict[str, Any] | None = None, **settings: Any) -> Case:
+    usual = {"host": {"family": "qwen3"}, "prepare": with_random_mixers}
+    return Case(kvtrain.Hybrid(**settings), **{**usual, **(case or {})})
+
+
 NOISY = {"told": packed(step=DMCStep(**NOISE))}
 HIDDEN, MIXED = Distillation(of="hidden"), Distillation(weight=0.3, temperature=2.0)
 CASES = {
@@ -121,6 +126,8 @@ CASES = {
     ),
     "duo, rounded": duo({"told": packed(), "prepare": lambda model: with_gates(model).binarize(0.25)}),
     "duo, gates in place of its own": duo({"told": packed(step=DuoStep(gates={0: HEAD_GATES, 1: HEAD_GATES.round()}))}),
+    "hybrid": hybrid(),
+    "hybrid, evaluated": hybrid({"training": False}, features="elu", decay="none", gate=False),
     "lckv": Case(
         kvtrain.LCKV(kv_map="0_3_3_3_3", forward_passes=2, backward_passes=3),
         host={"family": "qwen3", "layers": 5},

@@ -45,7 +45,7 @@ class Road:
 
 
 # Columns of the metrics that time has no part in.
-COMPARED = {"loss", "gradient_norm", "mean_gate", "val_loss", "val_compression", "val_serving_gap"}
+COMPARED = {"loss", "match", "gradient_norm", "mean_gate", "val_loss", "val_compression", "val_serving_gap"}
 
 # One line an architecture, and one for adapters.
 ROADS = {
@@ -53,6 +53,7 @@ ROADS = {
     "lora": Road("lora_dmc", {"zero_out": 6, "retrofit": 8, "finetune": 6}, (6, 12), settings={"init_bias": 2.0}),
     "dms": Road("dms", {"retrofit": 8, "finetune": 6}, (6, 9), settings={"init_bias": 1.0, "window": 5}),
     "lckv": Road("lckv", {"train": 3, "settle": 7}, (3,), 4, {"kv_map": "0_2_2_3", "forward_passes": 2}),
+    "hybrid": Road("hybrid", {"match": 6, "distill": 6}, (3,), settings={"linear_layers": [0]}),
     "duo": Road(
         "duo",
         {"gates": 8},
@@ -144,8 +145,9 @@ def assert_same_run(road, resumed, whole):
 @pytest.mark.parametrize(
     ("name", "start"),
     [
-        *((name, Forked) for name in ROADS if name != "dms"),
+        *((name, Forked) for name in ROADS if name not in ("dms", "hybrid")),
         pytest.param("dms", Forked, marks=pytest.mark.roads),  # a base that stays, and a ramp: duo's and dmc's
+        pytest.param("hybrid", Forked, marks=pytest.mark.roads),  # resumed in tests/training/test_hybrid_module.py
         pytest.param("dmc", Fresh, marks=[pytest.mark.roads, pytest.mark.timeout(900)]),
     ],
 )

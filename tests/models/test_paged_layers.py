@@ -54,6 +54,10 @@ def full_heads(*counts):
 REFUSED = {
     "dmc": (kvtrain.DMC(), f"method 'dmc' is not served by vLLM: its heads have different lengths, and {ONE_TABLE}"),
     "dms": (kvtrain.DMS(), f"method 'dms' is not served by vLLM: its heads have different lengths, and {ONE_TABLE}"),
+    "hybrid": (
+        kvtrain.Hybrid(),
+        "method 'hybrid' is not served by vLLM: its linear layers keep a state, and no blocks; use kvtrain generate",
+    ),
     "a map from above": (
         kvtrain.LCKV(kv_map="lckv-w2"),
         "kv_map 'lckv-w2' reads keys from above, which takes iteration, and vLLM runs its layers once; serve it with "

@@ -11,6 +11,7 @@ from kvtrain.training import (
     DMCModule,
     DMSModule,
     DuoModule,
+    HybridModule,
     LCKVModule,
     LCKVPretrainModule,
     Phase,
@@ -82,6 +83,9 @@ FAST = {
         folder(depth=depth), DMS(window=8), phases=PHASES[1:], activation_checkpointing=True
     ),
     "duo": duo(activation_checkpointing=True),
+    "hybrid": lambda folder, depth=2 * DEPTH: HybridModule(
+        folder(depth=depth), phases=[Phase("match", 2, 1e-3), Phase("distill", 2, 1e-3)], activation_checkpointing=True
+    ),
     "lckv": sharing("lckv-w2", checkpointing=True),
     "lckv-pretrain": lambda folder, depth=2 * DEPTH: LCKVPretrainModule(
         folder(depth=depth), LCKV("cla2"), phases=TRAIN

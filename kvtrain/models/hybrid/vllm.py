@@ -7,7 +7,7 @@ from kvtrain.models.paged_layers import PagedLayer, PagedSupport, not_served
 
 
 def _layers(settings: Hybrid, _: PreTrainedConfig) -> list[PagedLayer]:
-    raise not_served("a hybrid", "its linear layers keep a state, and no blocks")
+    raise not_served("method 'hybrid'", "its linear layers keep a state, and no blocks")
 
 
 PAGED = PagedSupport(Hybrid, _layers)
