@@ -19,7 +19,6 @@ SOME = (
     "dms",
     "duo",
     "gqa",
-    "hybrid",
     "lckv",
     "listops",
     "pretrain",

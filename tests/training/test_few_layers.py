@@ -83,9 +83,6 @@ FAST = {
         folder(depth=depth), DMS(window=8), phases=PHASES[1:], activation_checkpointing=True
     ),
     "duo": duo(activation_checkpointing=True),
-    "hybrid": lambda folder, depth=2 * DEPTH: HybridModule(
-        folder(depth=depth), phases=[Phase("match", 2, 1e-3), Phase("distill", 2, 1e-3)], activation_checkpointing=True
-    ),
     "lckv": sharing("lckv-w2", checkpointing=True),
     "lckv-pretrain": lambda folder, depth=2 * DEPTH: LCKVPretrainModule(
         folder(depth=depth), LCKV("cla2"), phases=TRAIN
@@ -107,6 +104,11 @@ MORE = {
     "duo-kept": duo(),
     "duo-teacher": duo(mixing="teacher"),
     "duo-hard": duo(gates="hard_concrete", distill=False, weights="bfloat16"),
+    "hybrid": lambda folder: HybridModule(
+        folder(depth=2 * DEPTH),
+        phases=[Phase("match", 2, 1e-3), Phase("distill", 2, 1e-3)],
+        activation_checkpointing=True,
+    ),
     "lckv-kept": sharing("lckv-w2"),
     "lckv-w12": lambda folder: sharing("lckv-w8")(folder, depth=12),
     "lckv-stale": sharing("lckv-w2", mask_all_diagonals=True, stale_target=True),

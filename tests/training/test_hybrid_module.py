@@ -81,7 +81,14 @@ def test_everything_is_distilled_from_the_untouched_host(base, rows, tmp_path):
     assert "match" not in table(tmp_path / "metrics.csv")[0]
 
 
-@pytest.mark.parametrize("begun", [3, 5, 7], ids=["while it matches", "at the boundary", "while it is distilled"])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(3, marks=pytest.mark.roads, id="while it matches"),
+        pytest.param(5, id="at the boundary"),
+        pytest.param(7, marks=pytest.mark.roads, id="while it is distilled"),
+    ],
+)
 def test_a_resumed_run_is_the_run(base, rows, tmp_path, begun):
     whole = module_on(base)
     train(whole, rows, tmp_path / "whole", 9)
