@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
-from tests.hosts import FAMILIES, dmc_at_rate, dms_at_rate, random_ids
+from tests.hosts import FAMILIES, WITHOUT_SINKS, dmc_at_rate, dms_at_rate, random_ids
 
 
 class Entry(NamedTuple):
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 def lckv(kv_map: str, **settings: object) -> Entry:
     """As many passes as tokens: then the parallel form is exact, and so are blocks."""
     method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
-    return Entry(lambda host: kvtrain.retrofit(host, method), layers=len(kv_map.split("_")))
+    return Entry(lambda host: kvtrain.retrofit(host, method), len(kv_map.split("_")), WITHOUT_SINKS)
 
 
 def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:

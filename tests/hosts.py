@@ -6,9 +6,10 @@ from dataclasses import replace
 from statistics import NormalDist
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -24,6 +25,7 @@ from transformers import (
 import kvtrain
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "gpt_oss": GptOssConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -37,10 +39,16 @@ VOCAB = 61
 # Families with experts: five of them, of which a token has two.
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    "gpt_oss": EXPERTS,
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
 }
+
+
+# Families whose attention has learned sinks, which not every method knows.
+SINKS = ("gpt_oss",)
+WITHOUT_SINKS = tuple(family for family in FAMILIES if family not in SINKS)
 
 
 def make_host(
@@ -52,7 +60,10 @@ def make_host(
     layers: int = 2,
     **settings: object,
 ) -> PreTrainedModel:
-    """A host with random weights, in evaluation mode; biases and norms are random too."""
+    """A host with random weights, in evaluation mode; biases, norms and sinks are random too."""
+    if family == "gpt_oss":
+        plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        settings = {**plain, "layer_types": ["full_attention"] * layers, **settings}
     config = FAMILIES[family](
         hidden_size=32,
         intermediate_size=48,
@@ -62,7 +73,7 @@ def make_host(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        sliding_window=None,
+        sliding_window=128 if family == "gpt_oss" else None,  # which makes a mask of it for no layer, too
         **{"head_dim": 8, "vocab_size": VOCAB, **FAMILY_SETTINGS.get(family, {}), **settings},
     )
     torch.manual_seed(seed)
@@ -73,7 +84,9 @@ def make_host(
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "k_proj" in name or "q_proj" in name:
                 parameter.mul_(10)  # decisions that differ from token to token, attention that is not flat
-            elif ".experts." in name or name.endswith("mlp.gate.weight"):
+            elif name.endswith("sinks"):
+                parameter.copy_(torch.randn_like(parameter))
+            elif ".experts." in name or name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                 parameter.mul_(10)  # routers that tell tokens apart, experts that can be told apart
     return model
 
@@ -135,7 +148,7 @@ def exact(host: PreTrainedModel) -> PreTrainedModel:
     for name, module in host.named_modules():
         if name.endswith("norm"):
             module.forward = functools.partial(_exact_norm, module.weight, module.variance_epsilon)
-    host.model.rotary_emb.forward = functools.partial(_exact_angles, host.config)
+    host.model.rotary_emb.forward = functools.partial(_exact_angles, host.model.rotary_emb)
     return host
 
 
@@ -143,8 +156,12 @@ def _exact_norm(weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
     return weight * states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _exact_angles(config: PreTrainedConfig, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = position_ids.unsqueeze(-1) * config.rope_parameters["rope_theta"] ** -exponents
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+def _exact_angles(rotary: nn.Module, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    config, frequencies = rotary.config, rotary.inv_freq.double()
+    if rotary.rope_type == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        frequencies = config.rope_parameters["rope_theta"] ** -exponents
+    angles = position_ids.unsqueeze(-1) * frequencies
+    if config.model_type != "gpt_oss":  # which turns halves by the same angles, and has them once
+        angles = torch.cat([angles, angles], -1)
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling

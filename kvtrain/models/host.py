@@ -15,11 +15,11 @@ from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.experts import EXPERTS_NAME
 from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_names
-from kvtrain.models.hosts.base import PROJECTIONS
+from kvtrain.models.hosts.base import HostAdapter
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.modules import RMSNorm, RotaryEmbedding
-from kvtrain.models.registry import builder
+from kvtrain.models.registry import builder, methods
 
 ATTENTION_NAME = "kvtrain"
 
@@ -100,6 +100,20 @@ def _check_undivided(config: PreTrainedConfig) -> None:
         )
 
 
+def _check_sinks(adapter: HostAdapter, method: Method) -> None:
+    """Refuse a method that would leave a learned sink out of the softmax.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if adapter.attention_sinks and not method.supports_attention_sinks:
+        known = ", ".join(name for name, other in methods().items() if other.supports_attention_sinks)
+        raise ValueError(
+            f"method {method.name!r} does not know attention sinks, which hosts of type {adapter.model_type!r} learn; "
+            f"use one that does: {known}"
+        )
+
+
 @functools.cache
 def _subclass(host_class: type[PreTrainedModel]) -> type["KVTrainMixin"]:
     name = retrofitted_name(host_class.__name__)
@@ -129,13 +143,12 @@ def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
     decoder: Any = model.model
     adapter = host_adapter(parts.host_config)
     attention_norms = adapter.attention_norms
-    parts_of_attention = {*PROJECTIONS, *attention_norms}
     setattr(decoder, adapter.final_norm, RMSNorm(getattr(decoder, adapter.final_norm)))
     decoder.rotary_emb = RotaryEmbedding(decoder.rotary_emb)
     for layer_idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, adapter.attention)
-        found = set(attention._modules)
-        if found != parts_of_attention:  # it does more, or less, than its family's adapter says
+        found = {*attention._modules, *attention._parameters}
+        if found != adapter.attention_parts:  # it does more, or less, than its family's adapter says
             raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(sorted(found))}")
         for name in attention_norms:
             setattr(attention, name, RMSNorm(getattr(attention, name)))
@@ -159,6 +172,7 @@ class KVTrainMixin(CachedLanguageModel):
         _check_undivided(config)
         adapter.validate(host_config)
         method.validate(host_config)
+        _check_sinks(adapter, method)
         check_attention(config._attn_implementation, ATTENTION_NAME)
         config._attn_implementation = host_config._attn_implementation = ATTENTION_NAME
         chosen = config._experts_implementation or host_config._experts_implementation

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.discovery import exported_by_files
-from kvtrain.models.hosts import key_value_shapes
+from kvtrain.models.hosts import host_adapter, key_value_shapes
 from kvtrain.models.method import Method
 
 # The reason of every method whose heads keep different tokens.
@@ -78,6 +78,8 @@ def paged_layers(config: PreTrainedConfig) -> list[PagedLayer]:
         ValueError: It is not served; why, and what to do.
     """
     settings, host = (config.method, config.host_config) if isinstance(config, KVTrainConfig) else (config, config)
+    if isinstance(config, KVTrainConfig) and host_adapter(host).attention_sinks:
+        raise not_served(f"a host of type {host.model_type!r}", "learned attention sinks are not handed to its kernels")
     for support in exported_by_files("kvtrain.models", "vllm", "PAGED"):
         if isinstance(settings, support.settings):
             found: list[PagedLayer] = support.layers(settings, host)

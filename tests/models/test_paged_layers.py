@@ -9,7 +9,7 @@ from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.full.config import Full
 from kvtrain.models.paged_layers import PagedLayer, Ring, paged_layers
 from kvtrain.models.registry import methods
-from tests.hosts import FAMILIES
+from tests.hosts import FAMILIES, WITHOUT_SINKS
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 16
 ONE_TABLE = "vLLM keeps one table of blocks for all of them; use kvtrain generate"
@@ -175,7 +175,13 @@ def test_what_has_no_file_of_its_own_is_refused_by_name():
     assert refusal(kvtrain.TransNormerConfig()) == "'transnormer' is not served by vLLM; use kvtrain generate"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_learned_sinks_are_refused():
+    words = "a host of type 'gpt_oss' is not served by vLLM: learned attention sinks are not handed to its kernels; "
+    for method in (Full(), kvtrain.Duo(full_heads=[[1]] * LAYERS), kvtrain.LCKV(kv_map="cla2")):
+        assert refusal(config_of(method, family="gpt_oss")) == words + "use kvtrain generate"
+
+
+@pytest.mark.parametrize("family", WITHOUT_SINKS)
 def test_a_full_cache_is_blocks_of_all_heads(family):
     assert layers_of(Full(), family=family) == [PagedLayer(layer, HEADS) for layer in range(LAYERS)]
 

@@ -31,6 +31,8 @@ class HostAdapter:
         mlp: Its feed-forward part.
         query_key_norm: Whether ``q_norm`` and ``k_norm`` of an attention normalize each ``"head"`` by itself or
             ``"all"`` together; None where there are none.
+        attention_sinks: Whether an attention has ``sinks (H,)``: of every query head the score of a key that has no
+            value and that all its queries see.
     """
 
     model_type: ClassVar[str]
@@ -40,11 +42,17 @@ class HostAdapter:
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
     query_key_norm: ClassVar[Literal["head", "all"] | None] = None
+    attention_sinks: ClassVar[bool] = False
 
     @property
     def attention_norms(self) -> tuple[str, ...]:
         """Names of the norms in an attention."""
         return () if self.query_key_norm is None else QUERY_KEY_NORMS
+
+    @property
+    def attention_parts(self) -> frozenset[str]:
+        """Names of all modules and parameters in an attention."""
+        return frozenset((*PROJECTIONS, *self.attention_norms, *(["sinks"] if self.attention_sinks else [])))
 
     def attention_name(self, layer_idx: int) -> str:
         """A layer's attention by its name in the model, with which the names of its weights begin."""
@@ -106,12 +114,24 @@ class HostAdapter:
         Raises:
             ValueError: With the remedy.
         """
+        _refuse_quantized(config)
         _refuse_windows(config)
         _refuse_rotary(config)
         if getattr(config, "attention_dropout", 0.0):
             raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
         if getattr(config, "hidden_act", "silu") != "silu":
             raise ValueError(f"feed-forward activation {config.hidden_act!r} is not supported; use 'silu'")
+
+
+def _refuse_quantized(config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise ValueError(
+            f"weights quantized by {settings.get('quant_method')!r} are not supported; load the host dequantized "
+            "(transformers: from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) for 'mxfp4'), save "
+            "it, and give that folder"
+        )
 
 
 def _refuse_windows(config: PreTrainedConfig) -> None:
