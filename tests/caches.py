@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.hosts import windows
-from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids
+from tests.hosts import FAMILIES, SLIDING, WITHOUT_SINKS, dmc_at_rate, dms_at_rate, random_ids
 
 ALL_FAMILIES = (*FAMILIES, *SLIDING)
 
@@ -27,7 +27,7 @@ def lckv(kv_map: str, **settings: object) -> Entry:
     """As many passes as tokens: then the parallel form is exact, and so are blocks."""
     method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
     depth = len(kv_map.split("_"))  # whose map says itself which layers slide
-    return Entry(lambda host: kvtrain.retrofit(host, method), depth, tuple(FAMILIES))
+    return Entry(lambda host: kvtrain.retrofit(host, method), depth, WITHOUT_SINKS)
 
 
 def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:
