@@ -71,6 +71,8 @@ def _fill_buffers(model: PreTrainedModel, host: PreTrainedModel) -> None:
     """Give buffers that no file holds the host's values; where it has none by this name, they are computed."""
     buffers = dict(host.named_buffers())
     for name, module in model.named_modules():
+        if not module._non_persistent_buffers_set:
+            continue
         places = {key: f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
         if buffers.keys() >= set(places.values()):
             for key, place in places.items():
