@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import PreTrainedConfig
 
+# Of gpt-oss' gate; older configurations do not name them.
+ALPHA, LIMIT = 1.702, 7.0
+
 
 def naive_experts(weights: Mapping[str, Tensor], prefix: str, config: PreTrainedConfig, hidden: Tensor) -> Tensor:
     """Feed ``(..., D)`` forward by the weights whose names begin with ``prefix``; routers decide in float32."""
@@ -39,9 +42,9 @@ def _gpt_oss(weights: Mapping[str, Tensor], prefix: str, config: PreTrainedConfi
         total = torch.zeros_like(row)
         for share, expert in zip(logits.softmax(0), experts.tolist(), strict=True):
             both = row @ wide[expert] + wide_bias[expert]
-            gate = both[0::2].clamp(max=config.swiglu_limit)
-            gated = both[1::2].clamp(-config.swiglu_limit, config.swiglu_limit)
-            fed = gate * torch.sigmoid(config.swiglu_alpha * gate) * (gated + 1)
+            gate = both[0::2].clamp(max=LIMIT)
+            gated = both[1::2].clamp(-LIMIT, LIMIT)
+            fed = gate * torch.sigmoid(ALPHA * gate) * (gated + 1)
             total = total + share * (fed @ down[expert] + down_bias[expert])
         outputs.append(total)
     return torch.stack(outputs).view_as(hidden)

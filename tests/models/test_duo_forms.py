@@ -376,7 +376,7 @@ def test_trained_is_rounded_is_served(family, full_heads, packed):
         ).abs().max() > 1e-2
         taught_logits = taught(trained, ids, **told)[0] @ host.lm_head.weight.mT
         close(taught_logits, Dense(host).logits(ids, gates, "teacher", told.get("document_ids")))
-        assert (taught_logits - expected).abs().max() > 1e-4  # what the released code trains is not what it serves
+        assert (taught_logits - expected).abs().max() > 1e-6  # what the released code trains is not what it serves
         if not packed:
             cache = served.make_cache()
             parts = [served(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 3, 1, 6], 1)]

@@ -179,10 +179,10 @@ def _refuse_quantized(config: PreTrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        kind = settings.get("quant_method")
         raise ValueError(
-            f"weights quantized by {settings.get('quant_method')!r} are not supported; load the host dequantized "
-            "(transformers: from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) for 'mxfp4'), save "
-            "it, and give that folder"
+            f"weights quantized by {getattr(kind, 'value', kind)!r} are not supported; load the host dequantized "
+            "(mxfp4: quantization_config=Mxfp4Config(dequantize=True)), save it, and use that folder"
         )
 
 
