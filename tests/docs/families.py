@@ -39,7 +39,8 @@ INTRODUCTION = """# Families and methods
 
 Written by `python -m tests.docs.families`, which tries every cell: a model with random weights in float64, read whole
 without a cache, and in pieces and token by token over the cache that serves; "yes" where the two agree to 1e-9.
-Policies stand for all that need no training. A layer that slides stays as it is under every method, and holds its window.
+Policies stand for all that need no training. A layer that slides stays as it is under every method, and holds its
+window.
 """
 
 
