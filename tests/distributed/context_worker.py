@@ -94,6 +94,7 @@ CASES = {
     "full, padded rows": Case(told={"attention_mask": PADDED}),
     "full, positions that restart": Case(told={"position_ids": torch.arange(24).remainder(7).expand(3, -1)}),
     "full, biases": Case(host={"family": "qwen2"}),
+    "full, windows": Case(host={"family": "qwen2_sliding"}),
     "full, norms of each head": Case(host={"family": "qwen3"}),
     "full, norms of all heads": Case(host={"family": "olmo2"}),
     "full, learned sinks": Case(host=SINKS),
