@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from kvtrain.inference.load import load
     from kvtrain.models.gqa import convert_gqa
     from kvtrain.models.host import retrofit
+    from kvtrain.models.hybrid.convert import convert_linear
 
 __version__ = "0.1.0"
 _FUNCTIONS = {
     "convert_gqa": "kvtrain.models.gqa",
+    "convert_linear": "kvtrain.models.hybrid.convert",
     "load": "kvtrain.inference.load",
     "retrofit": "kvtrain.models.host",
 }
-__all__ = ["__version__", "convert_gqa", "load", "retrofit", *public_names(architectures())]  # noqa: PLE0604
+__all__ = ["__version__", "convert_gqa", "convert_linear", "load", "retrofit", *public_names(architectures())]  # noqa: PLE0604
 
 register()
 say_if_untested()

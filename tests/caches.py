@@ -10,7 +10,16 @@ from transformers import PreTrainedModel
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.hosts import windows
-from tests.hosts import FAMILIES, SLIDING, WITHOUT_SINKS, dmc_at_rate, dms_at_rate, random_ids
+from tests.hosts import (
+    FAMILIES,
+    SINKS,
+    SLIDING,
+    WITHOUT_SINKS,
+    dmc_at_rate,
+    dms_at_rate,
+    random_ids,
+    with_random_mixers,
+)
 
 ALL_FAMILIES = (*FAMILIES, *SLIDING)
 
@@ -40,6 +49,16 @@ def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> 
         return kvtrain.retrofit(host, method)
 
     return Entry(retrofit, layers=len(full_heads))
+
+
+def hybrid(families: tuple[str, ...] | None = None, **settings: object) -> Entry:
+    """Every second of the layers that see everything is linear, its new weights random."""
+
+    def retrofit(host: PreTrainedModel) -> PreTrainedModel:
+        return with_random_mixers(kvtrain.convert_linear(host, page_size=4, **settings))
+
+    every = tuple(family for family in ALL_FAMILIES if family not in SINKS)
+    return Entry(retrofit, 3, every if families is None else families)
 
 
 def evicting(policy: Eviction, families: tuple[str, ...] = ("llama",)) -> Entry:
@@ -87,6 +106,8 @@ CACHES: dict[str, Entry] = {
     "duo": duo(lambda heads: [heads - 1], lambda heads: [0]),
     "duo_uneven": duo(lambda heads: [], lambda heads: list(range(heads))),
     "duo_compensated": duo(lambda heads: [0], lambda heads: [], compensation=True),
+    "hybrid": hybrid(),
+    "hybrid_elu": hybrid(families=("llama",), features="elu", decay="none", gate=False),
     **{name: evicting(policy, ALL_FAMILIES if name == "h2o" else ("llama",)) for name, policy in POLICIES.items()},
     "transnormer_t1": transnormer("T1", num_block_heads=2),
     "transnormer_t2": transnormer("T2"),

@@ -125,6 +125,16 @@ def merge_rate(model: PreTrainedModel, ids: Tensor) -> float:
     return torch.stack(list(outputs.values()))[..., 1:].mean().item()
 
 
+def with_random_mixers(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The same hybrid, its norms and gates anything but what they begin as."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mixer_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
 def set_bias(model: PreTrainedModel, bias: float) -> None:
     """Move the threshold of every decision."""
     for attention in whole_attention(model):

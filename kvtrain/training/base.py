@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,6 +339,10 @@ class TrainingModule(pl.LightningModule, ABC):
         """Parameter groups of the model, as they are or in parts with an ``lr`` of their own, a factor."""
         return groups
 
+    def group_rate(self, group: dict[str, Any]) -> Callable[[int], float]:
+        """The learning rate of a parameter group, by the optimizer step: the schedule's."""
+        return self.schedule.learning_rate
+
     def extra_param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups that are no part of the model."""
         return []
@@ -347,9 +351,9 @@ class TrainingModule(pl.LightningModule, ABC):
         """AdamW, and a learning rate that is a function of the step."""
         decayed, plain = split_parameters(self.model)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [*self.divide_groups(groups), *self.extra_param_groups()]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
+        groups = [group for group in (*self.divide_groups(groups), *self.extra_param_groups()) if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=self.betas)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [self.group_rate(group) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -21,11 +21,14 @@ from kvtrain.models.adapters import LoRA
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dms import DMS
 from kvtrain.models.duo import Duo
+from kvtrain.models.hybrid import Hybrid
 from kvtrain.models.lckv import LCKV
 from kvtrain.training import (
     DMCModule,
     DMSModule,
     DuoModule,
+    HybridModule,
+    HybridPretrainModule,
     LCKVModule,
     LCKVPretrainModule,
     Phase,
@@ -95,7 +98,8 @@ QWEN = {"family": "qwen3"}
 TRAININGS: dict[str, Training] = {
     "plain": Training(lambda base: RetrofitModule(base, phases=ONE), {**QWEN, "tie_word_embeddings": True}),
     "windows and frequencies by type of layer": Training(
-        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES), {"family": "gemma3_sliding", "layers": 3}
+        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES),
+        {"family": "gemma3_sliding", "layers": 3},
     ),
     "sgd": Training(lambda base: PlainSGD(base, phases=ONE)),
     "dmc": Training(
@@ -149,6 +153,21 @@ TRAININGS: dict[str, Training] = {
     "duo, hard-concrete": Training(
         lambda base: DuoModule(base, Duo(sink=1, recent=3, gates="hard_concrete", sparsity=0.5), phases=ONE),
         {**QWEN, "layers": 3},
+    ),
+    "hybrid": Training(
+        lambda base: HybridModule(
+            base,
+            Hybrid(linear_layers=[0, 2]),
+            phases=[Phase("match", BOUNDARY, 5e-4), Phase("distill", 17, 5e-4)],
+            distill=MIXED,
+            activation_checkpointing=True,
+        ),
+        {**QWEN, "layers": 3},
+        needs_whole_rows="the phase match needs whole rows; set context_parallel to 1",
+        by_batches=True,
+    ),
+    "hybrid from nothing": Training(
+        lambda base: HybridPretrainModule(f"{base}/config.json", phases=ONE), {**QWEN, "layers": 3}
     ),
     "lckv": Training(
         lambda base: LCKVModule(base, SHARING, phases=ONE, activation_checkpointing=True), {**QWEN, "layers": 5}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import kvtrain
 from kvtrain.help import DOCS
 from kvtrain.models.hosts import windows
-from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, make_host, random_ids
+from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, make_host, random_ids, with_random_mixers
 
 PAGE = DOCS / "families.md"
 # By what `tests.hosts` calls a host: what a reader does.
@@ -33,7 +33,7 @@ HOSTS = {
     "gpt_oss": "gpt-oss, its windows opened",
     "gpt_oss_sliding": "gpt-oss",
 }
-METHODS = ("Full", "DMC", "DMS", "Duo", "LCKV", "policies")
+METHODS = ("Full", "DMC", "DMS", "Duo", "LCKV", "Hybrid", "policies")
 LAYERS, LENGTH, WINDOW = 2, 40, 6
 INTRODUCTION = """# Families and methods
 
@@ -58,6 +58,8 @@ def retrofit(column: str, host: PreTrainedModel) -> PreTrainedModel:
     }
     if column == "DMC":
         return dmc_at_rate(host, 0.6, random_ids(2, LENGTH, seed=7), page_size=4, window=5)
+    if column == "Hybrid":
+        return with_random_mixers(kvtrain.convert_linear(host, page_size=4))
     return dms_at_rate(host, 0.7, window=6, page_size=4) if column == "DMS" else kvtrain.retrofit(host, methods[column])
 
 

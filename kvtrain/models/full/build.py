@@ -8,9 +8,9 @@ from torch import nn
 from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.rows import Placement
 from kvtrain.models import build
-from kvtrain.models.full.attention import FullAttention
-from kvtrain.models.full.cache import build_layers
 from kvtrain.models.full.config import Full
+from kvtrain.models.full_attention import FullAttention
+from kvtrain.models.full_cache import build_layers
 from kvtrain.models.hosts import key_value_shape
 
 

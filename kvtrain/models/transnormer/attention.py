@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.block_attention import block_attention
-from kvtrain.kernels.linear_attention import linear_attention, linear_attention_step
+from kvtrain.kernels.linear_attention import linear_attention
 from kvtrain.kernels.linear_attention_chunked import document_layout
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
-from kvtrain.models.transnormer.cache import DiagCacheLayer, NormCacheLayer
+from kvtrain.models.linear_state import LinearStateLayer, attend_state
+from kvtrain.models.transnormer.cache import DiagCacheLayer
 from kvtrain.models.transnormer.config import TransNormerConfig
 from kvtrain.models.transnormer.layers import Projection, RelativePosition, make_norm
 
@@ -190,15 +190,14 @@ class NormAttention(TransNormerAttention):
         if self._slopes is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             slopes = torch.tensor(self._slopes, dtype=wide, device=query.device)
+        documents = _documents(layout, context)
         if context.cache is None:
-            output, _ = linear_attention(
-                query, key, value, causal=self.causal, slopes=slopes, **_documents(layout, context)
-            )
+            output, _ = linear_attention(query, key, value, causal=self.causal, slopes=slopes, **documents)
         else:
             layer = context.cache_layer(self.layer_idx)
-            assert isinstance(layer, NormCacheLayer) and context.valid is not None
+            assert isinstance(layer, LinearStateLayer) and context.valid is not None
             known = None if context.single else context.valid
-            output = self._serve(query, key, value, slopes, _documents(layout, context), known, layer)
+            output = attend_state(query, key, value, layer, slopes=slopes, valid=known, documents=documents)
         projected: Tensor = self.o_proj(self.norm(self.merge(output), layout.real).to(query.dtype))
         return projected
 
@@ -206,27 +205,6 @@ class NormAttention(TransNormerAttention):
         """``elu`` (T1) or ``1 + elu`` (T2)."""
         features = functional.elu(heads)
         return features if self.t1 else 1 + features
-
-    @bookkeeping
-    def _serve(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slopes: Tensor | None,
-        documents: dict[str, Any],
-        valid: Tensor | None,
-        layer: NormCacheLayer,
-    ) -> Tensor:
-        """One token by the recurrence, many by chunks."""
-        learns = torch.is_grad_enabled()
-        state = layer.state.clone() if learns else layer.state  # which is written before a backward pass comes
-        if query.shape[2] == 1:
-            settings: dict[str, Any] = {"slopes": slopes, "valid": valid, "in_place": not learns}
-            output, layer.state = linear_attention_step(query, key, value, state, **settings)
-        else:
-            output, layer.state = linear_attention(query, key, value, slopes=slopes, **documents, state=state)
-        return output
 
 
 def _documents(layout: TokenLayout, context: ForwardContext) -> dict[str, Any]:

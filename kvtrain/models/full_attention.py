@@ -8,7 +8,7 @@ from kvtrain.cache.rows import bookkeeping
 from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
-from kvtrain.models.full.cache import FullCacheLayer
+from kvtrain.models.full_cache import FullCacheLayer
 
 
 class FullAttention(HostAttention):
