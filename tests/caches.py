@@ -10,7 +10,16 @@ from transformers import PreTrainedModel
 import kvtrain
 from kvtrain.models.eviction.config import Eviction
 from kvtrain.models.hosts import windows
-from tests.hosts import FAMILIES, SLIDING, dmc_at_rate, dms_at_rate, random_ids, with_random_mixers
+from tests.hosts import (
+    FAMILIES,
+    SINKS,
+    SLIDING,
+    WITHOUT_SINKS,
+    dmc_at_rate,
+    dms_at_rate,
+    random_ids,
+    with_random_mixers,
+)
 
 ALL_FAMILIES = (*FAMILIES, *SLIDING)
 
@@ -27,7 +36,7 @@ def lckv(kv_map: str, **settings: object) -> Entry:
     """As many passes as tokens: then the parallel form is exact, and so are blocks."""
     method = kvtrain.LCKV(kv_map=kv_map, forward_passes=50, prefill_block=8, **{"page_size": 4, **settings})
     depth = len(kv_map.split("_"))  # whose map says itself which layers slide
-    return Entry(lambda host: kvtrain.retrofit(host, method), depth, tuple(FAMILIES))
+    return Entry(lambda host: kvtrain.retrofit(host, method), depth, WITHOUT_SINKS)
 
 
 def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> Entry:
@@ -42,13 +51,14 @@ def duo(*full_heads: Callable[[int], list[int]], compensation: bool = False) -> 
     return Entry(retrofit, layers=len(full_heads))
 
 
-def hybrid(families: tuple[str, ...] = ALL_FAMILIES, **settings: object) -> Entry:
+def hybrid(families: tuple[str, ...] | None = None, **settings: object) -> Entry:
     """Every second of the layers that see everything is linear, its new weights random."""
 
     def retrofit(host: PreTrainedModel) -> PreTrainedModel:
         return with_random_mixers(kvtrain.convert_linear(host, page_size=4, **settings))
 
-    return Entry(retrofit, 3, families)
+    every = tuple(family for family in ALL_FAMILIES if family not in SINKS)
+    return Entry(retrofit, 3, every if families is None else families)
 
 
 def evicting(policy: Eviction, families: tuple[str, ...] = ("llama",)) -> Entry:

@@ -7,10 +7,11 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -28,6 +29,7 @@ from kvtrain.models.hosts import whole_layers
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "gemma3_text": Gemma3TextConfig,
+    "gpt_oss": GptOssConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -40,21 +42,28 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 # The same with layers that see a window of six tokens, but for every second one, which sees everything.
 SLIDING: dict[str, type[PreTrainedConfig]] = {
     "gemma3_sliding": Gemma3TextConfig,
+    "gpt_oss_sliding": GptOssConfig,
     "qwen2_sliding": Qwen2Config,
 }
 VOCAB = 61
 # Families with experts: five of them, of which a token has two.
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+GPT_OSS = {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
     # Every layer sees everything, and scores are not scaled by the width of a head.
     "gemma3_text": {"sliding_window_pattern": 1, "sliding_window": 4096, "query_pre_attn_scalar": 12},
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_sliding": GPT_OSS,
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 16},
     "gemma3_sliding": {"query_pre_attn_scalar": 12},
     "qwen2_sliding": {"use_sliding_window": True},
 }
+# Families whose attention has learned sinks, which not every method knows.
+SINKS = ("gpt_oss", "gpt_oss_sliding")
+WITHOUT_SINKS = tuple(family for family in FAMILIES if family not in SINKS)
 
 
 def make_host(
@@ -66,10 +75,12 @@ def make_host(
     layers: int = 2,
     **settings: object,
 ) -> PreTrainedModel:
-    """A host with random weights, in evaluation mode; biases and norms are random too."""
+    """A host with random weights, in evaluation mode; biases, norms and sinks are random too."""
     if family in SLIDING:
         kinds = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(layers)]
         settings = {"layer_types": kinds, "sliding_window": 6, **settings}
+    if family == "gpt_oss":  # which makes a mask of a window for no layer, too
+        settings = {"layer_types": ["full_attention"] * layers, "sliding_window": 128, **settings}
     config = {**FAMILIES, **SLIDING}[family](
         hidden_size=32,
         intermediate_size=48,
@@ -89,7 +100,9 @@ def make_host(
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "k_proj" in name or "q_proj" in name:
                 parameter.mul_(10)  # decisions that differ from token to token, attention that is not flat
-            elif ".experts." in name or name.endswith("mlp.gate.weight"):
+            elif name.endswith("sinks"):
+                parameter.copy_(torch.randn_like(parameter))
+            elif ".experts." in name or name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                 parameter.mul_(10)  # routers that tell tokens apart, experts that can be told apart
     return model
 
@@ -170,7 +183,7 @@ def exact(host: PreTrainedModel) -> PreTrainedModel:
             module.forward = functools.partial(_exact_norm, weight, epsilon)
     if centered:
         host.model.embed_tokens.embed_scale = torch.tensor(host.config.hidden_size**0.5, dtype=torch.float64)
-    host.model.rotary_emb.forward = functools.partial(_exact_angles, host.config)
+    host.model.rotary_emb.forward = functools.partial(_exact_angles, host.model.rotary_emb)
     return host
 
 
@@ -179,10 +192,15 @@ def _exact_norm(weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
 
 
 def _exact_angles(
-    config: PreTrainedConfig, states: Tensor, position_ids: Tensor, layer_type: str | None = None
+    rotary: nn.Module, states: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> tuple[Tensor, Tensor]:
+    config, scaling = rotary.config, 1.0
     rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = position_ids.unsqueeze(-1) * rope["rope_theta"] ** -exponents / rope.get("factor", 1.0)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    frequencies = rope["rope_theta"] ** -exponents / rope.get("factor", 1.0)
+    if rope["rope_type"] not in ("default", "linear"):
+        frequencies, scaling = rotary.inv_freq.double(), rotary.attention_scaling
+    angles = position_ids.unsqueeze(-1) * frequencies
+    if config.model_type != "gpt_oss":  # which turns halves by the same angles, and has them once
+        angles = torch.cat([angles, angles], -1)
+    return angles.cos() * scaling, angles.sin() * scaling

@@ -128,6 +128,22 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     return (weights * outputs).sum(0).to(parts[0][0].dtype), total
 
 
+def add_sinks(part: tuple[Tensor, Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Let all queries of a head see one more key, whose score is learned and whose value is zero (gpt-oss).
+
+    Args:
+        part: Output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)`` of attention to all other keys.
+        scores: ``(H,)``.
+
+    Returns:
+        Such a pair; the output of a query that sees no other key stays zero.
+    """
+    output, lse = part
+    total = torch.logaddexp(lse, scores.to(lse.dtype)[:, None])
+    weight = torch.exp(lse - total).unsqueeze(-1)  # at least float32, as the product is: it is rounded once
+    return (output * weight).to(output.dtype), total
+
+
 def attention_reference(
     query: Tensor,
     key: Tensor,

@@ -3,6 +3,7 @@
 The sums of a token depend on its own experts alone, in their order, and never on which other tokens came with it.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,29 +12,48 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvtrain.kernels.cpu_tiling import without_values_now
-from kvtrain.kernels.dispatch import autocast_off
+from kvtrain.kernels.dispatch import at_least_float32, autocast_off
 from kvtrain.kernels.head import matmul_dtype
 from kvtrain.kernels.mlp import swiglu
 
 
-def experts_mlp(hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_mlp(
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    biases: tuple[Tensor, Tensor] | None = None,
+    gate: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Weighted sums of gated feed-forward layers, ``(N, D)``; under autocast products are in its type.
 
     Args:
         hidden: ``(N, D)``.
         chosen: ``(N, k)`` numbers of a token's experts.
         weights: ``(N, k)`` what each of them counts.
-        gate_up: ``(E, 2 I, D)`` first the rows of gates, then those of what is gated.
-        down: ``(E, D, I)``.
+        gate_up: ``(E, 2 I, D)`` first the rows of gates, then those of what is gated; in any order that ``gate`` knows.
+        down: ``(E, D, I)``. Matrices may be transposed views.
+        biases: ``(E, 2 I)`` and ``(E, D)``, added to the two products.
+        gate: From ``(..., 2 I)`` in at least float32 to ``(..., I)``; SwiGLU by default.
     """
     dtype, count = matmul_dtype(hidden), chosen.shape[1]
+    bias_up, bias_down = biases or (None, None)
     with autocast_off(hidden):
         experts, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(len(down), device=experts.device), right=True)
-        gate, up = _products(hidden.to(dtype)[order // count], gate_up.to(dtype), experts, ends).chunk(2, -1)
-        fed = _products(swiglu(gate, up), down.to(dtype), experts, ends) * weights.flatten()[order, None]
+        both = _linear(hidden.to(dtype)[order // count], gate_up, bias_up, experts, ends)
+        gated = swiglu(*both.chunk(2, -1)) if gate is None else gate(at_least_float32(both)).to(dtype)
+        fed = _linear(gated, down, bias_down, experts, ends) * weights.flatten()[order, None]
         result: Tensor = fed[order.argsort()].unflatten(0, chosen.shape).sum(1)
         return result.to(hidden.dtype)
+
+
+def _linear(rows: Tensor, matrices: Tensor, bias: Tensor | None, experts: Tensor, ends: Tensor) -> Tensor:
+    """As ``_products``, in the dtype of the rows, and a bias ``(E, out)`` added."""
+    products = _products(rows, matrices.to(rows.dtype), experts, ends)
+    return products if bias is None else products + bias.to(rows.dtype)[experts]
 
 
 def _products(rows: Tensor, matrices: Tensor, experts: Tensor, ends: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvtrain.cache.paged import PagedStore
-from kvtrain.kernels.attention import attention, merge_attention
-from kvtrain.kernels.context_parallel import ContextParallel
+from kvtrain.kernels.attention import add_sinks, attention, merge_attention
+from kvtrain.kernels.context_parallel import WHOLE_ROWS, ContextParallel
 from kvtrain.kernels.paged_attention import goes_by_pages, paged_attention
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
@@ -22,7 +22,8 @@ class HostAttention(nn.Module):
     the pass' ``ForwardContext``, attends within the input, and over the cache where there is one, and returns
     ``(B, T, hidden)`` and None. Where ranks share rows, between ``project`` and ``project_out`` lie whole rows of the
     heads in ``context.parallel.own_heads(num_heads)``: take from there what belongs to a head, and ask
-    ``context.parallel.all_heads`` for what looks at all of them.
+    ``context.parallel.all_heads`` for what looks at all of them. What queries have found among all their keys goes
+    ``with_sinks`` before it goes on.
 
     Args:
         host_attention: The module to replace.
@@ -35,11 +36,13 @@ class HostAttention(nn.Module):
     o_proj: nn.Linear
     q_norm: nn.Module  # of some families
     k_norm: nn.Module
+    sinks: nn.Parameter | None
 
     def __init__(self, host_attention: nn.Module, layer_idx: int) -> None:
         super().__init__()
         for name, child in host_attention.named_children():
             self.add_module(name, child)
+        self.register_parameter("sinks", getattr(host_attention, "sinks", None))
         config: Any = host_attention.config
         adapter = host_adapter(config)
         self.config = config
@@ -95,7 +98,24 @@ class HostAttention(nn.Module):
 
     def attend_documents(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         """Every token over all before it in its document, without a cache, ``(B, H, T, D)``."""
-        return attention(query, key, value, documents=context.documents, scale=self.scaling)[0]
+        attended = attention(query, key, value, documents=context.documents, scale=self.scaling)
+        return self.with_sinks(attended, context.parallel)[0]
+
+    def with_sinks(
+        self, attended: tuple[Tensor, Tensor], parallel: ContextParallel = WHOLE_ROWS
+    ) -> tuple[Tensor, Tensor]:
+        """What queries see of all their keys, and of their head's learned sink, where the host's family has sinks.
+
+        Args:
+            attended: Output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)``.
+            parallel: Ranks that share the rows: these are of own heads.
+
+        Returns:
+            Such a pair.
+        """
+        if self.sinks is None:
+            return attended
+        return add_sinks(attended, self.sinks[parallel.own_heads(self.num_heads)])
 
     def attend_pages(
         self,

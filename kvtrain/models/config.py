@@ -41,6 +41,13 @@ class KVTrainConfig(PortableConfig):
         if self.text_config is not None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """As ``PreTrainedConfig`` has it, doing nothing: the host's configuration has read its rotary parameters.
+
+        transformers 5.17 would add one base for all layers to those that layers of each type have.
+        """
+        return kwargs
+
     @property
     def host_config(self) -> PreTrainedConfig:
         """The host's configuration.

@@ -49,13 +49,13 @@ class FullAttention(HostAttention):
         positions = context.keep(("slots", heads), lambda: _by_head(past[:, None] + valid.cumsum(-1) - 1, heads))
         if query.shape[2] == 1:
             layer.write(key, value, positions, None if context.single else _by_head(valid, heads))
-            return self.attend_pages(query, layer.pages, names=layer.names)[0]
+            return self.with_sinks(self.attend_pages(query, layer.pages, names=layer.names))[0]
         read = read_back(key, self.bits), read_back(value, self.bits)
         # Layers above have written the new tokens already where they share a store: what was held is said.
         held = context.keep(("held", heads), lambda: _by_head(past, heads))
-        output, _ = self.attend_pages_and_new(query, *read, context, layer.pages, held, names=layer.names)
+        attended = self.attend_pages_and_new(query, *read, context, layer.pages, held, names=layer.names)
         layer.write(key, value, positions, _by_head(valid, heads))
-        return output
+        return self.with_sinks(attended)[0]
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:

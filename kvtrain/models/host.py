@@ -15,11 +15,11 @@ from kvtrain.models.build import Builder
 from kvtrain.models.config import KVTrainConfig
 from kvtrain.models.experts import EXPERTS_NAME
 from kvtrain.models.hosts import host_adapter, retrofitted_name, retrofitted_names
-from kvtrain.models.hosts.base import PROJECTIONS
+from kvtrain.models.hosts.base import HostAdapter
 from kvtrain.models.language_model import CachedLanguageModel, check_attention
 from kvtrain.models.method import Method
 from kvtrain.models.registry import builder
-from kvtrain.models.sliding import assisted_options, cache_layers, layer_attention, validate_method
+from kvtrain.models.sliding import assisted_options, cache_layers, check_windows, layer_attention
 
 ATTENTION_NAME = "kvtrain"
 
@@ -71,6 +71,8 @@ def _fill_buffers(model: PreTrainedModel, host: PreTrainedModel) -> None:
     """Give buffers that no file holds the host's values; where it has none by this name, they are computed."""
     buffers = dict(host.named_buffers())
     for name, module in model.named_modules():
+        if not module._non_persistent_buffers_set:
+            continue
         places = {key: f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
         if buffers.keys() >= set(places.values()):
             for key, place in places.items():
@@ -109,6 +111,30 @@ def _check_undivided(config: PreTrainedConfig) -> None:
         )
 
 
+def validate_method(method: Method, host_config: PreTrainedConfig) -> None:
+    """Refuse a host that a method cannot serve.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    check_windows(method, host_config)
+    _check_sinks(host_adapter(host_config), method)
+    method.validate(host_config)
+
+
+def _check_sinks(adapter: HostAdapter, method: Method) -> None:
+    """Refuse a method that would leave a learned sink out of the softmax.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if adapter.attention_sinks and not method.supports_attention_sinks:
+        raise ValueError(
+            f"method {method.name!r} does not know attention sinks, which hosts of type {adapter.model_type!r} learn; "
+            "use one that does, such as dms or full"
+        )
+
+
 @functools.cache
 def _subclass(host_class: type[PreTrainedModel]) -> type["KVTrainMixin"]:
     name = retrofitted_name(host_class.__name__)
@@ -139,13 +165,12 @@ def _replace_modules(model: PreTrainedModel, parts: Builder[Any]) -> None:
     adapter = host_adapter(parts.host_config)
     decoder.embed_tokens = adapter.embedding(decoder.embed_tokens)
     attention_norms = adapter.attention_norms
-    parts_of_attention = {*PROJECTIONS, *attention_norms}
     setattr(decoder, adapter.final_norm, adapter.norm(getattr(decoder, adapter.final_norm)))
     decoder.rotary_emb = adapter.decoder_rotary(decoder.rotary_emb, parts.host_config)
     for layer_idx, layer in enumerate(decoder.layers):
         attention = getattr(layer, adapter.attention)
-        found = set(attention._modules)
-        if found != parts_of_attention:  # it does more, or less, than its family's adapter says
+        found = {*attention._modules, *attention._parameters}
+        if found != adapter.attention_parts:  # it does more, or less, than its family's adapter says
             raise ValueError(f"layer {layer_idx} has an attention of unknown parts: {', '.join(sorted(found))}")
         for name in attention_norms:
             setattr(attention, name, adapter.norm(getattr(attention, name)))

@@ -33,6 +33,8 @@ class Method(ABC):
     name: ClassVar[str]
     # Whether attention takes what belongs to heads from those that a rank attends (``HostAttention``).
     supports_context_parallel: ClassVar[bool] = False
+    # Whether attention hands what queries see through ``HostAttention.with_sinks``.
+    supports_attention_sinks: ClassVar[bool] = False
     # Whether a pass without a cache computes, all tokens at once, what one over a cache does. Methods that decide while
     # they serve have no such form: a pass without a cache then has one of its own, and training is refused.
     has_parallel_form: ClassVar[bool] = True

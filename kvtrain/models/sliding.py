@@ -52,29 +52,30 @@ class SlidingAttention(HostAttention):
             bits = None if self.training else self.bits
             key, value = read_back(key, bits), read_back(value, bits)
             documents = context.documents
-            output, _lse = attention(query, key, value, window=self.window, documents=documents, scale=self.scaling)
+            attended = attention(query, key, value, window=self.window, documents=documents, scale=self.scaling)
         else:
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, StreamingCacheLayer)
-            output = self._serve(query, key, value, context, layer)
+            attended = self._serve(query, key, value, context, layer)
+        output = self.with_sinks(attended, context.parallel)[0]
         return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(
         self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: StreamingCacheLayer
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """New tokens, one or many, over those before them that are in their windows."""
         assert context.cache is not None and context.valid is not None
         past, valid = context.cache.tokens.to(query.device), context.valid
         layer.drop(key, value, past, valid)
         if query.shape[2] == 1:
             layer.write(key, value, past, None if context.single else valid)
-            return self.attend_pages(query, layer.pages)[0]
+            return self.attend_pages(query, layer.pages)
         new = read_back(key, self.bits), read_back(value, self.bits)
         held = layer.window(past)
-        output, _ = attend_cache_and_window(query, new, held, valid, window=self.window, scale=self.scaling)
+        attended = attend_cache_and_window(query, new, held, valid, window=self.window, scale=self.scaling)
         layer.write(key, value, past, valid)
-        return output
+        return attended
 
 
 def layer_attention(parts: Builder[Any], host_attention: nn.Module, layer_idx: int) -> nn.Module:
@@ -120,18 +121,17 @@ def assisted_options(settings: Method, host_config: PreTrainedConfig) -> dict[st
     return {"slack": _GUESSES, **options} if options is not None and _windows(settings, host_config) else options
 
 
-def validate_method(settings: Method, host_config: PreTrainedConfig) -> None:
-    """Refuse a host that a method cannot serve, or in which it would find nothing to act on.
+def check_windows(settings: Method, host_config: PreTrainedConfig) -> None:
+    """Refuse a method that would find nothing to act on.
 
     Raises:
-        ValueError: Every layer of the host slides, and the method leaves such layers alone; or ``Method.validate``.
+        ValueError: Every layer of the host slides, and the method leaves such layers alone.
     """
     if _windows(settings, host_config) and not whole_layers(host_config) and not settings.trains_as_host:
         raise ValueError(
             f"every layer of this host sees a window of {host_config.sliding_window} tokens, and method "
             f"{settings.name!r} acts on layers that see everything; set sliding_window=None, or use kvtrain.Full()"
         )
-    settings.validate(host_config)
 
 
 def _windows(settings: Method, host_config: PreTrainedConfig) -> dict[int, int]:

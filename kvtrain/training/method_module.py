@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kvtrain.errors import UsageError, first_line
 from kvtrain.models.adapters import refuse_adapter
 from kvtrain.models.cache_size import cache_bytes, host_kv_bytes
-from kvtrain.models.host import retrofit, retrofitted_class
+from kvtrain.models.host import retrofit, retrofitted_class, validate_method
 from kvtrain.models.hosts import host_adapter, key_value_shapes
 from kvtrain.models.method import Method, Repeat
-from kvtrain.models.sliding import validate_method
 from kvtrain.training.base import Cost, TrainingModule
 
 

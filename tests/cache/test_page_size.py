@@ -21,8 +21,8 @@ PAGED = [name for name in CACHES if not name.startswith("transnormer")]
 
 
 def page_sizes(cache):
-    pages = (getattr(layer, "pages", None) for layer in cache.layers)  # linear layers have none, nor has a reader
-    return {store.page_size for store in pages if store is not None}
+    found = (getattr(layer, "pages", None) for layer in cache.layers)
+    return {pages.page_size for pages in found if pages is not None}
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 64])

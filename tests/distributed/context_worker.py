@@ -92,14 +92,17 @@ def hybrid(case: dict[str, Any] | None = None, **settings: Any) -> Case:
 
 NOISY = {"told": packed(step=DMCStep(**NOISE))}
 HIDDEN, MIXED = Distillation(of="hidden"), Distillation(weight=0.3, temperature=2.0)
+SINKS = {"family": "gpt_oss", "router_aux_loss_coef": 0.0}
 CASES = {
     "full": Case(),
     "full, one document a row": Case(told={}),
     "full, padded rows": Case(told={"attention_mask": PADDED}),
     "full, positions that restart": Case(told={"position_ids": torch.arange(24).remainder(7).expand(3, -1)}),
     "full, biases": Case(host={"family": "qwen2"}),
+    "full, windows": Case(host={"family": "qwen2_sliding"}),
     "full, norms of each head": Case(host={"family": "qwen3"}),
     "full, norms of all heads": Case(host={"family": "olmo2"}),
+    "full, learned sinks": Case(host=SINKS),
     "full, a second model teaches logits": Case(teacher=True, distillation=MIXED),
     "full, a second model teaches hidden states": Case(teacher=True, distillation=HIDDEN),
     "full, evaluated in 8 bits": Case(kvtrain.Full(kv_bits=8), training=False),
@@ -125,6 +128,9 @@ CASES = {
         {"teacher": DuoStep(full_attention=True), "distillation": MIXED}, mixing="teacher", gates="hard_concrete"
     ),
     "duo, rounded": duo({"told": packed(), "prepare": lambda model: with_gates(model).binarize(0.25)}),
+    "duo, rounded, learned sinks": duo(
+        {"told": packed(), "host": SINKS, "prepare": lambda model: with_gates(model).binarize(0.25)}
+    ),
     "duo, gates in place of its own": duo({"told": packed(step=DuoStep(gates={0: HEAD_GATES, 1: HEAD_GATES.round()}))}),
     "hybrid": hybrid(),
     "hybrid, evaluated": hybrid({"training": False}, features="elu", decay="none", gate=False),

@@ -97,8 +97,9 @@ class Training:
 QWEN = {"family": "qwen3"}
 TRAININGS: dict[str, Training] = {
     "plain": Training(lambda base: RetrofitModule(base, phases=ONE), {**QWEN, "tie_word_embeddings": True}),
-    "frequencies by type of layer": Training(
-        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES), {"family": "gemma3_text"}
+    "windows and frequencies by type of layer": Training(
+        lambda base: DMCModule(base, DMC(compression=2.0, window=4), phases=DMC_PHASES),
+        {"family": "gemma3_sliding", "layers": 3},
     ),
     "sgd": Training(lambda base: PlainSGD(base, phases=ONE)),
     "dmc": Training(

@@ -16,6 +16,7 @@ from kvtrain.help.reference import settings_of
 from kvtrain.models.registry import methods
 from kvtrain.recipes import list_recipes
 from kvtrain.training import DMCModule
+from tests.docs import families
 from tests.docs.pages import ROOT
 from tests.docs.reader import check_options, shortened
 
@@ -30,6 +31,11 @@ def cells(text: str) -> list[str]:
 def test_documents_follow_from_the_code():
     for name, text in documents().items():
         assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python -m kvtrain.help` to write {name} again"
+
+
+def test_what_families_do_under_methods_has_been_tried():
+    told = "run `python -m tests.docs.families` to write it again"
+    assert families.PAGE.read_text(encoding="utf-8") == families.page(), told
 
 
 def test_the_reference_has_everything():

@@ -34,6 +34,29 @@ def definition(hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
     return torch.stack(rows)
 
 
+def interleaved(both: Tensor) -> Tensor:
+    """A gate that bounds what passes."""
+    gate, up = both[..., ::2], both[..., 1::2]
+    return torch.sigmoid(1.7 * gate) * gate.clamp(max=1.0) * (up.clamp(-1.0, 1.0) + 1)
+
+
+def with_biases(hidden, chosen, weights, gate_up, down, bias_up, bias_down):
+    """As gpt-oss: matrices ``(E, in, out)``, biases, and gates and what is gated in turns."""
+    biases = bias_up, bias_down
+    return experts_mlp(hidden, chosen, weights, gate_up.mT, down.mT, biases=biases, gate=interleaved)
+
+
+def definition_with_biases(hidden, chosen, weights, gate_up, down, bias_up, bias_down):
+    rows = []
+    for row, experts, shares in zip(hidden, chosen.tolist(), weights, strict=True):
+        fed = [
+            interleaved(row @ gate_up[expert] + bias_up[expert]) @ down[expert] + bias_down[expert]
+            for expert in experts
+        ]
+        rows.append(sum(share * one for share, one in zip(shares, fed, strict=True)))
+    return torch.stack(rows)
+
+
 def outcome(function, tensors, chosen, dtype):
     """Result and gradients."""
     leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
@@ -51,6 +74,20 @@ def test_it_is_the_definition(dtype, tolerance):
         error = (ours.detach().double() - naive.detach()).abs().max()
         assert error < tolerance * naive.detach().abs().max()
     assert (chosen != UNUSED).all() and not found[3][UNUSED].any() and found[3][UNUSED - 1].all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
+def test_biases_transposed_matrices_and_another_gate(dtype, tolerance):
+    tensors, chosen = problem()
+    tensors |= {"gate_up": tensors["gate_up"].mT.contiguous(), "down": tensors["down"].mT.contiguous()}
+    tensors |= {"bias_up": normal(EXPERTS, 48, seed=6), "bias_down": normal(EXPERTS, 16, seed=7)}
+    found = outcome(with_biases, tensors, chosen, dtype)
+    expected = outcome(definition_with_biases, tensors, chosen, torch.float64)
+    assert len(found) == 7
+    for ours, naive in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        error = (ours.detach().double() - naive.detach()).abs().max()
+        assert error < tolerance * naive.detach().abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -54,9 +54,16 @@ def naive_dms(
         normed = layer.input_layernorm(hidden)
         output, kept = _attend(layer.self_attn, normed, _read(adapter, hidden, host), rule, angles)
         hidden = hidden + output
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = hidden + _feed(layer.mlp, layer.post_attention_layernorm(hidden))
         held.append(kept)
     return host.lm_head(host.model.norm(hidden)), held
+
+
+def _feed(mlp: Any, normed: Tensor) -> Tensor:
+    """``(T, hidden)`` through a host's feed-forward part, which may give more than its output."""
+    fed = mlp(normed[None])
+    output: Tensor = fed[0] if isinstance(fed, tuple) else fed
+    return output[0]
 
 
 def _read(adapter: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor, host: PreTrainedModel) -> Tensor:
@@ -74,7 +81,7 @@ def _attend(attention: Any, normed: Tensor, read: Tensor, rule: Rule, angles: An
     )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    cos, sin = (angle[0] for angle in angles)  # (T, D)
+    cos, sin = (angle[0].repeat(1, dim // angle.shape[-1]) for angle in angles)  # (T, D)
     outputs, kept = [], []
     groups = query.shape[1] // key.shape[1]
     for head in range(key.shape[1]):
@@ -95,7 +102,10 @@ def _attend(attention: Any, normed: Tensor, read: Tensor, rule: Rule, angles: An
             rotated = _rotate(key[token : token + 1, head : head + 1], cos[token], sin[token])[0, 0]
             slots.append(Slot(token, rotated, value[token, head]))
             keys, values = torch.stack([s.key for s in slots]), torch.stack([s.value for s in slots])
-            heard.append((own[token] @ keys.T * dim**-0.5).softmax(-1) @ values)  # (G, D)
+            scores = own[token] @ keys.T * dim**-0.5  # (G, slots)
+            if hasattr(attention, "sinks"):  # one key more, without a value
+                scores = torch.cat([scores, attention.sinks[head * groups : (head + 1) * groups, None]], 1)
+            heard.append(scores.softmax(-1)[:, : len(slots)] @ values)  # (G, D)
             behind.append([slot.position for slot in slots])
         outputs.append(torch.stack(heard))
         kept.append(behind)

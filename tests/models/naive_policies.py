@@ -99,14 +99,17 @@ def attend(
         policy_layers: What all layers hold.
         kwargs: What other attentions want to know.
     """
-    heads = policy_layers[module.layer_idx].heads
+    heads, sinks = policy_layers[module.layer_idx].heads, getattr(module, "sinks", None)
     outputs = []
     for head, queries in zip(heads, query[0, :, 0].chunk(len(heads)), strict=True):  # (G, D)
         head.slots.append(Slot(len(head.looks), key[0, head.index, 0], value[0, head.index, 0]))
         head.queries.append(queries)
         attended = head.slots + head.second
         keys, values = (torch.stack([getattr(slot, name) for slot in attended]) for name in ("key", "value"))
-        weights = (queries @ keys.T * scaling).softmax(-1)  # (G, slots)
+        scores = queries @ keys.T * scaling  # (G, slots)
+        if sinks is not None:  # one key more, without a value
+            scores = torch.cat([scores, sinks.unflatten(0, (len(heads), -1))[head.index].unsqueeze(1)], 1)
+        weights = scores.softmax(-1)[:, : len(attended)]
         head.looks.append({slot.position: column for slot, column in zip(attended, weights.T.tolist(), strict=True)})
         outputs.append(weights @ values)
     return torch.cat(outputs)[None, None], None  # (1, 1, H * G, D)

@@ -120,7 +120,13 @@ def test_padding_changes_nothing(window, block, seed):
 
 @pytest.mark.parametrize(
     ("family", "heads", "kv_heads", "borrows"),
-    [("llama", 4, 2, False), ("qwen2", 4, 4, False), ("qwen3", 4, 2, True), ("llama", 4, 1, True)],
+    [
+        ("llama", 4, 2, False),
+        ("qwen2", 4, 4, False),
+        ("qwen3", 4, 2, True),
+        ("llama", 4, 1, True),
+        ("gpt_oss", 4, 2, False),
+    ],
 )
 @pytest.mark.parametrize("window", [0, 5, 11])
 def test_the_definition_on_plain_lists(family, heads, kv_heads, borrows, window):

@@ -72,8 +72,16 @@ class Dense:
             owner = head * key.shape[1] // query.shape[1]
             scores = query[:, head] @ key[:, owner].mT * naive_families.score_scale(self.config)
             for output, mask in zip(outputs, (local, visible), strict=True):
-                output.append(scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value[:, owner])
+                weights = self.with_sink(layer, head, scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+                output.append(weights[..., : scores.shape[-1]] @ value[:, owner])
         return [torch.stack(output, 1) for output in outputs]
+
+    def with_sink(self, layer, head, scores):
+        """Scores ``(B, T, T)`` and beside them that of the key without a value, where the host learns one."""
+        sinks = self.weights.get(f"model.layers.{layer}.self_attn.sinks")
+        if sinks is None:
+            return scores
+        return torch.cat([scores, sinks[head].expand(*scores.shape[:2], 1)], -1)
 
     def finish(self, layer, states, heads):
         """What follows attention in a layer."""
@@ -87,7 +95,7 @@ class Dense:
         return states + self.feed(prefix, self.norm(f"{prefix}post_attention_layernorm", states))
 
     def feed(self, prefix, states):
-        if f"{prefix}mlp.gate.weight" in self.weights:
+        if any(name.startswith(f"{prefix}mlp.experts.") for name in self.weights):
             return naive_experts(self.weights, f"{prefix}mlp.", self.config, states)
         gate, up = (self.linear(f"{prefix}mlp.{name}_proj", states) for name in ("gate", "up"))
         return self.linear(f"{prefix}mlp.down_proj", naive_families.activate(self.config, gate) * up)
@@ -368,7 +376,7 @@ def test_trained_is_rounded_is_served(family, full_heads, packed):
         ).abs().max() > 1e-2
         taught_logits = taught(trained, ids, **told)[0] @ host.lm_head.weight.mT
         close(taught_logits, Dense(host).logits(ids, gates, "teacher", told.get("document_ids")))
-        assert (taught_logits - expected).abs().max() > 1e-4  # what the released code trains is not what it serves
+        assert (taught_logits - expected).abs().max() > 1e-6  # what the released code trains is not what it serves
         if not packed:
             cache = served.make_cache()
             parts = [served(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 3, 1, 6], 1)]

@@ -47,6 +47,15 @@ def test_layers_and_shares_of_every_kind_are_the_hosts(family, settings):
         torch.testing.assert_close(model(ids, use_cache=False).logits, host(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_files_of_gpt_oss_hold_what_models_hold(tmp_path):
+    host = make_host("gpt_oss", dtype=torch.float32)
+    host.save_pretrained(tmp_path)
+    weights = host_weights(str(tmp_path), host.config)
+    assert list(weights) == list(host.state_dict())
+    assert [name for name, expected in host.state_dict().items() if not torch.equal(weights[name], expected)] == []
+    assert not any(isinstance(weight, LateTensor) for weight in weights.values())
+
+
 def chosen(model):
     return {layer.mlp.experts.config._experts_implementation for layer in model.model.layers}
 

@@ -137,5 +137,7 @@ def test_what_treats_layers_alike_refuses_those_that_differ(uneven, treat):
 
 def test_a_planted_family_is_gone_again():
     assert list(host_adapters()) == list(FAMILIES)
-    with pytest.raises(ValueError, match="'gpt2' are not supported; kvtrain retrofits gemma3_text, llama, mistral"):
+    with pytest.raises(
+        ValueError, match="'gpt2' are not supported; kvtrain retrofits gemma3_text, gpt_oss, llama, mistral"
+    ):
         host_adapter(CONFIG_MAPPING["gpt2"]())

@@ -88,7 +88,8 @@ def recorded(kind: type[HostAttention], monkeypatch: pytest.MonkeyPatch) -> Iter
 
     def watched(self, query, key, value, *rest):
         output = serve(self, query, key, value, *rest)
-        passes.setdefault(self.layer_idx, []).append((query, key, value, output))
+        heads = output if isinstance(output, torch.Tensor) else output[0]
+        passes.setdefault(self.layer_idx, []).append((query, key, value, heads))
         return output
 
     with monkeypatch.context() as patch:

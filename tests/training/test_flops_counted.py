@@ -67,6 +67,7 @@ def transnormer(variant):
 # What runs beside what our sums hold, as a share of them: least and most. At a width of 32 or 64 it is large.
 EXACT = (0.0, 0.0)
 POOLING = (0.10, 0.15)  # a band of decisions times keys and values; 0.025 of the packaged model at a width of 256
+SINKS = (0.20, 0.26)  # a log-sum-exp with a gradient takes attention's backward pass to dense chunks
 CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients of a scan are three scans
 
 
@@ -75,6 +76,7 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
     [
         (retrofitted, EXACT),
         *((functools.partial(with_experts, family), EXACT) for family in EXPERT_FAMILIES),
+        (functools.partial(with_experts, "gpt_oss"), SINKS),
         (lambda: retrofitted(family="qwen3", layers=3, tie_word_embeddings=True), EXACT),
         (
             lambda: kvtrain.retrofit(kvtrain.convert_gqa(make_host(dtype=torch.float32), 1), kvtrain.Full()).train(),
@@ -85,7 +87,17 @@ CHUNKS = (0.12, 0.20)  # tokens of a chunk see each other densely, and gradients
         (lambda: transnormer("T1"), CHUNKS),
         (lambda: transnormer("T2"), CHUNKS),
     ],
-    ids=["full", *EXPERT_FAMILIES, "qwen3", "gqa", "lckv-once", "dmc", "t1", "t2"],
+    ids=[
+        "full",
+        *(family for family in EXPERT_FAMILIES),
+        "gpt_oss",
+        "qwen3",
+        "gqa",
+        "lckv-once",
+        "dmc",
+        "t1",
+        "t2",
+    ],
 )
 def test_what_runs_is_what_is_counted(model, beside):
     model = model()

@@ -85,11 +85,12 @@ class DMCAttention(HostAttention):
             return self.project_out(self.attend_documents(query, key, value, context), context.parallel), None
         angles = context.keep("angles without the borrowed channel", lambda: _without_channel(position_embeddings))
         if context.cache is None:
-            output, decisions = self._parallel(query, key, value, angles, context)
+            attended, decisions = self._parallel(query, key, value, angles, context)
             if context.outputs is not None:
                 context.outputs[self.layer_idx] = context.parallel.all_heads(decisions.straight_through())
         else:
-            output = self._serve(query, key, value, angles, context)
+            attended = self._serve(query, key, value, angles, context)
+        output = self.with_sinks(attended, context.parallel)[0]
         return self.project_out(output, context.parallel), None
 
     def _project(self, hidden: Tensor, scale: float | None, parallel: ContextParallel) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +142,13 @@ class DMCAttention(HostAttention):
 
     def _parallel(
         self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext
-    ) -> tuple[Tensor, Decisions]:
+    ) -> tuple[tuple[Tensor, Tensor], Decisions]:
         """All tokens at once: every intermediate slot exists, and hides once its successor has merged."""
         logits, importance = self._borrow(query, key, context, context.step)
         never = context.keep("bound to append", lambda: _bound_to_append(context.documents, logits))
         decisions = decide(logits, never=never, temperature=self.settings.temperature if self.training else None)
         key, value = self._pool(key, value, decisions.values, importance)
-        output, _lse = attention(
+        attended = attention(
             apply_rotary(query, *angles),
             apply_rotary(key, *angles),
             value,
@@ -156,7 +157,7 @@ class DMCAttention(HostAttention):
             documents=context.documents,
             scale=self.scaling,
         )
-        return output, decisions
+        return attended, decisions
 
     def _pool(self, key: Tensor, value: Tensor, merge: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         pooled = pool_segments(torch.cat([key, value], -1), merge, importance, self.settings.window)
@@ -164,7 +165,9 @@ class DMCAttention(HostAttention):
         return keys, values
 
     @bookkeeping
-    def _serve(self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext) -> Tensor:
+    def _serve(
+        self, query: Tensor, key: Tensor, value: Tensor, angles: Angles, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
         """New tokens, one or many, over the slots before them; leaves the cache as one by one would."""
         layer, valid = context.cache_layer(self.layer_idx), context.valid
         assert isinstance(layer, DMCCacheLayer) and valid is not None
@@ -180,7 +183,7 @@ class DMCAttention(HostAttention):
         query, keys = apply_rotary(query, *angles), apply_rotary(keys, *angles)
         if query.shape[2] == 1:
             layer.write(keys, values, merge, known)
-            return self.attend_pages(query, layer.pages)[0]
+            return self.attend_pages(query, layer.pages)
         bias = torch.zeros_like(merge).masked_fill(next_token(merge) > 0, float("-inf"))
         parts = [
             attention(
@@ -198,7 +201,7 @@ class DMCAttention(HostAttention):
             absorbed = (merge * first[:, None]).amax(-1).long()
             parts.append(self.attend_pages(query, layer.pages, layer.pages.lengths - absorbed))
         layer.write(keys, values, merge, valid)
-        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+        return merge_attention(parts) if len(parts) > 1 else parts[0]
 
 
 @functools.cache

@@ -34,6 +34,7 @@ class DMC(Method):
 
     name: ClassVar[str] = "dmc"
     supports_context_parallel: ClassVar[bool] = True
+    supports_attention_sinks: ClassVar[bool] = True
 
     compression: float = 4.0
     window: int = 12

@@ -205,7 +205,7 @@ class DMSAttention(HostAttention):
     ) -> Tensor:
         """All tokens at once: what is marked fades, or is hidden, from where the window ends."""
         reaches = query.shape[2] > self.settings.window + 1  # no row is long enough otherwise
-        return attention(
+        attended = attention(
             query,
             key,
             value,
@@ -213,7 +213,8 @@ class DMSAttention(HostAttention):
             bias_after=self.settings.window + 1,
             documents=context.documents,
             scale=self.scaling,
-        )[0]
+        )
+        return self.with_sinks(attended, context.parallel)[0]
 
     @bookkeeping
     def _serve(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, context: ForwardContext) -> Tensor:
@@ -225,7 +226,7 @@ class DMSAttention(HostAttention):
         marks = decide_hard(logits, ~real | (past[:, None, None] + real.cumsum(-1) == 1)) > 0  # not by a row's first
         if query.shape[2] == 1:
             layer.write_token(key, value, marks.squeeze(-1), past, None if context.single else valid)
-            return self.attend_pages(query, layer.pages)[0]
+            return self.with_sinks(self.attend_pages(query, layer.pages))[0]
         outputs = []
         for block in context.keep("blocks", lambda: _blocks(past, valid)):
             own = (slice(None), slice(None), block.columns)
@@ -245,7 +246,7 @@ class DMSAttention(HostAttention):
         if leaving is not None:
             parts.append(self._attend_leaving(query, leaving))
         layer.append(key, value, marked, block.past, block.valid)
-        return merge_attention(parts)[0] if len(parts) > 1 else parts[0][0]
+        return self.with_sinks(merge_attention(parts) if len(parts) > 1 else parts[0])[0]
 
     def _attend_new(
         self, query: Tensor, key: Tensor, value: Tensor, marked: Tensor, documents: Documents

@@ -40,6 +40,7 @@ class DMS(Method):
 
     name: ClassVar[str] = "dms"
     supports_context_parallel: ClassVar[bool] = True
+    supports_attention_sinks: ClassVar[bool] = True
 
     compression: float = 8.0
     window: int = 512

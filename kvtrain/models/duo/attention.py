@@ -83,17 +83,22 @@ class GatedAttention(HostAttention):
         key, value = read_back(key, bits), read_back(value, bits)
         patterns = AttentionPatterns.of(self.settings, self.scaling, context)
         if step.full_attention:
-            output = patterns.full(query, key, value)
+            output = self.with_sinks(patterns.full(query, key, value), context.parallel)[0]
             self._hand_out(output, context)
             return self.project_out(output, context.parallel), None
         gates = self.gate_values(step) if step.gates is None else step.gates[self.layer_idx]
         # A copy: where parameters are sharded, this one is gone when the loss looks at it.
         self._hand_out((gates, self.gates.clone()), context)
         gates = gates[context.parallel.own_heads(self.num_key_value_heads)]
-        if step.teacher is None:
+        if step.teacher is None and self.sinks is None and not self.settings.compensation:
             output = patterns.mixed(query, key, value, gates)
         else:
-            output = mix_heads(patterns.streaming(query, key, value), step.teacher[self.layer_idx], gates)
+            streaming = self.with_sinks(patterns.streaming(query, key, value), context.parallel)[0]
+            if step.teacher is None:
+                full = self.with_sinks(patterns.full(query, key, value), context.parallel)[0]
+            else:
+                full = step.teacher[self.layer_idx]
+            output = mix_heads(streaming, full, gates)
         return self.project_out(output, context.parallel), None
 
     def _hand_out(self, what: Any, context: ForwardContext) -> None:
@@ -124,17 +129,18 @@ class RoundedAttention(HostAttention):
             patterns = AttentionPatterns.of(self.settings, self.scaling, context)
             bits = None if self.training else self.settings.kv_bits
             key, value = read_back(key, bits), read_back(value, bits)
-            output = self._by_class(self._own_full(context), patterns.full, patterns.streaming, query, key, value)
+            attended = self._by_class(self._own_full(context), patterns.full, patterns.streaming, query, key, value)
         else:
             layer = context.cache_layer(self.layer_idx)
             assert isinstance(layer, StreamingCacheLayer)
-            output = self._serve(query, key, value, context, layer)
+            attended = self._serve(query, key, value, context, layer)
+        output = self.with_sinks(attended, context.parallel)[0]
         return self.project_out(output, context.parallel), None
 
     @bookkeeping
     def _serve(
         self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, layer: StreamingCacheLayer
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """New tokens, one or many, over the slots before them."""
         assert context.cache is not None and context.valid is not None
         past, valid = context.cache.tokens, context.valid
@@ -143,10 +149,10 @@ class RoundedAttention(HostAttention):
             layer.write(key, value, past, None if context.single else valid)
             return self._decode(query, layer, dropped)
 
-        def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attend_pages_and_new(query, key, value, context, layer.pages, heads=slice(self.num_full))[0]
+        def full(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return self.attend_pages_and_new(query, key, value, context, layer.pages, heads=slice(self.num_full))
 
-        def streaming(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def streaming(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             local = attend_cache_and_window(
                 query,
                 (key, value),
@@ -156,22 +162,22 @@ class RoundedAttention(HostAttention):
                 sink=layer.sink,
                 scale=self.scaling,
             )
-            return local[0] if dropped is None else add_compensation(local, query, dropped, self.scaling)[0]
+            return local if dropped is None else add_compensation(local, query, dropped, self.scaling)
 
         read = (read_back(states, self.settings.kv_bits) for states in (key, value))
-        output = self._by_class(self.num_full, full, streaming, query, *read)
+        attended = self._by_class(self.num_full, full, streaming, query, *read)
         layer.write(key, value, past, valid)
-        return output
+        return attended
 
-    def _decode(self, query: Tensor, layer: StreamingCacheLayer, dropped: Dropped | None) -> Tensor:
+    def _decode(self, query: Tensor, layer: StreamingCacheLayer, dropped: Dropped | None) -> tuple[Tensor, Tensor]:
         """One token a row, whose key and value the cache holds already."""
         output, lse = self.attend_pages(query, layer.pages)
         if dropped is None:
-            return output
+            return output, lse
         first = self.num_full * self.num_groups
         local = (output[:, first:], lse[:, first:])
-        streaming = add_compensation(local, query[:, first:], dropped, self.scaling)[0]
-        return torch.cat([output[:, :first], streaming], 1)
+        streaming = add_compensation(local, query[:, first:], dropped, self.scaling)
+        return _side_by_side([(output[:, :first], lse[:, :first]), streaming])
 
     def _own_full(self, context: ForwardContext) -> int:
         """How many of the heads that this rank attends are full."""
@@ -181,12 +187,12 @@ class RoundedAttention(HostAttention):
     def _by_class(
         self,
         num_full: int,
-        full: Callable[[Tensor, Tensor, Tensor], Tensor],
-        window: Callable[[Tensor, Tensor, Tensor], Tensor],
+        full: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        window: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         query: Tensor,
         key: Tensor,
         value: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Full heads by one way and streaming heads by another, where there are such."""
         counts = (num_full * self.num_groups, num_full, num_full)
         heads = (query, key, value)
@@ -195,4 +201,12 @@ class RoundedAttention(HostAttention):
             parts.append(full(*(tensor[:, :count] for tensor, count in zip(heads, counts, strict=True))))
         if num_full < key.shape[1]:
             parts.append(window(*(tensor[:, count:] for tensor, count in zip(heads, counts, strict=True))))
-        return torch.cat(parts, 1)
+        return _side_by_side(parts)
+
+
+def _side_by_side(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Outputs ``(B, h, T, D)`` and log-sum-exps ``(B, h, T)`` of all heads."""
+    if len(parts) == 1:
+        return parts[0]
+    outputs, sums = zip(*parts, strict=True)
+    return torch.cat(outputs, 1), torch.cat(sums, 1)

@@ -43,6 +43,7 @@ class Duo(Method):
 
     name: ClassVar[str] = "duo"
     supports_context_parallel: ClassVar[bool] = True
+    supports_attention_sinks: ClassVar[bool] = True
 
     sink: int = 128
     recent: int = 256

@@ -34,7 +34,7 @@ def sort_heads(name: str, tensor: Tensor, full: Sequence[int], host_config: PreT
     """A weight or bias of an attention with full heads first, then streaming ones, each in their old order.
 
     Args:
-        name: In the attention: ``q_proj.weight``, ``k_proj.bias`` ...
+        name: In the attention: ``q_proj.weight``, ``k_proj.bias``, ``sinks`` ...
         tensor: The parameter.
         full: Key-value heads that keep everything.
         host_config: The host's configuration.
@@ -42,9 +42,10 @@ def sort_heads(name: str, tensor: Tensor, full: Sequence[int], host_config: PreT
     """
     heads, head_dim = key_value_shape(host_config, layer_idx)
     order = [*full, *(head for head in range(heads) if head not in full)]
-    module, kind = name.split(".")
-    grouped = host_config.num_attention_heads // heads if module in ("q_proj", "o_proj", "q_norm") else 1
-    rows = (torch.tensor(order)[:, None] * grouped * head_dim + torch.arange(grouped * head_dim)).flatten()
+    module, _, kind = name.partition(".")
+    grouped = host_config.num_attention_heads // heads if module in ("q_proj", "o_proj", "q_norm", "sinks") else 1
+    size = grouped * (1 if module == "sinks" else head_dim)
+    rows = (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
     if module == "o_proj":  # whose outputs, and so its bias, are no heads
         return nn.Parameter(tensor[:, rows].detach()) if kind == "weight" else tensor
     if module in QUERY_KEY_NORMS and host_adapter(host_config).query_key_norm == "head":  # one norm for every head
@@ -114,12 +115,12 @@ def round_gates(model: Any, settings: Duo, sparsity: float, gates: Tensor | None
     assert rounded.full_heads is not None
     for attention in gated_attention(model):
         full = rounded.full_heads[attention.layer_idx]
-        for module, child in attention.named_children():
-            for kind, parameter in list(child.named_parameters()):
-                name = f"{module}.{kind}"
+        for name, parameter in list(attention.named_parameters()):
+            if name != "gates":
                 tensor = sort_heads(name, parameter, full, attention.config, attention.layer_idx)
                 tensor.requires_grad_(parameter.requires_grad)
-                setattr(child, kind, tensor)
+                module, _, kind = name.rpartition(".")
+                setattr(attention.get_submodule(module), kind, tensor)
         name = host_adapter(attention.config).attention_name(attention.layer_idx)
         model.set_submodule(name, RoundedAttention(attention, attention.layer_idx, rounded).train(model.training))
     model.method = rounded

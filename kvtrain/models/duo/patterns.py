@@ -34,22 +34,20 @@ class AttentionPatterns(NamedTuple):
         """Who sees whom in this pass."""
         return cls(settings, context.documents, context.positions, scale)
 
-    def full(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """All tokens before."""
-        return attention(query, key, value, documents=self.documents, scale=self.scale)[0]
+    def full(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens before: output ``(B, H, T, D)`` and log-sum-exp ``(B, H, T)``."""
+        return attention(query, key, value, documents=self.documents, scale=self.scale)
 
-    def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The first tokens and the latest ones, and where it is so set one that stands for all others."""
+    def streaming(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The first tokens and the latest ones, and where it is so set one that stands for all others; as ``full``."""
         local = window_attention(query, key, value, scale=self.scale, **self._window())
         if not self.settings.compensation:
-            return local[0]
-        return add_compensation(local, query, dropped_by_window(key, value, **self._window()), self.scale)[0]
+            return local
+        return add_compensation(local, query, dropped_by_window(key, value, **self._window()), self.scale)
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
-        """Both, by ``gates (H_kv,)``."""
-        if not self.settings.compensation:
-            return mixed_attention(query, key, value, gates, scale=self.scale, **self._window())
-        return mix_heads(self.streaming(query, key, value), self.full(query, key, value), gates)
+        """Both outputs, by ``gates (H_kv,)``, for less than each of them; it knows no compensation."""
+        return mixed_attention(query, key, value, gates, scale=self.scale, **self._window())
 
     def _window(self) -> dict[str, Any]:
         return {

@@ -75,7 +75,8 @@ def razor_scores(
         )
 
     def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], _: ForwardContext) -> Tensor:
-        return _repeats_seen(*heads, period, module.scaling)
+        lse = module.with_sinks(attention(*heads, scale=module.scaling))[1]
+        return _repeats_seen(*heads[:2], lse, period, module.scaling)
 
     generator, ids = torch.Generator().manual_seed(seed), _ids_to_draw(config, vocabulary)
     prompts = (_prompt(config, ids, period, repeats, generator).to(model.device) for _ in range(rows))
@@ -153,7 +154,10 @@ def free_signal(
 
     def look(module: HostAttention, heads: tuple[Tensor, Tensor, Tensor], context: ForwardContext) -> Tensor:
         patterns = AttentionPatterns.of(window, module.scaling, context)
-        moved = at_least_float32(patterns.full(*heads)) - at_least_float32(patterns.streaming(*heads))
+        full, streaming = (
+            at_least_float32(module.with_sinks(seen)[0]) for seen in (patterns.full(*heads), patterns.streaming(*heads))
+        )
+        moved = full - streaming
         return _energies(moved.transpose(1, 2)[counted.to(moved.device)], module)
 
     energies = _observe(model, input_ids, look, attention_mask=attention_mask, document_ids=document_ids)
@@ -231,9 +235,17 @@ def _prompt(config: PreTrainedConfig, ids: Tensor, period: int, repeats: int, ge
     return torch.cat([torch.tensor(_special_ids(config)[:1] or [0]), drawn.repeat(repeats)]).unsqueeze(0)
 
 
-def _repeats_seen(query: Tensor, key: Tensor, value: Tensor, period: int, scale: float) -> Tensor:
-    """Induction and echo ``(2, H)``: mean probabilities of queries behind the first copy, the special token apart."""
-    lse = attention(query, key, value, scale=scale)[1].unflatten(1, (key.shape[1], -1))[..., 1:]  # (B, H_kv, G, n)
+def _repeats_seen(query: Tensor, key: Tensor, lse: Tensor, period: int, scale: float) -> Tensor:
+    """Induction and echo ``(2, H)``: mean probabilities of queries behind the first copy, the special token apart.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, T, D)``.
+        lse: ``(B, H, T)``.
+        period: Tokens of a copy.
+        scale: Factor on the scores.
+    """
+    lse = lse.unflatten(1, (key.shape[1], -1))[..., 1:]  # (B, H_kv, G, n)
     query, key = at_least_float32(query).unflatten(1, (key.shape[1], -1))[..., 1:, :], at_least_float32(key)[:, :, 1:]
     length = key.shape[2]
 

@@ -88,12 +88,12 @@ class EvictingAttention(HostAttention):
         if query.shape[2] == 1:
             fields = {POSITION: block.positions.unsqueeze(1).expand(-1, self.num_key_value_heads, -1)}
             layer.append(key, value, fields, block.valid, single)
-            output, lse = self._attend_kept(query, layer)
+            output, lse = self.with_sinks(self._attend_kept(query, layer))
             with torch.no_grad():
                 self._observe_kept(query, lse, block, layer, layer.pages.lengths.unsqueeze(-1))
         else:
             new = attention(query, key, value, documents=Documents(block.valid.long()), scale=self.scaling)
-            output, lse = merge_attention([new, self._attend_kept(query, layer)])
+            output, lse = self.with_sinks(merge_attention([new, self._attend_kept(query, layer)]))
             with torch.no_grad():
                 fields = self._observe_chunk(query, key, lse, block, layer)
             layer.append(key, value, fields, block.valid, single=False)

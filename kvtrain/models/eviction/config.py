@@ -43,6 +43,7 @@ class Eviction(Method):
     """
 
     has_parallel_form: ClassVar[bool] = False
+    supports_attention_sinks: ClassVar[bool] = True
     # Scalars that are kept beside every slot, 0 in a new one, and the name of their dtype; None: at least float32,
     # because sums lose themselves in half precision.
     slot_fields: ClassVar[Mapping[str, str | None]] = {}

@@ -22,6 +22,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     supports_context_parallel: ClassVar[bool] = True
+    supports_attention_sinks: ClassVar[bool] = True
 
     kv_bits: Literal[2, 4, 8] | None = None
 

@@ -38,6 +38,8 @@ class HostAdapter:
             other families all layers do where the configuration has such a window.
         activation: Of the gate in ``feed_forward``: what a configuration calls it, and the one that is computed.
         served_by_vllm: Whether vLLM's class of the family has been held against ours.
+        attention_sinks: Whether an attention has ``sinks (H,)``: of every query head the score of a key that has no
+            value and that all its queries see.
     """
 
     model_type: ClassVar[str]
@@ -50,11 +52,17 @@ class HostAdapter:
     slides_by_layer: ClassVar[bool] = False
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
     served_by_vllm: ClassVar[bool] = True
+    attention_sinks: ClassVar[bool] = False
 
     @property
     def attention_norms(self) -> tuple[str, ...]:
         """Names of the norms in an attention."""
         return () if self.query_key_norm is None else QUERY_KEY_NORMS
+
+    @property
+    def attention_parts(self) -> frozenset[str]:
+        """Names of all modules and parameters in an attention."""
+        return frozenset((*PROJECTIONS, *self.attention_norms, *(["sinks"] if self.attention_sinks else [])))
 
     def attention_name(self, layer_idx: int) -> str:
         """A layer's attention by its name in the model, with which the names of its weights begin."""
@@ -153,6 +161,7 @@ class HostAdapter:
         _refuse_layer_types(config)
         for layer_idx in range(config.num_hidden_layers):
             _refuse_rotary(self.rotary_parameters(config, layer_idx))
+        _refuse_quantized(config)
         if getattr(config, "attention_dropout", 0.0):
             raise ValueError("attention dropout is not supported; set attention_dropout=0.0")
         name, known = self.activation
@@ -164,6 +173,17 @@ def _refuse_layer_types(config: PreTrainedConfig) -> None:
     unknown = sorted({*(getattr(config, "layer_types", None) or [])} - {"full_attention", _SLIDING})
     if unknown:
         raise ValueError(f"layers of type {unknown[0]!r} are not supported; take a host of full and sliding attention")
+
+
+def _refuse_quantized(config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        kind = settings.get("quant_method")
+        raise ValueError(
+            f"weights quantized by {getattr(kind, 'value', kind)!r} are not supported; load the host dequantized "
+            "(mxfp4: quantization_config=Mxfp4Config(dequantize=True)), save it, and use that folder"
+        )
 
 
 def _refuse_rotary(rope: Mapping[str, Any]) -> None:

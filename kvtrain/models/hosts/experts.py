@@ -27,21 +27,30 @@ class ExpertsAdapter(HostAdapter):
     """See ``HostAdapter``; layers whose feed-forward part has no router may stand among the others.
 
     Attributes:
+        router: Of a feed-forward part.
+        gives_weights: Whether a feed-forward part gives the weights of a token's experts beside its output.
         stored_mlp: What files call the feed-forward part.
-        stored_projections: And of each expert the gate, what is gated, and the way back.
+        stored_projections: And of each expert the gate, what is gated, and the way back; None where files hold weights
+            as models do.
     """
 
+    router: ClassVar[str] = "gate"
+    gives_weights: ClassVar[bool] = False
     stored_mlp: ClassVar[str] = "mlp"
-    stored_projections: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    stored_projections: ClassVar[tuple[str, str, str] | None] = ("gate_proj", "up_proj", "down_proj")
 
     def feed_forward(self, mlp: nn.Module, layer_idx: int) -> nn.Module:
         """See ``HostAdapter``."""
         from kvtrain.models.experts import ExpertsMLP
 
-        return ExpertsMLP(mlp, layer_idx) if hasattr(mlp, "experts") else super().feed_forward(mlp, layer_idx)
+        if not hasattr(mlp, "experts"):
+            return super().feed_forward(mlp, layer_idx)
+        return ExpertsMLP(mlp, layer_idx, self.router, self.gives_weights)
 
     def stored_weights(self, weights: Mapping[str, Tensor], config: PreTrainedConfig) -> Mapping[str, Tensor]:
         """See ``HostAdapter``: files hold every expert by itself, and models all of a layer in two tensors."""
+        if self.stored_projections is None:
+            return weights
         named, experts = dict(weights), range(config.num_experts)
         for layer in range(config.num_hidden_layers):
             own, stored = (f"model.layers.{layer}.{mlp}." for mlp in (self.mlp, self.stored_mlp))
@@ -58,6 +67,8 @@ class ExpertsAdapter(HostAdapter):
 
     def file_weights(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """See ``HostAdapter``: every expert by itself."""
+        if self.stored_projections is None:
+            return {name: weight}
         stored, (gate, up, down) = name.replace(f".{self.mlp}.", f".{self.stored_mlp}."), self.stored_projections
         place, _, last = stored.rpartition(".")
         if last == "gate_up_proj":

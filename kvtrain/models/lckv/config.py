@@ -111,7 +111,7 @@ class LCKV(Method):
             own = "_".join(f"{layer}{'s' * (layer in sliding)}" for layer in range(len(keys.sliding)))
             raise ValueError(
                 f"this host has layers that see {max(sliding.values())} tokens; say so in kv_map, such as {own!r} with "
-                f"sliding_window={max(sliding.values())}, or set sliding_window=None in the host"
+                f"sliding_window={max(sliding.values())}, or take a host whose layers all see everything"
             )
 
     def training_cost(self, host_config: PreTrainedConfig) -> float:
