@@ -15,7 +15,7 @@ from kvtrain.kernels.quantization import read_back
 from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.build import Builder
 from kvtrain.models.context import ForwardContext
-from kvtrain.models.hosts import key_value_shape, whole_layers, windows
+from kvtrain.models.hosts import host_adapter, key_value_shape, whole_layers, windows
 from kvtrain.models.method import Method
 from kvtrain.models.streaming_cache import StreamingCacheLayer
 from kvtrain.models.windows import attend_cache_and_window
@@ -80,7 +80,8 @@ class SlidingAttention(HostAttention):
 
 def layer_attention(parts: Builder[Any], host_attention: nn.Module, layer_idx: int) -> nn.Module:
     """What takes the place of a layer's attention: the method's, or the host's own window."""
-    window = _windows(parts.settings, parts.host_config).get(layer_idx)
+    config = parts.host_config
+    window = None if parts.settings.marks_windows else host_adapter(config).window(config, layer_idx)
     if window is None:
         return parts.attention(host_attention, layer_idx)
     return SlidingAttention(host_attention, layer_idx, window, _bits(parts))

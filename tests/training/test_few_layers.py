@@ -6,12 +6,14 @@ from transformers import LlamaConfig, Qwen3Config
 from kvtrain.models.dmc import DMC
 from kvtrain.models.dms import DMS
 from kvtrain.models.duo import Duo
+from kvtrain.models.hybrid import Hybrid
 from kvtrain.models.lckv import LCKV
 from kvtrain.training import (
     DMCModule,
     DMSModule,
     DuoModule,
     HybridModule,
+    HybridPretrainModule,
     LCKVModule,
     LCKVPretrainModule,
     Phase,
@@ -83,6 +85,12 @@ FAST = {
         folder(depth=depth), DMS(window=8), phases=PHASES[1:], activation_checkpointing=True
     ),
     "duo": duo(activation_checkpointing=True),
+    "hybrid": lambda folder: HybridModule(
+        folder(depth=2 * DEPTH),
+        phases=[Phase("match", 2, 1e-3), Phase("distill", 2, 1e-3)],
+        activation_checkpointing=True,
+    ),
+    "hybrid-pretrain": lambda folder: HybridPretrainModule(folder(depth=2 * DEPTH), Hybrid(), phases=TRAIN),
     "lckv": sharing("lckv-w2", checkpointing=True),
     "lckv-pretrain": lambda folder, depth=2 * DEPTH: LCKVPretrainModule(
         folder(depth=depth), LCKV("cla2"), phases=TRAIN
@@ -104,11 +112,6 @@ MORE = {
     "duo-kept": duo(),
     "duo-teacher": duo(mixing="teacher"),
     "duo-hard": duo(gates="hard_concrete", distill=False, weights="bfloat16"),
-    "hybrid": lambda folder: HybridModule(
-        folder(depth=2 * DEPTH),
-        phases=[Phase("match", 2, 1e-3), Phase("distill", 2, 1e-3)],
-        activation_checkpointing=True,
-    ),
     "lckv-kept": sharing("lckv-w2"),
     "lckv-w12": lambda folder: sharing("lckv-w8")(folder, depth=12),
     "lckv-stale": sharing("lckv-w2", mask_all_diagonals=True, stale_target=True),
