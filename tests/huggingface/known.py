@@ -79,8 +79,7 @@ WEIGHTS = ("attention weights are never materialised", "set output_attentions=Fa
 MODEL = (
     refusal(*WEIGHTS, OURS, "test_attention_outputs"),
     refusal(*WEIGHTS, RETROFITS, "test_capture_outputs_decorator"),
-    refusal(*WEIGHTS, ("dmc", "dms"), "test_sliding_window_mask"),
-    refusal("windows are not supported", "set sliding_window=None", ("experts",), "test_sliding_window_mask"),
+    refusal(*WEIGHTS, ("dmc", "dms", "experts"), "test_sliding_window_mask"),
     refusal(
         "attention is the method's own, and no other is to be had",
         "would do nothing",
