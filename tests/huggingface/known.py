@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-RETROFITS = ("full", "experts", "dmc", "dms", "lckv", "duo")
+RETROFITS = ("full", "experts", "dmc", "dms", "lckv", "duo", "hybrid")
 OURS = (*RETROFITS, "transnormer")
 
 ASSISTED = (
@@ -79,7 +79,7 @@ WEIGHTS = ("attention weights are never materialised", "set output_attentions=Fa
 MODEL = (
     refusal(*WEIGHTS, OURS, "test_attention_outputs"),
     refusal(*WEIGHTS, RETROFITS, "test_capture_outputs_decorator"),
-    refusal(*WEIGHTS, ("dmc", "dms", "experts"), "test_sliding_window_mask"),
+    refusal(*WEIGHTS, ("dmc", "dms", "experts", "hybrid"), "test_sliding_window_mask"),
     refusal(
         "attention is the method's own, and no other is to be had",
         "would do nothing",
@@ -146,7 +146,7 @@ GENERATION = (
     refusal(
         "what has been merged cannot be taken back",
         "assisted decoding must take tokens back",
-        ("dmc", "dms", "lckv", "transnormer"),
+        ("dmc", "dms", "lckv", "hybrid", "transnormer"),
         *ASSISTED,
     ),
     internals(

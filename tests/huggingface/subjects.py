@@ -79,6 +79,7 @@ SUBJECTS = {
         retrofit("qwen3", kvtrain.DMS(window=2, init_bias=-1.0)),  # every token is marked
         retrofit("mistral", kvtrain.LCKV(kv_map="lckv-w2"), layers=4, iterated=(2,)),
         retrofit("llama", kvtrain.Duo(full_heads=((0,), (1,)), sink=2, recent=4)),
+        retrofit("qwen3", kvtrain.Hybrid(linear_layers=(1,))),
         transnormer("T2"),
     )
 }

@@ -81,6 +81,11 @@ class Hybrid(Method):
             return None
         return [2 ** (-8 * (head + 1) / num_heads) for head in range(num_heads)]
 
+    @property
+    def survives_reentrant_checkpointing(self) -> bool:
+        """See ``Method.survives_reentrant_checkpointing``."""
+        return True
+
     def described_cache(self) -> str:
         """See ``Method.described_cache``."""
         return "hybrid, a state of constant size in linear layers"
