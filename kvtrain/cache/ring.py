@@ -1,9 +1,10 @@
-"""Keys and values of a window: the first tokens of a row and its latest ones, in constant memory."""
+"""Keys and values of a window: the first tokens of a row and its latest ones, in memory that ends to grow."""
 
 import torch
 from torch import Tensor
 
-from kvtrain.cache.rows import Placement, bookkeeping
+from kvtrain.cache.paged import PagedStore
+from kvtrain.cache.rows import Placement, RowStore, bookkeeping
 from kvtrain.cache.state import StateStore
 
 
@@ -77,8 +78,68 @@ class RingStore(StateStore):
 
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys ``(B, H, S, D)``, values, and the position ``(B, S)`` of the token in each slot, -1 where none is."""
-        tokens = self["tokens"][:, None]
-        slot = torch.arange(self.sink + self.recent, device=tokens.device)
-        turns = torch.div(tokens - 1 - slot, self.recent, rounding_mode="floor")
-        positions = torch.where(slot < self.sink, slot, slot + turns * self.recent)
-        return self["keys"], self["values"], positions.masked_fill((positions >= tokens) | (positions < slot), -1)
+        slot = torch.arange(self.sink + self.recent, device=self["tokens"].device)
+        return self["keys"], self["values"], _positions(self["tokens"], slot, self.recent, self.sink)
+
+
+class PagedRing:
+    """The latest tokens of a row, page by page until as many are held as ever will be.
+
+    Token ``p`` of a row lies in slot ``p % recent``, so a row takes pages while its text is short and none later.
+
+    Args:
+        num_heads: Key-value heads, H.
+        head_dim: Channels of a key and of a value, D.
+        recent: Latest tokens that are kept.
+        page_size: Slots in a page.
+        placement: Where tensors lie.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, recent: int, page_size: int, placement: Placement) -> None:
+        self.recent = recent
+        dims = {"keys": head_dim, "values": head_dim}
+        self.pages = PagedStore(num_heads, dims, page_size, placement, max_slots=recent)
+        self._counts = StateStore({"tokens": ((), torch.long)}, placement)
+
+    @property
+    def stores(self) -> list[RowStore]:
+        """What rows join and leave."""
+        return [self.pages, self._counts]
+
+    def write(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """See ``RingStore``."""
+        tokens, entries = self._counts["tokens"], {"keys": keys, "values": values}
+        if valid is None:
+            self.pages.write(entries, self._by_head((tokens % self.recent)[:, None]))
+            self._counts["tokens"] = tokens + 1
+            return
+        positions = tokens[:, None] + valid.cumsum(-1) - 1  # (B, n)
+        total = tokens + valid.sum(-1)
+        # Of several new tokens for one slot only the last may be written: the order of writes is not defined.
+        kept = valid & (positions >= total[:, None] - self.recent)
+        self.pages.write(entries, self._by_head(positions.clamp(min=0) % self.recent), self._by_head(kept))
+        self._counts["tokens"] = total
+
+    def gather(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of what is held, ``(B, H, S, D)``, and the position ``(B, S)`` in each slot; see ``RingStore``."""
+        slot = torch.arange(min(self.recent, self.pages.num_slots), device=self.pages.lengths.device)
+        positions = _positions(self._counts["tokens"], slot, self.recent)
+        # Pages hold whatever they held before where no token lies.
+        empty, table = (positions < 0)[:, None, :, None], self.pages.table.clamp(min=0)
+        keys, values = (
+            self.pages.pool.slots[name][table].flatten(2, 3)[:, :, : len(slot)].masked_fill(empty, 0.0)
+            for name in ("keys", "values")
+        )
+        return keys, values, positions
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """``(B, n)`` the same for every head, ``(B, H, n)``."""
+        return tensor[:, None].expand(-1, self.pages.num_heads, -1)
+
+
+def _positions(tokens: Tensor, slot: Tensor, recent: int, sink: int = 0) -> Tensor:
+    """Which token each slot ``(S,)`` holds of rows of ``tokens (B,)``, ``(B, S)``; -1 where none is."""
+    tokens = tokens[:, None]
+    turns = torch.div(tokens - 1 - slot, recent, rounding_mode="floor")
+    positions = torch.where(slot < sink, slot, slot + turns * recent)
+    return positions.masked_fill((positions >= tokens) | (positions < slot), -1)

@@ -68,7 +68,7 @@ def test_an_engine_serves_with_pages_of_the_size_that_it_is_given():
         (
             "lckv",
             {"sink": 1, "recent": 5},
-            "of windows alone is of constant size and has no pages; leave page_size out",
+            "an endless cache is of constant size and has no pages; leave page_size out",
         ),
         *((method, {"page_size": 0}, "page_size must be at least 1") for method in ("full", "dmc", "duo", "lckv")),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from kvtrain.cache.ring import RingStore
+from kvtrain.cache.ring import PagedRing, RingStore
 from kvtrain.cache.rows import Placement
 
 from .test_state import RUN, RowMachine
@@ -95,3 +95,42 @@ def test_memory_is_constant_in_tokens_and_announced_to_the_byte():
 def test_sizes_are_validated(recent, sink):
     with pytest.raises(ValueError, match=rf"not {recent} and {sink}"):
         RingStore(HEADS, DIM, recent, sink)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8])
+def test_a_ring_of_pages_holds_the_same_and_no_page_before_it_is_needed(page_size):
+    draw = torch.Generator().manual_seed(page_size)
+    whole = RingStore(HEADS, DIM, recent=7, placement=DOUBLE)
+    ring = PagedRing(HEADS, DIM, 7, page_size, DOUBLE)
+    for store in (whole, *ring.stores):
+        store.admit(3)
+    for length in (1, 2, 1, 4, 9, 1, 20, 1):
+        keys, values = torch.randn(2, 3, HEADS, length, DIM, dtype=torch.float64, generator=draw)
+        valid = torch.rand(3, length, generator=draw) < torch.tensor([0.2, 0.6, 1.0])[:, None]
+        for store in (whole, ring):
+            store.write(keys, values, valid)
+        expected, (found_keys, found_values, positions) = whole.gather(), ring.gather()
+        slots = positions.shape[1]
+        assert torch.equal(positions, expected[2][:, :slots])
+        assert (expected[2][:, slots:] == -1).all()
+        held = (positions >= 0)[:, None, :, None]
+        for found, known in zip((found_keys, found_values), expected[:2], strict=True):
+            assert torch.equal(found, torch.where(held, known[:, :, :slots], 0.0))
+        pages = -(-whole["tokens"].clamp(max=7) // page_size)
+        assert torch.equal((ring.pages.table >= 0).sum((1, 2)), HEADS * pages)
+
+
+def test_one_token_a_row_joins_a_ring_of_pages_as_many_do():
+    keys, values = torch.randn(2, 2, HEADS, 12, DIM, dtype=torch.float64)
+    rings = [PagedRing(HEADS, DIM, 5, 2, DOUBLE) for _ in range(2)]
+    for ring in rings:
+        for store in ring.stores:
+            store.admit(2)
+    rings[0].write(keys, values, torch.ones(2, 12, dtype=torch.bool))
+    for token in range(12):
+        question = rings[1].pages.ask_ahead()
+        if question is not None:  # until all pages that there will be are taken
+            rings[1].pages.take_ahead(question.tolist())
+        rings[1].write(keys[:, :, token : token + 1], values[:, :, token : token + 1], None)
+    for one, other in zip(*(ring.gather() for ring in rings), strict=True):
+        assert torch.equal(one, other)

@@ -34,14 +34,14 @@ class Builder(build.Builder[LCKV]):
         """See ``build.Builder``; ``sink`` and ``recent`` make a cache for endless generation.
 
         Raises:
-            ValueError: There is another option, or ``page_size`` where everything lies in rings.
+            ValueError: There is another option, or ``page_size`` for an endless cache.
         """
         if unknown := sorted(set(options) - {"sink", "recent"}):
             raise ValueError(f"caches of method 'lckv' have no option {unknown[0]!r}; give sink and recent, or neither")
         places = [*placements.values()]  # of all layers: maps say which of them slide
         layers = build_layers(self.with_page_size(page_size).settings, self.host_config, places, **options)
-        if page_size is not None and not any(layer.pages for layer in layers):
-            raise ValueError("a cache of windows alone is of constant size and has no pages; leave page_size out")
+        if page_size is not None and layers[0].endless is not None:
+            raise ValueError("an endless cache is of constant size and has no pages; leave page_size out")
         return dict(enumerate(layers))
 
     def adapt_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

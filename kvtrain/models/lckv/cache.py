@@ -1,8 +1,8 @@
 """The serving cache: one memory for every layer that owns keys and values, none for the others.
 
 Owners that see everything share one paged store, since their rows have the same length: one table, and a tensor of
-keys and one of values an owner. Owners with a window have a ring each. Cyclic stages remember the inputs of a block
-that a prompt was cut in, until the next tokens come.
+keys and one of values an owner. Owners with a window have a ring of pages each. Cyclic stages remember the inputs of a
+block that a prompt was cut in, until the next tokens come.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
-from kvtrain.cache.ring import RingStore
+from kvtrain.cache.ring import PagedRing, RingStore
 from kvtrain.cache.rows import Placement, RowStore
 from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.lckv.config import LCKV
@@ -117,7 +117,7 @@ class LCKVCacheLayer(KVCacheLayer):
         rows: RowStore,
         num_heads: int,
         pages: PagedStore | None,
-        ring: RingStore | None,
+        ring: RingStore | PagedRing | None,
         pending: PendingInputs | None,
         endless: EndlessWindow | None,
     ) -> None:
@@ -129,6 +129,8 @@ class LCKVCacheLayer(KVCacheLayer):
         """See ``KVCacheLayer``; 0 for a layer that reads another's."""
         if self.pages is not None:
             return self.pages.lengths
+        if isinstance(self.ring, PagedRing):
+            return self.ring.pages.lengths
         if self.ring is not None:
             kept = self.ring["tokens"].clamp(max=self.ring.sink + self.ring.recent)
             return kept[:, None].expand(-1, self.num_heads)
@@ -178,31 +180,44 @@ def build_layers(
     pages = PagedStore(heads, paged, settings.page_size, together) if paged else None
     pending = _pending(settings, host_config, placements[0])
     rings = {
-        owner: RingStore(heads, head_dim, *_ring_slots(settings, keys, owner, endless), placement=placements[0])
-        for owner in {*keys.owners, *values.owners}
+        owner: _ring(settings, keys, owner, endless, (heads, head_dim), placements[owner])
+        for owner in sorted({*keys.owners, *values.owners})
         if endless is not None or keys.sliding[owner]
     }
-    rows: RowStore = pages if pages is not None else next(iter(rings.values()))
+    rows: RowStore = pages if pages is not None else _stores(next(iter(rings.values())))[0]
     layers: list[LCKVCacheLayer] = []
     uncounted = pages
     for index in range(len(placements)):
         part = pages if any(f"{name}.{index}" in paged for name in ("keys", "values")) else None
         ring, inputs = rings.get(index), pending.get(index)
-        stores: list[RowStore] = [
-            store for store in (uncounted if part is not None else None, ring, inputs) if store is not None
-        ]
+        shared = uncounted if part is not None else None
+        stores = [store for store in (shared, *_stores(ring), inputs) if store is not None]
         uncounted = None if part is not None else uncounted
         layers.append(LCKVCacheLayer(stores, rows, heads, part, ring, inputs, endless))
     return layers
 
 
-def _ring_slots(settings: LCKV, keys: KVMap, owner: int, endless: EndlessWindow | None) -> tuple[int, int]:
-    """Latest and first tokens that an owner's ring keeps."""
+def _ring(
+    settings: LCKV,
+    keys: KVMap,
+    owner: int,
+    endless: EndlessWindow | None,
+    shape: tuple[int, int],
+    placement: Placement,
+) -> RingStore | PagedRing:
+    """What an owner keeps of a text that goes on: its latest tokens, and in an endless cache its first ones too."""
     if endless is not None:
-        return endless.recent, endless.sink
+        return RingStore(*shape, endless.recent, endless.sink, placement)
     iterates = any(stage.cyclic and stage.first <= owner <= stage.last for stage in keys.stages())
     # A block that is read again must still find what came before it.
-    return settings.sliding_window + (settings.prefill_block if iterates else 0), 0
+    kept = settings.sliding_window + (settings.prefill_block if iterates else 0)
+    return PagedRing(*shape, kept, settings.page_size, placement)
+
+
+def _stores(ring: RingStore | PagedRing | None) -> list[RowStore]:
+    if isinstance(ring, PagedRing):
+        return ring.stores
+    return [] if ring is None else [ring]
 
 
 def _pending(settings: LCKV, host_config: PreTrainedConfig, placement: Placement) -> dict[int, PendingInputs]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvtrain.cache.ring import RingStore
+from kvtrain.cache.paged import PagedStore
+from kvtrain.cache.ring import PagedRing, RingStore
 from kvtrain.kernels.attention import attention, merge_attention
 from kvtrain.kernels.documents import Documents
 from kvtrain.kernels.memo import Memo
@@ -102,7 +103,7 @@ class CacheView(Memo):
         if layer.endless is not None:
             return self._attend_endless(module, query, None if one else new, seen, layer.endless)
         if one:
-            return self._attend_ring(module, query, seen)
+            return self._attend_ring(module, query, seen, itself)
         return self._attend_window(module, query, new)
 
     def _store(self, owner: int, key_value: KeyValue, write: Tensor) -> None:
@@ -156,8 +157,13 @@ class CacheView(Memo):
         """The new tokens over themselves."""
         return attention(query, *new, strict=module.strict, documents=self._documents, scale=module.scaling)
 
-    def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor) -> Tensor:
-        """One new token a row over the ring, where it lies."""
+    def _attend_ring(self, module: SharedAttention, query: Tensor, seen: Tensor, itself: bool) -> Tensor:
+        """One new token a row over the ring, where it lies if all that lies there is in the token's window."""
+        ring = self.layers[module.key_layer].ring
+        whole = itself and isinstance(ring, PagedRing) and ring.recent == module.window
+        if whole and module.key_layer == module.value_layer and not torch.is_grad_enabled():
+            assert isinstance(ring, PagedRing)
+            return _attend_held(module, query, ring.pages)
         keys, values, positions = self._ring(module)
         assert module.window is not None
         lowest = self.past - module.window + 1
@@ -209,12 +215,29 @@ class CacheView(Memo):
             keys, _, positions = self.rings[module.key_layer]
             return keys, self.rings[module.value_layer][1], positions
         key_ring, value_ring = self.layers[module.key_layer].ring, self.layers[module.value_layer].ring
-        assert isinstance(key_ring, RingStore) and isinstance(value_ring, RingStore)
-        keys, _, positions = key_ring.gather()
-        values = value_ring["values"]
-        if torch.is_grad_enabled():  # slots are written again before a backward pass comes
-            keys, values = keys.clone(), values.clone()
-        return keys, values, positions
+        assert key_ring is not None and value_ring is not None
+        keys, values, positions = _read(key_ring)
+        return keys, values if value_ring is key_ring else _read(value_ring)[1], positions
+
+
+def copied(ring: RingStore | PagedRing) -> RingContent:
+    """What a ring holds now, whatever is written later."""
+    keys, values, positions = ring.gather()
+    return (keys.clone(), values.clone(), positions) if isinstance(ring, RingStore) else (keys, values, positions)
+
+
+def _read(ring: RingStore | PagedRing) -> RingContent:
+    """Where a backward pass may come, slots are written again before it does."""
+    return copied(ring) if torch.is_grad_enabled() else ring.gather()
+
+
+def _attend_held(module: SharedAttention, query: Tensor, pages: PagedStore) -> Tensor:
+    """One query a row over every slot that is in use."""
+    if not pages.table.shape[2]:
+        return torch.zeros_like(query)
+    layout = pages.layout() if goes_by_pages(query, pages.table, pages.page_size) else None
+    keys, values = pages.pool.slots["keys"], pages.pool.slots["values"]
+    return paged_attention(query, keys, values, pages.table, pages.lengths, module.scaling, layout=layout)[0]
 
 
 def _attend_slots(

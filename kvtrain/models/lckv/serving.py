@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from kvtrain.cache.ring import RingStore
 from kvtrain.kernels.context_parallel import WHOLE_ROWS
 from kvtrain.kernels.rope import apply_rotary
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.lckv.cache import LCKVCacheLayer
-from kvtrain.models.lckv.cache_view import CacheView, RingContent
+from kvtrain.models.lckv.cache_view import CacheView, RingContent, copied
 from kvtrain.models.lckv.kv_map import Stage
 from kvtrain.models.lckv.layer_schedule import LayerSchedule, Shared
 from kvtrain.models.ordering import block_columns, padding_first, take_slots, take_tokens
@@ -141,12 +142,7 @@ def _placed(
 
 def _ring_contents(layers: list[LCKVCacheLayer]) -> dict[int, RingContent]:
     """Copies of what the rings hold, by owner."""
-    contents = {}
-    for owner, layer in enumerate(layers):
-        if layer.ring is not None:
-            keys, values, positions = layer.ring.gather()
-            contents[owner] = (keys.clone(), values.clone(), positions)
-    return contents
+    return {owner: copied(layer.ring) for owner, layer in enumerate(layers) if layer.ring is not None}
 
 
 @dataclass(frozen=True)
@@ -280,7 +276,7 @@ def _from_below(schedule: LayerSchedule, stage: Stage, layers: list[LCKVCacheLay
         if pages is not None:
             keys, values = (pages.gather(f"{name}.{owner}", positions.clamp(min=0)) for name in ("keys", "values"))
         else:  # endless and not yet full: token p lies in slot p, its key not rotated
-            assert ring is not None
+            assert isinstance(ring, RingStore)
             slots = positions.clamp(0, ring.sink + ring.recent - 1)
             keys, values = (take_slots(ring[name], slots) for name in ("keys", "values"))
             keys = apply_rotary(keys, *schedule.angles(keys, slots))
