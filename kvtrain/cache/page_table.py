@@ -39,13 +39,14 @@ class PageTable:
 
     Attributes:
         lengths: ``(B, H)`` slots in use.
+        slot_tokens: Tokens that a slot holds, which attention sees one by one.
         room: Tokens that every row can get before a head may need another page, as far as is known on the host.
         others: What other rows have, while a pass is over some.
         padded: Whose the pages are, while shapes are fixed.
     """
 
     def __init__(self, num_heads: int, page_size: int, device: torch.device | str) -> None:
-        self.num_heads, self.page_size = num_heads, page_size
+        self.num_heads, self.page_size, self.slot_tokens = num_heads, page_size, 1
         self.lengths = torch.zeros(0, num_heads, dtype=torch.long, device=device)
         self.pages = torch.zeros(0, num_heads, 0, dtype=torch.int, device=device)
         self.others: _Others | None = None
@@ -73,7 +74,8 @@ class PageTable:
     def layout(self, num_pages: int, copies: bool) -> PageLayout:
         """Whose the pages of a pool are, for attention over all heads; made once until the table changes."""
         if self._layout is None:
-            self._layout = PageLayout(self.pages.flatten(0, 1), num_pages, self.page_size, copies)
+            tokens = self.page_size * self.slot_tokens
+            self._layout = PageLayout(self.pages.flatten(0, 1), num_pages, tokens, copies)
         return self._layout
 
     def pages_to_list(self) -> int:
@@ -98,7 +100,7 @@ class PageTable:
         """Have a list of so many pages, and the columns that follow from them; meanwhile the table may not change."""
         if self._fixed is None or self._fixed[1].num_listed != pages:
             wide = pad(self.pages, (0, self._columns_for(pages) - self.columns), value=-1)
-            self._fixed = wide, PageLayout.padded(wide.flatten(0, 1), self.page_size, pages)
+            self._fixed = wide, PageLayout.padded(wide.flatten(0, 1), self.page_size * self.slot_tokens, pages)
         own, self._pages = self._pages, self._fixed[0]
         self.padded, self._places = self._fixed[1], None
         try:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from kvtrain.cache.page_allocator import PageAllocator
 from kvtrain.cache.pool import PagePool
 from kvtrain.cache.rows import Placement, RowSnapshot, bookkeeping
+from kvtrain.kernels.page_codec import PageCodec, RoundedVectors
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.quantization import dequantize, packed_width, quantize
 
@@ -71,12 +72,18 @@ class PagedStore(PageAllocator):
             pool = PagePool(page_size, packed, replace(placement, dtype=torch.uint8), self.slot_fields)
         super().__init__(num_heads, pool, placement, max_slots, num_unbounded)
         self.bits, self.group, self.dims = bits, group, dict(dims)
+        self.codec: PageCodec | None = None if bits is None else RoundedVectors(bits, group)
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that a slot holds."""
+        return self.rows.slot_tokens
 
     def layout(self) -> PageLayout:
         """Whose the pages are, for attention over all heads."""
         if self.rows.padded is not None:
             return self.rows.padded
-        return self.rows.layout(self.pool.num_pages, copies=self.bits is not None)
+        return self.rows.layout(self.pool.num_pages, copies=self.codec is not None)
 
     @bookkeeping
     def write(

@@ -26,9 +26,9 @@ from kvtrain.kernels.attention import attention, check_groups, merge_attention
 from kvtrain.kernels.attention_mask import finite, log_sum_exp
 from kvtrain.kernels.dispatch import at_least_float32, choose_backend
 from kvtrain.kernels.flash_cpu import flash
+from kvtrain.kernels.page_codec import PageCodec
 from kvtrain.kernels.page_layout import Hidden, PageLayout
 from kvtrain.kernels.page_runs import PageRuns
-from kvtrain.kernels.quantization import dequantize, packed_channels
 
 _SCRATCH_BYTES = 4 * 2**20  # of widened keys and values at a time, unless a single page takes more
 _FEW = 4  # queries of a key-value head that two batched products serve faster than a fused kernel
@@ -47,8 +47,7 @@ def paged_attention(
     lengths: Tensor,
     scale: float,
     *,
-    bits: int | None = None,
-    group: int | None = None,
+    codec: PageCodec | None = None,
     layout: PageLayout | None = None,
     runs: PageRuns | None = None,
     backend: str = "auto",
@@ -57,13 +56,12 @@ def paged_attention(
 
     Args:
         query: ``(B, H, n, D)``.
-        keys: ``(pages, page_size, D)``, or with ``bits`` what ``quantize`` makes of that.
+        keys: ``(pages, page_size, D)``, or with ``codec`` bytes ``(pages, slots, width)`` that it opens.
         values: ``(pages, page_size, D_v)``, likewise.
         table: ``(B, H_kv, P)`` pages of each head in order, -1 where there is none; no page has two owners.
-        lengths: ``(B, H_kv)`` visible slots.
+        lengths: ``(B, H_kv)`` visible slots; where a slot holds several tokens, visible tokens.
         scale: Factor on the scores.
-        bits: 8, 4 or 2, of quantized keys and values.
-        group: Channels of them that share a scale; None: all.
+        codec: How packed keys and values are read.
         layout: Of ``table.flatten(0, 1)``, from a caller that keeps it for as long as the table stays the same.
         runs: Of that and ``lengths.flatten()``, from a caller that attends these slots several times: by runs then,
             however few the queries are.
@@ -73,11 +71,11 @@ def paged_attention(
         Output ``(B, H, n, D_v)`` and log-sum-exp ``(B, H, n)``; zeros and ``-inf`` where nothing is visible.
 
     Raises:
-        ValueError: Head counts or bits do not fit, or the backend cannot run this call.
+        ValueError: Head counts or the codec do not fit, or the backend cannot run this call.
     """
     batch, heads, num_queries, dim = query.shape
     check_groups(heads, table.shape[1])
-    pages = _Pages(keys, values, bits, group)
+    pages = _Pages(keys, values, codec)
     if not query.numel():
         return query.new_zeros(batch, heads, num_queries, pages.value_dim), _nothing(query)
     # The queries of one key-value head side by side: (B * H_kv, G * n, D).
@@ -85,10 +83,10 @@ def paged_attention(
     by_pages = runs is None and goes_by_pages(query, table, pages.size)
     chosen = choose_backend("paged attention", backend, _backends(grouped, pages, by_pages))
     if by_pages:
-        if bits is None and torch.is_grad_enabled() and query.requires_grad:
+        if codec is None and torch.is_grad_enabled() and query.requires_grad:
             # The pages are written again before a backward pass comes.
             pages = pages._replace(keys=keys.clone(), values=values.clone())
-        layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=bits is not None)
+        layout = layout or PageLayout(table.flatten(0, 1), pages.num_pages, pages.size, copies=codec is not None)
         output, lse = _attend_pages(grouped, pages, layout, lengths, scale, chosen)
     else:
         runs = runs or PageRuns(table.flatten(0, 1), lengths.flatten(), pages.size)
@@ -102,14 +100,12 @@ class _Pages(NamedTuple):
     Attributes:
         keys: ``(pages, page_size, D)``, or packed.
         values: ``(pages, page_size, D_v)``, or packed.
-        bits: Of packed ones.
-        group: Channels of these that share a scale; None: all.
+        codec: Of packed ones.
     """
 
     keys: Tensor
     values: Tensor
-    bits: int | None
-    group: int | None
+    codec: PageCodec | None
 
     @property
     def num_pages(self) -> int:
@@ -118,27 +114,32 @@ class _Pages(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Slots in a page."""
-        return self.keys.shape[1]
+        """Tokens of a page."""
+        return self.keys.shape[1] * (1 if self.codec is None else self.codec.slot_tokens)
 
     @property
     def value_dim(self) -> int:
         """Channels of a value, D_v."""
         width = self.values.shape[2]
-        return width if self.bits is None else packed_channels(width, self.bits, self.group)
+        return width if self.codec is None else self.codec.value_dim(width)
 
     def read(self, where: Tensor | slice, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``(..., page_size, D)`` and values of the pages ``where (...)``, for queries ``(..., D)``."""
-        if self.bits is None:
+        if self.codec is None:
             return self.keys[where], self.values[where]
-        assert isinstance(where, Tensor), "quantized pages are copied"
+        assert isinstance(where, Tensor), "packed pages are copied"
         keys, values = (
             # Whole pages at a time: indexing would copy byte by byte.
             slots.index_select(0, where.flatten()).unflatten(0, where.shape)
             for slots in (self.keys, self.values)
         )
-        key = dequantize(keys, self.bits, query.shape[-1], query.dtype, self.group)
-        return key, dequantize(values, self.bits, self.value_dim, query.dtype, self.group)
+        key, value = self.codec.open(keys, values, query.dtype)
+        if key.shape[-1] != query.shape[-1]:
+            raise ValueError(
+                f"queries have {query.shape[-1]} channels, and the keys on these pages {key.shape[-1]} by this codec; "
+                "pass the one that packed them"
+            )
+        return key, value
 
 
 class _Partial(NamedTuple):
@@ -186,7 +187,7 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Hidden]]:
     """Queries, keys, values and what is hidden: all at once where they lie in the queries' dtype, or scratchfuls."""
     where = slice(None) if layout.pages is None else layout.pages
-    if pages.bits is None and pages.keys.dtype == query.dtype:
+    if pages.codec is None and pages.keys.dtype == query.dtype:
         yield query[layout.owner], *pages.read(where, query), hidden
         return
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -138,12 +138,12 @@ class HostAttention(nn.Module):
         table, layout = pages.table, None
         if heads is not None:
             table, lengths = table[:, heads], lengths[:, heads]
-        elif goes_by_pages(query, table, pages.page_size):
+        elif goes_by_pages(query, table, pages.page_size * pages.slot_tokens):
             layout = pages.layout()
+        if pages.slot_tokens > 1:
+            lengths = lengths * pages.slot_tokens
         keys, values = (pages.pool.slots[name] for name in names)
-        return paged_attention(
-            query, keys, values, table, lengths, self.scaling, bits=pages.bits, group=pages.group, layout=layout
-        )
+        return paged_attention(query, keys, values, table, lengths, self.scaling, codec=pages.codec, layout=layout)
 
     def attend_pages_and_new(
         self,

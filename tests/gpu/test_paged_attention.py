@@ -32,13 +32,13 @@ def pages(bits: int | None, num_queries: int, dtype: torch.dtype) -> Pages:
 
 def on(case: Pages, device: str, dtype: torch.dtype) -> Pages:
     """A case with its tensors there, those that are not packed in that dtype."""
-    tensors = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("bits", "group")}
+    tensors = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "codec"}
     moved = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
     return replace(case, **moved)
 
 
 def attended(case: Pages) -> tuple[torch.Tensor, torch.Tensor]:
-    options = {"bits": case.bits, "group": case.group, "backend": "auto"}
+    options = {"codec": case.codec, "backend": "auto"}
     return paged_attention(case.query, case.keys, case.values, case.table, case.lengths, SCALE, **options)
 
 

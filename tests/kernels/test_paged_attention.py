@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtrain.kernels.attention import attention, merge_attention
+from kvtrain.kernels.page_codec import RoundedVectors
 from kvtrain.kernels.page_layout import PageLayout
 from kvtrain.kernels.page_runs import PageRuns
 from kvtrain.kernels.paged_attention import _Pages, paged_attention
@@ -33,7 +34,7 @@ class Pages:
         keys: ``(pages, page_size, D)``.
         values: ``(pages, page_size, D_v)``.
         table: ``(B, H_kv, P)``.
-        bits: Of packed ``keys`` and ``values``.
+        codec: Of packed ``keys`` and ``values``.
     """
 
     query: Tensor
@@ -43,14 +44,12 @@ class Pages:
     keys: Tensor
     values: Tensor
     table: Tensor
-    bits: int | None = None
-    group: int | None = None
+    codec: RoundedVectors | None = None
 
     def run(self, backend: str = "auto", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         tensors = (self.query, self.keys, self.values)
         query, keys, values = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
-        packing = {"bits": self.bits, "group": self.group}
-        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, backend=backend, **packing)
+        return paged_attention(query, keys, values, self.table, self.lengths, 0.4, codec=self.codec, backend=backend)
 
     def quantized(self, bits: int, group: int | None = None) -> "Pages":
         """The same on packed pages; what is dense has been packed once."""
@@ -60,7 +59,7 @@ class Pages:
 
         keys, values = quantize(self.keys, bits, group), quantize(self.values, bits, group)
         key, value = packed_once(self.key), packed_once(self.value)
-        return replace(self, key=key, value=value, keys=keys, values=values, bits=bits, group=group)
+        return replace(self, key=key, value=value, keys=keys, values=values, codec=RoundedVectors(bits, group))
 
     def dense(self) -> tuple[Tensor, Tensor]:
         absent = torch.arange(self.key.shape[2]) >= self.lengths.unsqueeze(-1)
@@ -337,7 +336,8 @@ def test_few_queries_dequantize_into_bounded_memory(bits: int):
     case = make_pages([[1]], page_size=32, groups=1, dim=dim, free=0)  # queries, tables and lengths of a larger one
     owned = torch.arange(64 * 128, dtype=torch.int).view(8, 8, 128)
     packed = torch.zeros(owned.numel(), 32, packed_width(dim, bits), dtype=torch.uint8)
-    case = replace(case, keys=packed, values=packed, table=owned, lengths=torch.tensor(counts), bits=bits)
+    codec, lengths = RoundedVectors(bits), torch.tensor(counts)
+    case = replace(case, keys=packed, values=packed, table=owned, lengths=lengths, codec=codec)
     case.query = torch.zeros(8, 8, 1, dim)
     with TensorSizes() as sizes:
         case.run(dtype=torch.float32)
@@ -382,5 +382,5 @@ def test_bf16_queries_over_quantized_pages():
 @pytest.mark.parametrize("num_queries", [1, 9])
 def test_pages_of_other_bits_are_refused(num_queries: int):
     case = make_pages([[9, 0]], page_size=4, num_queries=num_queries).quantized(8)
-    with pytest.raises(ValueError, match="4 channels in 4 bits take 6 bytes, not 8; pass the bits"):
-        replace(case, bits=4).run()
+    with pytest.raises(ValueError, match="queries have 4 channels, and the keys on these pages 8 by this"):
+        replace(case, codec=RoundedVectors(4)).run()

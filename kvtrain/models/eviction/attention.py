@@ -16,7 +16,7 @@ from kvtrain.models.attention import Angles, HostAttention
 from kvtrain.models.context import ForwardContext
 from kvtrain.models.eviction.blocks import Block, blocks_of
 from kvtrain.models.eviction.cache import EvictingCacheLayer
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.eviction.observation import NewQueries, Observation
 from kvtrain.models.eviction.slots import POSITION
 from kvtrain.models.ordering import take_slots, take_tokens
@@ -33,7 +33,7 @@ class EvictingAttention(HostAttention):
         policy: What to keep.
     """
 
-    def __init__(self, host_attention: nn.Module, layer_idx: int, policy: Eviction) -> None:
+    def __init__(self, host_attention: nn.Module, layer_idx: int, policy: Policy) -> None:
         super().__init__(host_attention, layer_idx)
         self.policy = policy
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvtrain.models.context import ForwardContext
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.ordering import block_columns
 
 
@@ -25,7 +25,7 @@ class Block(NamedTuple):
     evicting: Tensor | None
 
 
-def blocks_of(policy: Eviction, context: ForwardContext) -> list[Block]:
+def blocks_of(policy: Policy, context: ForwardContext) -> list[Block]:
     """The blocks of a pass, which are the same for every layer.
 
     Rows of which a prompt is read densely evict when it has ended, and not here.
@@ -34,7 +34,7 @@ def blocks_of(policy: Eviction, context: ForwardContext) -> list[Block]:
     return context.keep(key, lambda: _make(policy, context))
 
 
-def _make(policy: Eviction, context: ForwardContext) -> list[Block]:
+def _make(policy: Policy, context: ForwardContext) -> list[Block]:
     assert context.cache is not None and context.valid is not None and context.prefill is not None
     valid, past = context.valid, context.cache.tokens.to(context.valid.device)
     positions = (past[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)
@@ -56,6 +56,6 @@ def _make(policy: Eviction, context: ForwardContext) -> list[Block]:
     return blocks
 
 
-def _evicting(policy: Eviction, tokens: Tensor, valid: Tensor) -> Tensor:
+def _evicting(policy: Policy, tokens: Tensor, valid: Tensor) -> Tensor:
     """Rows ``(B,)`` that evict when they have seen so many tokens ``(B,)``, of which new ones ``(B, W)`` are real."""
     return valid.any(1) & (tokens % policy.every == 0) & (tokens > policy.first_eviction)

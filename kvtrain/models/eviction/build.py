@@ -9,12 +9,12 @@ from kvtrain.kernels.dispatch import wide_dtype
 from kvtrain.models import build
 from kvtrain.models.eviction.attention import EvictingAttention
 from kvtrain.models.eviction.cache import EvictingCacheLayer
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.eviction.slots import LayerShape
 from kvtrain.models.hosts import host_adapter, whole_layers
 
 
-class Builder(build.Builder[Eviction]):
+class Builder(build.Builder[Policy]):
     """See ``build.Builder``."""
 
     def attention(self, host_attention: nn.Module, layer_idx: int) -> EvictingAttention:

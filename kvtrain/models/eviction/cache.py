@@ -10,7 +10,7 @@ from kvtrain.cache.layer import KVCacheLayer
 from kvtrain.cache.paged import PagedStore
 from kvtrain.cache.rows import Placement, bookkeeping
 from kvtrain.cache.state import StateStore
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.eviction.slots import POSITION, LayerShape, LayerSlots
 
 
@@ -25,7 +25,7 @@ class EvictingCacheLayer(LayerSlots):
 
     has_fixed_step = False  # how many slots leave, and from which pages, is asked in every step
 
-    def __init__(self, policy: Eviction, shape: LayerShape, placement: Placement) -> None:
+    def __init__(self, policy: Policy, shape: LayerShape, placement: Placement) -> None:
         self.policy, self.cuts_prompts = policy, policy.prompt == "dense"
         kinds = policy.slot_fields.items()
         fields = {name: shape.wide if kind is None else getattr(torch, kind) for name, kind in kinds}
@@ -57,7 +57,7 @@ class EvictingCacheLayer(LayerSlots):
         self.evict(rows)
 
 
-def _state_shapes(policy: Eviction, shape: LayerShape, placement: Placement) -> dict[str, Any]:
+def _state_shapes(policy: Policy, shape: LayerShape, placement: Placement) -> dict[str, Any]:
     """What is kept for a row, as ``StateStore`` takes it."""
     shapes: dict[str, Any] = {"tokens": ((), torch.long), **policy.row_state(shape)}
     window = policy.query_window()

@@ -20,26 +20,12 @@ PromptForm = Literal["dense", "blocks"]
 
 
 @dataclass(frozen=True)
-class Eviction(Method):
-    """Evict slots of key-value heads while serving, on pages that are really freed.
+class Policy(Method):
+    """What becomes of a head's tokens is decided while serving, by questions that subclasses answer.
 
-    Policies are subclasses in ``policies/``: a frozen dataclass with a ``name``, which answers ``evict_mask``, or with
-    a budget ``BudgetedEviction.scores``, and of the other questions those that it has an answer to. What it notes in
-    fields of slots and in a row's state goes wherever the slot and the row go.
-
-    Args:
-        recent: Latest tokens that always stay.
-        sink: First tokens that always stay.
-        every: A row evicts whenever it has seen a multiple of so many tokens: 1 is what papers do, 16 costs next to
-            nothing in a decoding step. New tokens go through a layer in blocks that end there, so that neither chunks
-            nor other rows change anything.
-        prompt: ``"dense"``: a prompt is read in full and cut once, when it ends, as published; ``"blocks"``: it is cut
-            as everything else is, and memory does not grow with it.
-        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``; fields are kept as they are.
-        page_size: Slots in a page of the serving cache.
-
-    Raises:
-        ValueError: A value is out of range.
+    Whenever a row has seen a multiple of ``every`` tokens, slots leave the pages that new tokens enter: for good, or
+    for a second store, which is attended, too. Policies are subclasses in ``policies/``: a frozen dataclass with a
+    ``name``. What it notes in fields of slots and in a row's state goes wherever the slot and the row go.
     """
 
     has_parallel_form: ClassVar[bool] = False
@@ -50,22 +36,35 @@ class Eviction(Method):
     # How many of the latest queries of a pass ``observe`` wants to see; None: all.
     num_observed_queries: ClassVar[int | None] = 0
 
-    recent: int = 0
-    sink: int = 0
-    every: int = 1
-    prompt: PromptForm = "dense"
-    kv_bits: Literal[2, 4, 8] | None = None
-    page_size: int = 32
+    @property
+    @abstractmethod
+    def every(self) -> int:
+        """At multiples of how many of a row's tokens slots leave."""
 
-    def __post_init__(self) -> None:
-        if self.recent < 0 or self.sink < 0:
-            raise ValueError(f"recent and sink are numbers of tokens, not {self.recent} and {self.sink}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1 token, not {self.every}")
-        check_one_of("prompt", self.prompt, get_args(PromptForm))
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
-        check_kv_bits(self.kv_bits)
+    @property
+    @abstractmethod
+    def prompt(self) -> PromptForm:
+        """See ``Eviction``."""
+
+    @property
+    @abstractmethod
+    def page_size(self) -> int:
+        """Slots in a page of the serving cache."""
+
+    @property
+    def recent(self) -> int:
+        """Latest tokens that always stay."""
+        return 0
+
+    @property
+    def sink(self) -> int:
+        """First tokens that always stay."""
+        return 0
+
+    @property
+    def kv_bits(self) -> Literal[2, 4, 8] | None:
+        """Bits of a channel on the pages that new tokens enter; None keeps them as they are."""
+        return None
 
     @abstractmethod
     def evict_mask(self, layer: "LayerSlots") -> Tensor:
@@ -101,19 +100,9 @@ class Eviction(Method):
     def on_prompt_end(self, rows: Tensor, layers: "list[LayerSlots]") -> None:
         """The prompts of the rows ``(B,)`` are over and no layer has cut them yet: decide what they decide for good."""
 
-    def described_cache(self) -> str:
-        """See ``Method.described_cache``."""
-        bits = [] if self.kv_bits is None else [f"{self.kv_bits} bits a channel"]
-        whole = ["prompts whole until they end"] if self.prompt == "dense" else []
-        return ", ".join([type(self).__name__, *bits, *self.described_slots(), *whole])
-
     def described_slots(self) -> list[str]:
         """What is kept, in a few words each."""
         return []
-
-    def as_served(self, host_config: PreTrainedConfig) -> "Eviction":
-        """See ``Method.as_served``: a row as it is when its prompt has been cut."""
-        return replace(self, prompt="blocks")
 
     @property
     def first_eviction(self) -> int:
@@ -123,6 +112,56 @@ class Eviction(Method):
     def max_slots(self, shape: "LayerShape") -> int | None:
         """The most slots that a head of a layer comes to between two evictions; None where nothing bounds it."""
         return None
+
+
+@dataclass(frozen=True)
+class Eviction(Policy):
+    """Evict slots of key-value heads while serving, on pages that are really freed.
+
+    A policy answers ``evict_mask``, or with a budget ``BudgetedEviction.scores``, and of the other questions those that
+    it has an answer to.
+
+    Args:
+        recent: Latest tokens that always stay.
+        sink: First tokens that always stay.
+        every: A row evicts whenever it has seen a multiple of so many tokens: 1 is what papers do, 16 costs next to
+            nothing in a decoding step. New tokens go through a layer in blocks that end there, so that neither chunks
+            nor other rows change anything.
+        prompt: ``"dense"``: a prompt is read in full and cut once, when it ends, as published; ``"blocks"``: it is cut
+            as everything else is, and memory does not grow with it.
+        kv_bits: Bits of a channel in the serving cache, 8, 4 or 2, as in ``kvtrain.Full``; fields are kept as they are.
+        page_size: Slots in a page of the serving cache.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    recent: int = 0
+    sink: int = 0
+    every: int = 1
+    prompt: PromptForm = "dense"
+    kv_bits: Literal[2, 4, 8] | None = None
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.recent < 0 or self.sink < 0:
+            raise ValueError(f"recent and sink are numbers of tokens, not {self.recent} and {self.sink}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 token, not {self.every}")
+        check_one_of("prompt", self.prompt, get_args(PromptForm))
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1 slot, not {self.page_size}")
+        check_kv_bits(self.kv_bits)
+
+    def described_cache(self) -> str:
+        """See ``Method.described_cache``."""
+        bits = [] if self.kv_bits is None else [f"{self.kv_bits} bits a channel"]
+        whole = ["prompts whole until they end"] if self.prompt == "dense" else []
+        return ", ".join([type(self).__name__, *bits, *self.described_slots(), *whole])
+
+    def as_served(self, host_config: PreTrainedConfig) -> "Eviction":
+        """See ``Method.as_served``: a row as it is when its prompt has been cut."""
+        return replace(self, prompt="blocks")
 
 
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -64,7 +64,9 @@ class LayerSlots(KVCacheLayer):
 
     def kv_tokens(self) -> Tensor:
         """See ``KVCacheLayer``."""
-        return self.pages.lengths if self.secondary is None else self.pages.lengths + self.secondary.lengths
+        if self.secondary is None:
+            return self.pages.lengths
+        return self.pages.lengths + self.secondary.lengths * self.secondary.slot_tokens
 
     @cached_property
     def _rotary(self) -> nn.Module:

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.eviction.policies.streaming import StreamingLLM
 from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, Ring, not_served
 
 
-def _layers(settings: Eviction, host_config: PreTrainedConfig) -> list[PagedLayer]:
+def _layers(settings: Policy, host_config: PreTrainedConfig) -> list[PagedLayer]:
     """A token sees what was kept before it, and itself, and then one of them leaves."""
     if not isinstance(settings, StreamingLLM):
         raise not_served(f"method {settings.name!r}", f"its heads drop different tokens, and {ONE_TABLE}")
@@ -27,4 +27,4 @@ def _layers(settings: Eviction, host_config: PreTrainedConfig) -> list[PagedLaye
     return [PagedLayer(layer, 0, ring=ring) for layer in range(host_config.num_hidden_layers)]
 
 
-PAGED = PagedSupport(Eviction, _layers)
+PAGED = PagedSupport(Policy, _layers)
