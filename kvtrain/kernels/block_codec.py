@@ -93,8 +93,8 @@ class BlockCodec:
         return min(self.rank, self.tokens, self.channels)
 
     def pack(self, blocks: Tensor) -> Tensor:
-        """Blocks ``(..., n, D)`` as uint8 ``(..., width)``."""
-        wide = at_least_float32(blocks)
+        """Blocks ``(..., n, D)`` as uint8 ``(..., width)``; what lies beyond float16 saturates."""
+        wide = at_least_float32(blocks).clamp(-_LARGEST, _LARGEST)
         vectors = self._vectors(wide)  # (..., count, length)
         places, exact = self._find_outliers(vectors)
         codes = quantize(_without(vectors, places), self.bits)
@@ -133,7 +133,7 @@ class BlockCodec:
             return none.long(), none.half()
         order = vectors.argsort(dim=-1, stable=True)
         places = torch.cat([order[..., : self.outliers], order[..., -self.outliers :]], -1)
-        return places, vectors.gather(-1, places).clamp(-_LARGEST, _LARGEST).half()
+        return places, vectors.gather(-1, places).half()
 
     def _opened(self, codes: Tensor, exact: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Vectors ``(..., count, length)``, without what is approached."""

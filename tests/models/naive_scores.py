@@ -40,6 +40,7 @@ class Rule:
     smooth: float = 0.5  # D2O: how much of the old threshold stays
     codec: Callable[[Tensor], Tensor] | None = None  # MiKV: a vector (D) as the second store gives it back
     balance: bool = False  # MiKV: channels of keys are scaled before the codec; needs a dense prompt
+    pack: Callable[[Tensor, str], Tensor] | None = None  # GEAR: a block (n, D) of "keys" or "values" as it is read back
     random: Callable[[int, int, int], float] | None = None  # random eviction: score of layer, head, position
 
 
@@ -59,7 +60,7 @@ class Head:
     layer: int
     index: int
     slots: list[Slot] = field(default_factory=list)
-    second: list[Slot] = field(default_factory=list)  # MiKV: attended too, for ever
+    second: list[Slot] = field(default_factory=list)  # MiKV and GEAR: attended too, for ever
     looks: list[dict[int, list[float]]] = field(default_factory=list)  # by query: by position: of G query heads
     queries: list[Tensor] = field(default_factory=list)  # rotated, (G, D) each
     balancer: Tensor | None = None  # MiKV: (D), set by the first prompt
@@ -259,6 +260,8 @@ def evict(rule: Rule, layers: list[Layer], prompt: range | None = None) -> None:
     seen = len(layers[0].heads[0].looks)
     if prompt is not None:
         learn_from_prompt(rule, layers, prompt)
+    if rule.pack is not None:
+        return settle(rule, layers, seen)
     for index, layer in enumerate(layers):
         if rule.name == "corm":
             stay = [staying_by_importance(rule, head) for head in layer.heads]
@@ -347,6 +350,17 @@ def nearest_of(slot: Slot, survivors: list[Slot]) -> tuple[float, Slot]:
     """The survivor with the largest cosine of keys, and that cosine."""
     cosines = [torch.cosine_similarity(slot.key, survivor.key, dim=0).item() for survivor in survivors]
     return max(zip(cosines, survivors, strict=True), key=lambda pair: pair[0])
+
+
+def settle(rule: Rule, layers: list[Layer], seen: int) -> None:
+    """GEAR: whole blocks of ``every`` tokens, counted from the row's first, are attended for ever from fewer bits."""
+    assert rule.pack is not None
+    for head in (head for layer in layers for head in layer.heads):
+        while head.slots and head.slots[0].position + rule.every <= seen:
+            block, head.slots = head.slots[: rule.every], head.slots[rule.every :]
+            keys, values = (torch.stack([getattr(slot, name) for slot in block]) for name in ("key", "value"))
+            read = zip(block, rule.pack(keys, "keys"), rule.pack(values, "values"), strict=True)
+            head.second += [Slot(slot.position, key, value) for slot, key, value in read]
 
 
 # The second store's numbers.
