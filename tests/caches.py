@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 import kvtrain
-from kvtrain.models.eviction.config import Eviction
+from kvtrain.models.eviction.config import Policy
 from kvtrain.models.hosts import windows
 from tests.hosts import (
     FAMILIES,
@@ -61,7 +61,7 @@ def hybrid(families: tuple[str, ...] | None = None, **settings: object) -> Entry
     return Entry(retrofit, 3, every if families is None else families)
 
 
-def evicting(policy: Eviction, families: tuple[str, ...] = ("llama",)) -> Entry:
+def evicting(policy: Policy, families: tuple[str, ...] = ("llama",)) -> Entry:
     """A policy, in the form in which it cuts prompts as it cuts everything else."""
     method = replace(policy, prompt="blocks", page_size=4)
     return Entry(lambda host: kvtrain.retrofit(host, method), families=families)
@@ -81,7 +81,7 @@ def transnormer(variant: str, **settings: object) -> Entry:
 
 
 # Eviction policies that evict, of rows of some 40 tokens.
-POLICIES: dict[str, Eviction] = {
+POLICIES: dict[str, Policy] = {
     "streamingllm": kvtrain.StreamingLLM(budget=9, sink=2),
     "h2o": kvtrain.H2O(budget=9, recent=3),
     "h2o_adaptive": kvtrain.H2O(budget=9, recent=3, every=4, per_head="adaptive"),
@@ -93,6 +93,8 @@ POLICIES: dict[str, Eviction] = {
     "d2o": kvtrain.D2O(budget=9, recent=3, sink=2),
     "mikv": kvtrain.MiKV(budget=9, recent=3),
     "random": kvtrain.RandomEviction(budget=0.4, every=3, recent=2),
+    "gear": kvtrain.GEAR(bits=4, block=12, rank=2),
+    "kivi": kvtrain.KIVI(bits=4, block=12),
 }
 
 # By method's name, or by one that begins with it.
