@@ -114,7 +114,6 @@ def test_blocks_that_cannot_be_packed(settings, words):
 
 
 def test_a_codec_of_other_channels_is_refused():
-    packed = torch.zeros(2, 4, 12, dtype=torch.uint8)
+    packed, table, lengths = torch.zeros(2, 4, 12, dtype=torch.uint8), torch.tensor([[[0, 1]]]), torch.tensor([[8]])
     with pytest.raises(ValueError, match="queries have 4 channels, and the keys on these pages 8"):
-        table, lengths = torch.tensor([[[0, 1]]]), torch.tensor([[8]])
         paged_attention(torch.zeros(1, 1, 1, 4), packed, packed, table, lengths, 1.0, codec=RoundedVectors(8))

@@ -261,7 +261,8 @@ def evict(rule: Rule, layers: list[Layer], prompt: range | None = None) -> None:
     if prompt is not None:
         learn_from_prompt(rule, layers, prompt)
     if rule.pack is not None:
-        return settle(rule, layers, seen)
+        settle(rule, layers, seen)
+        return
     for index, layer in enumerate(layers):
         if rule.name == "corm":
             stay = [staying_by_importance(rule, head) for head in layer.heads]

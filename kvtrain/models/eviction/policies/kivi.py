@@ -11,12 +11,12 @@ class KIVI(GEAR):
     """``GEAR`` without outliers and low rank; the groups of a channel are the blocks, those of a token its head.
 
     Args:
-        bits: See ``GEAR``.
-        block: See ``GEAR``.
-        outliers: See ``GEAR``.
-        rank: See ``GEAR``.
-        prompt: See ``GEAR``.
-        page_size: See ``GEAR``.
+        bits: Of a channel: 8, 4 or 2.
+        block: Tokens of a block, and of a group of a key's channel.
+        outliers: 0, or ``GEAR``'s.
+        rank: 0, or ``GEAR``'s.
+        prompt: ``"dense"``: a prompt is packed when it ends; ``"blocks"``: its blocks as they are complete.
+        page_size: Slots in a page of tokens that are not packed yet.
 
     Raises:
         ValueError: See ``GEAR``.
