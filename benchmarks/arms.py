@@ -45,6 +45,8 @@ FIXED: dict[str, Method] = {
     "Full": kvtrain.Full(),
     "8 bits": kvtrain.Full(kv_bits=8),
     "4 bits": kvtrain.Full(kv_bits=4),
+    "GEAR, 2 bits": kvtrain.GEAR(page_size=PAGE),
+    "KIVI, 2 bits": kvtrain.KIVI(page_size=PAGE),
 }
 HEADS = ("Duo, free signal", "RazorAttention")  # choices of full heads
 

@@ -15,9 +15,10 @@ from contenders import plain_host, random_ids
 from turns import at_most, cpu_seconds, decoding, machine, median_seconds
 
 import kvtrain
+from kvtrain.models.method import Method
 
 ROWS, TOKENS, WARM_UP = 8, 1024, 3
-POLICIES = {
+POLICIES: dict[str, Method] = {
     "streamingllm": kvtrain.StreamingLLM(budget=256),
     "h2o every 16": kvtrain.H2O(budget=256, every=16),
     "h2o": kvtrain.H2O(budget=256),
@@ -26,6 +27,9 @@ POLICIES = {
     "d2o": kvtrain.D2O(budget=256),
     "mikv": kvtrain.MiKV(budget=256),
     "random": kvtrain.RandomEviction(budget=256),
+    "4 bits": kvtrain.Full(kv_bits=4),
+    "gear": kvtrain.GEAR(),
+    "kivi": kvtrain.KIVI(),
 }
 STEP_BARS, PROMPT_BARS = {"h2o every 16": 1.0, "h2o": 1.6}, {"h2o": 1.7}
 

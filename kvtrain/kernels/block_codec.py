@@ -105,22 +105,24 @@ class BlockCodec:
     def open(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """What ``pack`` made, ``(..., n, D)`` again, contiguous."""
         compute, shape = torch.promote_types(dtype, torch.float32), packed.shape[:-1]
-        codes, exact, places, left, right = (part.contiguous() for part in packed.split(self.parts, -1))
+        codes, exact, places, left, right = (
+            part.contiguous() for part in packed.reshape(-1, self.width).split(self.parts, -1)
+        )
         blocks = self._vectors(
             self._opened(
-                codes.view(*shape, self.count, -1),
-                exact.view(torch.float16).view(*shape, self.count, 2 * self.outliers),
-                places.view(*shape, self.count, 2 * self.outliers).long(),
+                codes.unflatten(-1, (self.count, -1)),
+                exact.view(torch.float16).unflatten(-1, (self.count, 2 * self.outliers)),
+                places.unflatten(-1, (self.count, 2 * self.outliers)).long(),
                 compute,
             )
-        )
+        ).contiguous()
         if self._rank:
-            factors = (
-                factor.view(torch.float16).view(*shape, size, self._rank).to(compute)
+            left, right = (
+                factor.view(torch.float16).unflatten(-1, (size, self._rank)).to(compute)
                 for factor, size in ((left, self.tokens), (right, self.channels))
             )
-            blocks = blocks + next(factors) @ next(factors).mT
-        return blocks.to(dtype).contiguous()
+            blocks.baddbmm_(left, right.mT)
+        return blocks.to(dtype).view(*shape, self.tokens, self.channels)
 
     def _vectors(self, blocks: Tensor) -> Tensor:
         """What is quantised together, as rows; its own inverse."""
@@ -138,7 +140,7 @@ class BlockCodec:
     def _opened(self, codes: Tensor, exact: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Vectors ``(..., count, length)``, without what is approached."""
         vectors = dequantize(codes, self.bits, self.length, dtype)
-        return vectors.scatter(-1, places, exact.to(dtype)) if self.outliers else vectors
+        return vectors.scatter_(-1, places, exact.to(dtype)) if self.outliers else vectors
 
     def _low_rank(self, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Factors ``(..., n, r)`` and ``(..., D, r)`` of ``(..., n, D)``: the power method, from a fixed start."""
