@@ -135,6 +135,13 @@ def test_every_policy_is_refused_as_it_is_by_default_and_all_but_one_in_blocks(n
             assert layers_of(method)[0].ring is not None
 
 
+@pytest.mark.parametrize("method", [kvtrain.GEAR(), kvtrain.KIVI(prompt="blocks")])
+def test_packed_blocks_are_refused(method):
+    assert refusal(config_of(method)) == (
+        f"method {method.name!r} is not served by vLLM: vLLM keeps keys and values as they are; use kvtrain generate"
+    )
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from kvtrain.models.eviction.config import Policy
+from kvtrain.models.eviction.config import Eviction, Policy
 from kvtrain.models.eviction.policies.streaming import StreamingLLM
 from kvtrain.models.hosts import common_key_value_shape
 from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, Ring, not_served
@@ -12,6 +12,8 @@ from kvtrain.models.paged_layers import ONE_TABLE, PagedLayer, PagedSupport, Rin
 
 def _layers(settings: Policy, host_config: PreTrainedConfig) -> list[PagedLayer]:
     """A token sees what was kept before it, and itself, and then one of them leaves."""
+    if not isinstance(settings, Eviction):
+        raise not_served(f"method {settings.name!r}", "vLLM keeps keys and values as they are")
     if not isinstance(settings, StreamingLLM):
         raise not_served(f"method {settings.name!r}", f"its heads drop different tokens, and {ONE_TABLE}")
     if settings.kv_bits is not None:
