@@ -91,14 +91,14 @@ class PagedRing:
         num_heads: Key-value heads, H.
         head_dim: Channels of a key and of a value, D.
         recent: Latest tokens that are kept.
-        page_size: Slots in a page.
+        page_size: Slots in a page, unless all are fewer.
         placement: Where tensors lie.
     """
 
     def __init__(self, num_heads: int, head_dim: int, recent: int, page_size: int, placement: Placement) -> None:
         self.recent = recent
         dims = {"keys": head_dim, "values": head_dim}
-        self.pages = PagedStore(num_heads, dims, page_size, placement, max_slots=recent)
+        self.pages = PagedStore(num_heads, dims, min(page_size, recent), placement, max_slots=recent)
         self._counts = StateStore({"tokens": ((), torch.long)}, placement)
 
     @property

@@ -25,13 +25,15 @@ def expected(name):
 
 
 def assert_computes(model, told):
-    """Logits but for rounding; tokens and bytes exactly."""
+    """Logits but for rounding; tokens exactly; no more bytes."""
     found = measure(model, {name: told[name] for name in ("input_ids", "attention_mask")})
     assert found.keys() == told.keys() - {"input_ids", "attention_mask", "losses"}
     torch.testing.assert_close(found.pop("logits"), told["logits"], atol=1e-5, rtol=0)
     for name, tensor in found.items():
-        if name == "kv_bytes":  # pages are taken a token ahead by now, and layers that are alike share a table
-            torch.testing.assert_close(tensor, told[name], rtol=0.05, atol=0)
+        # Pages are taken a token ahead by now, layers that are alike share a table, and LCKV's windows lie on pages, which
+        # its short rows do not fill.
+        if name == "kv_bytes":
+            assert (tensor <= 1.05 * told[name]).all() and (tensor >= 0.5 * told[name]).all()
         else:
             assert torch.equal(tensor, told[name]), name
 
