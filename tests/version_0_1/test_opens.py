@@ -30,8 +30,8 @@ def assert_computes(model, told):
     assert found.keys() == told.keys() - {"input_ids", "attention_mask", "losses"}
     torch.testing.assert_close(found.pop("logits"), told["logits"], atol=1e-5, rtol=0)
     for name, tensor in found.items():
-        # Pages are taken a token ahead by now, layers that are alike share a table, and LCKV's windows lie on pages, which
-        # its short rows do not fill.
+        # Pages are taken a token ahead by now, layers that are alike share a table, and LCKV's windows lie on pages,
+        # of which its short rows take few.
         if name == "kv_bytes":
             assert (tensor <= 1.05 * told[name]).all() and (tensor >= 0.5 * told[name]).all()
         else:
