@@ -21,8 +21,11 @@ CELLS = read(RESULTS / "compare" / "kvtrain-recall")
 SMOLLM2 = read(RESULTS / "smollm2" / "wikitext2-valid" / "1024")
 POLICIES = (RESULTS / "2026-11-30-policies.txt").read_text().split("In short:")[1]
 # Of the table of choose.md: a method's name in the comparison, and in the table of policies.
+AS_THEY_ARE = ("4 bits", "GEAR, 2 bits", "KIVI, 2 bits")  # arms that have no size
 NAMES = {
     "Full(kv_bits=8)": ("4 bits", None),
+    "GEAR": ("GEAR, 2 bits", None),
+    "KIVI": ("KIVI, 2 bits", None),
     "num_key_value_heads": ("GQA", None),
     "DMC": ("DMC", None),
     "DMS": ("DMS", None),
@@ -74,7 +77,7 @@ def test_the_table_of_methods_says_what_was_measured(method):
     arm, policy = NAMES[method]
     for place, cell in enumerate(cells):
         italic = re.findall(r"\*([\d.]+)\*", cell)
-        assert italic == ([measured(arm, 0 if arm == "4 bits" else 4)[place]] if arm else []), cell
+        assert italic == ([measured(arm, 0 if arm in AS_THEY_ARE else 4)[place]] if arm else []), cell
         if policy:
             upright = re.sub(r",? ?\*[\d.]+\*", "", cell)
             assert upright == of_policies(policy)[place]
@@ -88,6 +91,7 @@ def test_the_comparison_says_what_was_measured():
     assert {row[0] for row in rows} == there == {arm for arm, _ in NAMES.values()} & there
     plain = " ".join(section.split())
     arms = {"Control": "control", "the base": "Full", "8 bits": "8 bits", "4 bits": "4 bits"}
+    arms |= {"KIVI": "KIVI, 2 bits", "GEAR": "GEAR, 2 bits"}
     for words, arm in arms.items():
         (said,) = re.findall(rf"{words} \(\d+%[^)]*\): ([\d.]+) and (\d\.\d+)", plain)
         assert said == measured(arm, 0)
