@@ -47,6 +47,7 @@ FIXED: dict[str, Method] = {
     "4 bits": kvtrain.Full(kv_bits=4),
     "GEAR, 2 bits": kvtrain.GEAR(page_size=PAGE),
     "KIVI, 2 bits": kvtrain.KIVI(page_size=PAGE),
+    "KIVI, 4 bits": kvtrain.KIVI(bits=4, page_size=PAGE),
 }
 HEADS = ("Duo, free signal", "RazorAttention")  # choices of full heads
 
