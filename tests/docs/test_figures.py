@@ -21,7 +21,7 @@ CELLS = read(RESULTS / "compare" / "kvtrain-recall")
 SMOLLM2 = read(RESULTS / "smollm2" / "wikitext2-valid" / "1024")
 POLICIES = (RESULTS / "2026-11-30-policies.txt").read_text().split("In short:")[1]
 # Of the table of choose.md: a method's name in the comparison, and in the table of policies.
-AS_THEY_ARE = ("4 bits", "GEAR, 2 bits", "KIVI, 2 bits")  # arms that have no size
+AS_THEY_ARE = ("4 bits", "GEAR, 2 bits", "KIVI, 2 bits", "KIVI, 4 bits")  # arms that have no size
 NAMES = {
     "Full(kv_bits=8)": ("4 bits", None),
     "GEAR": ("GEAR, 2 bits", None),
@@ -99,7 +99,7 @@ def test_the_comparison_says_what_was_measured():
     assert {row[0] for row in rows} == there == {arm for arm, _ in NAMES.values()} & there
     plain = " ".join(section.split())
     arms = {"Control": "control", "the base": "Full", "8 bits": "8 bits", "4 bits": "4 bits"}
-    arms |= {"KIVI": "KIVI, 2 bits", "GEAR": "GEAR, 2 bits"}
+    arms |= {"four-bit blocks": "KIVI, 4 bits", "two-bit blocks": "KIVI, 2 bits", "GEAR": "GEAR, 2 bits"}
     for words, arm in arms.items():
         (said,) = re.findall(rf"{words} \(\d+%[^)]*\): ([\d.]+) and (\d\.\d+)", plain)
         assert said == measured(arm, 0)
