@@ -32,6 +32,7 @@ BEHIND = {
     "linear_attention_triton": "linear_attention",
     "linear_loss": "cross_entropy",
     "memo": "documents",
+    "page_codec": "paged_attention",
     "page_layout": "paged_attention",
     "page_runs": "paged_attention",
 }

@@ -6,6 +6,8 @@ from functools import cache
 import pytest
 import torch
 
+from kvtrain.kernels.attention import attention
+from kvtrain.kernels.block_codec import BlockCodec, PackedBlocks
 from kvtrain.kernels.paged_attention import paged_attention
 from kvtrain.kernels.quantization import dequantize, quantize
 from tests.kernels.test_paged_attention import Pages, make_pages
@@ -70,6 +72,25 @@ def test_no_gradient_asked_for(num_queries: int, device: str):
     exact = pages(None, num_queries, torch.float32).dense()[0]
     assert (output.cpu().double() - exact).norm() < 2e-5 * exact.norm()
     assert lse[1, :2].eq(-torch.inf).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_packed_blocks(num_queries: int, dtype: torch.dtype, device: str):
+    """They come near what was packed, and attention reads what they hold."""
+    codec = PackedBlocks(BlockCodec(16, 8, "channel", 4, 1, 2), BlockCodec(16, 8, "token", 4, 1, 2))
+    keys, values = (normal(3, 1, 16, 8, seed=seed).to(device, dtype) for seed in (1, 2))
+    packed = codec.keys.pack(keys), codec.values.pack(values)
+    opened = codec.open(*packed, torch.float32)
+    for states, held in zip((keys, values), opened, strict=True):
+        assert (states.flatten(1, 2).float() - held).norm() < 0.07 * states.float().norm()
+    table, lengths = torch.tensor([[[2, 0, 1]]], device=device), torch.tensor([[48]], device=device)
+    query = normal(1, 2, num_queries, 8, seed=3).to(device, dtype)
+    output, lse = paged_attention(query, *packed, table, lengths, SCALE, codec=codec)
+    held = (states[[2, 0, 1]].flatten(0, 1)[None, None].double() for states in opened)
+    exact, sums = attention(query.double(), *held, causal=False, scale=SCALE)
+    assert (output.double() - exact).norm() < TOLERANCES[dtype] * exact.norm()
+    assert (lse.double() - sums).norm() < TOLERANCES[dtype] * sums.norm()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

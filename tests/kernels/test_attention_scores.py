@@ -206,9 +206,10 @@ class Paged:
     def tiles(self, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         pages = self.pages
         query = pages.query.masked_fill((self.positions < 0)[:, None, :, None], NAN).to(dtype)
-        keys = pages.keys if pages.bits else pages.keys.to(dtype)
+        bits = None if pages.codec is None else pages.codec.bits
+        keys = pages.keys if bits else pages.keys.to(dtype)
         lse = self.lse.to(torch.promote_types(dtype, torch.float32))
-        options = {"key_positions": self.key_positions if self.causal else None, "bits": pages.bits} | options
+        options = {"key_positions": self.key_positions if self.causal else None, "bits": bits} | options
         return paged_tiles(query, keys, lse, SCALE, pages.table, pages.lengths, self.positions, **options)
 
     def by_slot(self, field: Tensor) -> Tensor:
