@@ -115,9 +115,11 @@ CACHES: dict[str, Entry] = {
     "transnormer_t2": transnormer("T2"),
     "transnormer_decay": transnormer("T2", decay="released", relative_position="rope", pre_norm=False),
 }
-# Of all policies those that stand for the others in the gating tiers: fields, a ring of queries, a second store. That
-# any chunks are the parallel form, and padded rows rows alone, is asked there of every policy.
-SOME_CACHES = [name for name in CACHES if name not in POLICIES or name in ("h2o", "snapkv", "mikv")]
+# Of all policies those that stand for the others in the gating tiers: fields, a ring of queries, a second store; and of
+# settings that change what a layer computes and not what it keeps, none. That any chunks are the parallel form, and
+# padded rows rows alone, is asked there of every policy.
+_ALIKE = {*POLICIES, "hybrid_elu", "transnormer_decay"} - {"h2o", "snapkv", "mikv"}
+SOME_CACHES = [name for name in CACHES if name not in _ALIKE]
 # The first of each method, without its variants.
 MAIN = tuple({name.split("_")[0]: name for name in reversed(CACHES)}.values())
 # Of those one policy alone, where a whole server or folder is made of each.
